@@ -1,0 +1,256 @@
+//! The one error type of the library: a kind that says what the caller must do, the facts, the cause.
+//!
+//! `Display` prints what happened and where; the cause is reached through `source()`; the command line prints the
+//! whole chain and the exit code that belongs to the kind. Nothing decides on the text of an error.
+
+use std::borrow::Cow;
+use std::error::Error as StdError;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What the caller must do about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// Correct the arguments; nothing was touched.
+    Usage,
+    /// Correct the configuration file; nothing was touched.
+    Config,
+    /// The named domain, target, point or file does not exist.
+    NotFound,
+    /// Somebody has to decide; nothing was changed.
+    Conflict,
+    /// Another run, block job or program holds it; try again later.
+    Busy,
+    /// Retry with backoff: the other side, or the way to it, is not there.
+    Unavailable,
+    /// The other side does not know us, or we do not know it (keys, host keys).
+    Auth,
+    /// The two sides do not speak the same language; drop the session, compare versions.
+    Protocol,
+    /// Stored data is not what it was; stop, never repair silently.
+    Corrupt,
+    /// libvirt, QEMU or the agent said no.
+    Refused,
+    /// No room for it, here or there.
+    Space,
+    /// This machine's files, processes or memory.
+    Io,
+    /// A deadline passed or a signal came; the journal knows the rest.
+    Interrupted,
+}
+
+impl Kind {
+    /// Exit code of the process for this kind. 127 and 255 are never used: ssh gives them meanings of its own.
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Kind::Usage => 2,
+            Kind::NotFound => 4,
+            Kind::Busy => 11,
+            Kind::Auth => 12,
+            Kind::Corrupt => 13,
+            Kind::Config => 78,
+            Kind::Interrupted => 130,
+            _ => 1,
+        }
+    }
+}
+
+/// Where it happened; filled where known.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Context {
+    pub domain: Option<String>,
+    pub disk: Option<String>,
+    pub point: Option<String>,
+    pub path: Option<PathBuf>,
+    pub offset_bytes: Option<u64>,
+}
+
+#[derive(Debug)]
+pub struct Error(Box<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    kind: Kind,
+    what: Cow<'static, str>,
+    context: Context,
+    hint: Option<Cow<'static, str>>,
+    source: Option<Box<dyn StdError + Send + Sync>>,
+}
+
+impl Error {
+    pub fn new(kind: Kind, what: impl Into<Cow<'static, str>>) -> Self {
+        Self(Box::new(Inner { kind, what: what.into(), context: Context::default(), hint: None, source: None }))
+    }
+
+    /// An operating system error met while doing `what` to `path`. `ENOSPC` and `EDQUOT` become [`Kind::Space`].
+    pub fn io(what: impl Into<Cow<'static, str>>, path: impl AsRef<Path>, source: std::io::Error) -> Self {
+        Self::from_io(what, source).path(path)
+    }
+
+    /// As [`Error::io`], where no path is involved.
+    pub fn from_io(what: impl Into<Cow<'static, str>>, source: std::io::Error) -> Self {
+        let kind = match source.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Kind::Space,
+            std::io::ErrorKind::NotFound => Kind::NotFound,
+            _ => Kind::Io,
+        };
+        Self::new(kind, what).source(source)
+    }
+
+    pub fn source(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        self.0.source = Some(source.into());
+        self
+    }
+
+    /// What to do next, in the imperative; printed on a line of its own.
+    pub fn hint(mut self, hint: impl Into<Cow<'static, str>>) -> Self {
+        self.0.hint = Some(hint.into());
+        self
+    }
+
+    pub fn domain(mut self, domain: impl fmt::Display) -> Self {
+        self.0.context.domain.get_or_insert_with(|| domain.to_string());
+        self
+    }
+
+    pub fn disk(mut self, disk: impl fmt::Display) -> Self {
+        self.0.context.disk.get_or_insert_with(|| disk.to_string());
+        self
+    }
+
+    pub fn point(mut self, point: impl fmt::Display) -> Self {
+        self.0.context.point.get_or_insert_with(|| point.to_string());
+        self
+    }
+
+    pub fn path(mut self, path: impl AsRef<Path>) -> Self {
+        self.0.context.path.get_or_insert_with(|| path.as_ref().to_owned());
+        self
+    }
+
+    pub fn offset(mut self, offset_bytes: u64) -> Self {
+        self.0.context.offset_bytes.get_or_insert(offset_bytes);
+        self
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.0.kind
+    }
+
+    pub fn what(&self) -> &str {
+        &self.0.what
+    }
+
+    pub fn context(&self) -> &Context {
+        &self.0.context
+    }
+
+    pub fn hint_text(&self) -> Option<&str> {
+        self.0.hint.as_deref()
+    }
+
+    /// The error and its causes, outermost first, joined with `: `.
+    pub fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = StdError::source(self);
+        while let Some(c) = cause {
+            let c_text = c.to_string();
+            if !text.contains(&c_text) {
+                text.push_str(": ");
+                text.push_str(&c_text);
+            }
+            cause = c.source();
+        }
+        text
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let c = &self.0.context;
+        if let Some(domain) = &c.domain {
+            write!(f, "domain '{domain}': ")?;
+        }
+        if let Some(disk) = &c.disk {
+            write!(f, "disk '{disk}': ")?;
+        }
+        if let Some(point) = &c.point {
+            write!(f, "point {point}: ")?;
+        }
+        f.write_str(&self.0.what)?;
+        if let Some(path) = &c.path {
+            write!(f, " ({})", path.display())?;
+        }
+        if let Some(offset) = c.offset_bytes {
+            write!(f, " at byte {offset}")?;
+        }
+        Ok(())
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.0.source.as_ref().map(|s| s.as_ref() as &(dyn StdError + 'static))
+    }
+}
+
+/// Adds the place to errors that come from below.
+pub trait ResultExt<T> {
+    fn on_domain(self, domain: impl fmt::Display) -> Result<T>;
+    fn on_disk(self, disk: impl fmt::Display) -> Result<T>;
+}
+
+impl<T> ResultExt<T> for Result<T> {
+    fn on_domain(self, domain: impl fmt::Display) -> Result<T> {
+        self.map_err(|e| e.domain(domain))
+    }
+
+    fn on_disk(self, disk: impl fmt::Display) -> Result<T> {
+        self.map_err(|e| e.disk(disk))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn display_names_the_place_and_chain_names_the_cause() {
+        let cause = std::io::Error::from_raw_os_error(28);
+        let e = Error::io("cannot write", "/pool/a.qcow2", cause).offset(65536).disk("vda").domain("db01");
+        assert_eq!(e.kind(), Kind::Space);
+        assert_eq!(e.to_string(), "domain 'db01': disk 'vda': cannot write (/pool/a.qcow2) at byte 65536");
+        assert!(e.chain().ends_with("No space left on device (os error 28)"), "{}", e.chain());
+    }
+
+    #[test]
+    fn the_innermost_place_wins() {
+        let e = Error::new(Kind::Io, "x").disk("vdb").disk("vda");
+        assert_eq!(e.context().disk.as_deref(), Some("vdb"));
+    }
+
+    #[test]
+    fn no_kind_uses_an_exit_code_that_ssh_uses() {
+        use Kind::*;
+        for k in [
+            Usage,
+            Config,
+            NotFound,
+            Conflict,
+            Busy,
+            Unavailable,
+            Auth,
+            Protocol,
+            Corrupt,
+            Refused,
+            Space,
+            Io,
+            Interrupted,
+        ] {
+            assert!(!matches!(k.exit_code(), 0 | 127 | 255));
+        }
+    }
+}

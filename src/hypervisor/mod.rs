@@ -1,0 +1,151 @@
+//! The port to libvirt: plain views of a domain, and the few verbs a run needs. Nothing here reads disk contents.
+//!
+//! Views are what was observed at one moment; decisions are made on them elsewhere, by pure functions.
+//! Every verb blocks, at most its deadline; an error says what libvirt said.
+
+#[cfg(feature = "libvirt")]
+pub mod gate;
+#[cfg(feature = "libvirt")]
+pub mod libvirt;
+#[cfg(feature = "libvirt")]
+mod sys;
+pub mod xml;
+
+use crate::block::DiskSize;
+use crate::error::Result;
+use crate::image::{Chain, Layer};
+use crate::name::{DiskName, DomainName, DomainUuid};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+pub trait Hypervisor: Send + Sync {
+    /// Looks a domain up by name, UUID or running id, and observes it.
+    fn find(&self, name_uuid_or_id: &str) -> Result<DomainView>;
+
+    /// Observes a domain again. `NotFound` when it is gone (a transient domain that ended, an undefined one).
+    fn observe(&self, uuid: &DomainUuid) -> Result<DomainView>;
+
+    /// All domains, for `status`.
+    fn list(&self) -> Result<Vec<DomainView>>;
+
+    /// Puts an overlay on every named disk in one transaction: from the moment inside the call when QEMU has switched,
+    /// the former tops stand still. All disks or none. The overlay files must not exist.
+    fn freeze(&self, uuid: &DomainUuid, disks: &[FreezeDisk]) -> Result<()>;
+
+    /// Starts committing `top` into `base` (its direct backing image). `active`: `top` is what the guest writes to,
+    /// the job then becomes ready and waits for [`Hypervisor::pivot`]; otherwise it ends by itself.
+    fn start_commit(&self, uuid: &DomainUuid, disk: &DiskName, top: &Path, base: &Path, active: bool) -> Result<()>;
+
+    /// Waits until the disk's block job is ready or has ended, or the timeout passed; sooner is no error, callers observe
+    /// again. Uses libvirt's events and asks in between, as an event can be lost with a connection.
+    fn wait_job(&self, uuid: &DomainUuid, disk: &DiskName, timeout: Duration) -> Result<Option<BlockJob>>;
+
+    /// Ends a ready active commit: the guest writes to the base from now on. Returns when libvirt has pivoted.
+    fn pivot(&self, uuid: &DomainUuid, disk: &DiskName) -> Result<()>;
+
+    /// Cancels the disk's block job; the chain stays as it is.
+    fn cancel_job(&self, uuid: &DomainUuid, disk: &DiskName) -> Result<()>;
+
+    /// Stops the vCPUs. No error if they stood already.
+    fn pause(&self, uuid: &DomainUuid) -> Result<()>;
+
+    /// Lets the vCPUs run. No error if they ran already.
+    fn resume(&self, uuid: &DomainUuid) -> Result<()>;
+
+    /// Stores (or with `None` removes) our record in the domain's `<metadata>`, live and persistent, as far as it has
+    /// either. It survives libvirtd and QEMU and travels with a migration.
+    fn set_record(&self, uuid: &DomainUuid, record: Option<&str>) -> Result<()>;
+
+    /// Points the persistent definition of these disks at these layers. Live definition and running QEMU are untouched.
+    fn redefine(&self, uuid: &DomainUuid, disks: &[(DiskName, Layer)]) -> Result<()>;
+
+    /// The definition to keep with a point; `secure` includes secrets (graphics passwords).
+    fn definition(&self, uuid: &DomainUuid, inactive: bool, secure: bool) -> Result<String>;
+}
+
+#[derive(Debug, Clone)]
+pub struct FreezeDisk {
+    pub name: DiskName,
+    /// Where the overlay is to lie. Absolute; ends in `.qcow2`.
+    pub overlay: PathBuf,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct DomainView {
+    pub name: DomainName,
+    pub uuid: DomainUuid,
+    /// libvirt's id of the running instance; changes with every start.
+    pub id: Option<u32>,
+    pub power: Power,
+    pub persistent: bool,
+    /// A saved memory image that refers to the disks as they were.
+    pub managed_save: bool,
+    /// A live migration, save, dump or backup job runs on the domain: its kind in words.
+    pub domain_job: Option<String>,
+    /// In the order of the definition; live ones if it runs, else the persistent ones.
+    pub disks: Vec<DiskView>,
+    /// Our record in `<metadata>`, live or else persistent, as stored.
+    pub record: Option<String>,
+    /// UEFI variables file, if the domain has one of its own.
+    pub nvram: Option<PathBuf>,
+    /// Guest agent channel configured and connected.
+    pub guest_agent: bool,
+}
+
+impl DomainView {
+    pub fn disk(&self, name: &DiskName) -> Option<&DiskView> {
+        self.disks.iter().find(|d| &d.name == name)
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Power {
+    Running,
+    /// vCPUs stand: by a user, by us, or after an I/O error. The domain has a QEMU.
+    Paused,
+    Off,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct DiskView {
+    pub name: DiskName,
+    pub kind: DiskKind,
+    /// Chain of the running QEMU as libvirt reports it, uppermost first; `None` if it does not run.
+    /// Of an unsupported kind: `None`.
+    pub live: Option<Chain>,
+    /// Image of the persistent definition; `None` for a transient domain, or if the disk is not in it.
+    pub inactive: Option<Layer>,
+    pub size: Option<DiskSize>,
+    pub job: Option<BlockJob>,
+    /// Paths of layers that hold internal snapshots are not known here; the definition's own remarks are.
+    pub read_only: bool,
+    pub shareable: bool,
+}
+
+/// What a disk is backed by, as far as it decides whether it can be replicated.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DiskKind {
+    /// A file or block device that can be frozen.
+    Image,
+    /// Something we do not replicate, and what it is, as a sentence part ("is a cdrom", "lies on the network (rbd)").
+    Unsupported(String),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockJob {
+    pub kind: BlockJobKind,
+    /// Ready to pivot, by libvirt's own word (event, or mirror ready in the live XML), never by 100 %.
+    pub ready: bool,
+    pub done_bytes: u64,
+    pub total_bytes: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum BlockJobKind {
+    ActiveCommit,
+    Commit,
+    /// Pull, copy, backup or something new: not ours.
+    Other,
+}

@@ -1,0 +1,35 @@
+//! `virt-replica` replicates libvirt/QEMU virtual machines to another host.
+//!
+//! The map, in dependency order; arrows in the code point down this list only (a test keeps it so):
+//!
+//! ```text
+//!        cli (in the binary)
+//!              |
+//!            site            the only file that names concrete adapters
+//!              |
+//!          replicate         the story: settle, observe, plan, freeze, ship, seal, commit, retire
+//!              |                 (start reading at replicate/cycle.rs)
+//!     plan · decide           pure: plain views in, values out
+//!              |
+//!  image  hypervisor  replica  transport      ports: traits, plain views, and their adapters
+//!              |                              (agent and wire stand beside replica)
+//!        patch · wire · manifest · xml        formats: bytes in, values out
+//!              |
+//!       block · name · error                  words
+//! ```
+
+pub mod error;
+pub mod name;
+
+pub mod block;
+pub mod patch;
+pub mod wire;
+
+pub mod agent;
+pub mod hypervisor;
+pub mod image;
+pub mod replica;
+pub mod transport;
+
+pub mod replicate;
+pub mod site;

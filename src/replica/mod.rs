@@ -1,0 +1,260 @@
+//! All that one domain has on one target, and the port to it. Near and far are the same trait: [`store`] is the
+//! replica on this host, [`crate::agent::client`] the one on another, and the story of a run cannot tell them apart.
+//!
+//! A recovery point exists if and only if the manifest names it. An open point is rubbish until it is sealed.
+//! Format: docs/formats/replica.md.
+
+pub mod chain;
+pub mod manifest;
+pub mod store;
+pub mod verify;
+
+use crate::block::DiskSize;
+use crate::block::digest::Digest;
+use crate::error::Result;
+use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use std::ops::Range;
+use std::path::PathBuf;
+
+/// The replica of one domain. Methods block; any of them may fail with the connection, after which the state is
+/// learned by [`Replica::describe`] of a new one (a lost acknowledgement is resolved by asking for the head, I14).
+pub trait Replica: Send + Sync {
+    /// What is there. Of a domain never replicated: no points, generation 1.
+    fn describe(&self) -> Result<ReplicaView>;
+
+    /// Opens an unnamed point above the head, throwing away any earlier unsealed one, and reserves space.
+    /// Refuses when the head is not `expected_head`, the generation is older, or the space is not there.
+    /// Takes the replica's lock: one writer at a time.
+    fn begin(&self, request: &BeginPoint) -> Result<()>;
+
+    /// Nodes of the head's digest tree of a disk: level 0 are block digests, level 1 group digests, and so on.
+    /// Beyond the head's size everything is zero. At most [`NODES_MAX`] in one call.
+    fn nodes(&self, disk: &DiskName, level: u8, range: Range<u64>) -> Result<Vec<Digest>>;
+
+    /// Appends bytes of the patch stream of one disk of the open point. Any cut of the stream will do.
+    /// May return before they are applied; an error may then surface in a later call.
+    fn apply(&self, disk: &DiskName, patch_bytes: &[u8]) -> Result<()>;
+
+    /// Ends a disk's patch: returns when every record is applied, every digest matched and the resulting root
+    /// equals the patch's to-root. Not yet durable.
+    fn finish_disk(&self, disk: &DiskName) -> Result<DiskApplied>;
+
+    /// Adds a file (domain XML, NVRAM) to the open point; the whole content in one call, at most [`ATTACHMENT_MAX`].
+    fn attach(&self, name: Attachment, content: &[u8]) -> Result<()>;
+
+    /// Makes the open point exist, durably (I11): images and digests fsynced, then the manifest replaced.
+    fn seal(&self, request: &SealPoint) -> Result<PointView>;
+
+    /// Throws the open point away. Idempotent.
+    fn abandon(&self) -> Result<()>;
+
+    /// Re-reads a point's images and compares every block with its digest. `progress` gets (done, total) bytes.
+    fn verify(&self, point: &PointId, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport>;
+}
+
+/// Most nodes in one [`Replica::nodes`] call: 512 KiB on the wire at worst.
+pub const NODES_MAX: u64 = 16 << 10;
+
+/// Largest attachment in bytes.
+pub const ATTACHMENT_MAX: usize = 64 << 20;
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ReplicaView {
+    pub generation: Generation,
+    /// Oldest first; the last one is the head.
+    pub points: Vec<PointView>,
+    /// Bytes an unprivileged writer may still write to the file system of the store.
+    pub free_bytes: u64,
+    /// Absolute path of the replica's directory on the target.
+    pub path: PathBuf,
+    /// An unsealed point left by a broken run, if any.
+    pub open_point: Option<PointId>,
+}
+
+impl ReplicaView {
+    pub fn head(&self) -> Option<&PointView> {
+        self.points.last()
+    }
+}
+
+/// A sealed point. The JSON of this struct is a contract with scripts: fields are added, never renamed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PointView {
+    pub id: PointId,
+    pub generation: Generation,
+    /// When the source's disks stood still, by the source's clock. The age of a point counts from here.
+    pub frozen_at: Timestamp,
+    /// When it began to exist, by the target's clock.
+    pub sealed_at: Timestamp,
+    pub consistency: Consistency,
+    pub run: RunId,
+    pub disks: Vec<PointDisk>,
+    /// File names of the attachments, relative to the point's directory.
+    #[serde(default)]
+    pub attachments: Vec<Attachment>,
+}
+
+impl PointView {
+    pub fn disk(&self, name: &DiskName) -> Option<&PointDisk> {
+        self.disks.iter().find(|d| &d.name == name)
+    }
+}
+
+/// One disk of a sealed point.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PointDisk {
+    pub name: DiskName,
+    /// In a view: the absolute path on the target of an image that any `qemu-img` can open.
+    /// In the manifest: relative to the replica's directory.
+    pub image: PathBuf,
+    pub size: DiskSize,
+    /// Root of the digest tree over the whole disk; binds the size.
+    pub root: Digest,
+    #[serde(flatten)]
+    pub stats: DiskStats,
+}
+
+/// How a disk's changes were found and what that cost.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct DiskStats {
+    pub mode: Mode,
+    /// Why this mode and no cheaper one, as a sentence.
+    pub reason: String,
+    /// Bytes read from the source image.
+    pub bytes_read: u64,
+    /// Bytes of patch put on the wire for this disk.
+    pub bytes_sent: u64,
+    /// Bytes of guest data written at the target.
+    pub bytes_written: u64,
+    /// Blocks that differed, zeroed ones included.
+    #[serde(default)]
+    pub blocks_changed: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// Everything that is not zero is sent; there is nothing to compare with.
+    #[default]
+    Full,
+    /// Every block is read and compared with the head's digests.
+    Digest,
+    /// Only what a dirty bitmap marks is read.
+    Bitmap,
+}
+
+impl std::fmt::Display for Mode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Mode::Full => "full",
+            Mode::Digest => "digest",
+            Mode::Bitmap => "bitmap",
+        })
+    }
+}
+
+/// What a point promises of the state of the guest's file systems.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Consistency {
+    /// As after a power cut, all disks at one instant.
+    Crash,
+    /// The guest agent had flushed and held the file systems.
+    FileSystem,
+    /// The domain was shut off.
+    Off,
+}
+
+/// Files a point carries beside its disks. A closed list: the peer names nothing (I21).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Attachment {
+    /// The persistent definition.
+    InactiveXml,
+    /// The definition of the running domain.
+    LiveXml,
+    /// UEFI variables.
+    Nvram,
+}
+
+impl Attachment {
+    pub fn file_name(self) -> &'static str {
+        match self {
+            Attachment::InactiveXml => "domain.xml",
+            Attachment::LiveXml => "domain-live.xml",
+            Attachment::Nvram => "nvram.fd",
+        }
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct BeginPoint {
+    pub uuid: DomainUuid,
+    pub name: DomainName,
+    pub run: RunId,
+    pub generation: Generation,
+    /// The point the patches start from; `None` for a first run.
+    pub expected_head: Option<PointId>,
+    pub disks: Vec<BeginDisk>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct BeginDisk {
+    pub name: DiskName,
+    pub size: DiskSize,
+    /// Start from nothing even if the head has this disk.
+    pub fresh: bool,
+    /// Most bytes of guest data this run expects to write; reserved.
+    pub reserve_bytes: u64,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DiskApplied {
+    /// Root after the patch, computed by the target from what it wrote.
+    pub root: Digest,
+    pub bytes_written: u64,
+    pub blocks_changed: u64,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SealPoint {
+    pub frozen_at: Timestamp,
+    pub consistency: Consistency,
+    /// Exactly the disks of `begin`, each finished.
+    pub disks: Vec<SealDisk>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SealDisk {
+    pub name: DiskName,
+    /// What the source computed over the frozen image; must equal what the target has (I12).
+    pub root: Digest,
+    pub stats: DiskStats,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VerifyReport {
+    pub point: PointId,
+    pub disks: Vec<VerifyDisk>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VerifyDisk {
+    pub name: DiskName,
+    pub bytes_read: u64,
+    pub blocks: u64,
+    /// First damaged blocks (at most 64), by number; empty when all is well.
+    pub damaged: Vec<u64>,
+    pub damaged_count: u64,
+    /// Root over the bytes as read now, to compare with the manifest's.
+    pub root: Digest,
+    pub root_expected: Digest,
+}
+
+impl VerifyReport {
+    pub fn is_whole(&self) -> bool {
+        self.disks.iter().all(|d| d.damaged_count == 0 && d.root == d.root_expected)
+    }
+}

@@ -1,0 +1,29 @@
+//! The port to the other host: a byte channel to a program there. It never knows what a message is.
+
+use crate::error::Result;
+use std::fmt;
+use std::io::{Read, Write};
+
+pub mod local;
+pub mod ssh;
+pub mod target;
+
+/// Opens channels to the agent on one target. One session (one ssh master) is shared by all channels of all runs.
+pub trait Transport: Send + Sync + fmt::Debug {
+    /// Starts the agent for the store at the target's root and hands out its stdin and stdout.
+    /// Blocks until the remote program was started or refused, at most the connect timeout.
+    fn open(&self) -> Result<Channel>;
+}
+
+/// One running agent. Dropping `input` is the agent's end of file, and its end.
+pub struct Channel {
+    pub input: Box<dyn Write + Send>,
+    pub output: Box<dyn Read + Send>,
+    /// Ends the channel: waits for the remote program, at most a few seconds, and explains a bad end
+    /// (its exit code, what it wrote to stderr, "command not found").
+    pub closer: Box<dyn Closer>,
+}
+
+pub trait Closer: Send {
+    fn close(self: Box<Self>) -> Result<()>;
+}
