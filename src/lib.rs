@@ -19,6 +19,7 @@
 //! ```
 
 pub mod error;
+pub mod failpoint;
 pub mod name;
 
 pub mod block;
