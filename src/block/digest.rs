@@ -6,10 +6,16 @@
 //!   Missing children on the right edge count as zero.
 //! - A disk's root: BLAKE3 in a third domain over size and topmost node: it binds the size.
 //!
-//! Specified in docs/formats/digest.md.
+//! Leaves, nodes and roots are hashed in three domains, so that no content of a block can pose as a node, and no node
+//! as a root. Specified in docs/formats/digest.md.
 
+use super::extent::is_zero;
+use super::{BLOCK_LEN, DiskSize, FANOUT};
+use blake3::Hasher;
+use blake3::hazmat::{ContextKey, HasherExt, hash_derive_key_context};
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::sync::LazyLock;
 
 /// 32 bytes of BLAKE3, or all zero for zeros.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -26,7 +32,8 @@ impl Digest {
 
     pub fn from_hex(text: &str) -> Option<Digest> {
         let mut out = [0u8; 32];
-        if text.len() != 64 {
+        // `from_str_radix` alone would take "+1".
+        if text.len() != 64 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
             return None;
         }
         for (byte, pair) in out.iter_mut().zip(text.as_bytes().chunks(2)) {
@@ -58,5 +65,150 @@ impl<'de> Deserialize<'de> for Digest {
     fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         let text = String::deserialize(d)?;
         Digest::from_hex(&text).ok_or_else(|| serde::de::Error::custom("a digest has 64 hex digits"))
+    }
+}
+
+/// The context strings of the two derived domains. They are part of the format and never change.
+const NODE_CONTEXT: &str = "virt-replica 2026-11-22 digest tree: node";
+const ROOT_CONTEXT: &str = "virt-replica 2026-11-22 digest tree: root";
+
+static NODE_KEY: LazyLock<ContextKey> = LazyLock::new(|| hash_derive_key_context(NODE_CONTEXT));
+static ROOT_KEY: LazyLock<ContextKey> = LazyLock::new(|| hash_derive_key_context(ROOT_CONTEXT));
+
+/// What a short last block is padded with, without copying the block.
+static ZEROS: [u8; BLOCK_LEN] = [0; BLOCK_LEN];
+
+/// Digest of one block. `data` has at most [`BLOCK_LEN`] bytes; fewer are hashed as if zeros followed up to that length.
+/// Zeros only, and so also no bytes at all, give [`Digest::ZERO`].
+///
+/// # Panics
+/// If `data` is longer than a block.
+pub fn block_digest(data: &[u8]) -> Digest {
+    assert!(data.len() <= BLOCK_LEN, "a block has at most {BLOCK_LEN} bytes");
+    if is_zero(data) {
+        return Digest::ZERO;
+    }
+    if data.len() == BLOCK_LEN {
+        return Digest(*blake3::hash(data).as_bytes());
+    }
+    let mut hasher = Hasher::new();
+    hasher.update(data).update(&ZEROS[data.len()..]);
+    Digest(*hasher.finalize().as_bytes())
+}
+
+/// Digest of a node over its children, first child first. Missing children at the end count as zeros; if all
+/// are zero, so is the node.
+///
+/// # Panics
+/// If there are more than [`FANOUT`] children.
+pub fn node_digest(children: &[Digest]) -> Digest {
+    assert!(children.len() <= FANOUT, "a node has at most {FANOUT} children");
+    if children.iter().all(Digest::is_zero) {
+        return Digest::ZERO;
+    }
+    let mut bytes = [0u8; FANOUT * Digest::LEN];
+    for (slot, child) in bytes.chunks_exact_mut(Digest::LEN).zip(children) {
+        slot.copy_from_slice(&child.0);
+    }
+    Digest(*Hasher::new_from_context_key(&NODE_KEY).update(&bytes).finalize().as_bytes())
+}
+
+/// Root of a disk: its size and the topmost node of its tree. Never zero, also not of an empty disk.
+pub fn root_digest(size: DiskSize, top: Digest) -> Digest {
+    let mut hasher = Hasher::new_from_context_key(&ROOT_KEY);
+    hasher.update(&size.0.to_le_bytes()).update(&top.0);
+    Digest(*hasher.finalize().as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leaf(n: u8) -> Digest {
+        Digest([n; 32])
+    }
+
+    #[test]
+    fn a_short_block_is_hashed_as_if_zeros_followed() {
+        for len in [1, 511, 4096, BLOCK_LEN - 1] {
+            let mut whole = vec![0u8; BLOCK_LEN];
+            whole[..len].fill(7);
+            assert_eq!(block_digest(&whole[..len]), block_digest(&whole), "{len}");
+        }
+    }
+
+    #[test]
+    fn zeros_have_the_constant_at_every_length() {
+        let zeros = vec![0u8; BLOCK_LEN];
+        for len in [0, 1, 4096, BLOCK_LEN] {
+            assert_eq!(block_digest(&zeros[..len]), Digest::ZERO);
+        }
+        assert_eq!(node_digest(&[]), Digest::ZERO);
+        assert_eq!(node_digest(&[Digest::ZERO; FANOUT]), Digest::ZERO);
+        assert_ne!(root_digest(DiskSize(0), Digest::ZERO), Digest::ZERO);
+    }
+
+    #[test]
+    fn a_whole_block_is_plain_blake3() {
+        let data: Vec<u8> = (0..BLOCK_LEN).map(|i| (i % 251) as u8).collect();
+        assert_eq!(block_digest(&data).0, *blake3::hash(&data).as_bytes());
+    }
+
+    #[test]
+    fn the_place_of_a_child_counts_and_missing_children_are_zeros() {
+        assert_ne!(node_digest(&[leaf(1), Digest::ZERO]), node_digest(&[Digest::ZERO, leaf(1)]));
+        let mut padded = [Digest::ZERO; FANOUT];
+        padded[0] = leaf(1);
+        assert_eq!(node_digest(&[leaf(1)]), node_digest(&padded));
+    }
+
+    /// By the other road: the library's own one-call derivation over the bytes the specification names.
+    #[test]
+    fn nodes_and_roots_are_blake3_key_derivation() {
+        let mut material = [0u8; 2048];
+        material[..32].fill(1);
+        assert_eq!(node_digest(&[leaf(1)]).0, blake3::derive_key(NODE_CONTEXT, &material));
+        let material = [&[2, 1, 0, 0, 0, 0, 0, 0][..], &leaf(9).0].concat();
+        assert_eq!(root_digest(DiskSize(0x102), leaf(9)).0, blake3::derive_key(ROOT_CONTEXT, &material));
+    }
+
+    /// A guest that writes the bytes of a node into a block gets a block, not that node.
+    #[test]
+    fn the_domains_are_apart() {
+        let children: Vec<Digest> = (1..=64).map(leaf).collect();
+        let bytes: Vec<u8> = children.iter().flat_map(|d| d.0).collect();
+        assert_ne!(node_digest(&children), block_digest(&bytes));
+        assert_ne!(node_digest(&children).0, *blake3::hash(&bytes).as_bytes());
+        assert_ne!(root_digest(DiskSize(1), leaf(1)), root_digest(DiskSize(2), leaf(1)), "the root binds the size");
+    }
+
+    /// The same vectors stand in docs/formats/digest.md; they hold for ever.
+    #[test]
+    fn golden_vectors() {
+        let block = vec![0xaau8; BLOCK_LEN];
+        let short = block_digest(b"virt-replica");
+        let vectors = [
+            block_digest(&block),
+            short,
+            node_digest(&[block_digest(&block), short]),
+            root_digest(DiskSize(65548), short),
+        ];
+        assert_eq!(vectors.map(|d| d.to_string()), GOLDEN);
+    }
+
+    const GOLDEN: [&str; 4] = [
+        "ee00c7e36a586431b00b681cb2e951bcb2d342addb04adc55e502972e06d8d42",
+        "7205d42e2a84c5bc69c4734d189572919e03b96db76ae28fccc4772f5c6509c4",
+        "d145123654023b1c5cb472fcd9d8630f32b1a77249df33d6100081511fac4865",
+        "cec5e9713fe6bd610f2409091ed6b3712fe74760e52b17e356cafade6b03f046",
+    ];
+
+    #[test]
+    fn hex_round_trips_and_refuses_anything_else() {
+        let d = block_digest(b"x");
+        assert_eq!(Digest::from_hex(&d.to_string()), Some(d));
+        for bad in ["", "00", &"g".repeat(64), &"+1".repeat(32), &"\u{e9}".repeat(32)] {
+            assert_eq!(Digest::from_hex(bad), None, "{bad:?}");
+        }
     }
 }
