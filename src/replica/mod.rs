@@ -5,6 +5,8 @@
 //! Format: docs/formats/replica.md.
 
 pub mod chain;
+mod files;
+mod lock;
 pub mod manifest;
 pub mod store;
 pub mod verify;
@@ -238,6 +240,9 @@ pub struct SealDisk {
 pub struct VerifyReport {
     pub point: PointId,
     pub disks: Vec<VerifyDisk>,
+    /// Attachments whose content is not what was sealed, or is gone.
+    #[serde(default)]
+    pub damaged_attachments: Vec<Attachment>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -255,6 +260,7 @@ pub struct VerifyDisk {
 
 impl VerifyReport {
     pub fn is_whole(&self) -> bool {
-        self.disks.iter().all(|d| d.damaged_count == 0 && d.root == d.root_expected)
+        self.damaged_attachments.is_empty()
+            && self.disks.iter().all(|d| d.damaged_count == 0 && d.root == d.root_expected)
     }
 }
