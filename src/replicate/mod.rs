@@ -1,1 +1,16 @@
-//! (being written)
+//! Replicates one domain once. Start with [`cycle`], the page that tells the whole story of a run.
+//!
+//! Deciding is pure: [`plan`] says what a run will do, [`decide`] what the next step is, from a record and an observation.
+//! Acting is thin: [`settle`] performs what was decided, for the normal run and for every recovery alike.
+
+pub mod capture;
+pub mod cycle;
+pub mod deadman;
+pub mod decide;
+pub mod journal;
+pub mod observe;
+pub mod offline;
+pub mod plan;
+pub mod pump;
+pub mod report;
+pub mod settle;
