@@ -1,0 +1,20 @@
+# shellcheck shell=bash
+# Shared by the programs behind the Makefile. Sourced, never run.
+
+ROOT=$(realpath "$(dirname "${BASH_SOURCE[0]}")/../..")
+LAB=$ROOT/tests/lab/lab
+readonly ROOT LAB
+cd "$ROOT"
+
+say() { printf '%s\n' "$*"; }
+die() {
+  printf '%s\n' "$*" >&2
+  exit 1
+}
+
+has_nextest() { cargo nextest --version >/dev/null 2>&1; }
+
+# run_tests ARGS...: one run, whose summary is the last thing printed
+run_tests() {
+  if has_nextest; then cargo nextest run "$@"; else cargo test --no-fail-fast "$@"; fi
+}
