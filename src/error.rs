@@ -213,6 +213,18 @@ impl<T> ResultExt<T> for Result<T> {
     }
 }
 
+/// Somebody else's words, fit for a terminal and a log line: control characters become spaces, the middle of a long
+/// text is left out. At most about `max` bytes.
+pub fn printable(text: &str, max: usize) -> String {
+    let clean: String = text.trim().chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    if clean.len() <= max {
+        return clean;
+    }
+    let head = (0..=max / 3).rev().find(|&at| clean.is_char_boundary(at)).unwrap_or(0);
+    let tail = (clean.len() - max / 2..clean.len()).find(|&at| clean.is_char_boundary(at)).unwrap_or(clean.len());
+    format!("{} [...] {}", &clean[..head], &clean[tail..])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -252,5 +264,12 @@ mod tests {
         ] {
             assert!(!matches!(k.exit_code(), 0 | 127 | 255));
         }
+    }
+
+    #[test]
+    fn words_of_others_are_harmless_and_short() {
+        assert_eq!(printable(" a\x1b[2Jb\r\n", 80), "a [2Jb");
+        let long = printable(&"ä".repeat(1000), 100);
+        assert!(long.len() <= 100 && long.contains(" [...] "), "{long}");
     }
 }

@@ -5,17 +5,28 @@ use std::fmt;
 use std::io::{Read, Write};
 
 pub mod local;
+pub mod pipe;
 pub mod ssh;
+mod stderr;
 pub mod target;
 
 /// Opens channels to the agent on one target. One session (one ssh master) is shared by all channels of all runs.
 pub trait Transport: Send + Sync + fmt::Debug {
+    /// The target's host as messages name it.
+    fn host(&self) -> &str;
+
     /// Starts the agent for the store at the target's root and hands out its stdin and stdout.
-    /// Blocks until the remote program was started or refused, at most the connect timeout.
+    /// Blocks until the remote program was started or refused, at most about the connect timeout.
     fn open(&self) -> Result<Channel>;
+
+    /// Ends what the channels share, after the last of them was closed. Idempotent; `open` may follow and starts anew.
+    fn close(&self) -> Result<()>;
 }
 
 /// One running agent. Dropping `input` is the agent's end of file, and its end.
+///
+/// `read` and `write` fail with `TimedOut` whenever nothing moved for a moment ([`pipe::TICK`]); nothing is lost by it,
+/// the call may be repeated. How long to go on is the caller's decision: only he knows whether the other side is alive.
 pub struct Channel {
     pub input: Box<dyn Write + Send>,
     pub output: Box<dyn Read + Send>,

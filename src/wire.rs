@@ -1,1 +1,531 @@
-//! (being written)
+//! The words between source and agent: a banner in text, then bounded frames.
+//!
+//! Pure: it turns values into bytes and back over any `Read` and `Write`, and knows no files, threads or clock.
+//!
+//! Invariants
+//! - The version is said first, in text, by both sides; nothing else is ever read as a frame before it.
+//! - Every length is checked against a constant before it is allocated.
+//! - Control payloads are JSON and tolerate unknown fields; bulk payloads are raw bytes.
+//!
+//! Format and sequence: docs/formats/wire.md. Fixtures: tests/fixtures/formats/v1/wire-*.
+
+use crate::block::digest::Digest;
+use crate::error::{Error, Kind, Result, printable};
+use crate::name::{DiskName, DomainName, DomainUuid, PointId};
+use crate::replica::{Attachment, BeginPoint, DiskApplied, PointView, ReplicaView, SealPoint, VerifyReport};
+use serde::{Deserialize, Deserializer, Serialize};
+use std::fmt;
+use std::io::{self, BufRead, IoSlice, Read, Write};
+
+/// Changes with every incompatible change of banner, frames, requests or replies. 1: the first.
+pub const PROTOCOL: u32 = 1;
+/// Version of this program, said in the banner for people; it decides nothing.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// Bytes of a frame's header.
+pub const HEADER_LEN: usize = 16;
+/// Most bulk bytes in one frame.
+pub const BULK_MAX: usize = 1 << 20;
+/// Largest payload of any frame: bulk bytes and their prefix.
+pub const PAYLOAD_MAX: usize = BULK_MAX + 64;
+/// Largest JSON request. Smaller than a frame: parsed JSON costs more memory than its text.
+pub const REQUEST_MAX: usize = 256 << 10;
+/// Largest reply, which may travel in several frames: a view of many thousand points.
+pub const REPLY_MAX: usize = 64 << 20;
+/// Most bytes before the agent's banner (shell profiles talk) that a client reads past.
+pub const JUNK_MAX: usize = 64 << 10;
+
+const BANNER_MAX: usize = 256;
+const FLAG_MORE: u8 = 1;
+const TEXT_MAX: usize = 4 << 10;
+
+/// Who says a banner.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    Agent,
+    Client,
+}
+
+impl Role {
+    fn word(self) -> &'static str {
+        match self {
+            Role::Agent => "agent",
+            Role::Client => "client",
+        }
+    }
+}
+
+/// The first line of either side.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Banner {
+    pub protocol: u32,
+    /// Of the program, as its package says; at most 64 printable characters.
+    pub version: String,
+}
+
+impl Banner {
+    /// What this program says.
+    pub fn ours() -> Banner {
+        Banner { protocol: PROTOCOL, version: VERSION.to_owned() }
+    }
+
+    /// The line, newline included.
+    pub fn line(&self, role: Role) -> String {
+        format!("virt-replica {} protocol {} version {}\n", role.word(), self.protocol, self.version)
+    }
+
+    /// Finds a banner at the end of a line: a shell profile may have printed words without a newline before it.
+    fn parse(role: Role, line: &[u8]) -> Option<Banner> {
+        let line = std::str::from_utf8(&line[line.len().saturating_sub(BANNER_MAX)..]).ok()?;
+        let start = line.rfind(&format!("virt-replica {} protocol ", role.word()))?;
+        let mut words = line[start..].split(' ').skip(3);
+        let protocol = words.next()?.parse().ok()?;
+        let version = (words.next()? == "version").then(|| words.next())??;
+        let version_ok = (1..=64).contains(&version.len()) && version.bytes().all(|b| b.is_ascii_graphic());
+        (version_ok && words.next().is_none()).then(|| Banner { protocol, version: version.to_owned() })
+    }
+}
+
+/// Reads up to and including the other side's banner, past at most `junk_max` bytes of anything else.
+/// Whatever came instead of a banner is quoted in the error: `Unavailable` if the other side ended, `Protocol` if it
+/// went on talking.
+pub fn read_banner(input: &mut impl BufRead, role: Role, junk_max: usize) -> Result<Banner> {
+    let mut seen = Vec::new();
+    let limit = junk_max + BANNER_MAX;
+    loop {
+        let start = seen.len();
+        let line_ended = read_line(input, &mut seen, limit)?;
+        let line = &seen[start..];
+        if let (true, Some(banner)) = (line_ended, Banner::parse(role, line.trim_ascii_end())) {
+            return Ok(banner);
+        }
+        if !line_ended {
+            let said = printable(&String::from_utf8_lossy(&seen), 300);
+            let said = if said.is_empty() { "it said nothing".to_owned() } else { format!("it said: {said}") };
+            return Err(match seen.len() >= limit {
+                true => Error::new(Kind::Protocol, format!("the {} talks but says no banner; {said}", role.word())),
+                false => Error::new(Kind::Unavailable, format!("the {} ended before its banner; {said}", role.word())),
+            });
+        }
+    }
+}
+
+/// Appends one line to `seen`; false if the input or the room (`limit` bytes in all) ended first.
+fn read_line(input: &mut impl BufRead, seen: &mut Vec<u8>, limit: usize) -> Result<bool> {
+    loop {
+        let chunk = match input.fill_buf() {
+            Ok(chunk) => chunk,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) => return Err(read_failed(e)),
+        };
+        let room = limit - seen.len();
+        if chunk.is_empty() || room == 0 {
+            return Ok(false);
+        }
+        let chunk = &chunk[..chunk.len().min(room)];
+        let newline = chunk.iter().position(|&b| b == b'\n');
+        let used = newline.map_or(chunk.len(), |at| at + 1);
+        seen.extend_from_slice(&chunk[..used]);
+        input.consume(used);
+        if newline.is_some() {
+            return Ok(true);
+        }
+    }
+}
+
+/// What a frame is. The high bit says that it comes from the agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum FrameKind {
+    /// JSON [`Request`]; answered under the same id.
+    Request = 0x01,
+    /// [`Stream`], then patch bytes. Not answered.
+    Apply = 0x02,
+    /// Content of the attachment whose request has this id.
+    Attach = 0x03,
+    /// A [`Handle`] that is needed no more. Not answered.
+    Release = 0x04,
+    /// Nothing more will be asked; answered by `End`.
+    Bye = 0x05,
+    /// "I am alive", from either side, at any time between frames.
+    Ping = 0x10,
+    /// JSON [`Reply`].
+    Reply = 0x81,
+    /// Digests, see [`encode_nodes`].
+    Nodes = 0x82,
+    /// JSON [`WireError`]: the request of this id failed; id 0: the session did, and ends.
+    Error = 0x83,
+    /// JSON [`Progress`] of the request of this id.
+    Progress = 0x84,
+    /// JSON [`Failed`]: patches for a replica are no longer applied. Answers nothing; saves the rest of a long send.
+    Failed = 0x85,
+    /// The agent's last word.
+    End = 0x86,
+}
+
+impl FrameKind {
+    fn from_byte(byte: u8) -> Option<FrameKind> {
+        use FrameKind::*;
+        [Request, Apply, Attach, Release, Bye, Ping, Reply, Nodes, Error, Progress, Failed, End]
+            .into_iter()
+            .find(|kind| *kind as u8 == byte)
+    }
+
+    fn payload_max(self) -> usize {
+        use FrameKind::*;
+        match self {
+            Request => REQUEST_MAX,
+            Apply | Attach | Reply | Nodes | Error | Failed => PAYLOAD_MAX,
+            Progress => 4 << 10,
+            Release => 4,
+            Bye | Ping | End => 0,
+        }
+    }
+}
+
+/// A frame's header, checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Head {
+    pub kind: FrameKind,
+    /// The message goes on in a later frame of the same kind and id.
+    pub more: bool,
+    pub id: u64,
+}
+
+/// Writes one frame whose payload is these parts, in order; returns the bytes written. After an error the output may
+/// hold half a frame and must not be used again.
+pub fn write_frame(output: &mut (impl Write + ?Sized), head: Head, prefix: &[u8], payload: &[u8]) -> io::Result<u64> {
+    let length = prefix.len() + payload.len();
+    assert!(length <= head.kind.payload_max(), "{:?} of {length} bytes was not bounded by its maker", head.kind);
+    let mut bytes = [0u8; HEADER_LEN];
+    bytes[0..4].copy_from_slice(&(length as u32).to_le_bytes());
+    bytes[4] = head.kind as u8;
+    bytes[5] = if head.more { FLAG_MORE } else { 0 };
+    bytes[8..16].copy_from_slice(&head.id.to_le_bytes());
+    let mut slices = [IoSlice::new(&bytes), IoSlice::new(prefix), IoSlice::new(payload)];
+    let mut rest = &mut slices[..];
+    let mut left = HEADER_LEN + length;
+    while left > 0 {
+        match output.write_vectored(rest) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(n) => {
+                left -= n;
+                IoSlice::advance_slices(&mut rest, n);
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    output.flush()?;
+    Ok((HEADER_LEN + length) as u64)
+}
+
+/// Reads one frame, its payload into `payload` (replaced). `None` at an end of input between two frames.
+pub fn read_frame(input: &mut impl Read, payload: &mut Vec<u8>) -> Result<Option<Head>> {
+    let mut bytes = [0u8; HEADER_LEN];
+    loop {
+        match input.read(&mut bytes[..1]) {
+            Ok(0) => return Ok(None),
+            Ok(_) => break,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(read_failed(e)),
+        }
+    }
+    input.read_exact(&mut bytes[1..]).map_err(read_failed)?;
+    let length = u32::from_le_bytes(bytes[0..4].try_into().expect("four bytes")) as usize;
+    let id = u64::from_le_bytes(bytes[8..16].try_into().expect("eight bytes"));
+    let kind = FrameKind::from_byte(bytes[4])
+        .ok_or_else(|| Error::new(Kind::Protocol, format!("a frame of unknown kind 0x{:02x}", bytes[4])))?;
+    if bytes[5] & !FLAG_MORE != 0 || bytes[6..8] != [0, 0] {
+        return Err(Error::new(Kind::Protocol, format!("a {kind:?} frame with unknown flags")));
+    }
+    if length > kind.payload_max() {
+        let max = kind.payload_max();
+        return Err(Error::new(
+            Kind::Protocol,
+            format!("a {kind:?} frame of {length} bytes; at most {max} are allowed"),
+        ));
+    }
+    payload.resize(length, 0);
+    input.read_exact(payload).map_err(read_failed)?;
+    Ok(Some(Head { kind, more: bytes[5] & FLAG_MORE != 0, id }))
+}
+
+/// An input error as the caller meets it: silence and a cut are for a retry, the rest is this machine's.
+fn read_failed(error: io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => {
+            Error::new(Kind::Unavailable, "the connection ended inside a frame").source(error)
+        }
+        io::ErrorKind::TimedOut => Error::new(Kind::Unavailable, "the other side has fallen silent").source(error),
+        io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted | io::ErrorKind::BrokenPipe => {
+            Error::new(Kind::Unavailable, "the connection was lost").source(error)
+        }
+        _ => Error::new(Kind::Io, "cannot read from the other side").source(error),
+    }
+}
+
+/// One opened replica within one session. Never reused within it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Handle(pub u32);
+
+impl Handle {
+    pub fn to_bytes(self) -> [u8; 4] {
+        self.0.to_le_bytes()
+    }
+
+    pub fn from_bytes(bytes: &[u8]) -> Result<Handle> {
+        let bytes = bytes.try_into().map_err(|_| Error::new(Kind::Protocol, "a replica handle has four bytes"))?;
+        Ok(Handle(u32::from_le_bytes(bytes)))
+    }
+}
+
+/// Where the bytes of an `Apply` frame belong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stream {
+    pub replica: Handle,
+    /// Position of the disk in the request that began the point.
+    pub disk: u32,
+}
+
+impl Stream {
+    pub const LEN: usize = 8;
+
+    pub fn to_bytes(self) -> [u8; Self::LEN] {
+        let mut bytes = [0; Self::LEN];
+        bytes[..4].copy_from_slice(&self.replica.to_bytes());
+        bytes[4..].copy_from_slice(&self.disk.to_le_bytes());
+        bytes
+    }
+
+    /// Splits an `Apply` payload into its stream and the patch bytes.
+    pub fn split(payload: &[u8]) -> Result<(Stream, &[u8])> {
+        let (replica, rest) =
+            payload.split_first_chunk().ok_or_else(|| Error::new(Kind::Protocol, "an Apply frame without a stream"))?;
+        let (disk, patch) =
+            rest.split_first_chunk().ok_or_else(|| Error::new(Kind::Protocol, "an Apply frame without a stream"))?;
+        Ok((Stream { replica: Handle(u32::from_le_bytes(*replica)), disk: u32::from_le_bytes(*disk) }, patch))
+    }
+}
+
+/// What a client asks. Each is answered by the [`Reply`] of the same name (`Nodes` by digests), or by an error.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    Open {
+        uuid: DomainUuid,
+    },
+    Find {
+        name: String,
+    },
+    Describe {
+        replica: Handle,
+    },
+    Begin {
+        replica: Handle,
+        request: BeginPoint,
+    },
+    Nodes {
+        replica: Handle,
+        disk: DiskName,
+        level: u8,
+        start: u64,
+        end: u64,
+    },
+    FinishDisk {
+        replica: Handle,
+        disk: DiskName,
+    },
+    /// Followed by `Attach` frames with the same id and `length` bytes in all; one attachment at a time.
+    Attach {
+        replica: Handle,
+        name: Attachment,
+        length: u64,
+    },
+    Seal {
+        replica: Handle,
+        request: SealPoint,
+    },
+    Abandon {
+        replica: Handle,
+    },
+    Verify {
+        replica: Handle,
+        point: PointId,
+    },
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reply {
+    Open { replica: Handle },
+    Find { found: Vec<(DomainUuid, DomainName)> },
+    Describe { view: ReplicaView },
+    Begin {},
+    FinishDisk { applied: DiskApplied },
+    Attach {},
+    Seal { point: PointView },
+    Abandon {},
+    Verify { report: VerifyReport },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    pub done_bytes: u64,
+    pub total_bytes: u64,
+}
+
+/// Patches for this replica are dropped from now on, for this reason, until its next `Begin` or `Abandon`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Failed {
+    pub replica: Handle,
+    pub error: WireError,
+}
+
+/// An [`Error`] on its way: what the caller must do, a sentence, the place, the cause in words.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WireError {
+    /// A kind this side does not know reads as [`Kind::Refused`].
+    #[serde(deserialize_with = "known_kind")]
+    pub kind: Kind,
+    pub what: String,
+    #[serde(default)]
+    pub context: WireContext,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cause: Option<String>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct WireContext {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub domain: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub point: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub offset_bytes: Option<u64>,
+}
+
+fn known_kind<'de, D: Deserializer<'de>>(input: D) -> Result<Kind, D::Error> {
+    let word = String::deserialize(input)?;
+    Ok(serde_json::from_value(serde_json::Value::String(word)).unwrap_or(Kind::Refused))
+}
+
+impl From<&Error> for WireError {
+    fn from(error: &Error) -> Self {
+        let short = |text: &str| printable(text, TEXT_MAX);
+        let context = error.context();
+        let mut causes = Vec::new();
+        let mut cause = std::error::Error::source(error);
+        while let (Some(c), true) = (cause, causes.len() < 8) {
+            causes.push(c.to_string());
+            cause = c.source();
+        }
+        WireError {
+            kind: error.kind(),
+            what: short(error.what()),
+            context: WireContext {
+                domain: context.domain.as_deref().map(short),
+                disk: context.disk.as_deref().map(short),
+                point: context.point.as_deref().map(short),
+                path: context.path.as_ref().map(|p| short(&p.to_string_lossy())),
+                offset_bytes: context.offset_bytes,
+            },
+            hint: error.hint_text().map(short),
+            cause: (!causes.is_empty()).then(|| short(&causes.join(": "))),
+        }
+    }
+}
+
+impl WireError {
+    /// The error as this side reports it. `host`: where it happened, if not here. The words of the other side are
+    /// made fit for a terminal.
+    pub fn into_error(self, host: Option<&str>) -> Error {
+        let what = printable(&self.what, TEXT_MAX);
+        let mut error = Error::new(self.kind, host.map_or_else(|| what.clone(), |host| format!("on {host}: {what}")));
+        let context = self.context;
+        if let Some(domain) = context.domain {
+            error = error.domain(printable(&domain, TEXT_MAX));
+        }
+        if let Some(disk) = context.disk {
+            error = error.disk(printable(&disk, TEXT_MAX));
+        }
+        if let Some(point) = context.point {
+            error = error.point(printable(&point, TEXT_MAX));
+        }
+        if let Some(path) = context.path {
+            error = error.path(printable(&path, TEXT_MAX));
+        }
+        if let Some(offset) = context.offset_bytes {
+            error = error.offset(offset);
+        }
+        if let Some(hint) = self.hint {
+            error = error.hint(printable(&hint, TEXT_MAX));
+        }
+        if let Some(cause) = self.cause {
+            error = error.source(printable(&cause, TEXT_MAX));
+        }
+        error
+    }
+}
+
+/// JSON of a control message. The types of this module always have one.
+pub fn encode(message: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(message).expect("plain data with string keys always has JSON")
+}
+
+/// A control message out of its JSON.
+pub fn decode<'a, T: Deserialize<'a>>(what: impl fmt::Display, payload: &'a [u8]) -> Result<T> {
+    serde_json::from_slice(payload)
+        .map_err(|e| Error::new(Kind::Protocol, format!("cannot understand a {what}")).source(e).hint(SAME_VERSION))
+}
+
+/// Advice for every kind of not understanding each other.
+pub const SAME_VERSION: &str = "install the same virt-replica on both hosts";
+
+/// Set in a run's count: so many zero digests, none of which is sent.
+const ZERO_RUN: u32 = 1 << 31;
+
+/// Digests as runs: a count, then that many digests, or only the count with its high bit set for zero digests.
+pub fn encode_nodes(nodes: &[Digest]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for run in nodes.chunk_by(|a, b| a.is_zero() == b.is_zero()) {
+        let zero = if run[0].is_zero() { ZERO_RUN } else { 0 };
+        bytes.extend_from_slice(&(run.len() as u32 | zero).to_le_bytes());
+        if zero == 0 {
+            run.iter().for_each(|digest| bytes.extend_from_slice(&digest.0));
+        }
+    }
+    bytes
+}
+
+/// Exactly `expected` digests out of their runs; the caller has bounded `expected`.
+pub fn decode_nodes(mut bytes: &[u8], expected: usize) -> Result<Vec<Digest>> {
+    let wrong = |what: &'static str| Error::new(Kind::Protocol, what);
+    let mut nodes = Vec::with_capacity(expected);
+    while let Some((count, rest)) = bytes.split_first_chunk() {
+        let word = u32::from_le_bytes(*count);
+        let count = (word & !ZERO_RUN) as usize;
+        if count == 0 || count > expected - nodes.len() {
+            return Err(wrong("more or fewer nodes came than were asked for"));
+        }
+        bytes = rest;
+        if word & ZERO_RUN != 0 {
+            nodes.resize(nodes.len() + count, Digest::ZERO);
+            continue;
+        }
+        let (run, rest) = bytes.split_at_checked(count * Digest::LEN).ok_or_else(|| wrong("a run of nodes is cut"))?;
+        nodes.extend(run.chunks_exact(Digest::LEN).map(|d| Digest(d.try_into().expect("a chunk of that length"))));
+        bytes = rest;
+    }
+    if !bytes.is_empty() || nodes.len() != expected {
+        return Err(wrong("more or fewer nodes came than were asked for"));
+    }
+    Ok(nodes)
+}

@@ -1,1 +1,721 @@
-//! (being written)
+//! The other host's replicas, as seen from here: [`Replica`] over a channel to an agent.
+//!
+//! One reader thread takes frames apart and wakes who waits for them; one thread says "I am alive"; requests are
+//! written by whoever makes them, behind one lock, and a full pipe makes him wait. An agent that is not heard for
+//! [`ClientOptions::silence`] is dead: everybody who waits, and everybody who asks later, gets the same error.
+//!
+//! Invariants
+//! - A session dies once, for one reason; after that no byte is written.
+//! - No call waits longer than the silence allowed while nothing is heard from the agent.
+//!
+//! Protocol: docs/formats/wire.md.
+
+use super::patience::Patient;
+use crate::block::digest::Digest;
+use crate::error::{Error, Kind, Result};
+use crate::name::{DiskName, DomainName, DomainUuid, PointId};
+use crate::replica::{
+    ATTACHMENT_MAX, Attachment, BeginPoint, DiskApplied, NODES_MAX, PointView, Replica, ReplicaView, SealPoint,
+    VerifyReport,
+};
+use crate::transport::{Closer, Transport};
+use crate::wire::{
+    BULK_MAX, Banner, Failed, FrameKind, Handle, Head, JUNK_MAX, PROTOCOL, Progress, REPLY_MAX, REQUEST_MAX, Reply,
+    Request, Role, SAME_VERSION, Stream, WireError, decode, decode_nodes, encode, read_banner, read_frame, write_frame,
+};
+use std::collections::HashMap;
+use std::fmt;
+use std::io::{self, BufReader, Read, Write};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, RwLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+#[derive(Debug, Clone, Copy)]
+pub struct ClientOptions {
+    /// An agent that says nothing for this long is dead. Agents say something every few seconds.
+    pub silence: Duration,
+    /// How often the client says that it is alive. Well below the agent's patience.
+    pub ping_interval: Duration,
+}
+
+impl Default for ClientOptions {
+    fn default() -> Self {
+        Self { silence: Duration::from_secs(30), ping_interval: Duration::from_secs(5) }
+    }
+}
+
+/// How long a failed write waits for the reader to find out the reason (the agent's last words, its exit code).
+const VERDICT_WAIT: Duration = Duration::from_secs(7);
+
+/// A session with one agent. Shared by threads; ended by [`AgentClient::close`], or cut by dropping it.
+pub struct AgentClient {
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    /// The agent takes one attachment at a time.
+    attaching: Mutex<()>,
+}
+
+type Writer = Patient<Box<dyn Write + Send>, Box<dyn FnMut(Duration) -> io::Result<()> + Send>>;
+
+struct Shared {
+    host: String,
+    options: ClientOptions,
+    /// `None` once nothing more may be written. Never locked while `state` is.
+    writer: Mutex<Option<Writer>>,
+    closer: Mutex<Option<Box<dyn Closer>>>,
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Says the same as `Phase::Dead`, to a writer that waits for room in the pipe.
+    dead: Arc<AtomicBool>,
+    next_id: AtomicU64,
+    sent_bytes: AtomicU64,
+    received_bytes: AtomicU64,
+}
+
+struct State {
+    phase: Phase,
+    agent_version: String,
+    /// Requests that are waited for.
+    slots: HashMap<u64, Slot>,
+    /// Replicas whose patches are no longer applied, and why.
+    failed: HashMap<Handle, WireError>,
+    heard: Instant,
+}
+
+enum Phase {
+    /// The agent's banner has not come.
+    Greeting,
+    Open,
+    /// `Bye` is on its way: nothing new is asked, answers may still come.
+    Closing,
+    Ended,
+    Dead(WireError),
+}
+
+/// A request in flight.
+#[derive(Default)]
+struct Slot {
+    /// Kind and payload of the answer, as far as it has come.
+    answer: Option<(FrameKind, Vec<u8>)>,
+    complete: bool,
+    /// The latest only: a slow reader of progress holds up nobody.
+    progress: Option<Progress>,
+}
+
+impl AgentClient {
+    /// Starts an agent and greets it. Blocks for the transport's connect timeout and the silence allowed at most.
+    pub fn connect(transport: &dyn Transport) -> Result<AgentClient> {
+        Self::connect_with(transport, ClientOptions::default())
+    }
+
+    pub fn connect_with(transport: &dyn Transport, options: ClientOptions) -> Result<AgentClient> {
+        let channel = transport.open()?;
+        let dead = Arc::new(AtomicBool::new(false));
+        let is_dead = Arc::clone(&dead);
+        let writer = Patient::new(
+            channel.input,
+            Box::new(move |_: Duration| match is_dead.load(Ordering::Acquire) {
+                true => Err(io::ErrorKind::BrokenPipe.into()),
+                // As long as the agent is heard it may take its time: this is the backpressure of its disk.
+                false => Ok(()),
+            }) as Box<dyn FnMut(Duration) -> io::Result<()> + Send>,
+        );
+        let shared = Arc::new(Shared {
+            host: transport.host().to_owned(),
+            options,
+            writer: Mutex::new(Some(writer)),
+            closer: Mutex::new(Some(channel.closer)),
+            state: Mutex::new(State {
+                phase: Phase::Greeting,
+                agent_version: String::new(),
+                slots: HashMap::new(),
+                failed: HashMap::new(),
+                heard: Instant::now(),
+            }),
+            changed: Condvar::new(),
+            dead,
+            next_id: AtomicU64::new(1),
+            sent_bytes: AtomicU64::new(0),
+            received_bytes: AtomicU64::new(0),
+        });
+        let client = AgentClient { shared, threads: Mutex::default(), attaching: Mutex::default() };
+        let (reader, output) = (Arc::clone(&client.shared), channel.output);
+        client.spawn("agent-reader", move || reader.read_until_end(output))?;
+        client.shared.wait_until(|state| (!matches!(state.phase, Phase::Greeting)).then_some(()))?;
+        client.shared.write_with(|writer| {
+            let line = Banner::ours().line(Role::Client);
+            writer.write_all(line.as_bytes())?;
+            writer.flush()?;
+            Ok(line.len() as u64)
+        })?;
+        let pinger = Arc::clone(&client.shared);
+        client.spawn("agent-ping", move || pinger.keep_alive())?;
+        Ok(client)
+    }
+
+    fn spawn(&self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
+        let thread = std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(body)
+            .map_err(|e| Error::from_io("cannot start a thread", e))?;
+        lock(&self.threads).push(thread);
+        Ok(())
+    }
+
+    /// The host as messages name it.
+    pub fn host(&self) -> &str {
+        &self.shared.host
+    }
+
+    /// Version of the agent's program, for people.
+    pub fn agent_version(&self) -> String {
+        lock(&self.shared.state).agent_version.clone()
+    }
+
+    /// Bytes written to the agent so far, banner and frame headers included.
+    pub fn bytes_sent(&self) -> u64 {
+        self.shared.sent_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Bytes read from the agent so far.
+    pub fn bytes_received(&self) -> u64 {
+        self.shared.received_bytes.load(Ordering::Relaxed)
+    }
+
+    /// The replica of a domain on the other host; it need not exist yet. Its lock there, if it took one, is released
+    /// when the [`RemoteReplica`] is dropped.
+    pub fn open(self: &Arc<Self>, uuid: &DomainUuid) -> Result<RemoteReplica> {
+        match self.shared.call(&Request::Open { uuid: uuid.clone() })? {
+            Reply::Open { replica } => {
+                Ok(RemoteReplica { client: Arc::clone(self), handle: replica, disks: RwLock::default() })
+            }
+            other => Err(self.shared.other_reply("open", &other)),
+        }
+    }
+
+    /// Domains of this name on the other host, all of them for an empty name.
+    pub fn find(&self, name: &str) -> Result<Vec<(DomainUuid, DomainName)>> {
+        match self.shared.call(&Request::Find { name: name.to_owned() })? {
+            Reply::Find { found } => Ok(found),
+            other => Err(self.shared.other_reply("find", &other)),
+        }
+    }
+
+    /// Ends the session in order: everything asked is answered, the agent says its last word and ends. Requests made
+    /// meanwhile or later fail. Idempotent; an error tells how the session ended otherwise.
+    pub fn close(&self) -> Result<()> {
+        let shared = &self.shared;
+        let say_bye = {
+            let mut state = lock(&shared.state);
+            let open = matches!(state.phase, Phase::Open);
+            if open {
+                state.phase = Phase::Closing;
+            }
+            open
+        };
+        let ended = match say_bye {
+            true => shared.send(head(FrameKind::Bye, 0), &[], &[]),
+            false => Ok(()),
+        };
+        let ended = ended.and_then(|()| shared.wait_until(|state| matches!(state.phase, Phase::Ended).then_some(())));
+        shared.changed.notify_all();
+        drop(lock(&shared.writer).take());
+        for thread in lock(&self.threads).drain(..) {
+            if thread.join().is_err() {
+                return Err(Error::new(Kind::Io, "a thread of the session panicked"));
+            }
+        }
+        let closer = lock(&shared.closer).take();
+        let closed = closer.map_or(Ok(()), |closer| closer.close());
+        ended.and(closed)
+    }
+}
+
+impl Drop for AgentClient {
+    /// Cuts the session, if it was not closed: end of file is the agent's end. Waits for nothing and nobody.
+    fn drop(&mut self) {
+        let cut = Error::new(Kind::Interrupted, "the session was dropped");
+        self.shared.die(&cut);
+        if let Ok(mut writer) = self.shared.writer.try_lock() {
+            writer.take();
+        }
+    }
+}
+
+impl fmt::Debug for AgentClient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "AgentClient({})", self.shared.host)
+    }
+}
+
+/// A panic under one of these locks is a bug that has already been reported by the panic.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("nothing panics under the locks of a session")
+}
+
+fn head(kind: FrameKind, id: u64) -> Head {
+    Head { kind, more: false, id }
+}
+
+/// What every request can meet.
+impl Shared {
+    /// Asks and waits for the answer.
+    fn call(&self, request: &Request) -> Result<Reply> {
+        let id = self.ask(request)?;
+        self.reply(id, &mut |_, _| {})
+    }
+
+    fn reply(&self, id: u64, progress: &mut dyn FnMut(u64, u64)) -> Result<Reply> {
+        match self.answer(id, progress)? {
+            (FrameKind::Reply, payload) => decode("reply", &payload).map_err(|e| self.at_host(e)),
+            (kind, _) => Err(self.at_host(protocol(format!("a {kind:?} frame instead of a reply")))),
+        }
+    }
+
+    /// Sends a request; its answer may be waited for under the id returned.
+    fn ask(&self, request: &Request) -> Result<u64> {
+        let payload = encode(request);
+        if payload.len() > REQUEST_MAX {
+            let what = format!("a request of {} bytes; at most {REQUEST_MAX} are allowed", payload.len());
+            return Err(Error::new(Kind::Usage, what));
+        }
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        self.check_open()?.slots.insert(id, Slot::default());
+        let sent = self.send(head(FrameKind::Request, id), &[], &payload);
+        if sent.is_err() {
+            lock(&self.state).slots.remove(&id);
+        }
+        sent.map(|()| id)
+    }
+
+    /// Waits for a whole answer; an `Error` answer is returned as one.
+    fn answer(&self, id: u64, progress: &mut dyn FnMut(u64, u64)) -> Result<(FrameKind, Vec<u8>)> {
+        enum News {
+            Progress(Progress),
+            Answer((FrameKind, Vec<u8>)),
+        }
+        loop {
+            let news = self.wait_until(|state| {
+                let slot = state.slots.get_mut(&id)?;
+                if slot.complete {
+                    let slot = state.slots.remove(&id)?;
+                    return slot.answer.map(News::Answer);
+                }
+                slot.progress.take().map(News::Progress)
+            });
+            match news {
+                Ok(News::Progress(p)) => progress(p.done_bytes, p.total_bytes),
+                Ok(News::Answer((FrameKind::Error, payload))) => {
+                    let error: WireError = decode("error", &payload).map_err(|e| self.at_host(e))?;
+                    return Err(error.into_error(Some(&self.host)));
+                }
+                Ok(News::Answer(answer)) => return Ok(answer),
+                Err(error) => {
+                    lock(&self.state).slots.remove(&id);
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    /// The state, if something new may be asked.
+    fn check_open(&self) -> Result<MutexGuard<'_, State>> {
+        let state = lock(&self.state);
+        match &state.phase {
+            Phase::Open => Ok(state),
+            Phase::Dead(error) => Err(error.clone().into_error(None)),
+            _ => Err(Error::new(Kind::Usage, format!("the session with {} is closed", self.host))),
+        }
+    }
+
+    /// Waits until `ready` gives something, or the session dies.
+    fn wait_until<T>(&self, mut ready: impl FnMut(&mut State) -> Option<T>) -> Result<T> {
+        let mut state = lock(&self.state);
+        loop {
+            if let Some(value) = ready(&mut state) {
+                return Ok(value);
+            }
+            match &state.phase {
+                Phase::Dead(error) => return Err(error.clone().into_error(None)),
+                Phase::Ended => return Err(protocol(format!("the agent on {} ended in mid-answer", self.host))),
+                _ => {}
+            }
+            // The reader finds silence out by itself; this is for an output that blocks for ever.
+            let quiet = state.heard.elapsed();
+            let patience = self.options.silence + Duration::from_secs(1);
+            if quiet >= patience {
+                drop(state);
+                return Err(self.die(&self.silent(quiet)));
+            }
+            state =
+                self.changed.wait_timeout(state, patience - quiet).expect("nothing panics under the state's lock").0;
+        }
+    }
+
+    fn send(&self, head: Head, prefix: &[u8], payload: &[u8]) -> Result<()> {
+        self.write_with(|writer| write_frame(writer, head, prefix, payload))
+    }
+
+    fn write_with(&self, write: impl FnOnce(&mut Writer) -> io::Result<u64>) -> Result<()> {
+        let written = match lock(&self.writer).as_mut() {
+            Some(writer) => write(writer),
+            None => Err(io::ErrorKind::BrokenPipe.into()),
+        };
+        match written {
+            Ok(bytes) => {
+                self.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
+                Ok(())
+            }
+            Err(error) => Err(self.verdict(error)),
+        }
+    }
+
+    /// Why a write failed: what the reader found out, or else what the write met. The session is dead afterwards.
+    fn verdict(&self, error: io::Error) -> Error {
+        let deadline = Instant::now() + VERDICT_WAIT;
+        let mut state = lock(&self.state);
+        while !matches!(state.phase, Phase::Dead(_) | Phase::Ended) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            state = self.changed.wait_timeout(state, left).expect("nothing panics under the state's lock").0;
+        }
+        drop(state);
+        let what = format!("cannot write to the agent on {}", self.host);
+        self.die(&Error::new(Kind::Unavailable, what).source(error))
+    }
+
+    /// Declares the session dead for this reason, unless it is already; returns the reason that holds.
+    fn die(&self, error: &Error) -> Error {
+        let mut state = lock(&self.state);
+        self.dead.store(true, Ordering::Release);
+        if !matches!(state.phase, Phase::Dead(_) | Phase::Ended) {
+            state.phase = Phase::Dead(WireError::from(error));
+        }
+        self.changed.notify_all();
+        match &state.phase {
+            Phase::Dead(reason) => reason.clone().into_error(None),
+            _ => Error::new(Kind::Usage, format!("the session with {} is closed", self.host)),
+        }
+    }
+
+    fn silent(&self, quiet: Duration) -> Error {
+        let what = format!("the agent on {} has been silent for {} s", self.host, quiet.as_secs());
+        Error::new(Kind::Unavailable, what)
+    }
+
+    fn at_host(&self, error: Error) -> Error {
+        WireError::from(&error).into_error(Some(&self.host))
+    }
+
+    fn other_reply(&self, asked: &str, reply: &Reply) -> Error {
+        let reply = crate::error::printable(&format!("{reply:?}"), 80);
+        self.at_host(protocol(format!("the answer to '{asked}' is {reply}")))
+    }
+
+    /// The second thread: says that we are alive, until the session ends.
+    fn keep_alive(&self) {
+        let mut due = Instant::now() + self.options.ping_interval;
+        let mut state = lock(&self.state);
+        while matches!(state.phase, Phase::Open) {
+            let left = due.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                drop(state);
+                // A write that has been waiting for room all this time says the same as a ping.
+                if self.send(head(FrameKind::Ping, 0), &[], &[]).is_err() {
+                    return;
+                }
+                due = Instant::now() + self.options.ping_interval;
+                state = lock(&self.state);
+                continue;
+            }
+            state = self.changed.wait_timeout(state, left).expect("nothing panics under the state's lock").0;
+        }
+    }
+}
+
+/// The reader's side.
+impl Shared {
+    /// The reader thread: banner, frames, and the inquest.
+    fn read_until_end(self: Arc<Self>, output: Box<dyn Read + Send>) {
+        let (silence, dead) = (self.options.silence, Arc::clone(&self.dead));
+        let output = Patient::new(output, move |quiet| match quiet < silence && !dead.load(Ordering::Acquire) {
+            true => Ok(()),
+            false => Err(io::ErrorKind::TimedOut.into()),
+        });
+        let mut input = BufReader::with_capacity(64 << 10, Heard { inner: output, shared: &self });
+        match self.greet(&mut input).and_then(|()| self.dispatch(&mut input)) {
+            Ok(()) => {
+                lock(&self.state).phase = Phase::Ended;
+                self.changed.notify_all();
+            }
+            Err(error) => self.inquest(error),
+        }
+    }
+
+    fn greet(&self, input: &mut impl io::BufRead) -> Result<()> {
+        let theirs = read_banner(input, Role::Agent, JUNK_MAX)?;
+        if theirs.protocol != PROTOCOL {
+            let ours = Banner::ours();
+            let what = format!(
+                "the agent is virt-replica {} (protocol {}), this is virt-replica {} (protocol {})",
+                theirs.version, theirs.protocol, ours.version, ours.protocol
+            );
+            let hint = format!("install the same virt-replica on {}", self.host);
+            return Err(Error::new(Kind::Protocol, what).hint(hint));
+        }
+        let mut state = lock(&self.state);
+        state.agent_version = theirs.version;
+        if matches!(state.phase, Phase::Greeting) {
+            state.phase = Phase::Open;
+        }
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Hands each frame to who waits for it, until the agent's last word.
+    fn dispatch(&self, input: &mut impl Read) -> Result<()> {
+        let mut payload = Vec::new();
+        while let Some(head) = read_frame(input, &mut payload)? {
+            match head.kind {
+                FrameKind::Ping => {}
+                FrameKind::Error if head.id == 0 => {
+                    let error: WireError = decode("error", &payload)?;
+                    return Err(error.into_error(None));
+                }
+                FrameKind::Reply | FrameKind::Nodes | FrameKind::Error => self.take_answer(head, &payload)?,
+                FrameKind::Progress => {
+                    let progress = decode("progress", &payload)?;
+                    if let Some(slot) = lock(&self.state).slots.get_mut(&head.id) {
+                        slot.progress = Some(progress);
+                    }
+                    self.changed.notify_all();
+                }
+                FrameKind::Failed => {
+                    let failed: Failed = decode("failure", &payload)?;
+                    let mut state = lock(&self.state);
+                    if state.failed.len() < 1024 {
+                        state.failed.insert(failed.replica, failed.error);
+                    }
+                }
+                FrameKind::End => {
+                    return match lock(&self.state).phase {
+                        Phase::Closing => Ok(()),
+                        _ => Err(protocol("the agent ended the session unasked")),
+                    };
+                }
+                other => return Err(protocol(format!("a {other:?} frame is not for a client"))),
+            }
+        }
+        Err(Error::new(Kind::Unavailable, "the agent ended without a goodbye"))
+    }
+
+    fn take_answer(&self, head: Head, payload: &[u8]) -> Result<()> {
+        let mut state = lock(&self.state);
+        let slot = state
+            .slots
+            .get_mut(&head.id)
+            .filter(|slot| !slot.complete)
+            .ok_or_else(|| protocol(format!("an answer to request {}, which nobody made", head.id)))?;
+        let (kind, answer) = slot.answer.get_or_insert_with(|| (head.kind, Vec::new()));
+        if *kind != head.kind || payload.len() > REPLY_MAX - answer.len() {
+            return Err(protocol("an answer that changes its kind, or never ends"));
+        }
+        answer.extend_from_slice(payload);
+        slot.complete = !head.more;
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// The session broke: tell everybody why. An end without a word is explained by the transport, which knows how the
+    /// program ended; what explains itself is told before that, since ending a program may take seconds.
+    fn inquest(&self, error: Error) {
+        let quiet = lock(&self.state).heard.elapsed();
+        let silent = quiet >= self.options.silence;
+        let error = if silent { self.silent(quiet) } else { self.at_host(error) };
+        if silent || error.kind() != Kind::Unavailable {
+            self.die(&error);
+        }
+        // Its end of file, so that a live agent ends too. Somebody who is stuck in a write holds the lock; he is freed
+        // by the closer, which cuts the pipe.
+        if let Ok(mut writer) = self.writer.try_lock() {
+            writer.take();
+        }
+        let closer = lock(&self.closer).take();
+        let explained = match closer.map(|closer| closer.close()) {
+            Some(Err(explained)) if std::error::Error::source(&explained).is_none() => explained.source(error),
+            Some(Err(explained)) => explained,
+            _ => error,
+        };
+        self.die(&explained);
+    }
+}
+
+/// Counts what is read, and remembers when.
+struct Heard<'a, R> {
+    inner: R,
+    shared: &'a Shared,
+}
+
+impl<R: Read> Read for Heard<'_, R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let n = self.inner.read(buf)?;
+        if n > 0 {
+            self.shared.received_bytes.fetch_add(n as u64, Ordering::Relaxed);
+            lock(&self.shared.state).heard = Instant::now();
+        }
+        Ok(n)
+    }
+}
+
+fn protocol(what: impl Into<std::borrow::Cow<'static, str>>) -> Error {
+    Error::new(Kind::Protocol, what).hint(SAME_VERSION)
+}
+
+/// A replica on the agent's host.
+#[derive(Debug)]
+pub struct RemoteReplica {
+    client: Arc<AgentClient>,
+    handle: Handle,
+    /// The disks of the point being written: their order is their number on the wire.
+    disks: RwLock<Vec<DiskName>>,
+}
+
+impl RemoteReplica {
+    fn shared(&self) -> &Shared {
+        &self.client.shared
+    }
+
+    fn set_disks(&self, disks: Vec<DiskName>) {
+        *self.disks.write().expect("nothing panics under this lock") = disks;
+        lock(&self.shared().state).failed.remove(&self.handle);
+    }
+
+    fn unexpected<T>(&self, asked: &str, reply: Reply) -> Result<T> {
+        Err(self.shared().other_reply(asked, &reply))
+    }
+}
+
+impl Replica for RemoteReplica {
+    fn describe(&self) -> Result<ReplicaView> {
+        match self.shared().call(&Request::Describe { replica: self.handle })? {
+            Reply::Describe { view } => Ok(view),
+            other => self.unexpected("describe", other),
+        }
+    }
+
+    fn begin(&self, request: &BeginPoint) -> Result<()> {
+        match self.shared().call(&Request::Begin { replica: self.handle, request: request.clone() })? {
+            Reply::Begin {} => {
+                self.set_disks(request.disks.iter().map(|disk| disk.name.clone()).collect());
+                Ok(())
+            }
+            other => self.unexpected("begin", other),
+        }
+    }
+
+    fn nodes(&self, disk: &DiskName, level: u8, range: Range<u64>) -> Result<Vec<Digest>> {
+        let count = range.end.saturating_sub(range.start);
+        if count > NODES_MAX {
+            return Err(Error::new(Kind::Usage, format!("{count} nodes in one call; at most {NODES_MAX} are allowed")));
+        }
+        if count == 0 {
+            return Ok(Vec::new());
+        }
+        let (start, end) = (range.start, range.end);
+        let shared = self.shared();
+        let id = shared.ask(&Request::Nodes { replica: self.handle, disk: disk.clone(), level, start, end })?;
+        match shared.answer(id, &mut |_, _| {})? {
+            (FrameKind::Nodes, payload) => {
+                decode_nodes(&payload, count as usize).map_err(|e| shared.at_host(e).disk(disk))
+            }
+            (kind, _) => Err(shared.at_host(protocol(format!("a {kind:?} frame instead of nodes")))),
+        }
+    }
+
+    fn apply(&self, disk: &DiskName, patch_bytes: &[u8]) -> Result<()> {
+        let position = self.disks.read().expect("nothing panics under this lock").iter().position(|d| d == disk);
+        let disk_number =
+            position.ok_or_else(|| Error::new(Kind::Usage, "patch bytes for a disk that was not begun").disk(disk))?;
+        let prefix = Stream { replica: self.handle, disk: disk_number as u32 }.to_bytes();
+        for chunk in patch_bytes.chunks(BULK_MAX) {
+            let shared = self.shared();
+            let failed = shared.check_open()?.failed.get(&self.handle).cloned();
+            if let Some(error) = failed {
+                return Err(error.into_error(Some(&shared.host)));
+            }
+            let id = shared.next_id.fetch_add(1, Ordering::Relaxed);
+            shared.send(head(FrameKind::Apply, id), &prefix, chunk)?;
+        }
+        Ok(())
+    }
+
+    fn finish_disk(&self, disk: &DiskName) -> Result<DiskApplied> {
+        match self.shared().call(&Request::FinishDisk { replica: self.handle, disk: disk.clone() })? {
+            Reply::FinishDisk { applied } => Ok(applied),
+            other => self.unexpected("finish_disk", other),
+        }
+    }
+
+    fn attach(&self, name: Attachment, content: &[u8]) -> Result<()> {
+        if content.len() > ATTACHMENT_MAX {
+            let what =
+                format!("{} has {} bytes; at most {ATTACHMENT_MAX} are allowed", name.file_name(), content.len());
+            return Err(Error::new(Kind::Usage, what));
+        }
+        let shared = self.shared();
+        let _turn = lock(&self.client.attaching);
+        let id = shared.ask(&Request::Attach { replica: self.handle, name, length: content.len() as u64 })?;
+        let mut rest = content;
+        loop {
+            let (now, later) = rest.split_at(rest.len().min(BULK_MAX));
+            shared.send(Head { kind: FrameKind::Attach, more: !later.is_empty(), id }, &[], now)?;
+            if later.is_empty() {
+                break;
+            }
+            rest = later;
+        }
+        match shared.reply(id, &mut |_, _| {})? {
+            Reply::Attach {} => Ok(()),
+            other => self.unexpected("attach", other),
+        }
+    }
+
+    fn seal(&self, request: &SealPoint) -> Result<PointView> {
+        match self.shared().call(&Request::Seal { replica: self.handle, request: request.clone() })? {
+            Reply::Seal { point } => Ok(point),
+            other => self.unexpected("seal", other),
+        }
+    }
+
+    fn abandon(&self) -> Result<()> {
+        match self.shared().call(&Request::Abandon { replica: self.handle })? {
+            Reply::Abandon {} => {
+                self.set_disks(Vec::new());
+                Ok(())
+            }
+            other => self.unexpected("abandon", other),
+        }
+    }
+
+    fn verify(&self, point: &PointId, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport> {
+        let id = self.shared().ask(&Request::Verify { replica: self.handle, point: point.clone() })?;
+        match self.shared().reply(id, progress)? {
+            Reply::Verify { report } => Ok(report),
+            other => self.unexpected("verify", other),
+        }
+    }
+}
+
+impl Drop for RemoteReplica {
+    /// Lets the agent drop its side. If that cannot be said the session is dead or closing, which does the same.
+    fn drop(&mut self) {
+        let open = matches!(lock(&self.shared().state).phase, Phase::Open);
+        if open {
+            let _ = self.shared().send(head(FrameKind::Release, 0), &self.handle.to_bytes(), &[]);
+        }
+    }
+}
