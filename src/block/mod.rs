@@ -5,6 +5,7 @@
 pub mod changes;
 pub mod digest;
 pub mod extent;
+pub(crate) mod layout;
 pub mod tree;
 
 use serde::{Deserialize, Serialize};
