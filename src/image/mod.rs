@@ -5,16 +5,18 @@
 //!
 //! Formats are never probed: a layer's format is what libvirt or our own manifest recorded.
 
+mod blockdev;
 pub mod nbd;
 pub mod open;
+mod program;
 pub mod qcow2;
 pub mod qemu_img;
 pub mod qemu_nbd;
 pub mod raw;
 
-use crate::block::extent::Extent;
+use crate::block::extent::{Content, Extent};
 use crate::block::{ByteRange, DiskSize};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -81,5 +83,78 @@ pub struct Chain(pub Vec<Layer>);
 impl Chain {
     pub fn top(&self) -> &Layer {
         self.0.first().expect("a chain is never empty")
+    }
+}
+
+/// Fails unless `len` bytes from `offset_bytes` lie within `size`. Every adapter asks this before it touches anything.
+fn within(size: DiskSize, offset_bytes: u64, len: u64) -> Result<()> {
+    match offset_bytes.checked_add(len) {
+        Some(end) if end <= size.0 => Ok(()),
+        _ => Err(Error::new(Kind::Usage, format!("{len} bytes do not lie within a disk of {size} bytes"))
+            .offset(offset_bytes)),
+    }
+}
+
+/// Collects extents that follow one another, merging neighbours of equal content.
+struct Cover {
+    at: u64,
+    extents: Vec<Extent>,
+}
+
+impl Cover {
+    fn from(start: u64) -> Self {
+        Self { at: start, extents: Vec::new() }
+    }
+
+    /// Where the next extent will start.
+    fn at(&self) -> u64 {
+        self.at
+    }
+
+    /// Says that everything up to `end` is `content`. An `end` already covered adds nothing.
+    fn extend_to(&mut self, end: u64, content: Content) {
+        if end <= self.at {
+            return;
+        }
+        match self.extents.last_mut() {
+            Some(last) if last.content == content => last.range.end = end,
+            _ => self.extents.push(Extent { range: ByteRange::new(self.at, end), content }),
+        }
+        self.at = end;
+    }
+
+    fn finish(self) -> Vec<Extent> {
+        self.extents
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_of_equal_content_merge_and_nothing_is_covered_twice() {
+        let mut cover = Cover::from(10);
+        cover.extend_to(20, Content::Data);
+        cover.extend_to(20, Content::Zero);
+        cover.extend_to(30, Content::Data);
+        cover.extend_to(25, Content::Zero);
+        cover.extend_to(40, Content::Zero);
+        assert_eq!(cover.at(), 40);
+        assert_eq!(
+            cover.finish(),
+            [
+                Extent { range: ByteRange::new(10, 30), content: Content::Data },
+                Extent { range: ByteRange::new(30, 40), content: Content::Zero },
+            ]
+        );
+    }
+
+    #[test]
+    fn a_range_that_overflows_is_not_within() {
+        assert!(within(DiskSize(512), 0, 512).is_ok());
+        assert!(within(DiskSize(512), 512, 0).is_ok());
+        assert!(within(DiskSize(512), 1, 512).is_err());
+        assert!(within(DiskSize(u64::MAX), u64::MAX, 2).is_err());
     }
 }
