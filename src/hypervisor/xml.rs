@@ -1,1 +1,442 @@
-//! (being written)
+//! Domain XML as libvirt prints it: read into plain descriptions, and edited by splicing. Pure: text in, values out.
+//!
+//! The text may be a stranger's (a manifest, a source host), so it is bounded before it is parsed, document type
+//! definitions are refused, and nothing in it can make this module panic.
+//!
+//! Invariants
+//! - An edit replaces the byte ranges it is about; every other byte of the document survives, known to us or not.
+//! - A format is what the XML records, never a guess: a layer without one makes its disk unsupported.
+//! - A chain is reported only if libvirt said where it ends (`<backingStore/>`); half a chain is no chain.
+//!
+//! Format: <https://libvirt.org/formatdomain.html#hard-drives-floppy-disks-cdroms>.
+
+use super::{DiskKind, FreezeDisk};
+use crate::error::{Error, Kind, Result};
+use crate::image::{Format, Layer};
+use crate::name::{DiskName, DomainName, DomainUuid};
+use roxmltree::{Document, Node, ParsingOptions};
+use std::fmt::Write as _;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+/// Namespace of our record in a domain's `<metadata>`. The number rises when the meaning of the record changes.
+pub const RECORD_NS: &str = "https://virt-replica.org/xmlns/record/1";
+
+/// Largest domain XML we read. libvirt's own limit on a reply is 32 MiB; real definitions are some ten KiB.
+pub const XML_LEN_MAX: usize = 4 << 20;
+
+/// Largest record we store: it travels inside every copy of the XML.
+pub const RECORD_LEN_MAX: usize = 64 << 10;
+
+/// Longest backing chain we follow. QEMU itself becomes unusable before.
+const CHAIN_LEN_MAX: usize = 256;
+
+/// What one XML says about a domain.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DomainXml {
+    pub name: DomainName,
+    pub uuid: DomainUuid,
+    /// Set if and only if this is the definition of a running instance.
+    pub id: Option<u32>,
+    /// In the order of the document.
+    pub disks: Vec<DiskXml>,
+    /// Our record, unescaped.
+    pub record: Option<String>,
+    pub nvram: Option<PathBuf>,
+    /// A guest agent channel is there and its guest end is open; only known of a running instance.
+    pub guest_agent: bool,
+}
+
+/// What one XML says about a disk.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DiskXml {
+    pub name: DiskName,
+    pub kind: DiskKind,
+    /// Of a running instance the whole chain, uppermost first; of a stored definition the uppermost layer alone,
+    /// as libvirt looks for the rest when it starts the domain. Empty if the kind is unsupported.
+    pub layers: Vec<Layer>,
+    pub mirror: Option<Mirror>,
+    pub read_only: bool,
+    pub shareable: bool,
+}
+
+/// `<mirror>`: a copy or an active commit is going on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mirror {
+    /// The `job` attribute: `active-commit` or `copy`.
+    pub job: String,
+    /// libvirt saw QEMU's ready event (`ready='yes'`); `abort` and `pivot` mean that it is ending.
+    pub ready: bool,
+}
+
+impl DomainXml {
+    pub fn disk(&self, name: &DiskName) -> Option<&DiskXml> {
+        self.disks.iter().find(|d| &d.name == name)
+    }
+}
+
+/// Reads a domain's XML, live or inactive.
+pub fn parse(xml: &str) -> Result<DomainXml> {
+    let doc = document(xml)?;
+    let root = domain_element(&doc)?;
+    let id = match root.attribute("id") {
+        Some(text) => Some(text.parse().map_err(|e| bad_xml("the domain's id is not a number").source(e))?),
+        None => None,
+    };
+    let name = child(root, "name").map(text_of).ok_or_else(|| bad_xml("the domain has no name"))?;
+    let uuid = child(root, "uuid").map(text_of).ok_or_else(|| bad_xml("the domain has no UUID"))?;
+    let devices = child(root, "devices");
+    let mut disks: Vec<DiskXml> = Vec::new();
+    for node in devices.into_iter().flat_map(|d| children(d, "disk")) {
+        let disk = disk(node, id.is_some())?;
+        if disks.iter().any(|d| d.name == disk.name) {
+            return Err(bad_xml("two disks have the same target").disk(&disk.name));
+        }
+        disks.push(disk);
+    }
+    Ok(DomainXml {
+        name: DomainName::new(name).map_err(|e| bad_xml("the name is not usable").source(e))?,
+        uuid: DomainUuid::new(uuid.trim()).map_err(|e| bad_xml("the UUID is not usable").source(e))?,
+        id,
+        disks,
+        record: record(root),
+        nvram: nvram(root),
+        guest_agent: devices.is_some_and(agent_connected),
+    })
+}
+
+/// The `<domainsnapshot>` that puts an overlay on the disks in `freeze` and leaves every other disk of `all` alone.
+/// Every disk is named, because libvirt snapshots those that are not.
+pub fn snapshot_xml(freeze: &[FreezeDisk], all: &[DiskName]) -> Result<String> {
+    let mut xml = String::from("<domainsnapshot><disks>");
+    for name in all {
+        match freeze.iter().find(|f| &f.name == name) {
+            Some(f) => {
+                let path = escape(path_text(&f.overlay)?)?;
+                write!(
+                    xml,
+                    "<disk name='{name}' snapshot='external' type='file'>\
+                     <driver type='qcow2'/><source file='{path}'/></disk>"
+                )
+            }
+            None => write!(xml, "<disk name='{name}' snapshot='no'/>"),
+        }
+        .expect("writing to a String cannot fail");
+    }
+    xml.push_str("</disks></domainsnapshot>");
+    Ok(xml)
+}
+
+/// The element to store as our record; libvirt adds prefix and namespace.
+pub fn record_xml(record: &str) -> Result<String> {
+    if record.len() > RECORD_LEN_MAX {
+        return Err(Error::new(Kind::Usage, format!("a record has at most {RECORD_LEN_MAX} bytes")));
+    }
+    Ok(format!("<record>{}</record>", escape(record)?))
+}
+
+/// Points the named disks of an inactive definition at other layers.
+///
+/// If the layer lies in the disk's own recorded chain (our overlay's base), the definition goes back to what it says
+/// about that layer, including what its owner wrote there (security labels, the chain below). Otherwise only path, type
+/// and format change and the recorded chain goes: libvirt then takes it from the image's header.
+pub fn set_layers(xml: &str, disks: &[(DiskName, Layer)]) -> Result<String> {
+    let doc = document(xml)?;
+    let devices = child(domain_element(&doc)?, "devices").ok_or_else(|| bad_xml("the domain has no devices"))?;
+    let mut edits: Vec<(Range<usize>, String)> = Vec::new();
+    for (index, (name, layer)) in disks.iter().enumerate() {
+        if disks[..index].iter().any(|(n, _)| n == name) {
+            return Err(Error::new(Kind::Usage, "the disk is named twice").disk(name));
+        }
+        let node = children(devices, "disk")
+            .find(|d| target(*d) == Some(name.as_str()))
+            .ok_or_else(|| Error::new(Kind::NotFound, "the definition has no such disk").disk(name))?;
+        edit_disk(xml, node, layer, &mut edits).map_err(|e| e.disk(name))?;
+    }
+    // Stable: an insertion stays before the replacement that begins at the same byte.
+    edits.sort_by_key(|(range, _)| range.start);
+    let mut out = String::with_capacity(xml.len() + 256);
+    let mut at = 0;
+    for (range, text) in edits {
+        out.push_str(&xml[at..range.start]);
+        out.push_str(&text);
+        at = range.end;
+    }
+    out.push_str(&xml[at..]);
+    Ok(out)
+}
+
+// --- reading ---------------------------------------------------------------------------------------------------------
+
+fn document(xml: &str) -> Result<Document<'_>> {
+    if xml.len() > XML_LEN_MAX {
+        return Err(bad_xml(format!("it has more than {XML_LEN_MAX} bytes")));
+    }
+    // Two nodes per element at the least; a document of this size with more of them is no domain.
+    let options = ParsingOptions { allow_dtd: false, nodes_limit: 1 << 18, ..ParsingOptions::default() };
+    Document::parse_with_options(xml, options).map_err(|e| bad_xml("it cannot be parsed").source(e))
+}
+
+fn bad_xml(why: impl std::fmt::Display) -> Error {
+    Error::new(Kind::Corrupt, format!("not a domain's XML: {why}"))
+}
+
+fn domain_element<'a, 'i>(doc: &'a Document<'i>) -> Result<Node<'a, 'i>> {
+    let root = doc.root_element();
+    if root.has_tag_name("domain") { Ok(root) } else { Err(bad_xml("its element is not <domain>")) }
+}
+
+/// Children of this name without a namespace.
+fn children<'a, 'i: 'a>(node: Node<'a, 'i>, name: &'static str) -> impl Iterator<Item = Node<'a, 'i>> {
+    node.children().filter(move |c| c.has_tag_name(name) && c.tag_name().namespace().is_none())
+}
+
+fn child<'a, 'i: 'a>(node: Node<'a, 'i>, name: &'static str) -> Option<Node<'a, 'i>> {
+    children(node, name).next()
+}
+
+/// All text directly inside; comments may split it.
+fn text_of(node: Node) -> String {
+    node.children().filter(|c| c.is_text()).filter_map(|c| c.text()).collect()
+}
+
+fn target<'a>(disk: Node<'a, '_>) -> Option<&'a str> {
+    child(disk, "target")?.attribute("dev")
+}
+
+fn record(root: Node) -> Option<String> {
+    let metadata = child(root, "metadata")?;
+    metadata.children().find(|c| c.has_tag_name((RECORD_NS, "record"))).map(text_of)
+}
+
+/// `<nvram>path</nvram>`, or since libvirt 8.5 `<nvram type='file'><source file='path'/></nvram>`.
+fn nvram(root: Node) -> Option<PathBuf> {
+    let nvram = child(child(root, "os")?, "nvram")?;
+    let path = match child(nvram, "source") {
+        Some(source) => source.attribute("file")?.to_owned(),
+        None => text_of(nvram).trim().to_owned(),
+    };
+    path.starts_with('/').then(|| PathBuf::from(path))
+}
+
+fn agent_connected(devices: Node) -> bool {
+    children(devices, "channel").filter_map(|c| child(c, "target")).any(|t| {
+        t.attribute("name").is_some_and(|n| n.starts_with("org.qemu.guest_agent."))
+            && t.attribute("state") == Some("connected")
+    })
+}
+
+fn disk(node: Node, live: bool) -> Result<DiskXml> {
+    let name = target(node).ok_or_else(|| bad_xml("a disk has no target"))?;
+    let name = DiskName::new(name).map_err(|e| bad_xml("a disk's target is not usable as a name").source(e))?;
+    let (read_only, shareable) = (child(node, "readonly").is_some(), child(node, "shareable").is_some());
+    let layers = match refusal(node) {
+        Some(why) => Err(why),
+        None if live => live_chain(node),
+        None => layer(node, format_attr(node, "driver")).map(|l| vec![l]),
+    };
+    let (kind, layers) = match layers {
+        Ok(layers) => (DiskKind::Image, layers),
+        Err(why) => (DiskKind::Unsupported(why), Vec::new()),
+    };
+    let mirror = child(node, "mirror").map(|m| Mirror {
+        job: m.attribute("job").unwrap_or("copy").to_owned(),
+        ready: m.attribute("ready") == Some("yes"),
+    });
+    Ok(DiskXml { name, kind, layers, mirror, read_only, shareable })
+}
+
+/// Why a disk is not replicated, whatever lies behind it.
+fn refusal(disk: Node) -> Option<String> {
+    match disk.attribute("device").unwrap_or("disk") {
+        "disk" => {}
+        "lun" => return Some("is a passed-through LUN".into()),
+        device @ ("cdrom" | "floppy") => return Some(format!("is a {device}")),
+        other => return Some(format!("is a device of a kind we do not know ({other})")),
+    }
+    if child(disk, "readonly").is_some() {
+        Some("is read-only".into())
+    } else if child(disk, "shareable").is_some() {
+        Some("is shareable (another domain may write to it)".into())
+    } else if child(disk, "transient").is_some() {
+        Some("is transient (what is written to it is thrown away)".into())
+    } else {
+        encryption(disk)
+    }
+}
+
+/// Encryption that QEMU performs: the image then does not hold what the guest sees. Inside the guest is not our matter.
+fn encryption(node: Node) -> Option<String> {
+    let found = child(node, "encryption").or_else(|| child(child(node, "source")?, "encryption"))?;
+    Some(format!("is encrypted by QEMU ({})", found.attribute("format").unwrap_or("unknown format")))
+}
+
+fn live_chain(disk: Node) -> Result<Vec<Layer>, String> {
+    let mut layers = vec![layer(disk, format_attr(disk, "driver"))?];
+    let mut above = disk;
+    loop {
+        let Some(below) = child(above, "backingStore") else {
+            return Err("has a backing chain whose end libvirt does not tell".into());
+        };
+        if !below.has_attribute("type") && child(below, "source").is_none() {
+            return Ok(layers);
+        }
+        if layers.len() == CHAIN_LEN_MAX {
+            return Err(format!("has a backing chain of more than {CHAIN_LEN_MAX} layers"));
+        }
+        let backing = encryption(below).map_or_else(|| layer(below, format_attr(below, "format")), Err);
+        layers.push(backing.map_err(|why| format!("has a backing image that {why}"))?);
+        above = below;
+    }
+}
+
+fn format_attr<'a>(node: Node<'a, '_>, element: &'static str) -> Option<&'a str> {
+    child(node, element)?.attribute("type")
+}
+
+/// The layer that a `<disk>` or `<backingStore>` describes by its own `type` and `<source>`.
+fn layer(node: Node, format: Option<&str>) -> Result<Layer, String> {
+    let source = child(node, "source").ok_or("has no image")?;
+    let (attr, block_device) = match node.attribute("type").unwrap_or("file") {
+        "file" => ("file", false),
+        "block" => ("dev", true),
+        "network" => {
+            let protocol = source.attribute("protocol").unwrap_or("unknown protocol");
+            return Err(format!("lies on the network ({protocol})"));
+        }
+        "volume" => {
+            let pool = source.attribute("pool").unwrap_or("unknown");
+            return Err(format!("is named as a volume of the storage pool '{pool}' (name its path instead)"));
+        }
+        "nvme" => return Err("is a passed-through NVMe device".into()),
+        "vhostuser" | "vhostvdpa" => return Err("is served by a vhost back end outside QEMU".into()),
+        "dir" => return Err("is a directory shown as a file system".into()),
+        other => return Err(format!("has a source of a kind we do not know ({other})")),
+    };
+    if child(source, "slices").is_some() {
+        return Err("is a slice of an image".into());
+    }
+    let path = source.attribute(attr).ok_or("has no image")?;
+    if !path.starts_with('/') {
+        return Err("has an image with a relative path".into());
+    }
+    let format = match format {
+        Some("raw") => Format::Raw,
+        Some("qcow2") => Format::Qcow2,
+        Some(other) => return Err(format!("has the format {other}")),
+        None => return Err("has no recorded format".into()),
+    };
+    Ok(Layer { path: path.into(), format, block_device, data_file: data_file(node, source)? })
+}
+
+/// `<dataStore>` of libvirt 10.10 and later. Earlier ones do not tell; the image's header does.
+fn data_file(node: Node, source: Node) -> Result<Option<PathBuf>, String> {
+    let Some(store) = child(source, "dataStore").or_else(|| child(node, "dataStore")) else { return Ok(None) };
+    let path = child(store, "source").and_then(|s| s.attribute("file").or_else(|| s.attribute("dev")));
+    match path {
+        Some(path) if path.starts_with('/') => Ok(Some(path.into())),
+        _ => Err("has an external data file that is neither a file nor a block device".into()),
+    }
+}
+
+// --- editing ---------------------------------------------------------------------------------------------------------
+
+fn edit_disk(xml: &str, disk: Node, layer: &Layer, edits: &mut Vec<(Range<usize>, String)>) -> Result<()> {
+    let source = child(disk, "source").ok_or_else(|| Error::new(Kind::Refused, "the disk has no image"))?;
+    let (type_name, attr) = if layer.block_device { ("block", "dev") } else { ("file", "file") };
+    let path = path_text(&layer.path)?;
+    set_attribute(disk, "type", type_name, edits)?;
+    match child(disk, "driver") {
+        Some(driver) => set_attribute(driver, "type", layer.format.as_str(), edits)?,
+        None => {
+            let at = source.range().start;
+            edits.push((at..at, format!("<driver name='qemu' type='{}'/>", layer.format.as_str())));
+        }
+    }
+    if source.attribute(attr) == Some(path) {
+        return Ok(());
+    }
+    if let Some(own) = own_layer(disk, attr, path) {
+        let own_source = child(own, "source").expect("found by its source");
+        edits.push((source.range(), xml[own_source.range()].to_owned()));
+        let backing = child(disk, "backingStore").expect("a layer below was found in it");
+        match child(own, "backingStore") {
+            Some(below) => edits.push((backing.range(), xml[below.range()].to_owned())),
+            None => edits.push((with_indent(backing), String::new())),
+        }
+        return Ok(());
+    }
+    if source.has_attribute(attr) {
+        set_attribute(source, attr, path, edits)?;
+    } else {
+        edits.push((source.range(), format!("<source {attr}='{}'/>", escape(path)?)));
+    }
+    if let Some(backing) = child(disk, "backingStore") {
+        edits.push((with_indent(backing), String::new()));
+    }
+    Ok(())
+}
+
+/// The `<backingStore>` below `disk` that describes this path.
+fn own_layer<'a, 'i: 'a>(disk: Node<'a, 'i>, attr: &str, path: &str) -> Option<Node<'a, 'i>> {
+    let mut below = child(disk, "backingStore");
+    for _ in 0..CHAIN_LEN_MAX {
+        let node = below?;
+        if child(node, "source")?.attribute(attr) == Some(path) {
+            return Some(node);
+        }
+        below = child(node, "backingStore");
+    }
+    None
+}
+
+/// Changes the value of an attribute, or adds it behind the element's name.
+fn set_attribute(node: Node, name: &str, value: &str, edits: &mut Vec<(Range<usize>, String)>) -> Result<()> {
+    match node.attribute_node(name) {
+        Some(attribute) if attribute.value() == value => {}
+        // Both quotes are escaped, so it does not matter which of them stands around the value.
+        Some(attribute) => edits.push((attribute.range_value(), escape(value)?)),
+        None => {
+            let at = node.range().start + 1 + node.tag_name().name().len();
+            edits.push((at..at, format!(" {name}='{}'", escape(value)?)));
+        }
+    }
+    Ok(())
+}
+
+/// The element and the white space before it, so that no empty line stays.
+fn with_indent(node: Node) -> Range<usize> {
+    let before = node.prev_sibling().filter(|p| p.is_text() && p.text().is_some_and(|t| t.trim().is_empty()));
+    before.map_or(node.range().start, |p| p.range().start)..node.range().end
+}
+
+fn path_text(path: &Path) -> Result<&str> {
+    let text =
+        path.to_str().ok_or_else(|| Error::new(Kind::Usage, "libvirt takes no path that is not UTF-8").path(path))?;
+    if path.is_absolute() { Ok(text) } else { Err(Error::new(Kind::Usage, "the path is not absolute").path(path)) }
+}
+
+/// Text as it may stand in an attribute or an element. White space other than a blank is written as a reference,
+/// because a parser would turn it into blanks; characters that XML cannot carry are refused.
+fn escape(text: &str) -> Result<String> {
+    let mut out = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        match c {
+            '&' => out.push_str("&amp;"),
+            '<' => out.push_str("&lt;"),
+            '>' => out.push_str("&gt;"),
+            '\'' => out.push_str("&apos;"),
+            '"' => out.push_str("&quot;"),
+            '\t' | '\n' | '\r' => write!(out, "&#{};", u32::from(c)).expect("writing to a String cannot fail"),
+            '\0'..='\u{1f}' | '\u{fffe}' | '\u{ffff}' => {
+                return Err(Error::new(Kind::Usage, format!("XML cannot carry the character {c:?}")));
+            }
+            _ => out.push(c),
+        }
+    }
+    Ok(out)
+}
+
+#[cfg(test)]
+#[path = "xml_tests.rs"]
+mod tests;
