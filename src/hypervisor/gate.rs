@@ -1,1 +1,717 @@
-//! (being written)
+//! The one gate through which every call to libvirt goes: a thread and a deadline per call, one connection for all.
+//!
+//! libvirt's calls block, some of them for as long as QEMU or a dead storage likes, and none can be cancelled. So
+//! each runs on a plain thread of its own (some 30 µs; their number is bounded) while its caller waits no longer than
+//! the deadline. A call that passed it is left behind, and its connection with it: the next call opens another.
+//!
+//! Invariants
+//! - A caller of [`Gate::call`] is back by its deadline, whatever libvirtd, the network or QEMU do.
+//! - An operation is sent twice only if its [`Repeat`] allows it. If the answer to anything but a query is missing in
+//!   the end, the error is [`Kind::Interrupted`]: it may have taken effect, or may yet, and only observing tells.
+//!   [`Kind::Unavailable`] promises that nothing was changed.
+//! - The state's lock is never held over a call to libvirt, and a connection is never closed on a caller's thread.
+//!
+//! A connection has an *epoch*, so that the failure of an old one cannot condemn its successor.
+
+use super::sys::{self, Event, Registrations};
+use crate::error::{Error, Kind, Result};
+use std::fmt;
+use std::mem;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
+use virt::connect::Connect;
+use virt::error::{Error as VirtError, ErrorDomain, ErrorNumber};
+
+/// Calls under way or left behind. Those left behind end when the keepalive declares their connection dead.
+const CALLS_MAX: usize = 32;
+
+/// A connection is dead when libvirtd has left this many probes, this far apart, unanswered: 20 s.
+const KEEPALIVE_INTERVAL_S: i32 = 5;
+const KEEPALIVE_PROBES: u32 = 3;
+
+/// May the gate ask again over a new connection if the answer was lost with the old one?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Repeat {
+    /// It changes nothing.
+    Query,
+    /// It changes something, and the same once more changes nothing.
+    Again,
+    /// Doing it twice is not doing it once.
+    Never,
+}
+
+/// One call, as its errors describe it.
+#[derive(Debug, Clone, Copy)]
+pub struct Call<'a> {
+    /// In the infinitive: "pause the domain".
+    pub what: &'static str,
+    /// Name or UUID of the domain it is about.
+    pub domain: Option<&'a str>,
+    pub deadline: Duration,
+    pub repeat: Repeat,
+}
+
+/// Why the work of a call failed: libvirt's word, or ours about what libvirt said.
+#[derive(Debug)]
+pub enum Failure {
+    Libvirt(VirtError),
+    Ours(Error),
+}
+
+impl From<VirtError> for Failure {
+    fn from(e: VirtError) -> Self {
+        Failure::Libvirt(e)
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(e: Error) -> Self {
+        Failure::Ours(e)
+    }
+}
+
+/// What came back from the call's thread.
+enum Answer<T> {
+    Done(T),
+    Failed(Failure),
+    /// No connection could be had; nothing was sent.
+    NotOpened(VirtError),
+    /// The connection broke before the answer.
+    Lost(VirtError),
+}
+
+/// A connection to one URI that heals itself. Cheap to share; dropping it closes the connection in the background.
+pub struct Gate(Arc<Inner>);
+
+struct Inner {
+    uri: Option<String>,
+    state: Mutex<State>,
+    /// A call ended, or the slot changed.
+    changed: Condvar,
+    hub: Arc<Hub>,
+}
+
+struct State {
+    slot: Slot,
+    /// Epoch of the connection opened last.
+    epoch: u64,
+    calls: usize,
+}
+
+enum Slot {
+    Empty,
+    Opening(u64),
+    Open(Arc<Session>),
+}
+
+impl Gate {
+    /// A gate to `uri`; `None`: libvirt decides, as `virsh` without `-c`. Nothing is opened yet. The first gate of the
+    /// process starts libvirt's event loop.
+    pub fn new(uri: Option<&str>) -> Result<Self> {
+        if uri.is_some_and(|u| u.contains('\0')) {
+            return Err(Error::new(Kind::Usage, "a libvirt URI has no NUL byte"));
+        }
+        start_event_loop()?;
+        let state = State { slot: Slot::Empty, epoch: 0, calls: 0 };
+        Ok(Self(Arc::new(Inner {
+            uri: uri.map(str::to_owned),
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            hub: Arc::default(),
+        })))
+    }
+
+    /// Runs `work` with the connection and returns what it returned, or an error by the call's deadline at the latest.
+    /// `work` runs wholly on one thread. It must not use this gate.
+    pub fn call<T, F>(&self, call: Call<'_>, work: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: Fn(&Connect) -> Result<T, Failure> + Send + 'static,
+    {
+        let until = Instant::now() + call.deadline;
+        let Some(permit) = Permit::get(&self.0, until) else {
+            return Err(call.error(
+                Kind::Unavailable,
+                format!(
+                    "{CALLS_MAX} earlier calls to libvirt are still without an answer; did not try to {}",
+                    call.what
+                ),
+            ));
+        };
+        let runs_on = Arc::new(AtomicU64::new(0));
+        let (answer, answered) = mpsc::sync_channel(1);
+        let (epoch, repeat) = (Arc::clone(&runs_on), call.repeat);
+        let worker = thread::Builder::new()
+            .name("libvirt-call".into())
+            .spawn(move || {
+                // Nobody listens any more if the deadline passed.
+                let _ = answer.send(permit.0.perform(&epoch, until, repeat, &work));
+            })
+            .map_err(|e| Error::from_io("cannot start a thread for a call to libvirt", e))?;
+        match answered.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            Ok(Answer::Done(value)) => Ok(value),
+            Ok(Answer::Failed(Failure::Ours(e))) => Err(call.place(e)),
+            Ok(Answer::Failed(Failure::Libvirt(e))) => Err(call.refused(&e)),
+            Ok(Answer::NotOpened(e)) => Err(call.not_opened(&e, self.0.uri.as_deref())),
+            Ok(Answer::Lost(e)) => Err(call.lost(&e)),
+            Err(RecvTimeoutError::Timeout) => {
+                self.0.condemn(runs_on.load(Ordering::Acquire));
+                Err(call.late())
+            }
+            // Only a panic in `work` drops the sender; it belongs to whoever called.
+            Err(RecvTimeoutError::Disconnected) => match worker.join() {
+                Err(panic) => std::panic::resume_unwind(panic),
+                Ok(()) => unreachable!("the thread sends before it ends"),
+            },
+        }
+    }
+
+    /// From now on, events about this disk's block job or its domain end [`Wake::wait`], as does a lost connection.
+    pub fn subscribe(&self, uuid: &str, disk: &str) -> Wake {
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let mut subscribers = lock(&self.0.hub.0);
+        subscribers.next += 1;
+        let number = subscribers.next;
+        subscribers.list.push(Subscriber { number, uuid: uuid.to_owned(), disk: disk.to_owned(), sender });
+        Wake { number, receiver, hub: Arc::clone(&self.0.hub) }
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        let slot = mem::replace(&mut lock(&self.0.state).slot, Slot::Empty);
+        drop(slot);
+    }
+}
+
+impl Inner {
+    fn perform<T>(
+        &self,
+        runs_on: &AtomicU64,
+        until: Instant,
+        repeat: Repeat,
+        work: &impl Fn(&Connect) -> Result<T, Failure>,
+    ) -> Answer<T> {
+        for last in [repeat == Repeat::Never, true] {
+            let session = match self.session(runs_on, until) {
+                Ok(session) => session,
+                Err(e) => return Answer::NotOpened(e),
+            };
+            match work(session.connection()) {
+                Ok(value) => return Answer::Done(value),
+                Err(Failure::Libvirt(e)) if session.is_lost(&e) => {
+                    self.condemn(session.epoch);
+                    if last {
+                        return Answer::Lost(e);
+                    }
+                }
+                Err(failure) => return Answer::Failed(failure),
+            }
+        }
+        unreachable!("the last turn returns")
+    }
+
+    /// The connection, opened if there is none. Whoever finds none opens it, the others wait for that.
+    fn session(&self, runs_on: &AtomicU64, until: Instant) -> Result<Arc<Session>, VirtError> {
+        let mut state = lock(&self.state);
+        loop {
+            match &state.slot {
+                Slot::Open(session) if !session.closed.load(Ordering::Acquire) => {
+                    runs_on.store(session.epoch, Ordering::Release);
+                    return Ok(Arc::clone(session));
+                }
+                Slot::Opening(epoch) => {
+                    runs_on.store(*epoch, Ordering::Release);
+                    let left = until.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        // The caller has left at this moment as well.
+                        return Err(VirtError::last_error());
+                    }
+                    state = self.changed.wait_timeout(state, left).expect(UNPOISONED).0;
+                }
+                Slot::Open(_) | Slot::Empty => return self.open(state, runs_on),
+            }
+        }
+    }
+
+    fn open(&self, mut state: MutexGuard<'_, State>, runs_on: &AtomicU64) -> Result<Arc<Session>, VirtError> {
+        state.epoch += 1;
+        let epoch = state.epoch;
+        runs_on.store(epoch, Ordering::Release);
+        let old = mem::replace(&mut state.slot, Slot::Opening(epoch));
+        drop(state);
+        drop(old);
+        let opened = Session::open(self.uri.as_deref(), epoch, &self.hub).map(Arc::new);
+        let mut state = lock(&self.state);
+        // Condemned meanwhile: this call may use what it opened, the others have gone on without it.
+        if matches!(state.slot, Slot::Opening(e) if e == epoch) {
+            state.slot = match &opened {
+                Ok(session) => Slot::Open(Arc::clone(session)),
+                Err(_) => Slot::Empty,
+            };
+            self.changed.notify_all();
+        }
+        opened
+    }
+
+    /// No further call uses the connection of this epoch.
+    fn condemn(&self, epoch: u64) {
+        let mut state = lock(&self.state);
+        let current = match &state.slot {
+            Slot::Open(session) => session.epoch == epoch,
+            Slot::Opening(e) => *e == epoch,
+            Slot::Empty => false,
+        };
+        let old = if current { mem::replace(&mut state.slot, Slot::Empty) } else { Slot::Empty };
+        self.changed.notify_all();
+        drop(state);
+        drop(old);
+    }
+}
+
+/// The right to have one more call under way; held by the call's thread until libvirt lets go of it.
+struct Permit(Arc<Inner>);
+
+impl Permit {
+    fn get(inner: &Arc<Inner>, until: Instant) -> Option<Self> {
+        let state = lock(&inner.state);
+        let left = until.saturating_duration_since(Instant::now());
+        let full = |state: &mut State| state.calls >= CALLS_MAX;
+        let (mut state, timeout) = inner.changed.wait_timeout_while(state, left, full).expect(UNPOISONED);
+        if timeout.timed_out() {
+            return None;
+        }
+        state.calls += 1;
+        Some(Self(Arc::clone(inner)))
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        lock(&self.0.state).calls -= 1;
+        self.0.changed.notify_all();
+    }
+}
+
+/// One open connection with its events.
+struct Session {
+    epoch: u64,
+    /// libvirt told us that it is gone.
+    closed: Arc<AtomicBool>,
+    /// `None` only while it is dropped.
+    open: Option<(Connect, Registrations)>,
+}
+
+impl Session {
+    fn open(uri: Option<&str>, epoch: u64, hub: &Arc<Hub>) -> Result<Self, VirtError> {
+        let connection = Connect::open(uri)?;
+        let closed = Arc::new(AtomicBool::new(false));
+        let mut registrations = Registrations::default();
+        let handler = {
+            let (closed, hub) = (Arc::clone(&closed), Arc::clone(hub));
+            move |event: Event<'_>| {
+                if event == Event::Closed {
+                    closed.store(true, Ordering::Release);
+                }
+                hub.tell(event);
+            }
+        };
+        let events = sys::register(&connection, handler, &mut registrations);
+        let session = Self { epoch, closed, open: Some((connection, registrations)) };
+        // Drivers without a daemon have neither, and need neither: callers poll, and such a driver cannot be lost.
+        tolerate_unsupported(events)?;
+        tolerate_unsupported(session.connection().set_keep_alive(KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES))?;
+        // It may have gone before the callback stood that would have said so.
+        if session.connection().is_alive().is_ok_and(|alive| !alive) {
+            session.closed.store(true, Ordering::Release);
+        }
+        tracing::debug!(epoch, uri = uri.unwrap_or("default"), "connected to libvirt");
+        Ok(session)
+    }
+
+    fn connection(&self) -> &Connect {
+        &self.open.as_ref().expect("taken only by drop").0
+    }
+
+    /// Was this error the end of the connection rather than an answer?
+    fn is_lost(&self, e: &VirtError) -> bool {
+        self.closed.load(Ordering::Acquire) || e.domain().is(ErrorDomain::Rpc)
+    }
+}
+
+impl Drop for Session {
+    /// Closing asks libvirtd, which may be the very one that does not answer: it happens on a thread of its own.
+    fn drop(&mut self) {
+        let Some((connection, registrations)) = self.open.take() else { return };
+        let closing = move || {
+            registrations.end(&connection);
+            drop(connection);
+        };
+        // Without a thread the connection stays open until the process ends, which is harmless.
+        let _ = thread::Builder::new().name("libvirt-close".into()).spawn(closing);
+    }
+}
+
+fn tolerate_unsupported(result: Result<(), VirtError>) -> Result<(), VirtError> {
+    match result {
+        Err(e) if e.code().is(ErrorNumber::NoSupport) => Ok(()),
+        other => other,
+    }
+}
+
+// --- errors ----------------------------------------------------------------------------------------------------------
+
+/// What libvirt said, without its codes' decoration.
+#[derive(Debug)]
+struct Said {
+    message: String,
+    code: u32,
+}
+
+impl fmt::Display for Said {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "libvirt: {} (code {})", self.message, self.code)
+    }
+}
+
+impl std::error::Error for Said {}
+
+fn said(e: &VirtError) -> Said {
+    Said { message: e.message().to_owned(), code: e.code().to_raw() }
+}
+
+impl Call<'_> {
+    fn place(&self, e: Error) -> Error {
+        match self.domain {
+            Some(domain) => e.domain(domain),
+            None => e,
+        }
+    }
+
+    fn error(&self, kind: Kind, what: String) -> Error {
+        self.place(Error::new(kind, what))
+    }
+
+    fn refused(&self, e: &VirtError) -> Error {
+        let kind = kind_of(e);
+        let e = self.error(kind, format!("cannot {}", self.what)).source(said(e));
+        if kind == Kind::Auth { e.hint(AUTH_HINT) } else { e }
+    }
+
+    fn not_opened(&self, e: &VirtError, uri: Option<&str>) -> Error {
+        let name = uri.unwrap_or("the default URI");
+        let virsh = uri.map_or("virsh uri".to_owned(), |u| format!("virsh -c '{u}' uri"));
+        let (kind, hint) = match kind_of(e) {
+            Kind::Auth => (Kind::Auth, AUTH_HINT.to_owned()),
+            _ => (Kind::Unavailable, format!("is libvirtd (or virtqemud) running there? '{virsh}' asks the same way")),
+        };
+        self.error(kind, format!("cannot connect to libvirt at {name}, to {}", self.what)).source(said(e)).hint(hint)
+    }
+
+    fn lost(&self, e: &VirtError) -> Error {
+        let what = format!("the connection to libvirt broke when it was to {}", self.what);
+        self.unanswered(what).source(said(e))
+    }
+
+    fn late(&self) -> Error {
+        let seconds = self.deadline.as_secs_f32();
+        self.unanswered(format!("libvirt did not answer within {seconds:.1} s when it was to {}", self.what)).hint(
+            "libvirtd or the domain's QEMU hangs: look at 'virsh domstate', 'virsh domcontrol' and libvirtd's log",
+        )
+    }
+
+    /// The kind tells the caller whether anything may have changed.
+    fn unanswered(&self, what: String) -> Error {
+        match self.repeat {
+            Repeat::Query => self.error(Kind::Unavailable, what),
+            Repeat::Again | Repeat::Never => self.error(Kind::Interrupted, what + "; it may have taken effect"),
+        }
+    }
+}
+
+const AUTH_HINT: &str = "run as root, or give this user access to libvirt (group 'libvirt', or a polkit rule)";
+
+fn kind_of(e: &VirtError) -> Kind {
+    use virt::enumutil::Enum::Known;
+    match e.code() {
+        Known(ErrorNumber::NoDomain) => Kind::NotFound,
+        Known(
+            ErrorNumber::AuthFailed
+            | ErrorNumber::AuthCancelled
+            | ErrorNumber::AuthUnavailable
+            | ErrorNumber::AccessDenied
+            | ErrorNumber::OperationDenied,
+        ) => Kind::Auth,
+        // Timed out: libvirt's own wait for the domain's job lock. Block copy active: any block job that is in the way,
+        // and also one that is not yet ready for a pivot.
+        Known(ErrorNumber::BlockCopyActive | ErrorNumber::ResourceBusy | ErrorNumber::OperationTimeout) => Kind::Busy,
+        _ => Kind::Refused,
+    }
+}
+
+// --- events ----------------------------------------------------------------------------------------------------------
+
+/// Who waits for what. Events only wake; what happened is then asked, as an event can be lost with its connection.
+#[derive(Default)]
+struct Hub(Mutex<Subscribers>);
+
+#[derive(Default)]
+struct Subscribers {
+    next: u64,
+    list: Vec<Subscriber>,
+}
+
+struct Subscriber {
+    number: u64,
+    uuid: String,
+    disk: String,
+    sender: SyncSender<()>,
+}
+
+impl Hub {
+    fn tell(&self, event: Event<'_>) {
+        for s in &lock(&self.0).list {
+            let concerned = match event {
+                Event::Lifecycle { uuid } => s.uuid == uuid,
+                Event::BlockJob { uuid, disk } => s.uuid == uuid && s.disk == disk,
+                Event::Closed => true,
+            };
+            if concerned {
+                // Full: it has a wake-up waiting already.
+                let _ = s.sender.try_send(());
+            }
+        }
+    }
+}
+
+/// A subscription; ends when it is dropped.
+pub struct Wake {
+    number: u64,
+    receiver: Receiver<()>,
+    hub: Arc<Hub>,
+}
+
+impl Wake {
+    /// Waits for the next event, or one since the last wait; at most `timeout`.
+    pub fn wait(&self, timeout: Duration) {
+        let _ = self.receiver.recv_timeout(timeout);
+    }
+}
+
+impl Drop for Wake {
+    fn drop(&mut self) {
+        lock(&self.hub.0).list.retain(|s| s.number != self.number);
+    }
+}
+
+/// Events and keepalives of all connections are handled on one plain thread, which must exist before the first
+/// connection is opened and serves the process to its end.
+fn start_event_loop() -> Result<()> {
+    static STARTED: OnceLock<Result<(), String>> = OnceLock::new();
+    let started = STARTED.get_or_init(|| {
+        // libvirt prints every error to stderr otherwise.
+        virt::error::clear_error_callback();
+        virt::event::event_register_default_impl().map_err(|e| e.message().to_owned())?;
+        thread::Builder::new().name("libvirt-events".into()).spawn(run_events).map(drop).map_err(|e| e.to_string())
+    });
+    started.clone().map_err(|e| Error::new(Kind::Io, format!("cannot start libvirt's event loop: {e}")))
+}
+
+fn run_events() {
+    loop {
+        if let Err(e) = virt::event::event_run_default_impl() {
+            tracing::warn!(error = e.message(), "libvirt's event loop failed once; it goes on");
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+}
+
+const UNPOISONED: &str = "nothing panics while it holds this lock";
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect(UNPOISONED)
+}
+
+#[cfg(test)]
+mod tests {
+    //! On libvirt's in-process test driver: the gate's own promises, without a daemon. The daemon's part (kill, hang) is
+    //! in tests/hypervisor.rs.
+
+    use super::*;
+    use std::sync::atomic::AtomicUsize;
+
+    fn gate() -> Gate {
+        Gate::new(Some("test:///default")).unwrap()
+    }
+
+    fn call(repeat: Repeat, deadline_ms: u64) -> Call<'static> {
+        Call { what: "try", domain: Some("test"), deadline: Duration::from_millis(deadline_ms), repeat }
+    }
+
+    fn epoch(gate: &Gate) -> u64 {
+        lock(&gate.0.state).epoch
+    }
+
+    /// A genuine error of libvirt that looks like a broken connection to the gate.
+    fn rpc_error() -> VirtError {
+        let e = Connect::open(Some("qemu+unix:///system?socket=/nonexistent/socket")).unwrap_err();
+        assert!(e.domain().is(ErrorDomain::Rpc), "{e}");
+        e
+    }
+
+    #[test]
+    fn one_connection_serves_all_calls() {
+        let gate = gate();
+        for _ in 0..3 {
+            let name = gate.call(call(Repeat::Query, 5000), |c| Ok(c.lookup_domain_by_name("test")?.name()?)).unwrap();
+            assert_eq!(name, "test");
+        }
+        assert_eq!(epoch(&gate), 1);
+    }
+
+    #[test]
+    fn libvirts_no_becomes_a_kind_with_its_words() {
+        let e = gate().call(call(Repeat::Query, 5000), |c| Ok(c.lookup_domain_by_name("nope")?.id())).unwrap_err();
+        assert_eq!(e.kind(), Kind::NotFound);
+        assert!(e.chain().starts_with("domain 'test': cannot try: libvirt: Domain not found"), "{}", e.chain());
+        let e = Gate::new(Some("qemu+unix:///system?socket=/nonexistent/socket")).unwrap();
+        let e = e.call(call(Repeat::Never, 5000), |_| Ok(())).unwrap_err();
+        assert_eq!(e.kind(), Kind::Unavailable);
+        assert!(e.hint_text().unwrap().contains("virsh -c 'qemu+unix:///system?socket=/nonexistent/socket'"));
+        assert_eq!(Gate::new(Some("a\0b")).err().unwrap().kind(), Kind::Usage);
+    }
+
+    #[test]
+    fn a_late_call_is_left_behind_with_its_connection() {
+        let gate = gate();
+        for (repeat, kind) in [(Repeat::Query, Kind::Unavailable), (Repeat::Never, Kind::Interrupted)] {
+            let (start, before) = (Instant::now(), epoch(&gate));
+            let slow = |_: &Connect| {
+                thread::sleep(Duration::from_millis(600));
+                Ok(())
+            };
+            let e = gate.call(call(repeat, 100), slow).unwrap_err();
+            assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
+            assert_eq!(e.kind(), kind);
+            assert_eq!(e.what().contains("may have taken effect"), repeat == Repeat::Never);
+            gate.call(call(Repeat::Query, 5000), |_| Ok(())).unwrap();
+            assert_eq!(epoch(&gate), before.max(1) + 1, "the next call opens another connection");
+        }
+    }
+
+    #[test]
+    fn only_what_may_be_repeated_is_repeated() {
+        for (repeat, sent, kind) in [
+            (Repeat::Query, 2, Kind::Unavailable),
+            (Repeat::Again, 2, Kind::Interrupted),
+            (Repeat::Never, 1, Kind::Interrupted),
+        ] {
+            let (gate, count) = (gate(), Arc::new(AtomicUsize::new(0)));
+            let counter = Arc::clone(&count);
+            let work = move |_: &Connect| {
+                counter.fetch_add(1, Ordering::Relaxed);
+                Err::<(), _>(rpc_error().into())
+            };
+            let e = gate.call(call(repeat, 5000), work).unwrap_err();
+            assert_eq!((e.kind(), count.load(Ordering::Relaxed)), (kind, sent), "{repeat:?}");
+            assert_eq!(epoch(&gate), sent as u64, "each attempt on a connection of its own");
+        }
+    }
+
+    #[test]
+    fn a_repeated_query_answers() {
+        let (gate, count) = (gate(), AtomicUsize::new(0));
+        let work = move |_: &Connect| match count.fetch_add(1, Ordering::Relaxed) {
+            0 => Err(rpc_error().into()),
+            n => Ok(n),
+        };
+        assert_eq!(gate.call(call(Repeat::Query, 5000), work).unwrap(), 1);
+    }
+
+    #[test]
+    fn a_closed_connection_is_replaced_before_anything_is_sent() {
+        let gate = gate();
+        gate.call(call(Repeat::Query, 5000), |_| Ok(())).unwrap();
+        match &lock(&gate.0.state).slot {
+            Slot::Open(session) => session.closed.store(true, Ordering::Release),
+            _ => panic!("not open"),
+        }
+        gate.call(call(Repeat::Never, 5000), |_| Ok(())).unwrap();
+        assert_eq!(epoch(&gate), 2);
+    }
+
+    #[test]
+    fn calls_without_an_answer_are_bounded() {
+        let gate = gate();
+        let stuck = Arc::new((Mutex::new((0, false)), Condvar::new()));
+        thread::scope(|scope| {
+            for _ in 0..CALLS_MAX {
+                let stuck = Arc::clone(&stuck);
+                let work = move |_: &Connect| {
+                    let mut state = lock(&stuck.0);
+                    state.0 += 1;
+                    stuck.1.notify_all();
+                    drop(stuck.1.wait_while(state, |s| !s.1).unwrap());
+                    Ok(())
+                };
+                scope.spawn(|| gate.call(call(Repeat::Query, 20_000), work).unwrap());
+            }
+            drop(stuck.1.wait_while(lock(&stuck.0), |s| s.0 < CALLS_MAX).unwrap());
+            let e = gate.call(call(Repeat::Never, 50), |_| Ok(())).unwrap_err();
+            assert_eq!(e.kind(), Kind::Unavailable, "nothing was sent: {e}");
+            lock(&stuck.0).1 = true;
+            stuck.1.notify_all();
+        });
+        gate.call(call(Repeat::Never, 5000), |_| Ok(())).unwrap();
+    }
+
+    #[test]
+    #[should_panic(expected = "of the caller")]
+    fn a_panic_in_the_work_belongs_to_the_caller() {
+        let _ = gate().call(call(Repeat::Query, 5000), |_| -> Result<(), Failure> { panic!("of the caller") });
+    }
+
+    #[test]
+    fn events_wake_those_they_concern() {
+        let gate = gate();
+        let uuid =
+            gate.call(call(Repeat::Query, 5000), |c| Ok(c.lookup_domain_by_name("test")?.uuid_string()?)).unwrap();
+        let (mine, other) = (gate.subscribe(&uuid, "vda"), gate.subscribe("another", "vda"));
+        let toggle = |c: &Connect| {
+            let domain = c.lookup_domain_by_name("test")?;
+            domain.suspend()?;
+            Ok(domain.resume()?)
+        };
+        gate.call(call(Repeat::Never, 5000), toggle).unwrap();
+        let start = Instant::now();
+        mine.wait(Duration::from_secs(20));
+        assert!(start.elapsed() < Duration::from_secs(10), "not woken");
+        assert!(other.receiver.try_recv().is_err(), "woken by a stranger's event");
+        drop((mine, other));
+        assert!(lock(&gate.0.hub.0).list.is_empty());
+    }
+
+    /// A panic in a handler would otherwise unwind through libvirt.
+    #[test]
+    fn a_panicking_handler_stays_inside() {
+        start_event_loop().unwrap();
+        let connection = Connect::open(Some("test:///default")).unwrap();
+        let (told, hear) = mpsc::channel();
+        let told = Arc::new(Mutex::new(told));
+        let mut registrations = Registrations::default();
+        let handler = move |_: Event<'_>| {
+            let _ = told.lock().unwrap_or_else(|e| e.into_inner()).send(());
+            panic!("on purpose");
+        };
+        sys::register(&connection, handler, &mut registrations).unwrap();
+        let domain = connection.lookup_domain_by_name("test").unwrap();
+        domain.suspend().unwrap();
+        hear.recv_timeout(Duration::from_secs(10)).unwrap();
+        domain.resume().unwrap();
+        hear.recv_timeout(Duration::from_secs(10)).expect("the loop lives on");
+        registrations.end(&connection);
+    }
+}

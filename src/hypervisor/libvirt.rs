@@ -1,1 +1,485 @@
-//! (being written)
+//! [`Hypervisor`] on libvirt: each verb is one call through the gate, and looks at the domain anew before it acts.
+//!
+//! Invariants
+//! - What a verb is about to change is checked inside the same call, against the live XML: a commit starts only
+//!   if base lies directly below top, a definition is written only for a domain that has one.
+//! - A block job counts as ready by libvirt's own word only. 100 % is not ready, and ready is not equal: while the vCPUs
+//!   run, READY only means that a pivot will succeed (docs/replication.md, step 7).
+//! - After [`Kind::Interrupted`] nothing is known about the verb's effect: observe.
+//!
+//! Tried with libvirt 9.0 and QEMU 7.2 in tests/hypervisor.rs.
+
+use super::gate::{Call, Failure, Gate, Repeat};
+use super::sys;
+use super::xml::{self, DiskXml, DomainXml};
+use super::{BlockJob, BlockJobKind, DiskKind, DiskView, DomainView, FreezeDisk, Hypervisor, Power};
+use crate::block::DiskSize;
+use crate::error::{Error, Kind, Result};
+use crate::image::{Chain, Layer};
+use crate::name::{DiskName, DomainName, DomainUuid};
+use std::path::Path;
+use std::time::{Duration, Instant};
+use virt::connect::Connect;
+use virt::domain::Domain;
+use virt::error::{Error as VirtError, ErrorDomain, ErrorNumber};
+use virt::sys as c;
+
+/// Prefix under which libvirt stores our record in `<metadata>`.
+const RECORD_PREFIX: &str = "virt-replica";
+
+/// A domain may be started or stopped while it is looked at; then it is looked at again, this often.
+const OBSERVE_TRIES_MAX: usize = 4;
+
+/// How often a block job is asked for, beside libvirt's events: soon at first, then less often.
+const JOB_POLL_MIN: Duration = Duration::from_millis(250);
+const JOB_POLL_MAX: Duration = Duration::from_secs(1);
+
+/// How long a verb waits for libvirt's answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Deadlines {
+    /// Questions.
+    pub query: Duration,
+    /// What makes files or ends jobs: freeze, start and cancel of a commit.
+    pub change: Duration,
+    /// What happens while the guest stands, and what lets it run: pause, pivot, resume, record.
+    pub standing: Duration,
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        Self { query: Duration::from_secs(10), change: Duration::from_secs(30), standing: Duration::from_secs(10) }
+    }
+}
+
+/// libvirt behind one connection, which is reopened when it breaks.
+pub struct LibvirtHypervisor {
+    gate: Gate,
+    deadlines: Deadlines,
+}
+
+impl LibvirtHypervisor {
+    /// Connects to `uri`; `None`: libvirt decides, as `virsh` without `-c` (environment, `libvirt.conf`, probing).
+    pub fn connect(uri: Option<&str>) -> Result<Self> {
+        Self::connect_with(uri, Deadlines::default())
+    }
+
+    pub fn connect_with(uri: Option<&str>, deadlines: Deadlines) -> Result<Self> {
+        let this = Self { gate: Gate::new(uri)?, deadlines };
+        let call = Call { what: "ask for its version", domain: None, deadline: deadlines.query, repeat: Repeat::Query };
+        this.gate.call(call, |conn| Ok(conn.lib_version()?))?;
+        Ok(this)
+    }
+
+    /// Asks something about a domain.
+    fn query<T, F>(&self, what: &'static str, uuid: &DomainUuid, work: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: Fn(&Connect, &str) -> Result<T, Failure> + Send + 'static,
+    {
+        self.on_domain(what, self.deadlines.query, Repeat::Query, uuid, work)
+    }
+
+    fn on_domain<T, F>(
+        &self,
+        what: &'static str,
+        deadline: Duration,
+        repeat: Repeat,
+        uuid: &DomainUuid,
+        work: F,
+    ) -> Result<T>
+    where
+        T: Send + 'static,
+        F: Fn(&Connect, &str) -> Result<T, Failure> + Send + 'static,
+    {
+        let owned = uuid.as_str().to_owned();
+        let call = Call { what, domain: Some(uuid.as_str()), deadline, repeat };
+        self.gate.call(call, move |conn| work(conn, &owned))
+    }
+
+    fn block_job(&self, uuid: &DomainUuid, disk: &DiskName, deadline: Duration) -> Result<Option<BlockJob>> {
+        let name = disk.clone();
+        self.on_domain("ask for the block job", deadline, Repeat::Query, uuid, move |conn, uuid| {
+            let domain = lookup(conn, uuid)?;
+            let info = sys::block_job_info(&domain, name.as_str())?;
+            // Only an active commit becomes ready, and only the XML tells that it is.
+            match info {
+                Some(i) if i.kind != c::VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT => Ok(job_view(Some(i), None)),
+                _ => {
+                    let live = xml::parse(&domain.xml_desc(0)?)?;
+                    Ok(job_view(info, live.disk(&name)))
+                }
+            }
+        })
+        .map_err(|e| e.disk(disk))
+    }
+}
+
+impl Hypervisor for LibvirtHypervisor {
+    fn find(&self, name_uuid_or_id: &str) -> Result<DomainView> {
+        let wanted = DomainName::new(name_uuid_or_id)?;
+        let call = Call {
+            what: "look up the domain",
+            domain: Some(name_uuid_or_id),
+            deadline: self.deadlines.query,
+            repeat: Repeat::Query,
+        };
+        self.gate
+            .call(call, move |conn| match look_everywhere(conn, wanted.as_str())? {
+                Some(domain) => view(conn, &domain.uuid_string()?),
+                None => Err(Error::new(Kind::NotFound, "no domain has this name, UUID or id").into()),
+            })
+            .map_err(|e| match e.kind() {
+                Kind::NotFound => e.hint("'virsh list --all' shows the domains; '-c URI' asks another libvirt"),
+                _ => e,
+            })
+    }
+
+    fn observe(&self, uuid: &DomainUuid) -> Result<DomainView> {
+        self.query("look at the domain", uuid, view)
+    }
+
+    fn list(&self) -> Result<Vec<DomainView>> {
+        let deadline = self.deadlines.query;
+        let call = Call { what: "list the domains", domain: None, deadline, repeat: Repeat::Query };
+        let uuids = self.gate.call(call, |conn| {
+            let domains = conn.list_all_domains(0)?;
+            Ok(domains.iter().map(Domain::uuid_string).collect::<Result<Vec<_>, _>>()?)
+        })?;
+        let mut views = Vec::with_capacity(uuids.len());
+        for uuid in uuids {
+            match self.observe(&DomainUuid::new(uuid.as_str())?) {
+                Ok(view) => views.push(view),
+                // It went between the list and the look.
+                Err(e) if e.kind() == Kind::NotFound => {}
+                // One domain that we cannot describe must not hide the others.
+                Err(e) if e.kind() == Kind::Corrupt => tracing::warn!(uuid, error = e.chain(), "domain left out"),
+                Err(e) => return Err(e),
+            }
+        }
+        views.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(views)
+    }
+
+    fn freeze(&self, uuid: &DomainUuid, disks: &[FreezeDisk]) -> Result<()> {
+        if disks.is_empty() {
+            return Err(Error::new(Kind::Usage, "no disk to freeze").domain(uuid));
+        }
+        let disks = disks.to_vec();
+        self.on_domain("freeze the disks", self.deadlines.change, Repeat::Never, uuid, move |conn, uuid| {
+            let domain = lookup(conn, uuid)?;
+            let live = running(&domain)?;
+            for (index, d) in disks.iter().enumerate() {
+                if disks[..index].iter().any(|other| other.name == d.name || other.overlay == d.overlay) {
+                    return Err(Error::new(Kind::Usage, "disk or overlay is named twice").disk(&d.name).into());
+                }
+                if let DiskKind::Unsupported(why) = &live_disk(&live, &d.name)?.kind {
+                    return Err(Error::new(Kind::Refused, format!("the disk {why}")).disk(&d.name).into());
+                }
+            }
+            let all: Vec<DiskName> = live.disks.iter().map(|d| d.name.clone()).collect();
+            let snapshot = xml::snapshot_xml(&disks, &all)?;
+            let flags = c::VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
+                | c::VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
+                | c::VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA;
+            domain.create_snapshot_xml(&snapshot, flags)?;
+            Ok(())
+        })
+    }
+
+    fn start_commit(&self, uuid: &DomainUuid, disk: &DiskName, top: &Path, base: &Path, active: bool) -> Result<()> {
+        let (name, top, base) = (disk.clone(), top.to_owned(), base.to_owned());
+        self.on_domain("start the commit", self.deadlines.change, Repeat::Never, uuid, move |conn, uuid| {
+            let domain = lookup(conn, uuid)?;
+            let live = running(&domain)?;
+            check_commit(&live_disk(&live, &name)?.layers, &top, &base, active)?;
+            let flags = if active { c::VIR_DOMAIN_BLOCK_COMMIT_ACTIVE } else { 0 };
+            let (base, top) = (path_text(&base)?, path_text(&top)?);
+            Ok(sys::block_commit(&domain, name.as_str(), base, top, flags)?)
+        })
+        .map_err(|e| e.disk(disk))
+    }
+
+    fn wait_job(&self, uuid: &DomainUuid, disk: &DiskName, timeout: Duration) -> Result<Option<BlockJob>> {
+        let until = Instant::now() + timeout;
+        // Before the first question: an event between question and subscription would be missed.
+        let wake = self.gate.subscribe(uuid.as_str(), disk.as_str());
+        let mut pause = JOB_POLL_MIN;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let deadline = self.deadlines.query.min(left.max(JOB_POLL_MAX));
+            match self.block_job(uuid, disk, deadline) {
+                Ok(Some(job)) if !job.ready && Instant::now() < until => {}
+                // libvirtd restarting does not end the job; the next question opens a new connection.
+                Err(e) if e.kind() == Kind::Unavailable && Instant::now() < until => {}
+                other => return other,
+            }
+            wake.wait(pause.min(until.saturating_duration_since(Instant::now())));
+            pause = (pause * 2).min(JOB_POLL_MAX);
+        }
+    }
+
+    fn pivot(&self, uuid: &DomainUuid, disk: &DiskName) -> Result<()> {
+        let name = disk.clone();
+        self.on_domain("pivot", self.deadlines.standing, Repeat::Never, uuid, move |conn, uuid| {
+            let flags = c::VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT;
+            Ok(sys::block_job_abort(&lookup(conn, uuid)?, name.as_str(), flags)?)
+        })
+        .map_err(|e| e.disk(disk))
+    }
+
+    fn cancel_job(&self, uuid: &DomainUuid, disk: &DiskName) -> Result<()> {
+        let name = disk.clone();
+        self.on_domain("cancel the block job", self.deadlines.change, Repeat::Again, uuid, move |conn, uuid| {
+            let domain = lookup(conn, uuid)?;
+            match sys::block_job_abort(&domain, name.as_str(), 0) {
+                Err(e) if sys::block_job_info(&domain, name.as_str())?.is_some() => Err(e.into()),
+                // Without a job libvirt refuses; what was asked for is so.
+                _ => Ok(()),
+            }
+        })
+        .map_err(|e| e.disk(disk))
+    }
+
+    fn pause(&self, uuid: &DomainUuid) -> Result<()> {
+        self.on_domain("pause the domain", self.deadlines.standing, Repeat::Again, uuid, |conn, uuid| {
+            let domain = lookup(conn, uuid)?;
+            match domain.suspend() {
+                // Asleep by its own wish is standing, too, though libvirt refuses to suspend it.
+                Err(e) if sys::state(&domain)?.0 != c::VIR_DOMAIN_PMSUSPENDED => Err(e.into()),
+                _ => Ok(()),
+            }
+        })
+    }
+
+    fn resume(&self, uuid: &DomainUuid) -> Result<()> {
+        self.on_domain("resume the domain", self.deadlines.standing, Repeat::Again, uuid, |conn, uuid| {
+            Ok(lookup(conn, uuid)?.resume()?)
+        })
+    }
+
+    fn set_record(&self, uuid: &DomainUuid, record: Option<&str>) -> Result<()> {
+        let element = record.map(xml::record_xml).transpose()?;
+        self.on_domain("store the record", self.deadlines.standing, Repeat::Again, uuid, move |conn, uuid| {
+            let mut tries = 0;
+            loop {
+                tries += 1;
+                let domain = lookup(conn, uuid)?;
+                let live = domain.id().map_or(0, |_| c::VIR_DOMAIN_AFFECT_LIVE);
+                let config = if domain.is_persistent()? { c::VIR_DOMAIN_AFFECT_CONFIG } else { 0 };
+                let kind = c::VIR_DOMAIN_METADATA_ELEMENT as i32;
+                let (key, ns) = (Some(RECORD_PREFIX), Some(xml::RECORD_NS));
+                match domain.set_metadata(kind, element.as_deref(), key, ns, live | config) {
+                    Ok(()) => return Ok(()),
+                    // To remove what is not there.
+                    Err(e) if element.is_none() && e.code().is(ErrorNumber::NoDomainMetadata) => return Ok(()),
+                    // It was started or stopped between the two questions: other flags.
+                    Err(e) if e.code().is(ErrorNumber::OperationInvalid) && tries < OBSERVE_TRIES_MAX => {}
+                    Err(e) => return Err(e.into()),
+                }
+            }
+        })
+    }
+
+    fn redefine(&self, uuid: &DomainUuid, disks: &[(DiskName, Layer)]) -> Result<()> {
+        let disks = disks.to_vec();
+        self.on_domain("redefine the domain", self.deadlines.standing, Repeat::Again, uuid, move |conn, uuid| {
+            let domain = lookup(conn, uuid)?;
+            // To define a transient domain would make it persistent.
+            if !domain.is_persistent()? {
+                let e = Error::new(Kind::Refused, "the domain is transient: it has no definition to change");
+                return Err(e.into());
+            }
+            // With secrets: without them they would be lost.
+            let flags = c::VIR_DOMAIN_XML_INACTIVE | c::VIR_DOMAIN_XML_SECURE;
+            let new = xml::set_layers(&domain.xml_desc(flags)?, &disks)?;
+            conn.define_domain_xml(&new)?;
+            let stored = xml::parse(&domain.xml_desc(c::VIR_DOMAIN_XML_INACTIVE)?)?;
+            for (name, layer) in &disks {
+                let top = live_disk(&stored, name)?.layers.first();
+                if !top.is_some_and(|t| t.path == layer.path && t.format == layer.format) {
+                    let e = Error::new(Kind::Refused, "libvirt did not take over the new image of the disk");
+                    return Err(e.disk(name).path(&layer.path).into());
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn definition(&self, uuid: &DomainUuid, inactive: bool, secure: bool) -> Result<String> {
+        let flags = if inactive { c::VIR_DOMAIN_XML_INACTIVE } else { 0 };
+        let flags = flags | if secure { c::VIR_DOMAIN_XML_SECURE } else { 0 };
+        self.query("read the definition", uuid, move |conn, uuid| Ok(lookup(conn, uuid)?.xml_desc(flags)?))
+    }
+}
+
+// --- looking ---------------------------------------------------------------------------------------------------------
+
+fn lookup(conn: &Connect, uuid: &str) -> Result<Domain, VirtError> {
+    conn.lookup_domain_by_uuid_string(uuid)
+}
+
+/// By name, then UUID, then id, as a name may look like either.
+fn look_everywhere(conn: &Connect, wanted: &str) -> Result<Option<Domain>, VirtError> {
+    let uuid = DomainUuid::new(wanted.to_ascii_lowercase()).ok();
+    let id: Option<u32> = wanted.parse().ok();
+    let by_uuid = || uuid.as_ref().map(|u| lookup(conn, u.as_str()));
+    let by_id = || id.map(|id| conn.lookup_domain_by_id(id));
+    let by_name = || Some(conn.lookup_domain_by_name(wanted));
+    let ways: [&dyn Fn() -> Option<Result<Domain, VirtError>>; 3] = [&by_name, &by_uuid, &by_id];
+    for found in ways.iter().filter_map(|way| way()) {
+        match found {
+            Err(e) if e.code().is(ErrorNumber::NoDomain) => {}
+            Err(e) => return Err(e),
+            Ok(domain) => return Ok(Some(domain)),
+        }
+    }
+    Ok(None)
+}
+
+/// The live XML of a domain that must run.
+fn running(domain: &Domain) -> Result<DomainXml, Failure> {
+    let live = xml::parse(&domain.xml_desc(0)?)?;
+    if live.id.is_none() {
+        return Err(Error::new(Kind::Refused, "the domain does not run").into());
+    }
+    Ok(live)
+}
+
+fn live_disk<'a>(xml: &'a DomainXml, name: &DiskName) -> Result<&'a DiskXml> {
+    xml.disk(name).ok_or_else(|| Error::new(Kind::NotFound, "the domain has no such disk").disk(name))
+}
+
+/// A commit of anything but `top` into its own direct backing image would mix up images.
+fn check_commit(chain: &[Layer], top: &Path, base: &Path, active: bool) -> Result<()> {
+    let conflict = |what: String| Err(Error::new(Kind::Conflict, what).path(top));
+    match chain.iter().position(|l| l.path == top) {
+        None => conflict("the layer to commit is not in the disk's chain".into()),
+        Some(at) if chain.get(at + 1).is_none_or(|l| l.path != base) => {
+            conflict(format!("{} does not lie directly below the layer to commit", base.display()))
+        }
+        Some(0) if !active => conflict("the layer to commit is the one that the guest writes to".into()),
+        Some(1..) if active => conflict("another layer lies above the one to commit".into()),
+        Some(_) => Ok(()),
+    }
+}
+
+fn path_text(path: &Path) -> Result<&str> {
+    path.to_str().ok_or_else(|| Error::new(Kind::Usage, "libvirt takes no path that is not UTF-8").path(path))
+}
+
+/// The domain at one moment: if it was started or stopped meanwhile, everything is asked again.
+fn view(conn: &Connect, uuid: &str) -> Result<DomainView, Failure> {
+    for _ in 0..OBSERVE_TRIES_MAX {
+        let domain = lookup(conn, uuid)?;
+        let view = view_once(&domain);
+        // The id is told by the lookup; it changes with every start.
+        if lookup(conn, uuid)?.id() == domain.id() {
+            return view;
+        }
+    }
+    Err(Error::new(Kind::Busy, "the domain was started and stopped all the while it was looked at").into())
+}
+
+fn view_once(domain: &Domain) -> Result<DomainView, Failure> {
+    let runs = domain.id().is_some();
+    let persistent = domain.is_persistent()?;
+    let live = if runs { Some(xml::parse(&domain.xml_desc(0)?)?) } else { None };
+    let inactive = if persistent { Some(xml::parse(&domain.xml_desc(c::VIR_DOMAIN_XML_INACTIVE)?)?) } else { None };
+    let shown = live.as_ref().or(inactive.as_ref()).ok_or_else(|| {
+        // Neither runs nor is defined: it is going at this moment.
+        Error::new(Kind::NotFound, "the domain is gone")
+    })?;
+    let mut disks = Vec::with_capacity(shown.disks.len());
+    for disk in &shown.disks {
+        disks.push(disk_view(domain, disk, runs, inactive.as_ref())?);
+    }
+    let record = live.as_ref().and_then(|l| l.record.clone());
+    Ok(DomainView {
+        name: shown.name.clone(),
+        uuid: shown.uuid.clone(),
+        id: domain.id(),
+        power: power(domain)?,
+        persistent,
+        managed_save: domain.has_managed_save(0)?,
+        domain_job: if runs { sys::domain_job(domain)?.map(job_words) } else { None },
+        record: record.or_else(|| inactive.as_ref().and_then(|i| i.record.clone())),
+        nvram: shown.nvram.clone(),
+        guest_agent: shown.guest_agent,
+        disks,
+    })
+}
+
+fn power(domain: &Domain) -> Result<Power, VirtError> {
+    let (state, _reason) = sys::state(domain)?;
+    Ok(match state {
+        _ if domain.id().is_none() => Power::Off,
+        c::VIR_DOMAIN_SHUTOFF => Power::Off,
+        // A crashed domain that still has its QEMU stands.
+        c::VIR_DOMAIN_PAUSED | c::VIR_DOMAIN_PMSUSPENDED | c::VIR_DOMAIN_CRASHED => Power::Paused,
+        // Shutting down included: it runs until it is off.
+        _ => Power::Running,
+    })
+}
+
+fn disk_view(domain: &Domain, disk: &DiskXml, runs: bool, inactive: Option<&DomainXml>) -> Result<DiskView, Failure> {
+    let name = disk.name.as_str();
+    let image = disk.kind == DiskKind::Image;
+    let size = if image { known(sys::capacity_bytes(domain, name))?.map(DiskSize) } else { None };
+    let info = if runs { known(sys::block_job_info(domain, name))?.flatten() } else { None };
+    Ok(DiskView {
+        name: disk.name.clone(),
+        kind: disk.kind.clone(),
+        live: (runs && image).then(|| Chain(disk.layers.clone())),
+        inactive: inactive.and_then(|i| i.disk(&disk.name)).and_then(|d| d.layers.first().cloned()),
+        size,
+        job: if runs { job_view(info, Some(disk)) } else { None },
+        read_only: disk.read_only,
+        shareable: disk.shareable,
+    })
+}
+
+/// What libvirt cannot tell of one disk (a missing file, a drive without a medium) is unknown; the view goes on.
+/// A broken connection is not an answer.
+fn known<T>(result: Result<T, VirtError>) -> Result<Option<T>, VirtError> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(e) if e.domain().is(ErrorDomain::Rpc) => Err(e),
+        Err(e) => {
+            tracing::debug!(error = e.message(), "libvirt does not tell");
+            Ok(None)
+        }
+    }
+}
+
+fn job_view(info: Option<sys::BlockJobInfo>, disk: Option<&DiskXml>) -> Option<BlockJob> {
+    let mirror = disk.and_then(|d| d.mirror.as_ref());
+    let active_mirror = mirror.filter(|m| m.job == "active-commit");
+    let kind = match info.map(|i| i.kind) {
+        Some(c::VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT) => BlockJobKind::ActiveCommit,
+        Some(c::VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT) => BlockJobKind::Commit,
+        Some(_) => BlockJobKind::Other,
+        // libvirt still holds the mirror of a job that QEMU has ended: it is ending, not gone.
+        None if active_mirror.is_some() => BlockJobKind::ActiveCommit,
+        None if mirror.is_some() => BlockJobKind::Other,
+        None => return None,
+    };
+    let ready = kind == BlockJobKind::ActiveCommit && info.is_some() && active_mirror.is_some_and(|m| m.ready);
+    let (done_bytes, total_bytes) = info.map_or((0, 0), |i| (i.done_bytes, i.total_bytes));
+    Some(BlockJob { kind, ready, done_bytes, total_bytes })
+}
+
+fn job_words(operation: u32) -> String {
+    match operation {
+        c::VIR_DOMAIN_JOB_OPERATION_START => "start".into(),
+        c::VIR_DOMAIN_JOB_OPERATION_SAVE => "save".into(),
+        c::VIR_DOMAIN_JOB_OPERATION_RESTORE => "restore".into(),
+        c::VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN => "incoming migration".into(),
+        c::VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT => "outgoing migration".into(),
+        c::VIR_DOMAIN_JOB_OPERATION_SNAPSHOT => "snapshot".into(),
+        c::VIR_DOMAIN_JOB_OPERATION_SNAPSHOT_REVERT => "return to a snapshot".into(),
+        c::VIR_DOMAIN_JOB_OPERATION_SNAPSHOT_DELETE => "deletion of a snapshot".into(),
+        c::VIR_DOMAIN_JOB_OPERATION_DUMP => "memory dump".into(),
+        c::VIR_DOMAIN_JOB_OPERATION_BACKUP => "backup".into(),
+        other => format!("job of a kind we do not know ({other})"),
+    }
+}
