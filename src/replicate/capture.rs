@@ -1,1 +1,318 @@
-//! (being written)
+//! Two ways to make a domain's disks stand still while they are read, behind one trait: an overlay over each disk of a
+//! running domain, or nothing but attention for a domain that is off. (Capture by backup is the third to come.)
+
+use super::decide::{Job, Phase, Stand};
+use super::journal::{DiskRecord, Journal, Record, Stamp};
+use super::observe::observe;
+use super::plan::{DiskPlan, Plan};
+use super::settle::{Account, Goal, Outcome, PauseGuard, SettleOptions, Settler, halt_error};
+use crate::error::{Error, Kind, Result};
+use crate::failpoint;
+use crate::hypervisor::{DomainView, FreezeDisk, Hypervisor, Power};
+use crate::image::Chain;
+use crate::name::{DiskName, DomainUuid, RunId};
+use crate::replica::Consistency;
+use jiff::Timestamp;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// Makes disks stand still and lets them go again.
+pub trait Capture {
+    /// From when this returns until [`Capture::release`], the images in the answer do not change, and are one instant
+    /// of all disks. On an error nothing is left behind, or what is left is in the journal.
+    fn freeze(&mut self) -> Result<Still>;
+
+    /// Whether they still stand still; `Interrupted` if not. Cheap; asked many times while reading.
+    fn check(&self) -> Result<()>;
+
+    /// Asked once after the last byte was read and before the point is sealed: did they stand still all along (I5)?
+    fn confirm(&self) -> Result<()>;
+
+    /// Brings the domain back onto its own images. Runs whether or not the point was sealed: the guest comes first.
+    fn release(&mut self) -> Result<Release>;
+}
+
+/// Images that stand still.
+#[derive(Debug, Clone)]
+pub struct Still {
+    pub disks: Vec<(DiskName, Chain)>,
+    /// Taken just before the disks were frozen: nothing acknowledged earlier can be missing.
+    pub frozen_at: Timestamp,
+    pub consistency: Consistency,
+    /// Duration of the freeze call, an upper bound of what the guest can have felt of it.
+    pub freeze: Option<Duration>,
+    /// A domain that is off may be started at any time: readers must not take QEMU's locks.
+    pub may_start: bool,
+}
+
+#[derive(Debug, Clone)]
+pub struct Release {
+    pub account: Account,
+    /// The commit did not become ready in time, or a person has to look: the domain still is on its overlay.
+    pub left_open: Option<String>,
+}
+
+/// Hard bound of the freeze call.
+const FREEZE_WITHIN: Duration = Duration::from_secs(10);
+
+/// Overlays over a running (or paused) domain's disks.
+pub struct OverlayCapture<'a> {
+    hypervisor: &'a dyn Hypervisor,
+    journal: &'a Journal,
+    guard: &'a mut dyn PauseGuard,
+    options: SettleOptions,
+    clock: &'a (dyn Fn() -> Timestamp + Sync),
+    record: Record,
+}
+
+impl<'a> OverlayCapture<'a> {
+    pub fn new(
+        hypervisor: &'a dyn Hypervisor,
+        journal: &'a Journal,
+        guard: &'a mut dyn PauseGuard,
+        options: SettleOptions,
+        clock: &'a (dyn Fn() -> Timestamp + Sync),
+        plan: &Plan,
+        domain: &DomainView,
+        run: &RunId,
+    ) -> Self {
+        let disks = plan.replicated().map(|d| new_disk_record(d, run)).collect();
+        let record = Record {
+            format: 1,
+            run: run.clone(),
+            domain: domain.name.clone(),
+            uuid: domain.uuid.clone(),
+            instance: domain.id,
+            persistent: domain.persistent,
+            phase: Phase::FreezeIntent,
+            resume_after: false,
+            disks,
+            started_at: clock(),
+            frozen_at: None,
+            point: None,
+        };
+        Self { hypervisor, journal, guard, options, clock, record }
+    }
+
+    /// The steps of the freeze; a failure is cleaned up by the caller through the settle loop.
+    fn freeze_steps(&mut self) -> Result<Still> {
+        for disk in &self.record.disks {
+            if Stamp::of(&disk.overlay)?.is_some() {
+                return Err(Error::new(Kind::Conflict, "a file with the new overlay's name exists already")
+                    .path(&disk.overlay)
+                    .disk(&disk.name));
+            }
+        }
+        // Steps 4a and 4b: no overlay without an earlier durable record, here and in the domain itself (I1).
+        self.journal.write(&self.record)?;
+        failpoint!("4a");
+        let text = serde_json::to_string(&self.record).expect("a record is plain data");
+        self.hypervisor.set_record(&self.record.uuid, Some(&text))?;
+        failpoint!("4b");
+        self.guard.arm(FREEZE_WITHIN)?;
+        failpoint!("4c");
+
+        let frozen_at = (self.clock)();
+        let start = Instant::now();
+        let disks: Vec<FreezeDisk> =
+            self.record.disks.iter().map(|d| FreezeDisk { name: d.name.clone(), overlay: d.overlay.clone() }).collect();
+        self.hypervisor.freeze(&self.record.uuid, &disks)?;
+        let freeze = start.elapsed();
+        failpoint!("4d");
+
+        let chains = self.verify_frozen(frozen_at)?;
+        failpoint!("4e");
+        self.guard.disarm()?;
+        failpoint!("4f");
+        Ok(Still { disks: chains, frozen_at, consistency: Consistency::Crash, freeze: Some(freeze), may_start: false })
+    }
+
+    /// Step 4e: every disk is on its overlay, over exactly the image that was planned; record what stands still.
+    fn verify_frozen(&mut self, frozen_at: Timestamp) -> Result<Vec<(DiskName, Chain)>> {
+        let seen = observe(self.hypervisor, &self.record)?;
+        let domain = seen
+            .domain
+            .as_ref()
+            .ok_or_else(|| Error::new(Kind::Interrupted, "the domain ended while it was frozen"))?;
+        let mut chains = Vec::new();
+        for (disk, (_, _, disk_seen)) in self.record.disks.iter_mut().zip(&seen.disks) {
+            let live = domain.disk(&disk.name).and_then(|d| d.live.as_ref());
+            let (Some(live), Stand::Ours) = (live, disk_seen.live) else {
+                let what = format!("after the freeze the disk is not on its overlay but {:?}", disk_seen.live);
+                return Err(Error::new(Kind::Conflict, what).disk(&disk.name).path(&disk.overlay));
+            };
+            disk.base_stamp = Stamp::of(&disk.base.path)?;
+            disk.overlay_id = Stamp::of(&disk.overlay)?.map(|s| s.id);
+            chains.push((disk.name.clone(), Chain(live.0[1..].to_vec())));
+        }
+        self.record.phase = Phase::Frozen;
+        self.record.frozen_at = Some(frozen_at);
+        self.journal.write(&self.record)?;
+        Ok(chains)
+    }
+
+    fn settle(&mut self) -> Result<Release> {
+        let Some(record) = self.journal.record()? else {
+            return Ok(Release { account: Account::default(), left_open: None });
+        };
+        let mut settler = Settler::new(self.hypervisor, self.journal, record, self.guard, self.options.clone());
+        let outcome = settler.run(Goal::Settled)?;
+        let left_open = match outcome {
+            Outcome::Reached => None,
+            Outcome::Pending(disk) => Some(pending(&disk)),
+            Outcome::Halted(halt) => Some(halt_error(&settler.record, &halt).chain()),
+        };
+        Ok(Release { account: settler.account, left_open })
+    }
+}
+
+/// What an operator reads of a commit that goes on by itself.
+pub fn pending(disk: &DiskName) -> String {
+    format!(
+        "commit pending: the overlay of disk '{disk}' is still being committed; the next run or `virt-replica doctor --repair` ends it"
+    )
+}
+
+impl Capture for OverlayCapture<'_> {
+    fn freeze(&mut self) -> Result<Still> {
+        self.freeze_steps().map_err(|e| {
+            // The guest first: undo or finish, then say what went wrong.
+            match self.guard.disarm().and_then(|()| self.settle()) {
+                Ok(Release { left_open: None, .. }) => e,
+                Ok(Release { left_open: Some(what), .. }) => e.hint(what),
+                Err(second) => {
+                    tracing::error!("after the failed freeze: {}", second.chain());
+                    e.hint("run `virt-replica doctor` for what was left behind")
+                }
+            }
+        })
+    }
+
+    /// Nobody but us commits our overlay, and QEMU holds its locks on it: the base stands.
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn confirm(&self) -> Result<()> {
+        let record = self.journal.record()?.unwrap_or_else(|| self.record.clone());
+        let seen = observe(self.hypervisor, &record)?;
+        for (name, _, disk) in &seen.disks {
+            let same_chain = match disk.live {
+                Stand::Ours | Stand::OursBelow => disk.job == Job::None,
+                // QEMU ended, orderly or not: the overlay is where it was, and nobody has committed it.
+                Stand::Absent => disk.overlay.is_there(),
+                _ => false,
+            };
+            if disk.base_touched || !same_chain {
+                return Err(Error::new(
+                    Kind::Interrupted,
+                    "the frozen image did not stand still: somebody committed or changed the chain",
+                )
+                .disk(name)
+                .domain(&record.domain));
+            }
+        }
+        Ok(())
+    }
+
+    fn release(&mut self) -> Result<Release> {
+        self.settle()
+    }
+}
+
+fn new_disk_record(disk: &DiskPlan, run: &RunId) -> DiskRecord {
+    DiskRecord {
+        name: disk.name.clone(),
+        base: disk.chain.top().clone(),
+        overlay: overlay_path(disk, run),
+        size: disk.size,
+        base_stamp: None,
+        overlay_id: None,
+        complete_at: None,
+    }
+}
+
+/// `DIR/STEM.vr-RUN.qcow2`: a human sees whose it is, AppArmor sees an image's suffix, and no two runs meet.
+fn overlay_path(disk: &DiskPlan, run: &RunId) -> PathBuf {
+    let stem = disk.chain.top().path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+    // Block devices of different domains share names like "dm-3"; the disk's own name keeps two of one domain apart.
+    let name = format!("{stem}.{}{OVERLAY_MARK}{}.qcow2", disk.name, &run.as_str()[..8]);
+    disk.overlay_dir.join(name)
+}
+
+/// In the file name of every overlay of ours.
+pub const OVERLAY_MARK: &str = ".vr-";
+
+/// A domain that is off: read as it is, and noticed when it starts.
+pub struct OffCapture<'a> {
+    hypervisor: &'a dyn Hypervisor,
+    uuid: DomainUuid,
+    chains: Vec<(DiskName, Chain)>,
+    stamps: Vec<(PathBuf, Option<Stamp>)>,
+    clock: &'a (dyn Fn() -> Timestamp + Sync),
+    asked: std::sync::Mutex<Instant>,
+}
+
+/// libvirt is asked this often whether the domain was started; the stamps are compared at the end in any case.
+const ASK_EVERY: Duration = Duration::from_millis(500);
+
+impl<'a> OffCapture<'a> {
+    pub fn new(hypervisor: &'a dyn Hypervisor, clock: &'a (dyn Fn() -> Timestamp + Sync), plan: &Plan) -> Self {
+        let chains = plan.replicated().map(|d| (d.name.clone(), d.chain.clone())).collect();
+        let asked = std::sync::Mutex::new(Instant::now());
+        Self { hypervisor, uuid: plan.uuid.clone(), chains, stamps: Vec::new(), clock, asked }
+    }
+
+    fn ensure_off(&self) -> Result<()> {
+        if self.hypervisor.observe(&self.uuid)?.power == Power::Off { Ok(()) } else { Err(started()) }
+    }
+}
+
+fn started() -> Error {
+    Error::new(Kind::Interrupted, "the domain was started while its disks were read; nothing of this reading was kept")
+}
+
+impl Capture for OffCapture<'_> {
+    fn freeze(&mut self) -> Result<Still> {
+        let frozen_at = (self.clock)();
+        for layer in self.chains.iter().flat_map(|(_, chain)| &chain.0) {
+            self.stamps.push((layer.path.clone(), Stamp::of(&layer.path)?));
+            if let Some(data) = &layer.data_file {
+                self.stamps.push((data.clone(), Stamp::of(data)?));
+            }
+        }
+        self.ensure_off()?;
+        Ok(Still {
+            disks: self.chains.clone(),
+            frozen_at,
+            consistency: Consistency::Off,
+            freeze: None,
+            may_start: true,
+        })
+    }
+
+    fn check(&self) -> Result<()> {
+        {
+            let mut asked = self.asked.lock().expect("nothing panics while it is held");
+            if asked.elapsed() < ASK_EVERY {
+                return Ok(());
+            }
+            *asked = Instant::now();
+        }
+        self.ensure_off()
+    }
+
+    fn confirm(&self) -> Result<()> {
+        self.ensure_off()?;
+        for (path, stamp) in &self.stamps {
+            if Stamp::of(path)? != *stamp {
+                return Err(started().path(path));
+            }
+        }
+        Ok(())
+    }
+
+    fn release(&mut self) -> Result<Release> {
+        Ok(Release { account: Account::default(), left_open: None })
+    }
+}

@@ -1,1 +1,513 @@
-//! (being written)
+//! One run of one domain. This page is the whole story; every other file of the crate is a word in it.
+//!
+//! 1. **settle**: finish or undo what an earlier run left behind, by the same code as step 7
+//! 2. **observe**: the domain and its disks; connect to the target, read the replica's head and generation
+//! 3. **plan**: per disk how its changes are found, with a reason; or a conflict. Reserve space at the target
+//! 4. **freeze**: record the intent durably, arm the dead-man, put overlays over all disks in one transaction
+//! 5. **ship**: read the frozen images, compare, send; the target writes into an open, unnamed point
+//! 6. **seal**: everything durable at the target, then the manifest names the point: *now it exists*
+//! 7. **commit**: each overlay into its base, then pause, pivot, rename the overlay away, resume
+//! 8. **retire**: drop what is superseded, write the report
+//!
+//! What holds at every moment, whatever is killed (all of it with tests: docs/replication.md):
+//!
+//! - The production guest comes first: 7 happens even if 5 or 6 failed.
+//! - No overlay exists without an earlier durable record that lets any later run finish (I1); only our own layer is ever
+//!   committed, and only if the chain is the recorded one (I4).
+//! - The guest is never held: every pause is bounded by a dead-man that outlives this process (I2).
+//! - Between the pivot and the durable end of the overlay's name the guest runs nothing (I3).
+//! - A point is all disks of one instant and exists if and only if the manifest names it (I9, I10).
+//! - A dead or full target never costs an overlay: 2 and 3 come before 4.
+
+use super::capture::{Capture, OffCapture, OverlayCapture, Still, pending};
+use super::journal::{Journal, Record};
+use super::observe;
+use super::offline;
+use super::plan::{CaptureKind, DiskFacts, Plan, PlanOptions, overlay_dir, plan};
+use super::pump::{self, Progress, Shipment};
+use super::report::{Report, RunOutcome, millis};
+use super::settle::{Account, Goal, Outcome, PauseGuard, SettleOptions, Settler, halt_error};
+use crate::error::{Error, Kind, Result, ResultExt};
+use crate::failpoint;
+use crate::hypervisor::{DiskKind, DiskView, DomainView, Hypervisor, Power};
+use crate::image::open::{OpenOptions, Opened};
+use crate::image::{Chain, qemu_img};
+use crate::name::{DiskName, DomainUuid, Generation, RunId};
+use crate::replica::{
+    Attachment, BeginDisk, BeginPoint, DiskStats, Mode, PointView, Replica, ReplicaView, SealDisk, SealPoint,
+};
+use jiff::Timestamp;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// The world as a run sees it: ports only. Adapters are chosen in `site`.
+pub struct Ports<'a> {
+    pub hypervisor: &'a dyn Hypervisor,
+    /// Connects to the replica of a domain on the target.
+    pub replica: &'a dyn Fn(&DomainUuid) -> Result<Box<dyn Replica>>,
+    /// Starts a dead-man for a domain.
+    pub guard: &'a dyn Fn(&DomainUuid) -> Result<Box<dyn PauseGuard>>,
+    /// Opens a chain for reading.
+    pub open_image: &'a dyn Fn(&Chain, &OpenOptions) -> Result<Opened>,
+    /// Says how a chain would be read, and why.
+    pub explain_image: &'a dyn Fn(&Chain) -> Result<String>,
+    pub clock: &'a (dyn Fn() -> Timestamp + Sync),
+}
+
+/// What to do.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Name, UUID or id of the domain.
+    pub domain: String,
+    /// The target in words, for reports.
+    pub target: String,
+    pub run: RunId,
+    pub state: PathBuf,
+    pub plan: PlanOptions,
+    pub settle: SettleOptions,
+    pub open: OpenOptions,
+    /// Keep secrets (graphics passwords) in the definitions that travel with the point.
+    pub with_secrets: bool,
+    /// The generation this host replicates as.
+    pub generation: Generation,
+    pub workers: usize,
+}
+
+/// Told what happens while it happens. Called from several threads.
+pub trait Watch: Sync {
+    /// A step of the run begins, by its number in docs/replication.md.
+    fn step(&self, number: u8, what: &str);
+    /// A disk is about to be read; `progress` counts from now on.
+    fn disk(&self, name: &DiskName, size_bytes: u64, mode: Mode, progress: &Progress);
+    /// Called now and then while a disk is read.
+    fn tick(&self);
+    fn warn(&self, text: &str);
+}
+
+/// How often a domain that was started while it was read as off is begun again.
+const STARTS_MAX: u32 = 3;
+
+/// Runs one domain once. Returns the report, also of a run that sealed no point; an `Err` says that nothing was begun.
+/// Blocks for as long as it takes. `stop`: a signal came; the run is cut short at the next group and ends in order.
+pub fn run(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBool) -> Result<(Report, Option<Error>)> {
+    let started = Instant::now();
+    let found = observe::find(ports.hypervisor, &request.domain)?;
+    let what = format!("sync to {}", request.target);
+    let journal = Journal::open(&request.state, &found.uuid, &what, (ports.clock)()).on_domain(&found.name)?;
+    let mut report = Report {
+        domain: found.name.clone(),
+        uuid: found.uuid.clone(),
+        target: request.target.clone(),
+        run: request.run.clone(),
+        started_at: (ports.clock)(),
+        outcome: RunOutcome::Failed,
+        point: None,
+        freeze_ms: 0.0,
+        pause_ms: 0.0,
+        duration_ms: 0.0,
+        skipped: Vec::new(),
+        warnings: Vec::new(),
+        error: None,
+    };
+    let run = Run { ports, request, watch, stop, journal: &journal };
+    let mut result = run.eight_steps(&found.uuid, &mut report);
+    for _ in 1..STARTS_MAX {
+        match &result {
+            Err(Retry::StartedMeanwhile) => {
+                watch.warn("the domain was started while it was read as shut off: starting over as for a running one");
+                result = run.eight_steps(&found.uuid, &mut report);
+            }
+            _ => break,
+        }
+    }
+    report.duration_ms = millis(started.elapsed());
+    let error = match result {
+        Ok(()) => None,
+        Err(Retry::StartedMeanwhile) => {
+            Some(Error::new(Kind::Busy, "the domain is started and stopped faster than it can be read"))
+        }
+        Err(Retry::No(e)) => Some(e),
+    };
+    let error = error.map(|e| e.domain(&found.name));
+    if let Some(e) = &error {
+        report = report.failed(e);
+    }
+    journal.keep_report(&report)?; // 8c
+    Ok((report, error))
+}
+
+/// How a run may end short of a point.
+enum Retry {
+    StartedMeanwhile,
+    No(Error),
+}
+
+impl From<Error> for Retry {
+    fn from(e: Error) -> Self {
+        Retry::No(e)
+    }
+}
+
+struct Run<'a> {
+    ports: &'a Ports<'a>,
+    request: &'a Request,
+    watch: &'a dyn Watch,
+    stop: &'a AtomicBool,
+    journal: &'a Journal,
+}
+
+impl Run<'_> {
+    fn eight_steps(&self, uuid: &DomainUuid, report: &mut Report) -> Result<(), Retry> {
+        self.watch.step(1, "settle what an earlier run left");
+        self.settle(uuid, report)?;
+        failpoint!("1");
+
+        self.watch.step(2, "observe the domain, connect to the target");
+        let domain = self.ports.hypervisor.observe(uuid)?;
+        let replica = (self.ports.replica)(uuid)?;
+        let view = replica.describe()?;
+        failpoint!("2");
+
+        self.watch.step(3, "plan, reserve space");
+        let plan = make_plan(self.ports, self.request, &domain, &view)?;
+        report.skipped = plan.skipped.clone();
+        if let Some(refusal) = plan.refusal() {
+            return Err(refusal.into());
+        }
+        replica.begin(&self.begin_request(&domain, &plan))?;
+        failpoint!("3");
+
+        let mut guard: Option<Box<dyn PauseGuard>> = match plan.capture {
+            CaptureKind::Overlay => Some((self.ports.guard)(uuid)?),
+            CaptureKind::Off => None,
+        };
+        let mut capture: Box<dyn Capture + '_> = match guard.as_mut() {
+            Some(guard) => Box::new(OverlayCapture::new(
+                self.ports.hypervisor,
+                self.journal,
+                guard.as_mut(),
+                self.request.settle.clone(),
+                self.ports.clock,
+                &plan,
+                &domain,
+                &self.request.run,
+            )),
+            None => Box::new(OffCapture::new(self.ports.hypervisor, self.ports.clock, &plan)),
+        };
+        self.watch.step(4, "freeze all disks at one instant");
+        let still = match capture.freeze() {
+            Ok(still) => still,
+            Err(e) => {
+                self.abandon(replica.as_ref());
+                return Err(self.if_started(&plan, e));
+            }
+        };
+        report.freeze_ms = still.freeze.map_or(0.0, millis);
+
+        // Whatever becomes of the point, the domain goes back onto its own images.
+        let sealed = self.ship_and_seal(replica.as_ref(), &domain, &plan, &still, capture.as_ref());
+        if sealed.is_err() {
+            self.abandon(replica.as_ref());
+        }
+        drop(replica);
+        self.watch.step(7, "commit the overlays");
+        let released = capture.release();
+        self.conclude(report, &plan, sealed, released)
+    }
+
+    /// Step 1, and all that is needed after any crash.
+    fn settle(&self, uuid: &DomainUuid, report: &mut Report) -> Result<()> {
+        let (_, account, left_open) = settle_domain(self.ports, self.journal, uuid, &self.request.settle)?;
+        report.warnings.extend(account.alarms);
+        match left_open {
+            None => Ok(()),
+            Some(what) => Err(Error::new(Kind::Conflict, format!("an earlier run could not be settled: {what}"))
+                .hint("run `virt-replica doctor` for what was found and what to do")),
+        }
+    }
+
+    fn begin_request(&self, domain: &DomainView, plan: &Plan) -> BeginPoint {
+        BeginPoint {
+            uuid: domain.uuid.clone(),
+            name: domain.name.clone(),
+            run: self.request.run.clone(),
+            generation: plan.generation,
+            expected_head: plan.head.clone(),
+            disks: plan
+                .replicated()
+                .map(|d| BeginDisk {
+                    name: d.name.clone(),
+                    size: d.size,
+                    fresh: d.head.is_none(),
+                    reserve_bytes: d.reserve_bytes,
+                })
+                .collect(),
+        }
+    }
+
+    /// Steps 5 and 6.
+    fn ship_and_seal(
+        &self,
+        replica: &dyn Replica,
+        domain: &DomainView,
+        plan: &Plan,
+        still: &Still,
+        capture: &dyn Capture,
+    ) -> Result<PointView> {
+        self.watch.step(5, "read, compare, send");
+        let mut disks = Vec::new();
+        for (name, chain) in &still.disks {
+            disks.push(self.ship_disk(replica, plan, still, capture, name, chain).on_disk(name)?);
+        }
+        self.attach(replica, domain)?;
+        failpoint!("5c");
+        capture.confirm()?;
+        self.watch.step(6, "seal the point");
+        let point = replica.seal(&SealPoint { frozen_at: still.frozen_at, consistency: still.consistency, disks })?;
+        failpoint!("6f");
+        if let Some(mut record) = self.journal.record()? {
+            record.point = Some(point.id.clone());
+            self.journal.write(&record)?;
+        }
+        failpoint!("6g");
+        Ok(point)
+    }
+
+    fn ship_disk(
+        &self,
+        replica: &dyn Replica,
+        plan: &Plan,
+        still: &Still,
+        capture: &dyn Capture,
+        name: &DiskName,
+        chain: &Chain,
+    ) -> Result<SealDisk> {
+        let planned = plan.disks.iter().find(|d| &d.name == name).expect("what was frozen was planned");
+        let options = OpenOptions { force_share: still.may_start, ..self.request.open.clone() };
+        let opened = (self.ports.open_image)(chain, &options)?;
+        if opened.image.size() != planned.size {
+            return Err(Error::new(
+                Kind::Busy,
+                format!(
+                    "the disk was resized meanwhile: {} bytes planned, {} found",
+                    planned.size,
+                    opened.image.size()
+                ),
+            )
+            .hint("run again"));
+        }
+        failpoint!("5a");
+        let shipment = Shipment {
+            uuid: plan.uuid.clone(),
+            disk: name.clone(),
+            size: planned.size,
+            head: planned.head,
+            mode: planned.mode,
+            reason: planned.reason.clone(),
+            workers: self.request.workers,
+        };
+        let progress = Progress::default();
+        self.watch.disk(name, planned.size.0, planned.mode, &progress);
+        let still_good = || {
+            self.watch.tick();
+            failpoint!("5b");
+            if self.stop.load(Ordering::Relaxed) {
+                return Err(Error::new(Kind::Interrupted, "stopped by a signal"));
+            }
+            capture.check()
+        };
+        let shipped = pump::ship(opened.image.as_ref(), replica, &shipment, &progress, &still_good);
+        // The frozen image must be closed before the commit starts, however the shipment ended.
+        let closed = opened.close();
+        let shipped = shipped?;
+        closed?;
+        Ok(SealDisk { name: name.clone(), root: shipped.root, stats: shipped.stats })
+    }
+
+    /// The machine's description, as it was at the freeze or a moment later.
+    fn attach(&self, replica: &dyn Replica, domain: &DomainView) -> Result<()> {
+        let secure = self.request.with_secrets;
+        if domain.persistent {
+            let xml = self.ports.hypervisor.definition(&domain.uuid, true, secure)?;
+            replica.attach(Attachment::InactiveXml, self.without_overlays(xml)?.as_bytes())?;
+        }
+        if domain.power != Power::Off {
+            let xml = self.ports.hypervisor.definition(&domain.uuid, false, secure)?;
+            replica.attach(Attachment::LiveXml, xml.as_bytes())?;
+        }
+        if let Some(path) = &domain.nvram {
+            match std::fs::read(path) {
+                Ok(content) => replica.attach(Attachment::Nvram, &content)?,
+                // Not there before the first start.
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+                Err(e) => return Err(Error::io("cannot read the UEFI variables", path, e)),
+            }
+        }
+        Ok(())
+    }
+
+    /// While we hold the disks, the definition names our overlays; the one to keep names the images themselves.
+    fn without_overlays(&self, xml: String) -> Result<String> {
+        let Some(record) = self.journal.record()? else { return Ok(xml) };
+        let bases: Vec<_> = record.disks.iter().map(|d| (d.name.clone(), d.base.clone())).collect();
+        crate::hypervisor::xml::set_layers(&xml, &bases)
+    }
+
+    fn abandon(&self, replica: &dyn Replica) {
+        if let Err(e) = replica.abandon() {
+            // It is rubbish by definition; the next run throws it away.
+            tracing::debug!("cannot abandon the open point: {}", e.chain());
+        }
+    }
+
+    fn if_started(&self, plan: &Plan, e: Error) -> Retry {
+        if plan.capture == CaptureKind::Off && e.kind() == Kind::Interrupted && !self.stop.load(Ordering::Relaxed) {
+            Retry::StartedMeanwhile
+        } else {
+            Retry::No(e)
+        }
+    }
+
+    /// Step 8, and the verdict.
+    fn conclude(
+        &self,
+        report: &mut Report,
+        plan: &Plan,
+        sealed: Result<PointView>,
+        released: Result<super::capture::Release>,
+    ) -> Result<(), Retry> {
+        self.watch.step(8, "retire what is superseded, report");
+        let mut left_open = None;
+        match released {
+            Ok(release) => {
+                report.pause_ms = release.account.pause.map_or(report.pause_ms, millis);
+                report.warnings.extend(release.account.alarms);
+                left_open = release.left_open;
+            }
+            Err(e) => {
+                let text = format!("the domain could not be brought back onto its own images: {}", e.chain());
+                match sealed {
+                    Ok(_) => left_open = Some(text),
+                    Err(ref first) => tracing::error!("{text} (after: {})", first.chain()),
+                }
+            }
+        }
+        if let Some(what) = &left_open {
+            self.watch.warn(what);
+            report.warnings.push(what.clone());
+        }
+        let point = sealed.map_err(|e| self.if_started(plan, e))?;
+        report.point = Some(point);
+        report.outcome = if left_open.is_some() { RunOutcome::CommitPending } else { RunOutcome::Sealed };
+        failpoint!("8b");
+        Ok(())
+    }
+}
+
+/// Settles one domain from its open record, if it has one. Returns the record that was found, what was done, and what
+/// is left open.
+pub fn settle_domain(
+    ports: &Ports,
+    journal: &Journal,
+    uuid: &DomainUuid,
+    options: &SettleOptions,
+) -> Result<(Option<Record>, Account, Option<String>)> {
+    let record = match journal.record()? {
+        Some(record) => Some(record),
+        None => record_in_domain(ports.hypervisor, uuid)?,
+    };
+    let Some(record) = record else { return Ok((None, Account::default(), None)) };
+    let mut guard = (ports.guard)(uuid)?;
+    // A record that only the domain remembered is ours again from now on.
+    journal.write(&record)?;
+    let mut settler = Settler::new(ports.hypervisor, journal, record.clone(), guard.as_mut(), options.clone());
+    let outcome = settler.run(Goal::Settled)?;
+    let left_open = match outcome {
+        Outcome::Reached => None,
+        Outcome::Pending(disk) => Some(pending(&disk)),
+        Outcome::Halted(halt) => Some(halt_error(&settler.record, &halt).chain()),
+    };
+    Ok((Some(record), settler.account, left_open))
+}
+
+/// The copy of the record in the domain's own metadata: the one that survives the loss of our state directory.
+pub fn record_in_domain(hypervisor: &dyn Hypervisor, uuid: &DomainUuid) -> Result<Option<Record>> {
+    let domain = match hypervisor.observe(uuid) {
+        Ok(domain) => domain,
+        Err(e) if e.kind() == Kind::NotFound => return Ok(None),
+        Err(e) => return Err(e),
+    };
+    let Some(text) = domain.record else { return Ok(None) };
+    let record: Record = serde_json::from_str(&text).map_err(|e| {
+        Error::new(Kind::Corrupt, "the record in the domain's metadata cannot be understood")
+            .source(e)
+            .domain(&domain.name)
+            .hint("it may be a newer virt-replica's; `virsh metadata DOMAIN https://virt-replica.org/xmlns/record/1` shows it")
+    })?;
+    if record.uuid != *uuid || record.format != 1 {
+        return Err(Error::new(Kind::Corrupt, "the record in the domain's metadata is another domain's or version's")
+            .domain(&domain.name)
+            .hint("a clone made of this domain's XML carries it along: remove it with `virsh metadata DOMAIN URI --remove`"));
+    }
+    Ok(Some(record))
+}
+
+/// Gathers what planning needs to know beyond the views, and plans. Touches nothing.
+pub fn make_plan(ports: &Ports, request: &Request, domain: &DomainView, replica: &ReplicaView) -> Result<Plan> {
+    let facts: Vec<DiskFacts> = domain
+        .disks
+        .iter()
+        .filter(|d| d.kind == DiskKind::Image)
+        .map(|disk| disk_facts(ports, request, domain, disk))
+        .collect();
+    Ok(plan(domain, &facts, replica, request.generation, &request.plan))
+}
+
+fn disk_facts(ports: &Ports, request: &Request, domain: &DomainView, disk: &DiskView) -> DiskFacts {
+    let chain = match (&disk.live, &disk.inactive) {
+        (Some(chain), _) if domain.power != Power::Off => Ok(chain.clone()),
+        (_, Some(top)) => observe::resolve(top).map_err(|e| e.chain()),
+        _ => Err("no image is known for it".to_owned()),
+    };
+    let reader = chain.as_ref().ok().map(|c| (ports.explain_image)(c));
+    let (reader, chain) = match reader {
+        Some(Ok(reader)) => (reader, chain),
+        Some(Err(e)) => (String::new(), Err(e.chain())),
+        None => (String::new(), chain),
+    };
+    let (allocated_bytes, overlay_free_bytes) = match &chain {
+        Ok(chain) => (allocated(chain), free_bytes(&overlay_dir(chain.top(), &request.plan))),
+        Err(_) => (0, None),
+    };
+    DiskFacts { name: disk.name.clone(), chain, allocated_bytes, reader, overlay_free_bytes }
+}
+
+/// Bytes that a chain's images occupy; what cannot be looked at counts with its full size.
+fn allocated(chain: &Chain) -> u64 {
+    chain
+        .0
+        .iter()
+        .map(|layer| match qemu_img::info(&layer.path, layer.format, true) {
+            Ok(info) if !offline::is_block_device(&layer.path) => info.actual_size_bytes,
+            Ok(info) => info.virtual_size.0,
+            Err(_) => u64::MAX / 1024,
+        })
+        .sum()
+}
+
+fn free_bytes(dir: &std::path::Path) -> Option<u64> {
+    let s = rustix::fs::statvfs(dir).ok()?;
+    Some(s.f_bavail.saturating_mul(s.f_frsize))
+}
+
+/// Statistics of a disk of which nothing had to be sent; the base of a report's sums.
+pub fn sum(point: &PointView) -> DiskStats {
+    point.disks.iter().fold(DiskStats::default(), |mut sum, d| {
+        sum.bytes_read += d.stats.bytes_read;
+        sum.bytes_sent += d.stats.bytes_sent;
+        sum.bytes_written += d.stats.bytes_written;
+        sum.blocks_changed += d.stats.blocks_changed;
+        sum
+    })
+}

@@ -82,7 +82,7 @@ pub enum OverlayFile {
 
 impl OverlayFile {
     /// The overlay is there under its name, so the chain with it is the view of the disk.
-    fn is_ours(self) -> bool {
+    pub fn is_there(self) -> bool {
         matches!(self, OverlayFile::Empty | OverlayFile::Used)
     }
 
@@ -383,11 +383,11 @@ fn off_disk(s: &Situation, facts: &DiskFacts, seen: &DiskSeen) -> Off {
         return Off::Halt(HaltReason::OverlayReplaced);
     }
     // A saved image resumes with the very chain it was saved with.
-    if s.managed_save && (seen.overlay.is_ours() || seen.inactive == Stand::Ours) {
+    if s.managed_save && (seen.overlay.is_there() || seen.inactive == Stand::Ours) {
         return Off::Halt(HaltReason::ManagedSave);
     }
     let gone = s.power == PowerState::Gone;
-    if gone && seen.shared_storage && seen.overlay.is_ours() {
+    if gone && seen.shared_storage && seen.overlay.is_there() {
         return Off::Halt(HaltReason::MayRunElsewhere);
     }
     match seen.inactive {

@@ -75,7 +75,7 @@ fn assert_safe(s: &Situation, action: &Action) {
         Action::CommitOffline(d) => {
             let (_, facts, seen) = of(d);
             assert!(!has_qemu && !facts.base_complete && !seen.base_touched && !s.managed_save, "{}", why());
-            assert!(seen.overlay.is_ours(), "{}", why());
+            assert!(seen.overlay.is_there(), "{}", why());
             assert!(seen.inactive == Stand::Ours || s.power == PowerState::Gone, "{}", why());
         }
         Action::WaitForJob(d) => assert!(has_qemu && of(d).2.job == Job::Running, "{}", why()),
@@ -96,18 +96,18 @@ fn assert_safe(s: &Situation, action: &Action) {
             let (_, _, seen) = of(d);
             assert!(seen.inactive == Stand::Ours, "{}", why());
             // Redefining first would let it start on the base while the overlay's name exists.
-            assert!(!seen.overlay.is_ours() && (on_base(seen) || seen.overlay == OverlayFile::Retired), "{}", why());
+            assert!(!seen.overlay.is_there() && (on_base(seen) || seen.overlay == OverlayFile::Retired), "{}", why());
         }
         Action::MarkComplete(d) => assert!(has_qemu && on_base(&of(d).2), "{}", why()),
         Action::Retire(d) | Action::SetAside(d) => {
             let (_, facts, seen) = of(d);
-            assert!(seen.overlay.is_ours() && !(has_qemu && seen.live == Stand::Ours), "{}", why());
+            assert!(seen.overlay.is_there() && !(has_qemu && seen.live == Stand::Ours), "{}", why());
             assert!(facts.base_complete || s.phase == Phase::PivotIntent, "{}", why());
         }
         Action::Resume => {
             assert!(s.power == PowerState::Paused && s.resume_after, "{}", why());
             // I3: no instruction between the pivot and the retirement.
-            let stale_leaf = |seen: &DiskSeen| on_base(seen) && seen.overlay.is_ours() && !s.halts(seen);
+            let stale_leaf = |seen: &DiskSeen| on_base(seen) && seen.overlay.is_there() && !s.halts(seen);
             assert!(!s.disks.iter().any(|(_, _, seen)| stale_leaf(seen)), "{}", why());
         }
         Action::Discard(d) => {
@@ -123,7 +123,7 @@ fn assert_safe(s: &Situation, action: &Action) {
         Action::Done => {
             assert!(!(s.power == PowerState::Paused && s.resume_after), "the guest is held: {}", why());
             for (_, _, seen) in s.disks {
-                assert!(!seen.overlay.is_ours(), "{}", why());
+                assert!(!seen.overlay.is_there(), "{}", why());
                 assert!(!(has_qemu && matches!(seen.live, Stand::Ours | Stand::OursBelow)), "{}", why());
                 assert!(has_qemu || seen.inactive != Stand::Ours, "{}", why());
             }

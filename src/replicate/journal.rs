@@ -1,1 +1,357 @@
-//! (being written)
+//! The durable record of a run: what any later run, the dead-man or `doctor` needs to bring a domain back onto its own
+//! images (I1). One small document per domain, replaced whole: a torn record cannot exist.
+//!
+//! `STATE/domains/UUID/` holds `lock` (who works on the domain), `record.json` (only while a run is open), `last.json`
+//! (the newest report) and `history.jsonl` (all reports). A copy of the record's identity lies in the domain's own
+//! `<metadata>`, which survives the loss of this directory and travels with the domain.
+//!
+//! Format: docs/formats/journal.md.
+
+use crate::block::DiskSize;
+use crate::error::{Error, Kind, Result};
+use crate::image::Layer;
+use crate::name::{DiskName, DomainName, DomainUuid, PointId, RunId};
+use crate::replicate::decide::Phase;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// Largest record or report that is read, in bytes.
+const DOCUMENT_MAX: u64 = 4 << 20;
+
+/// Where this host keeps its own state.
+pub const STATE_DIR: &str = "/var/lib/virt-replica/source";
+
+/// A run that has (or may have) changed something at the source, until it has been put right.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// Version of this document: 1.
+    pub format: u32,
+    pub run: RunId,
+    pub domain: DomainName,
+    pub uuid: DomainUuid,
+    /// libvirt's id of the instance that was frozen.
+    pub instance: Option<u32>,
+    pub persistent: bool,
+    pub phase: Phase,
+    /// We paused, or were about to pause, a domain that ran.
+    pub resume_after: bool,
+    pub disks: Vec<DiskRecord>,
+    pub started_at: Timestamp,
+    /// When the disks stood still; set with [`Phase::Frozen`].
+    pub frozen_at: Option<Timestamp>,
+    /// The point that the run led to, once it was sealed.
+    pub point: Option<PointId>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DiskRecord {
+    pub name: DiskName,
+    /// The image that was frozen and that the domain is to end on.
+    pub base: Layer,
+    pub overlay: PathBuf,
+    pub size: DiskSize,
+    /// Set with [`Phase::Frozen`]: the base as it stood, to notice a stranger's writes.
+    pub base_stamp: Option<Stamp>,
+    /// Set with [`Phase::Frozen`]: the overlay's identity.
+    pub overlay_id: Option<FileId>,
+    /// The base is complete, and the overlay was like this when that was seen.
+    pub complete_at: Option<Stamp>,
+}
+
+impl DiskRecord {
+    /// The overlay's name once it is retired. The kind of name that no tool opens by itself.
+    pub fn retired(&self) -> PathBuf {
+        suffixed(&self.overlay, ".retired")
+    }
+
+    /// The overlay's name once it is set aside for a person.
+    pub fn kept(&self) -> PathBuf {
+        suffixed(&self.overlay, ".kept")
+    }
+}
+
+fn suffixed(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
+}
+
+/// Which file it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileId {
+    pub device: u64,
+    pub inode: u64,
+}
+
+/// Which file it is and when it was last written; equal stamps mean an untouched file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stamp {
+    pub id: FileId,
+    pub len_bytes: u64,
+    pub modified_s: i64,
+    pub modified_ns: i64,
+}
+
+impl Stamp {
+    /// `None` where there is no such file. A block device has no telling times: its stamp never changes.
+    pub fn of(path: &Path) -> Result<Option<Stamp>> {
+        match fs::metadata(path) {
+            Ok(m) => Ok(Some(Stamp {
+                id: FileId { device: m.dev(), inode: m.ino() },
+                len_bytes: m.len(),
+                modified_s: if m.is_file() { m.mtime() } else { 0 },
+                modified_ns: if m.is_file() { m.mtime_nsec() } else { 0 },
+            })),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(Error::io("cannot look at the image", path, e)),
+        }
+    }
+}
+
+/// One domain's directory of state, with its lock held: one hand on a domain at a time. Released when dropped, also by
+/// `kill -9`.
+#[derive(Debug)]
+pub struct Journal {
+    dir: PathBuf,
+    _lock: File,
+}
+
+/// Who holds a domain's lock, as written into it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Holder {
+    pub pid: u32,
+    pub what: String,
+    pub since: Timestamp,
+}
+
+impl Journal {
+    /// Takes the domain's lock. `Busy`, naming the holder, when another program has it.
+    pub fn open(state: &Path, uuid: &DomainUuid, what: &str, now: Timestamp) -> Result<Journal> {
+        let dir = domain_dir(state, uuid);
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&dir)
+            .map_err(|e| Error::io("cannot create the directory of the domain's state", &dir, e))?;
+        let path = dir.join("lock");
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(|e| Error::io("cannot open the domain's lock", &path, e))?;
+        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(busy(&mut file, &path)),
+            Err(e) => return Err(Error::io("cannot lock the domain", &path, e.into())),
+        }
+        let holder = Holder { pid: std::process::id(), what: what.to_owned(), since: now };
+        let text = serde_json::to_vec(&holder).expect("a holder is plain data");
+        file.set_len(0)
+            .and_then(|()| file.seek(SeekFrom::Start(0)))
+            .and_then(|_| file.write_all(&text))
+            .map_err(|e| Error::io("cannot write the domain's lock", &path, e))?;
+        Ok(Journal { dir, _lock: file })
+    }
+
+    pub fn record(&self) -> Result<Option<Record>> {
+        read_record(&self.dir.join("record.json"))
+    }
+
+    /// Durable when it returns.
+    pub fn write(&self, record: &Record) -> Result<()> {
+        replace(&self.dir, "record.json", &to_json(record))
+    }
+
+    /// The run is put right; durable when it returns.
+    pub fn close(&self) -> Result<()> {
+        let path = self.dir.join("record.json");
+        match fs::remove_file(&path) {
+            Ok(()) => sync_dir(&self.dir),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            Err(e) => Err(Error::io("cannot remove the settled record", &path, e)),
+        }
+    }
+
+    /// Keeps a report: the newest one whole, all of them in the history. A failed run is a report too.
+    pub fn keep_report(&self, report: &impl Serialize) -> Result<()> {
+        let text = to_json(report);
+        replace(&self.dir, "last.json", &text)?;
+        let path = self.dir.join("history.jsonl");
+        let mut line = serde_json::to_vec(report).expect("a report is plain data");
+        line.push(b'\n');
+        OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(&path)
+            .and_then(|mut f| f.write_all(&line))
+            .map_err(|e| Error::io("cannot append to the history", &path, e))
+    }
+}
+
+/// The open record of a domain, read without its lock; for `status` and `doctor`.
+pub fn peek(state: &Path, uuid: &DomainUuid) -> Result<Option<Record>> {
+    read_record(&domain_dir(state, uuid).join("record.json"))
+}
+
+/// The newest report as stored, or `None`.
+pub fn last_report<T: serde::de::DeserializeOwned>(state: &Path, uuid: &DomainUuid) -> Result<Option<T>> {
+    let path = domain_dir(state, uuid).join("last.json");
+    read_json(&path)
+}
+
+/// Domains with state on this host, whether or not libvirt still knows them.
+pub fn known_domains(state: &Path) -> Result<Vec<DomainUuid>> {
+    let dir = state.join("domains");
+    let entries = match fs::read_dir(&dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(Error::io("cannot list the state", &dir, e)),
+    };
+    let mut uuids: Vec<DomainUuid> = entries
+        .filter_map(|e| e.ok()?.file_name().into_string().ok())
+        .filter_map(|name| DomainUuid::new(name).ok())
+        .collect();
+    uuids.sort();
+    Ok(uuids)
+}
+
+fn domain_dir(state: &Path, uuid: &DomainUuid) -> PathBuf {
+    state.join("domains").join(uuid.as_str())
+}
+
+fn busy(file: &mut File, path: &Path) -> Error {
+    let mut text = String::new();
+    let holder =
+        file.take(4096).read_to_string(&mut text).ok().and_then(|_| serde_json::from_str::<Holder>(&text).ok());
+    let what = match holder {
+        Some(h) => format!("another program works on this domain: {} (pid {}, since {})", h.what, h.pid, h.since),
+        None => "another program works on this domain".to_owned(),
+    };
+    Error::new(Kind::Busy, what).path(path).hint("wait for it to end; the lock is free as soon as its holder is gone")
+}
+
+fn read_record(path: &Path) -> Result<Option<Record>> {
+    let Some(record) = read_json::<Record>(path)? else { return Ok(None) };
+    if record.format != 1 {
+        return Err(Error::new(Kind::Corrupt, format!("the record has the unknown version {}", record.format))
+            .path(path)
+            .hint("it was written by a newer virt-replica: use that one to settle the domain"));
+    }
+    Ok(Some(record))
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    let mut text = Vec::new();
+    match File::open(path).and_then(|f| f.take(DOCUMENT_MAX).read_to_end(&mut text)) {
+        Ok(_) => {}
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(Error::io("cannot read", path, e)),
+    }
+    serde_json::from_slice(&text).map(Some).map_err(|e| {
+        Error::new(Kind::Corrupt, "this document of our own cannot be understood")
+            .path(path)
+            .source(e)
+            .hint("it is written atomically, so something else changed it; look at it before you move it away")
+    })
+}
+
+fn to_json(value: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec_pretty(value).expect("our documents are plain data")
+}
+
+/// Replaces `dir/name` whole: temp, fsync, rename, directory fsync.
+fn replace(dir: &Path, name: &str, content: &[u8]) -> Result<()> {
+    let path = dir.join(name);
+    let fail = |e: std::io::Error| Error::io("cannot write durably", &path, e);
+    let mut temp = tempfile::Builder::new().prefix(".new-").tempfile_in(dir).map_err(fail)?;
+    temp.write_all(content).map_err(fail)?;
+    temp.as_file().sync_all().map_err(fail)?;
+    temp.persist(&path).map_err(|e| fail(e.error))?;
+    sync_dir(dir)
+}
+
+/// Makes renames and removals in a directory durable.
+pub fn sync_dir(dir: &Path) -> Result<()> {
+    File::open(dir).and_then(|d| d.sync_all()).map_err(|e| Error::io("cannot sync the directory", dir, e))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::image::Format;
+
+    pub(crate) fn record(phase: Phase) -> Record {
+        Record {
+            format: 1,
+            run: RunId::from_bits(7),
+            domain: DomainName::new("db01").unwrap(),
+            uuid: DomainUuid::new("6695eb01-f6a4-8304-79aa-97f2502e193f").unwrap(),
+            instance: Some(3),
+            persistent: true,
+            phase,
+            resume_after: false,
+            disks: vec![DiskRecord {
+                name: DiskName::new("vda").unwrap(),
+                base: Layer {
+                    path: "/pool/a.qcow2".into(),
+                    format: Format::Qcow2,
+                    block_device: false,
+                    data_file: None,
+                },
+                overlay: "/pool/a.vr-0000.qcow2".into(),
+                size: DiskSize(1 << 30),
+                base_stamp: None,
+                overlay_id: None,
+                complete_at: None,
+            }],
+            started_at: Timestamp::UNIX_EPOCH,
+            frozen_at: None,
+            point: None,
+        }
+    }
+
+    #[test]
+    fn a_second_hand_is_told_who_holds_the_domain() {
+        let state = tempfile::tempdir().unwrap();
+        let uuid = record(Phase::Frozen).uuid;
+        let first = Journal::open(state.path(), &uuid, "sync to dr1", Timestamp::UNIX_EPOCH).unwrap();
+        let e = Journal::open(state.path(), &uuid, "doctor", Timestamp::UNIX_EPOCH).unwrap_err();
+        assert_eq!(e.kind(), Kind::Busy);
+        assert!(e.what().contains("sync to dr1") && e.what().contains(&std::process::id().to_string()), "{e}");
+        drop(first);
+        Journal::open(state.path(), &uuid, "doctor", Timestamp::UNIX_EPOCH).unwrap();
+    }
+
+    #[test]
+    fn a_record_is_there_until_it_is_closed() {
+        let state = tempfile::tempdir().unwrap();
+        let written = record(Phase::CommitIntent);
+        let journal = Journal::open(state.path(), &written.uuid, "test", Timestamp::UNIX_EPOCH).unwrap();
+        assert_eq!(journal.record().unwrap(), None);
+        journal.write(&written).unwrap();
+        assert_eq!(peek(state.path(), &written.uuid).unwrap(), Some(written.clone()));
+        assert_eq!(known_domains(state.path()).unwrap(), [written.uuid.clone()]);
+        journal.close().unwrap();
+        journal.close().unwrap();
+        assert_eq!(journal.record().unwrap(), None);
+    }
+
+    #[test]
+    fn a_record_of_the_future_is_refused_and_kept() {
+        let state = tempfile::tempdir().unwrap();
+        let mut future = record(Phase::Frozen);
+        let journal = Journal::open(state.path(), &future.uuid, "test", Timestamp::UNIX_EPOCH).unwrap();
+        future.format = 2;
+        journal.write(&future).unwrap();
+        assert_eq!(journal.record().unwrap_err().kind(), Kind::Corrupt);
+        assert!(domain_dir(state.path(), &future.uuid).join("record.json").exists());
+    }
+}

@@ -1,1 +1,225 @@
-//! (being written)
+//! Looks at a domain and its files, and describes both in the words of [`decide`](super::decide), relative to a record.
+//!
+//! Reads only; the moment it describes is over when it returns, which is why acting re-checks what matters.
+
+use super::decide::{DiskFacts, DiskSeen, Job, OverlayFile, Phase, PowerState, Situation, Stand};
+use super::journal::{DiskRecord, Record, Stamp};
+use super::offline;
+use crate::block::{BLOCK_LEN, DiskSize};
+use crate::error::{Error, Kind, Result, ResultExt};
+use crate::hypervisor::{BlockJobKind, DiskView, DomainView, Hypervisor, Power};
+use crate::image::{Chain, Layer};
+use crate::name::DiskName;
+use std::path::Path;
+
+/// What was seen of a domain with an open record.
+#[derive(Debug, Clone)]
+pub struct Observation {
+    /// `None` when libvirt does not know the domain any more.
+    pub domain: Option<DomainView>,
+    pub power: PowerState,
+    pub same_instance: bool,
+    pub managed_save: bool,
+    pub disks: Vec<(DiskName, DiskFacts, DiskSeen)>,
+    /// The overlays' stamps of this moment, in the record's order; what an action may rely on.
+    pub overlay_stamps: Vec<Option<Stamp>>,
+}
+
+impl Observation {
+    pub fn situation<'a>(&'a self, record: &Record) -> Situation<'a> {
+        Situation {
+            phase: record.phase,
+            resume_after: record.resume_after,
+            power: self.power,
+            same_instance: self.same_instance,
+            persistent: record.persistent,
+            managed_save: self.managed_save,
+            disks: &self.disks,
+        }
+    }
+
+    /// Whether we hold the guest's vCPUs.
+    pub fn held(&self, record: &Record) -> bool {
+        self.power == PowerState::Paused && record.resume_after
+    }
+}
+
+/// Observes the domain of a record. Blocks on libvirt and `stat`; runs `qemu-img info` only for a domain that is off
+/// and whose definition names neither base nor overlay.
+pub fn observe(hypervisor: &dyn Hypervisor, record: &Record) -> Result<Observation> {
+    let domain = match hypervisor.observe(&record.uuid) {
+        Ok(view) => Some(view),
+        Err(e) if e.kind() == Kind::NotFound => None,
+        Err(e) => return Err(e.domain(&record.domain)),
+    };
+    let power = match domain.as_ref().map(|d| d.power) {
+        Some(Power::Running) => PowerState::Running,
+        Some(Power::Paused) => PowerState::Paused,
+        Some(Power::Off) => PowerState::Off,
+        None => PowerState::Gone,
+    };
+    let mut disks = Vec::with_capacity(record.disks.len());
+    let mut overlay_stamps = Vec::with_capacity(record.disks.len());
+    for disk in &record.disks {
+        let view = domain.as_ref().and_then(|d| d.disk(&disk.name));
+        let (facts, seen, stamp) =
+            disk_seen(record, disk, view).on_disk(&disk.name).map_err(|e| e.domain(&record.domain))?;
+        disks.push((disk.name.clone(), facts, seen));
+        overlay_stamps.push(stamp);
+    }
+    Ok(Observation {
+        power,
+        same_instance: domain.as_ref().is_some_and(|d| d.id.is_some() && d.id == record.instance),
+        managed_save: domain.as_ref().is_some_and(|d| d.managed_save),
+        domain,
+        disks,
+        overlay_stamps,
+    })
+}
+
+fn disk_seen(
+    record: &Record,
+    disk: &DiskRecord,
+    view: Option<&DiskView>,
+) -> Result<(DiskFacts, DiskSeen, Option<Stamp>)> {
+    let stamp = Stamp::of(&disk.overlay)?;
+    let overlay = overlay_file(disk, stamp)?;
+    let frozen_base_touched = match disk.base_stamp {
+        Some(then) if record.phase < Phase::CommitIntent => Stamp::of(&disk.base.path)? != Some(then),
+        _ => false,
+    };
+    let overlay_touched = matches!((disk.complete_at, stamp), (Some(then), Some(now)) if then != now);
+    let seen = DiskSeen {
+        live: view.and_then(|v| v.live.as_ref()).map_or(Stand::Absent, |chain| stand(disk, chain)),
+        inactive: inactive_stand(disk, view)?,
+        job: match view.and_then(|v| v.job) {
+            None => Job::None,
+            Some(job) if job.kind == BlockJobKind::Other => Job::Foreign,
+            Some(job) if job.ready => Job::Ready,
+            Some(_) => Job::Running,
+        },
+        overlay,
+        base_touched: frozen_base_touched || overlay_touched,
+        shared_storage: offline::on_shared_storage(&disk.base.path),
+    };
+    Ok((DiskFacts { base_complete: disk.complete_at.is_some() && !overlay_touched }, seen, stamp))
+}
+
+fn overlay_file(disk: &DiskRecord, stamp: Option<Stamp>) -> Result<OverlayFile> {
+    let is_ours = |s: Stamp| disk.overlay_id.is_none_or(|id| id == s.id);
+    Ok(match stamp {
+        Some(s) if !is_ours(s) => OverlayFile::Replaced,
+        Some(s) if s.len_bytes <= empty_overlay_len(disk.size) => OverlayFile::Empty,
+        Some(_) => OverlayFile::Used,
+        None => match Stamp::of(&disk.retired())? {
+            Some(s) if is_ours(s) => OverlayFile::Retired,
+            _ => OverlayFile::Missing,
+        },
+    })
+}
+
+/// Length up to which a qcow2 overlay cannot hold guest data: header, refcount table, one refcount block, and the L1
+/// table. A first guest write adds at least an L2 table and a data cluster.
+fn empty_overlay_len(size: DiskSize) -> u64 {
+    const CLUSTER: u64 = BLOCK_LEN as u64;
+    let l1_entries = size.0.div_ceil(CLUSTER * (CLUSTER / 8));
+    3 * CLUSTER + (l1_entries * 8).next_multiple_of(CLUSTER)
+}
+
+/// Where a whole chain stands, by the paths libvirt reports.
+fn stand(disk: &DiskRecord, chain: &Chain) -> Stand {
+    let at = |path: &Path| chain.0.iter().position(|layer| layer.path == path);
+    match (at(&disk.overlay), at(&disk.base.path)) {
+        (Some(0), Some(1)) => Stand::Ours,
+        (Some(n), Some(b)) if b == n + 1 => Stand::OursBelow,
+        (None, Some(0)) => Stand::Base,
+        (None, Some(_)) => Stand::BaseBelow,
+        _ => Stand::Foreign,
+    }
+}
+
+fn inactive_stand(disk: &DiskRecord, view: Option<&DiskView>) -> Result<Stand> {
+    let Some(top) = view.and_then(|v| v.inactive.as_ref()) else { return Ok(Stand::Absent) };
+    if top.path == disk.overlay {
+        return Ok(Stand::Ours);
+    }
+    if top.path == disk.base.path {
+        return Ok(Stand::Base);
+    }
+    // Only an off domain's definition decides anything deeper, and only then may qemu-img look at the images.
+    if view.is_some_and(|v| v.live.is_some()) {
+        return Ok(Stand::Foreign);
+    }
+    Ok(resolve(top).map_or(Stand::Foreign, |chain| stand(disk, &chain)))
+}
+
+/// The whole chain below a definition's image, by the backing files recorded in the images. `Refused` where a format is
+/// not recorded: it is never guessed.
+pub fn resolve(top: &Layer) -> Result<Chain> {
+    offline::resolve_chain(top).map_err(|e| {
+        e.hint("record the format of the backing file (qemu-img rebase -u -F FORMAT -b FILE IMAGE) while the domain is off")
+    })
+}
+
+/// A domain that cannot be found by any name is an error with the way to look.
+pub fn find(hypervisor: &dyn Hypervisor, name: &str) -> Result<DomainView> {
+    hypervisor.find(name).map_err(|e| match e.kind() {
+        Kind::NotFound => Error::new(Kind::NotFound, format!("there is no domain '{name}' here"))
+            .source(e)
+            .hint("`virsh list --all` shows the domains; -c URI chooses another hypervisor"),
+        _ => e,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::Format;
+    use crate::replicate::journal::tests::record;
+
+    /// `"ours<base"` is a chain, uppermost first, in the names of the record's files.
+    fn chain(notation: &str) -> Chain {
+        let layer = |name: &str| Layer {
+            path: match name {
+                "base" => "/pool/a.qcow2".into(),
+                "ours" => "/pool/a.vr-0000.qcow2".into(),
+                other => format!("/pool/{other}").into(),
+            },
+            format: Format::Qcow2,
+            block_device: false,
+            data_file: None,
+        };
+        Chain(notation.split('<').map(layer).collect())
+    }
+
+    #[test]
+    fn chains_are_told_apart_by_where_our_files_stand() {
+        let disk = &record(Phase::Frozen).disks[0];
+        for (notation, expected) in [
+            ("base", Stand::Base),
+            ("base<golden", Stand::Base),
+            ("ours<base", Stand::Ours),
+            ("ours<base<golden", Stand::Ours),
+            ("user<ours<base", Stand::OursBelow),
+            ("user<base", Stand::BaseBelow),
+            ("user<user2<base<golden", Stand::BaseBelow),
+            ("other", Stand::Foreign),
+            ("ours", Stand::Foreign),
+            ("ours<other<base", Stand::Foreign),
+            ("base<ours", Stand::Foreign),
+        ] {
+            assert_eq!(stand(disk, &chain(notation)), expected, "{notation}");
+        }
+    }
+
+    #[test]
+    fn a_fresh_overlay_is_empty_and_one_written_cluster_is_not() {
+        let fresh = |size: u64| {
+            let clusters_of_l1 = size.div_ceil(1 << 29).saturating_mul(8).div_ceil(65536).max(1);
+            3 * 65536 + clusters_of_l1 * 65536
+        };
+        for size in [1 << 20, 1 << 30, 16 << 40] {
+            assert_eq!(empty_overlay_len(DiskSize(size)), fresh(size));
+        }
+    }
+}

@@ -1,1 +1,191 @@
-//! (being written)
+//! What is done to images of a domain that no QEMU runs: resolving chains, and holding QEMU's own locks.
+
+use super::journal::Stamp;
+use crate::error::{Error, Kind, Result};
+use crate::image::{Chain, Format, Layer, qemu_img};
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Deepest chain that is followed; a loop of backing files ends here.
+const DEPTH_MAX: usize = 256;
+
+/// First and last byte of the range QEMU puts its open-file-description locks into: 100.. for the permissions it uses,
+/// 200.. for those it does not share (QEMU, block/file-posix.c).
+const QEMU_LOCK_RANGE: (i64, i64) = (100, 300);
+
+/// The chain below `top`, by the backing files recorded in the images. Domains define these images, so their headers are
+/// believed as libvirt believes them; a format that is not recorded is refused, never probed.
+pub fn resolve_chain(top: &Layer) -> Result<Chain> {
+    let mut layers = Vec::new();
+    let mut next = Some(top.clone());
+    while let Some(mut layer) = next.take() {
+        if layers.len() == DEPTH_MAX {
+            return Err(
+                Error::new(Kind::Refused, format!("the chain is deeper than {DEPTH_MAX} images")).path(&top.path)
+            );
+        }
+        if layer.format == Format::Qcow2 {
+            // The domain may be started by anybody while we look, and must not be hindered.
+            let info = qemu_img::info(&layer.path, layer.format, true)?;
+            if let Some(file) = info.data_file.filter(|_| layer.data_file.is_none()) {
+                layer.data_file = Some(beside(&layer.path, &file)?);
+            }
+            next = match info.backing {
+                Some(name) => Some(backing_layer(&layer.path, &name, info.backing_format.as_deref())?),
+                None => None,
+            };
+        }
+        layers.push(layer);
+    }
+    Ok(Chain(layers))
+}
+
+fn backing_layer(image: &Path, name: &str, format: Option<&str>) -> Result<Layer> {
+    let path = beside(image, name)?;
+    let format = match format {
+        Some("qcow2") => Format::Qcow2,
+        Some("raw") => Format::Raw,
+        Some(other) => {
+            return Err(
+                Error::new(Kind::Refused, format!("the backing file has the unsupported format {other}")).path(path)
+            );
+        }
+        None => {
+            return Err(
+                Error::new(Kind::Refused, "the image does not record the format of its backing file").path(image)
+            );
+        }
+    };
+    Ok(Layer { block_device: is_block_device(&path), path, format, data_file: None })
+}
+
+/// A file named in an image's header, as QEMU finds it: relative to the image.
+fn beside(image: &Path, name: &str) -> Result<PathBuf> {
+    if name.starts_with("json:") || name.contains("://") {
+        return Err(
+            Error::new(Kind::Refused, format!("the image refers to {name}, which is not a plain file")).path(image)
+        );
+    }
+    let name = name.strip_prefix("file:").unwrap_or(name);
+    Ok(image.parent().unwrap_or(Path::new("/")).join(name))
+}
+
+pub fn is_block_device(path: &Path) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device())
+}
+
+/// QEMU's locks on an image, held: no QEMU can open it while this lives. Dropping it lets go.
+#[derive(Debug)]
+pub struct ImageLock {
+    _file: File,
+}
+
+impl ImageLock {
+    /// `None` if a QEMU (or qemu-img, qemu-nbd) has the image open. `NotFound` if there is no such file.
+    pub fn take(path: &Path) -> Result<Option<ImageLock>> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(path)
+            .map_err(|e| Error::io("cannot open the image to lock it", path, e))?;
+        let range = libc::flock {
+            l_type: libc::F_WRLCK as i16,
+            l_whence: libc::SEEK_SET as i16,
+            l_start: QEMU_LOCK_RANGE.0,
+            l_len: QEMU_LOCK_RANGE.1 - QEMU_LOCK_RANGE.0 + 1,
+            l_pid: 0,
+        };
+        // SAFETY: fcntl with F_OFD_SETLK reads one `flock`, which lives on this stack frame; the descriptor is open.
+        let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &range) };
+        if result == 0 {
+            return Ok(Some(ImageLock { _file: file }));
+        }
+        let error = std::io::Error::last_os_error();
+        match error.raw_os_error() {
+            Some(libc::EAGAIN) | Some(libc::EACCES) => Ok(None),
+            _ => Err(Error::io("cannot lock the image", path, error)),
+        }
+    }
+
+    /// As [`ImageLock::take`], waiting up to `patience` for a QEMU that is just closing the image.
+    pub fn take_within(path: &Path, patience: Duration) -> Result<Option<ImageLock>> {
+        let start = Instant::now();
+        loop {
+            match Self::take(path)? {
+                Some(lock) => return Ok(Some(lock)),
+                None if start.elapsed() >= patience => return Ok(None),
+                None => std::thread::sleep(Duration::from_millis(5)),
+            }
+        }
+    }
+}
+
+/// Locks an image that must be exactly as it was when `seen`; `Busy` if it is in use or has changed since.
+pub fn lock_as_seen(path: &Path, seen: Option<Stamp>) -> Result<ImageLock> {
+    let lock = ImageLock::take_within(path, Duration::from_secs(1))?.ok_or_else(|| {
+        Error::new(Kind::Busy, "a QEMU program has the image open").path(path).hint("`fuser -v FILE` names it")
+    })?;
+    if Stamp::of(path)? != seen {
+        return Err(Error::new(Kind::Busy, "the image changed while it was looked at").path(path));
+    }
+    Ok(lock)
+}
+
+/// Whether other hosts may have the file open: network and cluster file systems by their magic numbers.
+pub fn on_shared_storage(path: &Path) -> bool {
+    const NFS: u64 = 0x6969;
+    const CIFS: u64 = 0xff53_4d42;
+    const SMB2: u64 = 0xfe53_4d42;
+    const CEPH: u64 = 0x00c3_6400;
+    const GFS2: u64 = 0x0116_1970;
+    const OCFS2: u64 = 0x7461_636f;
+    const FUSE: u64 = 0x6573_5546; // glusterfs and others
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    match rustix::fs::statfs(dir) {
+        Ok(s) => matches!(s.f_type as u64 & 0xffff_ffff, NFS | CIFS | SMB2 | CEPH | GFS2 | OCFS2 | FUSE),
+        // What cannot be looked at is treated with the greater care.
+        Err(_) => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_hands_cannot_hold_an_image() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.qcow2");
+        std::fs::write(&path, b"x").unwrap();
+        let first = ImageLock::take(&path).unwrap();
+        assert!(first.is_some());
+        assert!(ImageLock::take(&path).unwrap().is_none());
+        drop(first);
+        assert!(ImageLock::take(&path).unwrap().is_some());
+        assert_eq!(ImageLock::take(&dir.path().join("none")).unwrap_err().kind(), Kind::NotFound);
+    }
+
+    #[test]
+    fn an_image_that_changed_is_not_locked() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.qcow2");
+        std::fs::write(&path, b"x").unwrap();
+        let seen = Stamp::of(&path).unwrap();
+        assert!(lock_as_seen(&path, seen).is_ok());
+        std::fs::write(&path, b"xy").unwrap();
+        assert_eq!(lock_as_seen(&path, seen).unwrap_err().kind(), Kind::Busy);
+    }
+
+    #[test]
+    fn backing_files_are_found_as_qemu_finds_them() {
+        let image = Path::new("/pool/a/top.qcow2");
+        assert_eq!(beside(image, "base.qcow2").unwrap(), Path::new("/pool/a/base.qcow2"));
+        assert_eq!(beside(image, "/gold/g.qcow2").unwrap(), Path::new("/gold/g.qcow2"));
+        assert_eq!(beside(image, "../g.qcow2").unwrap(), Path::new("/pool/a/../g.qcow2"));
+        assert!(beside(image, "nbd://host/x").is_err());
+        assert!(beside(image, "json:{}").is_err());
+    }
+}

@@ -1,1 +1,379 @@
-//! (being written)
+//! What a run will do, per disk and with its reason, or why it will not: decided from plain views, touching nothing.
+
+use super::capture::OVERLAY_MARK;
+use crate::block::DiskSize;
+use crate::block::digest::Digest;
+use crate::error::{Error, Kind};
+use crate::hypervisor::{DiskKind, DiskView, DomainView, Power};
+use crate::image::{Chain, Layer};
+use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId};
+use crate::replica::{Mode, ReplicaView};
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+
+/// Least space for an overlay to grow into, in bytes, or the freeze is not begun.
+pub const OVERLAY_SPACE_MIN: u64 = 256 << 20;
+
+#[derive(Debug, Clone, Serialize)]
+pub struct Plan {
+    pub domain: DomainName,
+    pub uuid: DomainUuid,
+    pub capture: CaptureKind,
+    pub generation: Generation,
+    /// The head the patches start from.
+    pub head: Option<PointId>,
+    pub disks: Vec<DiskPlan>,
+    pub skipped: Vec<Skipped>,
+    /// Why the run would not begin. Empty: it would.
+    pub conflicts: Vec<Conflict>,
+}
+
+impl Plan {
+    pub fn replicated(&self) -> impl Iterator<Item = &DiskPlan> {
+        self.disks.iter()
+    }
+
+    /// The first conflict as the error a run ends with.
+    pub fn refusal(&self) -> Option<Error> {
+        let conflict = self.conflicts.first()?;
+        let mut e = Error::new(conflict.kind(), conflict.to_string()).hint(conflict.advice()).domain(&self.domain);
+        if let Some(disk) = conflict.disk() {
+            e = e.disk(disk);
+        }
+        Some(e)
+    }
+}
+
+/// How the disks are made to stand still.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CaptureKind {
+    /// An overlay over each disk while it is read, committed afterwards.
+    Overlay,
+    /// The domain is off: nothing is frozen, and a start is noticed.
+    Off,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct DiskPlan {
+    pub name: DiskName,
+    pub size: DiskSize,
+    pub mode: Mode,
+    /// Why this mode and no cheaper one.
+    pub reason: String,
+    /// How the frozen image will be read, and why so.
+    pub reader: String,
+    /// Most bytes that will be written at the target, as far as it can be known: reserved there.
+    pub reserve_bytes: u64,
+    /// What is read: the chain as it stands now, uppermost first.
+    pub chain: Chain,
+    #[serde(skip)]
+    pub overlay_dir: PathBuf,
+    #[serde(skip)]
+    pub head: Option<(DiskSize, Digest)>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, serde::Deserialize)]
+pub struct Skipped {
+    pub name: DiskName,
+    pub reason: String,
+}
+
+/// Why a run must not begin; the facts, not a sentence.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case", tag = "conflict")]
+pub enum Conflict {
+    /// Another block job runs on a disk.
+    BlockJob { disk: DiskName },
+    /// A migration, save, dump or backup runs on the domain.
+    DomainJob { job: String },
+    /// The running domain and its definition name different images.
+    DefinitionDiffers { disk: DiskName, live: PathBuf, defined: PathBuf },
+    /// An overlay of ours without a record: an earlier run's state directory was lost.
+    StrayOverlay { disk: DiskName, overlay: PathBuf },
+    /// Something was begun with the domain and could not be ended.
+    Unsettled { what: String },
+    /// The replica belongs to a later direction of replication than this host knows.
+    Promoted { ours: Generation, theirs: Generation },
+    /// No disk is left to replicate.
+    NoDisks,
+    /// An image's size is not known: libvirt cannot look at it.
+    SizeUnknown { disk: DiskName },
+    /// The overlay would have no room to grow.
+    NoOverlaySpace { disk: DiskName, dir: PathBuf, free_bytes: u64 },
+    /// A block device's overlay needs a directory that is not there.
+    NoOverlayDir { disk: DiskName, dir: PathBuf },
+    /// The target has less room than this run may need.
+    NoTargetSpace { free_bytes: u64, needed_bytes: u64 },
+    /// An image cannot be read, and why.
+    Unreadable { disk: DiskName, why: String },
+}
+
+impl Conflict {
+    pub fn disk(&self) -> Option<&DiskName> {
+        match self {
+            Conflict::BlockJob { disk }
+            | Conflict::DefinitionDiffers { disk, .. }
+            | Conflict::StrayOverlay { disk, .. }
+            | Conflict::SizeUnknown { disk }
+            | Conflict::NoOverlaySpace { disk, .. }
+            | Conflict::NoOverlayDir { disk, .. }
+            | Conflict::Unreadable { disk, .. } => Some(disk),
+            _ => None,
+        }
+    }
+
+    fn kind(&self) -> Kind {
+        match self {
+            Conflict::BlockJob { .. } | Conflict::DomainJob { .. } => Kind::Busy,
+            Conflict::NoOverlaySpace { .. } | Conflict::NoTargetSpace { .. } => Kind::Space,
+            Conflict::NoOverlayDir { .. } => Kind::Usage,
+            _ => Kind::Conflict,
+        }
+    }
+
+    /// What to do about it.
+    pub fn advice(&self) -> String {
+        match self {
+            Conflict::BlockJob { disk } => format!("let it finish, or end it: virsh blockjob DOMAIN {disk} --info"),
+            Conflict::DomainJob { .. } => "wait until it has ended (virsh domjobinfo DOMAIN), then run again".into(),
+            Conflict::DefinitionDiffers { .. } => {
+                "make the definition name the image the domain runs on (virsh edit), or restart the domain from its definition".into()
+            }
+            Conflict::StrayOverlay { disk, .. } => format!(
+                "commit it: virsh blockcommit DOMAIN {disk} --active --shallow --pivot --wait; then delete the file"
+            ),
+            Conflict::Unsettled { .. } => "run `virt-replica doctor DOMAIN` for what was found and what to do".into(),
+            Conflict::Promoted { .. } => {
+                "the replica was failed over, or another host became its source: do not replicate over it; decide which side is right first".into()
+            }
+            Conflict::NoDisks => "see the reasons of the skipped disks".into(),
+            Conflict::SizeUnknown { .. } => "check that libvirt can open the image: virsh domblkinfo DOMAIN DISK".into(),
+            Conflict::NoOverlaySpace { .. } => "free space there, or choose another directory with --overlay-dir".into(),
+            Conflict::NoOverlayDir { .. } => {
+                "overlays of block devices need a directory with room: create it, or choose one with --overlay-dir".into()
+            }
+            Conflict::NoTargetSpace { .. } => "free space at the target, or choose a store on another file system".into(),
+            Conflict::Unreadable { .. } => "put the image right, or exclude the disk with --exclude-disk".into(),
+        }
+    }
+}
+
+impl std::fmt::Display for Conflict {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Conflict::BlockJob { .. } => write!(f, "another block job runs on it"),
+            Conflict::DomainJob { job } => write!(f, "{job} runs on the domain"),
+            Conflict::DefinitionDiffers { live, defined, .. } => {
+                write!(f, "the domain runs on {} while its definition names {}", live.display(), defined.display())
+            }
+            Conflict::StrayOverlay { overlay, .. } => {
+                write!(f, "it is on {}, an overlay of virt-replica that this host has no record of", overlay.display())
+            }
+            Conflict::Unsettled { what } => write!(f, "an earlier run could not be settled: {what}"),
+            Conflict::Promoted { ours, theirs } => {
+                write!(f, "the replica has generation {theirs}, this host only knows generation {ours}")
+            }
+            Conflict::NoDisks => write!(f, "no disk is left to replicate"),
+            Conflict::SizeUnknown { .. } => write!(f, "its size is not known"),
+            Conflict::NoOverlaySpace { dir, free_bytes, .. } => write!(
+                f,
+                "its overlay would lie in {}, where only {} MiB are free of the {} it needs at least",
+                dir.display(),
+                free_bytes >> 20,
+                OVERLAY_SPACE_MIN >> 20
+            ),
+            Conflict::NoOverlayDir { dir, .. } => {
+                write!(f, "it is a block device, and the directory for its overlay, {}, is not there", dir.display())
+            }
+            Conflict::NoTargetSpace { free_bytes, needed_bytes } => write!(
+                f,
+                "the run may write {} MiB at the target, where {} MiB are free",
+                needed_bytes >> 20,
+                free_bytes >> 20
+            ),
+            Conflict::Unreadable { why, .. } => write!(f, "its image cannot be read: {why}"),
+        }
+    }
+}
+
+/// What the operator asked for.
+#[derive(Debug, Clone, Default)]
+pub struct PlanOptions {
+    /// Directory for the overlays of all disks; of block devices only, if `None` means "beside the image".
+    pub overlay_dir: Option<PathBuf>,
+    /// Directory for overlays of block devices where no other is given.
+    pub block_overlay_dir: PathBuf,
+    pub exclude_disks: Vec<DiskName>,
+    /// Read everything and send everything, whatever the target has.
+    pub full: bool,
+}
+
+/// What was found out about a disk beyond libvirt's view; gathered by the caller, so that planning stays pure.
+#[derive(Debug, Clone)]
+pub struct DiskFacts {
+    pub name: DiskName,
+    /// The chain to read: the live one, or for a domain that is off the resolved one; or why there is none.
+    pub chain: Result<Chain, String>,
+    /// Bytes the chain's images occupy, all together.
+    pub allocated_bytes: u64,
+    /// How the image will be read.
+    pub reader: String,
+    /// Free bytes where the overlay would lie; `None` if there is no such directory.
+    pub overlay_free_bytes: Option<u64>,
+}
+
+/// Plans a run. Pure.
+pub fn plan(
+    domain: &DomainView,
+    facts: &[DiskFacts],
+    replica: &ReplicaView,
+    our_generation: Generation,
+    options: &PlanOptions,
+) -> Plan {
+    let capture = if domain.power == Power::Off { CaptureKind::Off } else { CaptureKind::Overlay };
+    let mut plan = Plan {
+        domain: domain.name.clone(),
+        uuid: domain.uuid.clone(),
+        capture,
+        generation: our_generation,
+        head: replica.head().map(|p| p.id.clone()),
+        disks: Vec::new(),
+        skipped: Vec::new(),
+        conflicts: Vec::new(),
+    };
+    if replica.generation > our_generation {
+        plan.conflicts.push(Conflict::Promoted { ours: our_generation, theirs: replica.generation });
+    }
+    if let Some(job) = &domain.domain_job {
+        plan.conflicts.push(Conflict::DomainJob { job: job.clone() });
+    }
+    for disk in &domain.disks {
+        match skip_reason(disk, options) {
+            Some(reason) => plan.skipped.push(Skipped { name: disk.name.clone(), reason }),
+            None => plan_disk(&mut plan, domain, disk, facts, replica, options),
+        }
+    }
+    if plan.disks.is_empty() && plan.conflicts.is_empty() {
+        plan.conflicts.push(Conflict::NoDisks);
+    }
+    let needed_bytes: u64 = plan.disks.iter().map(|d| d.reserve_bytes).sum();
+    if needed_bytes > replica.free_bytes {
+        plan.conflicts.push(Conflict::NoTargetSpace { free_bytes: replica.free_bytes, needed_bytes });
+    }
+    plan
+}
+
+fn skip_reason(disk: &DiskView, options: &PlanOptions) -> Option<String> {
+    if options.exclude_disks.contains(&disk.name) {
+        return Some("is excluded by the operator".into());
+    }
+    match &disk.kind {
+        DiskKind::Unsupported(why) => Some(why.clone()),
+        DiskKind::Image if disk.read_only => Some("is read-only".into()),
+        DiskKind::Image if disk.shareable => Some("is shareable: another domain may write to it at any time".into()),
+        DiskKind::Image => None,
+    }
+}
+
+fn plan_disk(
+    plan: &mut Plan,
+    domain: &DomainView,
+    disk: &DiskView,
+    facts: &[DiskFacts],
+    replica: &ReplicaView,
+    options: &PlanOptions,
+) {
+    let name = &disk.name;
+    if disk.job.is_some() {
+        plan.conflicts.push(Conflict::BlockJob { disk: name.clone() });
+    }
+    let Some(facts) = facts.iter().find(|f| &f.name == name) else {
+        plan.conflicts.push(Conflict::Unreadable { disk: name.clone(), why: "nothing was found out about it".into() });
+        return;
+    };
+    let chain = match &facts.chain {
+        Ok(chain) => chain.clone(),
+        Err(why) => {
+            plan.conflicts.push(Conflict::Unreadable { disk: name.clone(), why: why.clone() });
+            return;
+        }
+    };
+    let Some(size) = disk.size else {
+        plan.conflicts.push(Conflict::SizeUnknown { disk: name.clone() });
+        return;
+    };
+    if is_our_overlay(&chain.top().path) {
+        plan.conflicts.push(Conflict::StrayOverlay { disk: name.clone(), overlay: chain.top().path.clone() });
+    } else if let (Power::Running | Power::Paused, Some(defined)) = (domain.power, &disk.inactive) {
+        if defined.path != chain.top().path {
+            plan.conflicts.push(Conflict::DefinitionDiffers {
+                disk: name.clone(),
+                live: chain.top().path.clone(),
+                defined: defined.path.clone(),
+            });
+        }
+    }
+    let overlay_dir = overlay_dir(chain.top(), options);
+    if plan.capture == CaptureKind::Overlay {
+        match facts.overlay_free_bytes {
+            None => plan.conflicts.push(Conflict::NoOverlayDir { disk: name.clone(), dir: overlay_dir.clone() }),
+            Some(free_bytes) if free_bytes < OVERLAY_SPACE_MIN => plan.conflicts.push(Conflict::NoOverlaySpace {
+                disk: name.clone(),
+                dir: overlay_dir.clone(),
+                free_bytes,
+            }),
+            Some(_) => {}
+        }
+    }
+    let in_head = replica.head().and_then(|p| p.disk(name));
+    let (mode, reason) = choose_mode(in_head.is_some(), replica, options);
+    plan.disks.push(DiskPlan {
+        name: name.clone(),
+        size,
+        mode,
+        reason,
+        reader: facts.reader.clone(),
+        // What a comparison will find is not known; the store keeps its floor for that.
+        reserve_bytes: if mode == Mode::Full { facts.allocated_bytes.min(size.0) } else { 0 },
+        chain,
+        overlay_dir,
+        head: in_head.filter(|_| mode != Mode::Full).map(|d| (d.size, d.root)),
+    });
+}
+
+fn choose_mode(in_head: bool, replica: &ReplicaView, options: &PlanOptions) -> (Mode, String) {
+    if options.full {
+        return (Mode::Full, "asked for by the operator".into());
+    }
+    if replica.points.is_empty() {
+        return (Mode::Full, "the target has no point of this domain".into());
+    }
+    if !in_head {
+        return (Mode::Full, "the newest point does not have this disk".into());
+    }
+    (
+        Mode::Digest,
+        "no record of changed blocks is kept for this disk: every block is read and compared by digest".into(),
+    )
+}
+
+/// Where the overlay of a disk with this uppermost image lies.
+pub fn overlay_dir(top: &Layer, options: &PlanOptions) -> PathBuf {
+    match &options.overlay_dir {
+        Some(dir) => dir.clone(),
+        None if top.block_device => options.block_overlay_dir.clone(),
+        None => top.path.parent().unwrap_or(Path::new("/")).to_owned(),
+    }
+}
+
+/// Whether a file's name says that it is an overlay of ours.
+pub fn is_our_overlay(path: &Path) -> bool {
+    let Some(name) = path.file_name().and_then(|n| n.to_str()) else { return false };
+    let Some((_, rest)) = name.rsplit_once(OVERLAY_MARK) else { return false };
+    rest.strip_suffix(".qcow2").is_some_and(|run| run.len() == 8 && run.bytes().all(|b| b.is_ascii_hexdigit()))
+}
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+mod tests;

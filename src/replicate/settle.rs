@@ -1,1 +1,422 @@
-//! (being written)
+//! Performs what [`decide`] says until the domain stands on its own images, or a person is needed, or a deadline passed.
+//!
+//! The same loop commits at the end of a normal run, mends after a crash, and, in the dead-man, lets a held guest go.
+//! Every step is decided from a fresh observation; what a step relies on is checked again under QEMU's own locks.
+//!
+//! Step numbers are those of docs/replication.md; a failpoint stands behind each.
+
+use super::decide::{Action, Halt, HaltReason, Phase, PowerState, decide};
+use super::journal::{Journal, Record, Stamp, sync_dir};
+use super::observe::{Observation, observe};
+use super::offline;
+use crate::error::{Error, Kind, Result, ResultExt};
+use crate::failpoint;
+use crate::hypervisor::Hypervisor;
+use crate::image::{Chain, Format, Layer, qemu_img};
+use crate::name::DiskName;
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// Bounds every pause of the guest from outside this process; see [`super::deadman`].
+pub trait PauseGuard {
+    /// From now on, if this process ends or `within` passes before [`PauseGuard::disarm`], somebody else lets the
+    /// guest go. Returns when that somebody has confirmed.
+    fn arm(&mut self, within: Duration) -> Result<()>;
+
+    /// `Interrupted` if it was too late and the other hand has acted: observe again.
+    fn disarm(&mut self) -> Result<()>;
+}
+
+/// For the dead-man itself, which is nobody's charge.
+#[derive(Debug, Default)]
+pub struct Unguarded;
+
+impl PauseGuard for Unguarded {
+    fn arm(&mut self, _: Duration) -> Result<()> {
+        Ok(())
+    }
+
+    fn disarm(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct SettleOptions {
+    /// How long a commit may take to become ready before the run leaves it running and says "commit pending".
+    pub ready_within: Duration,
+    /// Hard bound of a pause; the dead-man acts when it has passed.
+    pub pause_within: Duration,
+}
+
+impl Default for SettleOptions {
+    fn default() -> Self {
+        Self { ready_within: Duration::from_secs(3600), pause_within: Duration::from_secs(5) }
+    }
+}
+
+/// How far to go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Goal {
+    /// The domain on its own images, the record closed.
+    Settled,
+    /// Only: the guest is not held by us. Starts nothing that takes time.
+    Released,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome {
+    /// The goal is reached.
+    Reached,
+    /// "Commit pending": the commit goes on in QEMU, the next run attaches to it. The disk it waits for.
+    Pending(DiskName),
+    /// A person has to look; nothing further was touched.
+    Halted(Halt),
+}
+
+/// What happened, for the report.
+#[derive(Debug, Default, Clone)]
+pub struct Account {
+    /// Longest time the guest's vCPUs were held in one go.
+    pub pause: Option<Duration>,
+    /// The steps performed, in words, oldest first.
+    pub steps: Vec<String>,
+    /// What was unusual enough to tell an operator.
+    pub alarms: Vec<String>,
+}
+
+pub struct Settler<'a> {
+    pub hypervisor: &'a dyn Hypervisor,
+    pub journal: &'a Journal,
+    pub record: Record,
+    pub guard: &'a mut dyn PauseGuard,
+    pub options: SettleOptions,
+    pub account: Account,
+    paused_at: Option<Instant>,
+}
+
+/// Failed steps in a row after which the loop gives up with the last error.
+const FAILURES_MAX: u32 = 20;
+/// Actions after which the loop gives up: no sound history needs as many.
+const ACTIONS_MAX: u32 = 10_000;
+
+impl<'a> Settler<'a> {
+    pub fn new(
+        hypervisor: &'a dyn Hypervisor,
+        journal: &'a Journal,
+        record: Record,
+        guard: &'a mut dyn PauseGuard,
+        options: SettleOptions,
+    ) -> Self {
+        Self { hypervisor, journal, record, guard, options, account: Account::default(), paused_at: None }
+    }
+
+    /// Runs the loop. Blocks: a commit takes as long as it takes, at most [`SettleOptions::ready_within`]. An error
+    /// leaves the record as it is, for the next run or `doctor`.
+    pub fn run(&mut self, goal: Goal) -> Result<Outcome> {
+        let give_up_at = Instant::now() + self.options.ready_within;
+        let mut failures = 0;
+        for _ in 0..ACTIONS_MAX {
+            let step = self.step(goal, give_up_at);
+            match step {
+                Ok(Some(outcome)) => return Ok(outcome),
+                Ok(None) => failures = 0,
+                Err(e) if e.kind() == Kind::Interrupted => return Err(e.domain(&self.record.domain)),
+                Err(e) => {
+                    failures += 1;
+                    tracing::warn!(domain = %self.record.domain, "{}", e.chain());
+                    if failures >= FAILURES_MAX || (goal == Goal::Settled && Instant::now() > give_up_at) {
+                        self.release_after_failure();
+                        return Err(e.domain(&self.record.domain));
+                    }
+                    // A guest that is held does not wait for a polite back-off.
+                    let pause = if self.paused_at.is_some() { 10 } else { 100 * u64::from(failures) };
+                    std::thread::sleep(Duration::from_millis(pause));
+                }
+            }
+        }
+        Err(Error::new(Kind::Conflict, "the domain does not settle: every step is followed by another")
+            .domain(&self.record.domain))
+    }
+
+    /// Observes, decides, performs once. `Some` ends the loop.
+    fn step(&mut self, goal: Goal, give_up_at: Instant) -> Result<Option<Outcome>> {
+        let seen = observe(self.hypervisor, &self.record)?;
+        if goal == Goal::Released && !seen.held(&self.record) {
+            return Ok(Some(Outcome::Reached));
+        }
+        let action = decide(&seen.situation(&self.record));
+        tracing::debug!(domain = %self.record.domain, phase = ?self.record.phase, power = ?seen.power, ?action, "decided");
+        match action {
+            Action::Done => {
+                self.finish()?;
+                return Ok(Some(Outcome::Reached));
+            }
+            Action::Halt(halt) => return Ok(Some(Outcome::Halted(halt))),
+            // Whoever only lets the guest go does not begin a pivot; nothing is pivoted and unretired here, or decide
+            // would have said so.
+            Action::Pivot(_) if goal == Goal::Released => self.resume()?,
+            Action::WaitForJob(disk) => {
+                let left = give_up_at.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Ok(Some(Outcome::Pending(disk)));
+                }
+                self.hypervisor.wait_job(&self.record.uuid, &disk, left.min(Duration::from_secs(5)))?;
+            }
+            other => self.perform(other, &seen)?,
+        }
+        Ok(None)
+    }
+
+    fn perform(&mut self, action: Action, seen: &Observation) -> Result<()> {
+        match action {
+            Action::StartCommit(disk) => self.start_commit(&disk, true),
+            Action::StartCommitBelow(disk) => {
+                self.alarm(format!(
+                    "disk '{disk}': somebody put a snapshot above our overlay; it is kept, ours is committed below it"
+                ));
+                self.start_commit(&disk, false)
+            }
+            Action::Pause => self.pause(seen),
+            Action::Pivot(disk) => self.pivot(&disk),
+            Action::Redefine(disk) => self.redefine(&disk),
+            Action::MarkComplete(disk) => self.mark_complete(&disk, seen),
+            Action::Retire(disk) => self.rename_away(&disk, seen, Away::Retired),
+            Action::SetAside(disk) => self.rename_away(&disk, seen, Away::Kept),
+            Action::Resume => self.resume(),
+            Action::CommitOffline(disk) => self.commit_offline(&disk),
+            Action::Discard(disk) => self.discard(&disk, seen),
+            Action::Done | Action::Halt(_) | Action::WaitForJob(_) => unreachable!("handled by the loop"),
+        }
+    }
+
+    fn start_commit(&mut self, disk: &DiskName, active: bool) -> Result<()> {
+        // Step 7a: from here on the base alone is a mixture, and nobody may read it as a point (I5).
+        if self.record.phase < Phase::CommitIntent {
+            self.record.phase = Phase::CommitIntent;
+            self.journal.write(&self.record)?;
+        }
+        failpoint!("7a");
+        let (base, overlay) = {
+            let d = self.disk(disk);
+            (d.base.path.clone(), d.overlay.clone())
+        };
+        self.hypervisor.start_commit(&self.record.uuid, disk, &overlay, &base, active).on_disk(disk)?;
+        self.note(format!("7b commit of {disk} started"));
+        failpoint!("7b");
+        Ok(())
+    }
+
+    fn pause(&mut self, seen: &Observation) -> Result<()> {
+        failpoint!("7c");
+        // Step 7d: whoever comes after us must know that the pause is ours, and that a pivot may have happened.
+        self.record.phase = Phase::PivotIntent;
+        self.record.resume_after = seen.power == PowerState::Running;
+        self.journal.write(&self.record)?;
+        if self.record.resume_after {
+            self.guard.arm(self.options.pause_within)?;
+        }
+        failpoint!("7d");
+        self.paused_at = Some(Instant::now());
+        self.hypervisor.pause(&self.record.uuid)?;
+        failpoint!("7e");
+        Ok(())
+    }
+
+    fn pivot(&mut self, disk: &DiskName) -> Result<()> {
+        // Step 7f. A job that fell back from ready is no failure: the loop lets the guest go and waits again.
+        if let Err(e) = self.hypervisor.pivot(&self.record.uuid, disk) {
+            self.record.phase = Phase::CommitIntent;
+            self.journal.write(&self.record)?;
+            return Err(e.disk(disk));
+        }
+        self.note(format!("7f {disk} pivoted to its base"));
+        failpoint!("7f");
+        Ok(())
+    }
+
+    fn redefine(&mut self, disk: &DiskName) -> Result<()> {
+        let base = self.disk(disk).base.clone();
+        self.hypervisor.redefine(&self.record.uuid, &[(disk.clone(), base)]).on_disk(disk)?;
+        self.note(format!("definition of {disk} put back to its base"));
+        Ok(())
+    }
+
+    fn mark_complete(&mut self, disk: &DiskName, seen: &Observation) -> Result<()> {
+        let stamp = self.stamp_seen(disk, seen);
+        self.alarm(format!(
+            "disk '{disk}': the guest ran on the base while our overlay still had its name (resumed or pivoted by another hand)"
+        ));
+        self.disk_mut(disk).complete_at = stamp;
+        self.journal.write(&self.record)
+    }
+
+    fn rename_away(&mut self, disk: &DiskName, seen: &Observation, away: Away) -> Result<()> {
+        let (overlay, to) = {
+            let d = self.disk(disk);
+            (d.overlay.clone(), if away == Away::Retired { d.retired() } else { d.kept() })
+        };
+        let _lock = offline::lock_as_seen(&overlay, self.stamp_seen(disk, seen))?;
+        failpoint!("7g");
+        // Step 7h: durable before any instruction of the guest (I3).
+        rename_durably(&overlay, &to)?;
+        if away == Away::Kept {
+            self.alarm(format!(
+                "disk '{disk}': the overlay is no longer part of the disk and was kept as {}",
+                to.display()
+            ));
+        }
+        self.note(format!("7h overlay of {disk} renamed away"));
+        failpoint!("7h");
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        self.hypervisor.resume(&self.record.uuid)?;
+        let held = self.paused_at.take().map(|t| t.elapsed());
+        self.account.pause = self.account.pause.max(held);
+        failpoint!("7i");
+        let late = self.guard.disarm();
+        self.record.phase = Phase::CommitIntent;
+        self.record.resume_after = false;
+        self.journal.write(&self.record)?;
+        self.note("7i guest resumed".to_owned());
+        failpoint!("7j");
+        late
+    }
+
+    fn commit_offline(&mut self, disk: &DiskName) -> Result<()> {
+        if self.record.phase < Phase::CommitIntent {
+            self.record.phase = Phase::CommitIntent;
+            self.journal.write(&self.record)?;
+        }
+        let (overlay, base) = {
+            let d = self.disk(disk);
+            (d.overlay.clone(), d.base.clone())
+        };
+        // qemu-img takes QEMU's locks itself: a domain that was started meanwhile makes this fail, and is observed next.
+        let mut layers =
+            vec![Layer { path: overlay.clone(), format: Format::Qcow2, block_device: false, data_file: None }];
+        layers.extend(offline::resolve_chain(&base).on_disk(disk)?.0);
+        qemu_img::commit(&Chain(layers)).on_disk(disk)?;
+        failpoint!("7k");
+        let committed = Stamp::of(&overlay)?;
+        let _overlay_lock = offline::lock_as_seen(&overlay, committed)?;
+        let again = observe(self.hypervisor, &self.record)?;
+        if !matches!(again.power, PowerState::Off | PowerState::Gone) {
+            return Err(Error::new(Kind::Busy, "the domain was started while its overlay was committed").disk(disk));
+        }
+        rename_durably(&overlay, &self.disk(disk).retired())?;
+        failpoint!("7l");
+        if again.power == PowerState::Off && again.domain.is_some_and(|d| d.persistent) {
+            self.hypervisor.redefine(&self.record.uuid, &[(disk.clone(), base)]).on_disk(disk)?;
+        }
+        self.note(format!("overlay of {disk} committed while the domain was off"));
+        failpoint!("7m");
+        Ok(())
+    }
+
+    fn discard(&mut self, disk: &DiskName, seen: &Observation) -> Result<()> {
+        let overlay = self.disk(disk).overlay.clone();
+        let _lock = offline::lock_as_seen(&overlay, self.stamp_seen(disk, seen))?;
+        remove_if_there(&overlay)?;
+        sync_dir(parent(&overlay))?;
+        self.note(format!("unused overlay of {disk} removed"));
+        Ok(())
+    }
+
+    /// Step 7n: nothing refers to the retired overlays any more; then the record itself.
+    fn finish(&mut self) -> Result<()> {
+        for disk in &self.record.disks {
+            remove_if_there(&disk.retired())?;
+        }
+        failpoint!("7n");
+        match self.hypervisor.set_record(&self.record.uuid, None) {
+            Ok(()) => {}
+            Err(e) if e.kind() == Kind::NotFound => {}
+            Err(e) => return Err(e),
+        }
+        failpoint!("8a");
+        self.journal.close()
+    }
+
+    /// The loop ends with an error: at least the guest must not be held, if that is safe.
+    fn release_after_failure(&mut self) {
+        let Ok(seen) = observe(self.hypervisor, &self.record) else { return };
+        if seen.held(&self.record) && matches!(decide(&seen.situation(&self.record)), Action::Resume | Action::Pivot(_))
+        {
+            if let Err(e) = self.resume() {
+                tracing::error!(domain = %self.record.domain, "cannot resume the guest: {}", e.chain());
+            }
+        }
+    }
+
+    fn disk(&self, name: &DiskName) -> &super::journal::DiskRecord {
+        self.record.disks.iter().find(|d| &d.name == name).expect("decide names disks of the record")
+    }
+
+    fn disk_mut(&mut self, name: &DiskName) -> &mut super::journal::DiskRecord {
+        self.record.disks.iter_mut().find(|d| &d.name == name).expect("decide names disks of the record")
+    }
+
+    fn stamp_seen(&self, name: &DiskName, seen: &Observation) -> Option<Stamp> {
+        let at = self.record.disks.iter().position(|d| &d.name == name).expect("decide names disks of the record");
+        seen.overlay_stamps[at]
+    }
+
+    fn note(&mut self, step: String) {
+        tracing::info!(domain = %self.record.domain, run = %self.record.run, step = %step);
+        self.account.steps.push(step);
+    }
+
+    fn alarm(&mut self, text: String) {
+        tracing::warn!(domain = %self.record.domain, "{text}");
+        self.account.alarms.push(text);
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Away {
+    Retired,
+    Kept,
+}
+
+/// Explains a halt to the operator, as an error.
+pub fn halt_error(record: &Record, halt: &Halt) -> Error {
+    let (what, hint) = halt.reason.explain();
+    let mut e = Error::new(Kind::Conflict, what).hint(hint).domain(&record.domain);
+    if let Some(name) = &halt.disk {
+        if let Some(disk) = record.disks.iter().find(|d| &d.name == name) {
+            let path = if halt.reason == HaltReason::BaseTouched { &disk.base.path } else { &disk.overlay };
+            e = e.path(path);
+        }
+        e = e.disk(name);
+    }
+    e
+}
+
+/// Renames within a directory, never over anything, and makes it durable.
+fn rename_durably(from: &Path, to: &Path) -> Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        Ok(()) => {}
+        // File systems without flagged renames (NFS): the names are ours alone, so looking first is as good.
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) if !to.exists() => {
+            fs::rename(from, to).map_err(|e| Error::io("cannot rename the overlay away", from, e))?;
+        }
+        Err(e) => return Err(Error::io("cannot rename the overlay away", from, e.into())),
+    }
+    sync_dir(parent(from))
+}
+
+fn remove_if_there(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io("cannot remove the overlay", path, e)),
+        _ => Ok(()),
+    }
+}
+
+fn parent(path: &Path) -> &Path {
+    path.parent().unwrap_or(Path::new("/"))
+}
