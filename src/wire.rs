@@ -14,6 +14,7 @@ use crate::error::{Error, Kind, Result, printable};
 use crate::name::{DiskName, DomainName, DomainUuid, PointId};
 use crate::replica::{Attachment, BeginPoint, DiskApplied, PointView, ReplicaView, SealPoint, VerifyReport};
 use serde::{Deserialize, Deserializer, Serialize};
+use std::borrow::Cow;
 use std::fmt;
 use std::io::{self, BufRead, IoSlice, Read, Write};
 
@@ -489,6 +490,11 @@ pub fn decode<'a, T: Deserialize<'a>>(what: impl fmt::Display, payload: &'a [u8]
 /// Advice for every kind of not understanding each other.
 pub const SAME_VERSION: &str = "install the same virt-replica on both hosts";
 
+/// The other side said something that its protocol does not allow.
+pub fn protocol(what: impl Into<Cow<'static, str>>) -> Error {
+    Error::new(Kind::Protocol, what).hint(SAME_VERSION)
+}
+
 /// Set in a run's count: so many zero digests, none of which is sent.
 const ZERO_RUN: u32 = 1 << 31;
 
@@ -528,4 +534,169 @@ pub fn decode_nodes(mut bytes: &[u8], expected: usize) -> Result<Vec<Digest>> {
         return Err(wrong("more or fewer nodes came than were asked for"));
     }
     Ok(nodes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Cursor;
+
+    fn frame(kind: FrameKind, id: u64, payload: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        write_frame(&mut bytes, Head { kind, more: false, id }, &[], payload).unwrap();
+        bytes
+    }
+
+    fn read(bytes: &[u8]) -> Result<Option<(Head, Vec<u8>)>> {
+        let mut payload = Vec::new();
+        Ok(read_frame(&mut Cursor::new(bytes), &mut payload)?.map(|head| (head, payload)))
+    }
+
+    fn fixture(name: &str) -> Vec<u8> {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/formats/v1").join(name);
+        std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+    }
+
+    /// Kept for ever: what version 0.1.0 says must be understood, byte for byte, by whatever comes later.
+    #[test]
+    fn golden_banners() {
+        let banner = Banner { protocol: 1, version: "0.1.0".to_owned() };
+        for (role, name) in [(Role::Agent, "wire-banner-agent.txt"), (Role::Client, "wire-banner-client.txt")] {
+            let golden = fixture(name);
+            assert_eq!(banner.line(role).as_bytes(), golden);
+            assert_eq!(read_banner(&mut &golden[..], role, 0).unwrap(), banner);
+        }
+    }
+
+    #[test]
+    fn golden_frames() {
+        let describe = encode(&Request::Describe { replica: Handle(7) });
+        assert_eq!(frame(FrameKind::Request, 0x0102, &describe), fixture("wire-frame-describe.bin"));
+
+        let mut apply = Vec::new();
+        let head = Head { kind: FrameKind::Apply, more: false, id: u64::MAX };
+        let stream = Stream { replica: Handle(7), disk: 1 };
+        write_frame(&mut apply, head, &stream.to_bytes(), b"patch").unwrap();
+        assert_eq!(apply, fixture("wire-frame-apply.bin"));
+        let (read_head, payload) = read(&apply).unwrap().unwrap();
+        assert_eq!((read_head, Stream::split(&payload).unwrap()), (head, (stream, &b"patch"[..])));
+
+        let nodes = [Digest::ZERO, Digest::ZERO, Digest([0xab; 32]), Digest::ZERO];
+        let payload = encode_nodes(&nodes);
+        assert_eq!(frame(FrameKind::Nodes, 3, &payload), fixture("wire-frame-nodes.bin"));
+        assert_eq!(decode_nodes(&payload, 4).unwrap(), nodes);
+    }
+
+    #[test]
+    fn the_banner_is_found_behind_what_a_profile_prints() {
+        let line = Banner::ours().line(Role::Agent);
+        for junk in ["", "Welcome!\nLast login: today\n", "no newline here: ", "virt-replica agent protocol x\n"] {
+            let text = format!("{junk}{line}rest");
+            let mut input = text.as_bytes();
+            assert_eq!(read_banner(&mut input, Role::Agent, JUNK_MAX).unwrap(), Banner::ours(), "{junk:?}");
+            assert_eq!(input, b"rest");
+        }
+        let line_after_much = format!("{}\n{line}", "x".repeat(JUNK_MAX - 1));
+        assert!(read_banner(&mut line_after_much.as_bytes(), Role::Agent, JUNK_MAX).is_ok());
+        let line_after_too_much = format!("{}\n{line}", "x".repeat(JUNK_MAX + BANNER_MAX));
+        let error = read_banner(&mut line_after_too_much.as_bytes(), Role::Agent, JUNK_MAX).unwrap_err();
+        assert_eq!(error.kind(), Kind::Protocol);
+    }
+
+    #[test]
+    fn what_came_instead_of_a_banner_is_quoted_and_harmless() {
+        let error =
+            read_banner(&mut &b"This account is \x1b[1mnot available.\n"[..], Role::Agent, JUNK_MAX).unwrap_err();
+        assert_eq!(error.kind(), Kind::Unavailable);
+        assert!(error.what().ends_with("it said: This account is  [1mnot available."), "{error}");
+        let error = read_banner(&mut &b""[..], Role::Agent, JUNK_MAX).unwrap_err();
+        assert!(error.what().ends_with("it said nothing"), "{error}");
+        // A banner without its newline is a cut one.
+        assert!(read_banner(&mut Banner::ours().line(Role::Agent).trim_end().as_bytes(), Role::Agent, 0).is_err());
+    }
+
+    #[test]
+    fn a_frame_cut_at_any_byte_is_an_error_and_only_nothing_is_an_end() {
+        let whole = frame(FrameKind::Request, 1, b"{\"describe\":{\"replica\":0}}");
+        assert!(read(&[]).unwrap().is_none());
+        for cut in 1..whole.len() {
+            assert_eq!(read(&whole[..cut]).unwrap_err().kind(), Kind::Unavailable, "{cut}");
+        }
+        assert!(read(&whole).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_header_is_refused_before_anything_is_allocated() {
+        let good = frame(FrameKind::Ping, 1, &[]);
+        let broken = |at: usize, byte: u8| {
+            let mut bytes = good.clone();
+            bytes[at] = byte;
+            read(&bytes).unwrap_err().what().to_owned()
+        };
+        assert!(broken(0, 1).contains("Ping frame of 1 bytes"));
+        assert!(broken(3, 0xff).contains("at most 0"));
+        assert!(broken(4, 0x7f).contains("unknown kind 0x7f"));
+        assert!(broken(5, 2).contains("unknown flags"));
+        assert!(broken(6, 1).contains("unknown flags"));
+        let mut apply = frame(FrameKind::Apply, 1, &[]);
+        apply[..4].copy_from_slice(&(PAYLOAD_MAX as u32 + 1).to_le_bytes());
+        let mut payload = Vec::new();
+        assert!(read_frame(&mut Cursor::new(&apply), &mut payload).is_err());
+        assert_eq!(payload.capacity(), 0);
+    }
+
+    /// `.` zero, any other letter a digest of that byte.
+    fn nodes(notation: &str) -> Vec<Digest> {
+        notation.bytes().map(|b| if b == b'.' { Digest::ZERO } else { Digest([b; 32]) }).collect()
+    }
+
+    #[test]
+    fn nodes_travel_as_runs() {
+        for notation in ["", ".", "a", "..a", "ab..", ".a.b.", "........"] {
+            let (nodes, bytes) = (nodes(notation), encode_nodes(&nodes(notation)));
+            assert_eq!(decode_nodes(&bytes, nodes.len()).unwrap(), nodes, "{notation}");
+            assert!(decode_nodes(&bytes, nodes.len() + 1).is_err(), "{notation}");
+            for cut in 1..bytes.len().min(40) {
+                assert!(decode_nodes(&bytes[..bytes.len() - cut], nodes.len()).is_err(), "{notation} without {cut}");
+            }
+        }
+        assert_eq!(encode_nodes(&nodes(&".".repeat(16384))).len(), 4);
+        assert!(decode_nodes(&[0, 0, 0, 0x80], 0).is_err(), "a run of nothing could go on for ever");
+        assert!(decode_nodes(&u32::MAX.to_le_bytes(), 5).is_err(), "a run longer than what was asked for");
+        let worst: String = ".a".repeat(crate::replica::NODES_MAX as usize / 2);
+        assert!(encode_nodes(&nodes(&worst)).len() <= PAYLOAD_MAX);
+    }
+
+    #[test]
+    fn an_error_keeps_kind_place_hint_and_cause() {
+        let error = Error::io("cannot write", "/p/vda.qcow2", io::Error::from_raw_os_error(28))
+            .offset(65536)
+            .disk("vda")
+            .hint("make room");
+        let json = encode(&WireError::from(&error));
+        let there: WireError = decode("error", &json).unwrap();
+        let there = there.into_error(Some("b"));
+        assert_eq!(there.kind(), Kind::Space);
+        assert_eq!(there.to_string(), "disk 'vda': on b: cannot write (/p/vda.qcow2) at byte 65536");
+        assert_eq!(there.hint_text(), Some("make room"));
+        assert!(there.chain().ends_with("No space left on device (os error 28)"), "{}", there.chain());
+    }
+
+    /// A newer agent may know kinds and fields that this side does not.
+    #[test]
+    fn an_error_from_a_newer_side_is_still_an_error() {
+        let json = br#"{"kind":"tired","what":"no\u001b[2J","context":{"mood":"bad"},"since":5}"#;
+        let error: WireError = decode("error", json).unwrap();
+        let error = error.into_error(Some("b"));
+        assert_eq!((error.kind(), error.what()), (Kind::Refused, "on b: no [2J"));
+    }
+
+    #[test]
+    fn names_pass_their_gates_on_the_way_in() {
+        for bad in
+            [r#"{"open":{"uuid":"../../etc"}}"#, r#"{"finish_disk":{"replica":0,"disk":"../x"}}"#, r#"{"rm":{}}"#]
+        {
+            assert_eq!(decode::<Request>("request", bad.as_bytes()).unwrap_err().kind(), Kind::Protocol, "{bad}");
+        }
+    }
 }

@@ -1,4 +1,4 @@
-//! The other host's replicas, as seen from here: [`Replica`] over a channel to an agent.
+//! A session with an agent on another host; [`super::remote`] is a replica within it.
 //!
 //! One reader thread takes frames apart and wakes who waits for them; one thread says "I am alive"; requests are
 //! written by whoever makes them, behind one lock, and a full pipe makes him wait. An agent that is not heard for
@@ -11,24 +11,19 @@
 //! Protocol: docs/formats/wire.md.
 
 use super::patience::Patient;
-use crate::block::digest::Digest;
+use super::remote::RemoteReplica;
 use crate::error::{Error, Kind, Result};
-use crate::name::{DiskName, DomainName, DomainUuid, PointId};
-use crate::replica::{
-    ATTACHMENT_MAX, Attachment, BeginPoint, DiskApplied, NODES_MAX, PointView, Replica, ReplicaView, SealPoint,
-    VerifyReport,
-};
+use crate::name::{DomainName, DomainUuid};
 use crate::transport::{Closer, Transport};
 use crate::wire::{
-    BULK_MAX, Banner, Failed, FrameKind, Handle, Head, JUNK_MAX, PROTOCOL, Progress, REPLY_MAX, REQUEST_MAX, Reply,
-    Request, Role, SAME_VERSION, Stream, WireError, decode, decode_nodes, encode, read_banner, read_frame, write_frame,
+    Banner, Failed, FrameKind, Handle, Head, JUNK_MAX, PROTOCOL, Progress, REPLY_MAX, REQUEST_MAX, Reply, Request,
+    Role, WireError, decode, encode, protocol, read_banner, read_frame, write_frame,
 };
 use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, BufReader, Read, Write};
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, RwLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -51,15 +46,16 @@ const VERDICT_WAIT: Duration = Duration::from_secs(7);
 
 /// A session with one agent. Shared by threads; ended by [`AgentClient::close`], or cut by dropping it.
 pub struct AgentClient {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     /// The agent takes one attachment at a time.
-    attaching: Mutex<()>,
+    pub(super) attaching: Mutex<()>,
 }
 
 type Writer = Patient<Box<dyn Write + Send>, Box<dyn FnMut(Duration) -> io::Result<()> + Send>>;
 
-struct Shared {
+/// What the threads of a session share.
+pub(super) struct Shared {
     host: String,
     options: ClientOptions,
     /// `None` once nothing more may be written. Never locked while `state` is.
@@ -188,9 +184,7 @@ impl AgentClient {
     /// when the [`RemoteReplica`] is dropped.
     pub fn open(self: &Arc<Self>, uuid: &DomainUuid) -> Result<RemoteReplica> {
         match self.shared.call(&Request::Open { uuid: uuid.clone() })? {
-            Reply::Open { replica } => {
-                Ok(RemoteReplica { client: Arc::clone(self), handle: replica, disks: RwLock::default() })
-            }
+            Reply::Open { replica } => Ok(RemoteReplica::new(Arc::clone(self), replica)),
             other => Err(self.shared.other_reply("open", &other)),
         }
     }
@@ -251,23 +245,23 @@ impl fmt::Debug for AgentClient {
 }
 
 /// A panic under one of these locks is a bug that has already been reported by the panic.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().expect("nothing panics under the locks of a session")
 }
 
-fn head(kind: FrameKind, id: u64) -> Head {
+pub(super) fn head(kind: FrameKind, id: u64) -> Head {
     Head { kind, more: false, id }
 }
 
 /// What every request can meet.
 impl Shared {
     /// Asks and waits for the answer.
-    fn call(&self, request: &Request) -> Result<Reply> {
+    pub(super) fn call(&self, request: &Request) -> Result<Reply> {
         let id = self.ask(request)?;
         self.reply(id, &mut |_, _| {})
     }
 
-    fn reply(&self, id: u64, progress: &mut dyn FnMut(u64, u64)) -> Result<Reply> {
+    pub(super) fn reply(&self, id: u64, progress: &mut dyn FnMut(u64, u64)) -> Result<Reply> {
         match self.answer(id, progress)? {
             (FrameKind::Reply, payload) => decode("reply", &payload).map_err(|e| self.at_host(e)),
             (kind, _) => Err(self.at_host(protocol(format!("a {kind:?} frame instead of a reply")))),
@@ -275,13 +269,13 @@ impl Shared {
     }
 
     /// Sends a request; its answer may be waited for under the id returned.
-    fn ask(&self, request: &Request) -> Result<u64> {
+    pub(super) fn ask(&self, request: &Request) -> Result<u64> {
         let payload = encode(request);
         if payload.len() > REQUEST_MAX {
             let what = format!("a request of {} bytes; at most {REQUEST_MAX} are allowed", payload.len());
             return Err(Error::new(Kind::Usage, what));
         }
-        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let id = self.take_id();
         self.check_open()?.slots.insert(id, Slot::default());
         let sent = self.send(head(FrameKind::Request, id), &[], &payload);
         if sent.is_err() {
@@ -291,7 +285,7 @@ impl Shared {
     }
 
     /// Waits for a whole answer; an `Error` answer is returned as one.
-    fn answer(&self, id: u64, progress: &mut dyn FnMut(u64, u64)) -> Result<(FrameKind, Vec<u8>)> {
+    pub(super) fn answer(&self, id: u64, progress: &mut dyn FnMut(u64, u64)) -> Result<(FrameKind, Vec<u8>)> {
         enum News {
             Progress(Progress),
             Answer((FrameKind, Vec<u8>)),
@@ -330,6 +324,26 @@ impl Shared {
         }
     }
 
+    pub(super) fn is_open(&self) -> bool {
+        matches!(lock(&self.state).phase, Phase::Open)
+    }
+
+    pub(super) fn take_id(&self) -> u64 {
+        self.next_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Fails with the agent's reason if it no longer applies patches for this replica.
+    pub(super) fn check_sound(&self, replica: Handle) -> Result<()> {
+        match self.check_open()?.failed.get(&replica) {
+            Some(error) => Err(error.clone().into_error(Some(&self.host))),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn forget_failure(&self, replica: Handle) {
+        lock(&self.state).failed.remove(&replica);
+    }
+
     /// Waits until `ready` gives something, or the session dies.
     fn wait_until<T>(&self, mut ready: impl FnMut(&mut State) -> Option<T>) -> Result<T> {
         let mut state = lock(&self.state);
@@ -354,7 +368,7 @@ impl Shared {
         }
     }
 
-    fn send(&self, head: Head, prefix: &[u8], payload: &[u8]) -> Result<()> {
+    pub(super) fn send(&self, head: Head, prefix: &[u8], payload: &[u8]) -> Result<()> {
         self.write_with(|writer| write_frame(writer, head, prefix, payload))
     }
 
@@ -407,11 +421,11 @@ impl Shared {
         Error::new(Kind::Unavailable, what)
     }
 
-    fn at_host(&self, error: Error) -> Error {
+    pub(super) fn at_host(&self, error: Error) -> Error {
         WireError::from(&error).into_error(Some(&self.host))
     }
 
-    fn other_reply(&self, asked: &str, reply: &Reply) -> Error {
+    pub(super) fn other_reply(&self, asked: &str, reply: &Reply) -> Error {
         let reply = crate::error::printable(&format!("{reply:?}"), 80);
         self.at_host(protocol(format!("the answer to '{asked}' is {reply}")))
     }
@@ -568,154 +582,5 @@ impl<R: Read> Read for Heard<'_, R> {
             lock(&self.shared.state).heard = Instant::now();
         }
         Ok(n)
-    }
-}
-
-fn protocol(what: impl Into<std::borrow::Cow<'static, str>>) -> Error {
-    Error::new(Kind::Protocol, what).hint(SAME_VERSION)
-}
-
-/// A replica on the agent's host.
-#[derive(Debug)]
-pub struct RemoteReplica {
-    client: Arc<AgentClient>,
-    handle: Handle,
-    /// The disks of the point being written: their order is their number on the wire.
-    disks: RwLock<Vec<DiskName>>,
-}
-
-impl RemoteReplica {
-    fn shared(&self) -> &Shared {
-        &self.client.shared
-    }
-
-    fn set_disks(&self, disks: Vec<DiskName>) {
-        *self.disks.write().expect("nothing panics under this lock") = disks;
-        lock(&self.shared().state).failed.remove(&self.handle);
-    }
-
-    fn unexpected<T>(&self, asked: &str, reply: Reply) -> Result<T> {
-        Err(self.shared().other_reply(asked, &reply))
-    }
-}
-
-impl Replica for RemoteReplica {
-    fn describe(&self) -> Result<ReplicaView> {
-        match self.shared().call(&Request::Describe { replica: self.handle })? {
-            Reply::Describe { view } => Ok(view),
-            other => self.unexpected("describe", other),
-        }
-    }
-
-    fn begin(&self, request: &BeginPoint) -> Result<()> {
-        match self.shared().call(&Request::Begin { replica: self.handle, request: request.clone() })? {
-            Reply::Begin {} => {
-                self.set_disks(request.disks.iter().map(|disk| disk.name.clone()).collect());
-                Ok(())
-            }
-            other => self.unexpected("begin", other),
-        }
-    }
-
-    fn nodes(&self, disk: &DiskName, level: u8, range: Range<u64>) -> Result<Vec<Digest>> {
-        let count = range.end.saturating_sub(range.start);
-        if count > NODES_MAX {
-            return Err(Error::new(Kind::Usage, format!("{count} nodes in one call; at most {NODES_MAX} are allowed")));
-        }
-        if count == 0 {
-            return Ok(Vec::new());
-        }
-        let (start, end) = (range.start, range.end);
-        let shared = self.shared();
-        let id = shared.ask(&Request::Nodes { replica: self.handle, disk: disk.clone(), level, start, end })?;
-        match shared.answer(id, &mut |_, _| {})? {
-            (FrameKind::Nodes, payload) => {
-                decode_nodes(&payload, count as usize).map_err(|e| shared.at_host(e).disk(disk))
-            }
-            (kind, _) => Err(shared.at_host(protocol(format!("a {kind:?} frame instead of nodes")))),
-        }
-    }
-
-    fn apply(&self, disk: &DiskName, patch_bytes: &[u8]) -> Result<()> {
-        let position = self.disks.read().expect("nothing panics under this lock").iter().position(|d| d == disk);
-        let disk_number =
-            position.ok_or_else(|| Error::new(Kind::Usage, "patch bytes for a disk that was not begun").disk(disk))?;
-        let prefix = Stream { replica: self.handle, disk: disk_number as u32 }.to_bytes();
-        for chunk in patch_bytes.chunks(BULK_MAX) {
-            let shared = self.shared();
-            let failed = shared.check_open()?.failed.get(&self.handle).cloned();
-            if let Some(error) = failed {
-                return Err(error.into_error(Some(&shared.host)));
-            }
-            let id = shared.next_id.fetch_add(1, Ordering::Relaxed);
-            shared.send(head(FrameKind::Apply, id), &prefix, chunk)?;
-        }
-        Ok(())
-    }
-
-    fn finish_disk(&self, disk: &DiskName) -> Result<DiskApplied> {
-        match self.shared().call(&Request::FinishDisk { replica: self.handle, disk: disk.clone() })? {
-            Reply::FinishDisk { applied } => Ok(applied),
-            other => self.unexpected("finish_disk", other),
-        }
-    }
-
-    fn attach(&self, name: Attachment, content: &[u8]) -> Result<()> {
-        if content.len() > ATTACHMENT_MAX {
-            let what =
-                format!("{} has {} bytes; at most {ATTACHMENT_MAX} are allowed", name.file_name(), content.len());
-            return Err(Error::new(Kind::Usage, what));
-        }
-        let shared = self.shared();
-        let _turn = lock(&self.client.attaching);
-        let id = shared.ask(&Request::Attach { replica: self.handle, name, length: content.len() as u64 })?;
-        let mut rest = content;
-        loop {
-            let (now, later) = rest.split_at(rest.len().min(BULK_MAX));
-            shared.send(Head { kind: FrameKind::Attach, more: !later.is_empty(), id }, &[], now)?;
-            if later.is_empty() {
-                break;
-            }
-            rest = later;
-        }
-        match shared.reply(id, &mut |_, _| {})? {
-            Reply::Attach {} => Ok(()),
-            other => self.unexpected("attach", other),
-        }
-    }
-
-    fn seal(&self, request: &SealPoint) -> Result<PointView> {
-        match self.shared().call(&Request::Seal { replica: self.handle, request: request.clone() })? {
-            Reply::Seal { point } => Ok(point),
-            other => self.unexpected("seal", other),
-        }
-    }
-
-    fn abandon(&self) -> Result<()> {
-        match self.shared().call(&Request::Abandon { replica: self.handle })? {
-            Reply::Abandon {} => {
-                self.set_disks(Vec::new());
-                Ok(())
-            }
-            other => self.unexpected("abandon", other),
-        }
-    }
-
-    fn verify(&self, point: &PointId, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport> {
-        let id = self.shared().ask(&Request::Verify { replica: self.handle, point: point.clone() })?;
-        match self.shared().reply(id, progress)? {
-            Reply::Verify { report } => Ok(report),
-            other => self.unexpected("verify", other),
-        }
-    }
-}
-
-impl Drop for RemoteReplica {
-    /// Lets the agent drop its side. If that cannot be said the session is dead or closing, which does the same.
-    fn drop(&mut self) {
-        let open = matches!(lock(&self.shared().state).phase, Phase::Open);
-        if open {
-            let _ = self.shared().send(head(FrameKind::Release, 0), &self.handle.to_bytes(), &[]);
-        }
     }
 }

@@ -9,6 +9,7 @@
 
 pub mod client;
 mod patience;
+pub mod remote;
 
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, DomainName, DomainUuid};
@@ -16,7 +17,7 @@ use crate::replica::{ATTACHMENT_MAX, Attachment, BeginPoint, NODES_MAX, Replica}
 use crate::transport::pipe::{PipeReader, PipeWriter};
 use crate::wire::{
     BULK_MAX, Banner, Failed, FrameKind, Handle, Head, PROTOCOL, Progress, REPLY_MAX, Reply, Request, Role,
-    SAME_VERSION, Stream, WireError, decode, encode, encode_nodes, read_banner, read_frame, write_frame,
+    SAME_VERSION, Stream, WireError, decode, encode, encode_nodes, protocol, read_banner, read_frame, write_frame,
 };
 use patience::{Patient, up_to};
 use std::collections::BTreeMap;
@@ -393,8 +394,4 @@ impl<W: Write> Session<'_, W> {
     fn send(&self, kind: FrameKind, id: u64, message: &[u8]) -> Result<()> {
         self.output.send(kind, id, message)
     }
-}
-
-fn protocol(what: impl Into<std::borrow::Cow<'static, str>>) -> Error {
-    Error::new(Kind::Protocol, what).hint(SAME_VERSION)
 }
