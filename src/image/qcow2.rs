@@ -5,8 +5,8 @@
 //! An image that is not plain qcow2 through and through is *not understood*, with the reason, and goes to `qemu-nbd`.
 //!
 //! Invariants
-//! - No header opens a file: backing images come from the recorded chain, or, for the store's own images, from a bare
-//!   name in the same directory; `imago` is given a gate that refuses everything else.
+//! - No header opens a file: backing images come from the recorded chain, or, for the store's own images, from a
+//!   reference as only the store makes it (`NAME` or `../DIR/NAME`); `imago` is given a gate that refuses everything else.
 //! - Nothing is opened for writing that our store did not make: `imago` takes no QEMU locks and knows no bitmaps.
 //!
 //! Format: QEMU's docs/interop/qcow2.txt.
@@ -76,8 +76,8 @@ pub struct Qcow2Writer {
 
 /// Creates a qcow2 image (version 3, clusters of 64 KiB, mode 0600) that must not exist yet, and opens it.
 ///
-/// `size` must be a multiple of 512 bytes. `backing` is a bare file name in the directory of `path` and its format, which
-/// is recorded; the image there must exist. Larger or smaller than `size` will do. Durable only after [`ImageMut::sync`]
+/// `size` must be a multiple of 512 bytes. `backing` is recorded as given: `NAME` in the directory of `path` or
+/// `../DIR/NAME`, and its format; the image there must exist. Larger or smaller than `size` will do. Durable only after [`ImageMut::sync`]
 /// and an fsync of the directory; after an error a half-made file may be left.
 pub fn create(path: &Path, size: DiskSize, backing: Option<(&str, Format)>) -> Result<Qcow2Writer> {
     raw::check_sectors(path, size)?;
@@ -94,8 +94,8 @@ pub fn create(path: &Path, size: DiskSize, backing: Option<(&str, Format)>) -> R
     open_write(path)
 }
 
-/// Opens an image that our own store made for writing, and below it, read-only, the images its header names: bare names
-/// in the same directory, with recorded formats. Anything else is refused: it is not ours.
+/// Opens an image that our own store made for writing, and below it, read-only, the images its header names, as
+/// [`create`] recorded them. Anything else is refused: it is not ours.
 ///
 /// The caller holds the store's lock; nothing else may have the image open.
 pub fn open_write(path: &Path) -> Result<Qcow2Writer> {
@@ -122,8 +122,8 @@ pub fn open_write(path: &Path) -> Result<Qcow2Writer> {
     Ok(Qcow2Writer { path: path.to_owned(), size, access: RwLock::new(access), files, poison: Poison::default() })
 }
 
-/// The chain of an image that our own store made, uppermost first, as its headers record it: bare names in one
-/// directory. Refuses anything else.
+/// The chain of an image that our own store made, uppermost first, as its headers record it in the way of [`create`].
+/// Refuses anything else.
 pub fn own_chain(path: &Path) -> Result<Chain> {
     let top = own_layer(path.to_owned(), Format::Qcow2);
     let header = understood(&raw::open_file(&top, false)?, path)?;
@@ -277,14 +277,31 @@ fn own_layer(path: PathBuf, format: Format) -> Layer {
     Layer { path, format, block_device: false, data_file: None }
 }
 
-/// A name our store may have given an image: one component, and nothing QEMU would take for a protocol or options.
+/// A reference as our store records it for a backing image: `NAME` in the same directory, or `../DIR/NAME` in a sister of
+/// that; nothing QEMU would take for a protocol or options.
 fn check_own_name(name: &str) -> Result<()> {
-    let mut parts = Path::new(name).components();
-    let bare = matches!((parts.next(), parts.next()), (Some(Component::Normal(n)), None) if n == name);
-    if bare && name.len() <= 255 && !name.contains([':', ',']) && !name.contains(char::is_control) {
+    let normal = |part: &Component| matches!(part, Component::Normal(_));
+    let parts: Vec<Component> = Path::new(name).components().take(4).collect();
+    let known = match &parts[..] {
+        [file] => normal(file),
+        [Component::ParentDir, dir, file] => normal(dir) && normal(file),
+        _ => false,
+    };
+    // `a//b` and `a/.` have the components of what they are not.
+    let plain = parts.iter().map(|p| p.as_os_str().len() + 1).sum::<usize>() == name.len() + 1;
+    if known && plain && name.len() <= 255 && !name.contains([':', ',']) && !name.contains(char::is_control) {
         return Ok(());
     }
     Err(Error::new(Kind::Refused, format!("{name:?} is not a name of an image in our store")))
+}
+
+/// Where the image that `path` refers to by a checked name lies. Without `..` in it: a long chain would not fit a path.
+fn own_path(path: &Path, name: &str) -> PathBuf {
+    let dir = path.parent().unwrap_or(Path::new(""));
+    match (name.strip_prefix("../"), dir.parent()) {
+        (Some(below), Some(above)) if dir.file_name().is_some() => above.join(below),
+        _ => dir.join(name),
+    }
 }
 
 /// What the header of one of our own images says lies below it.
@@ -310,7 +327,7 @@ fn own_chain_below(path: &Path, header: Header) -> Result<Vec<Layer>> {
         if layers.len() >= OWN_DEPTH_MAX {
             return Err(Error::new(Kind::Corrupt, "the chain of backing images does not end").path(path));
         }
-        let layer = own_layer(path.with_file_name(&name), format);
+        let layer = own_layer(own_path(path, &name), format);
         next = match format {
             Format::Raw => None,
             Format::Qcow2 => own_backing(&understood(&raw::open_file(&layer, false)?, &layer.path)?, &layer.path)?,
@@ -361,5 +378,48 @@ fn imago_error(what: &'static str, e: std::io::Error) -> Error {
     match e.kind() {
         std::io::ErrorKind::InvalidData => Error::new(Kind::Corrupt, what).source(e),
         _ => Error::from_io(what, e),
+    }
+}
+
+#[cfg(test)]
+mod own_name_tests {
+    use super::*;
+
+    #[test]
+    fn only_references_as_our_store_makes_them_are_its_own() {
+        for good in ["vda.qcow2", "../000001-deadbeef/vda.qcow2"] {
+            assert!(check_own_name(good).is_ok(), "{good}");
+        }
+        for bad in [
+            "",
+            ".",
+            "..",
+            "/etc/hostname",
+            "a/b",
+            "../vda.qcow2/",
+            "../a",
+            "../../a/b",
+            "../../b",
+            "../a/../b",
+            "../a/..",
+            "../a//b",
+            "./a",
+            "../a/b/c",
+            "json:{}",
+            "nbd://h",
+            "a,b",
+            "a\n",
+        ] {
+            assert!(check_own_name(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_path_does_not_grow_with_the_chain() {
+        let below = own_path(Path::new("/s/points/3-c/vda.qcow2"), "../2-b/vda.qcow2");
+        assert_eq!(below, Path::new("/s/points/2-b/vda.qcow2"));
+        assert_eq!(own_path(Path::new("/s/a.qcow2"), "b.qcow2"), Path::new("/s/b.qcow2"));
+        assert_eq!(own_path(Path::new("a.qcow2"), "../d/b.qcow2"), Path::new("../d/b.qcow2"));
+        assert_eq!(own_path(Path::new("../a.qcow2"), "../d/b.qcow2"), Path::new("../../d/b.qcow2"));
     }
 }
