@@ -4,12 +4,16 @@
 //! A recovery point exists if and only if the manifest names it. An open point is rubbish until it is sealed.
 //! Format: docs/formats/replica.md.
 
-pub mod chain;
+mod chain;
+mod digests;
+mod disk;
 mod files;
 mod lock;
 pub mod manifest;
+mod point;
+mod reserve;
 pub mod store;
-pub mod verify;
+mod verify;
 
 use crate::block::DiskSize;
 use crate::block::digest::Digest;

@@ -1,1 +1,299 @@
-//! (being written)
+//! The replica on this host: a directory with one qcow2 chain per disk and one manifest.
+//!
+//! Owns every file in the directory; no path is used that [`manifest`](super::manifest) did not produce.
+//!
+//! Invariants
+//! - A point exists if and only if the manifest names it (I9). Directories it does not name are rubbish: the next
+//!   [`Replica::begin`] removes them, [`Replica::describe`] only tells of them.
+//! - The manifest is replaced whole, by rename, after the data it names is durable (I11). Whatever is on disk when the
+//!   machine stops, a reader finds the old head or the new one, whole.
+//! - One writer, by the lock (I15); a reader needs none.
+//! - After any error the open point is condemned: every later call returns that error, and it cannot be sealed.
+//!
+//! Format: docs/formats/replica.md. Crash order: docs/replication.md, steps 5 and 6.
+
+use super::chain;
+use super::digests::DigestFile;
+use super::files::{Dir, Space};
+use super::lock::WriterLock;
+use super::manifest::{self, MANIFEST_FILE, MANIFEST_MAX, Manifest, POINTS_DIR, REPLICAS_DIR};
+use super::point::OpenPoint;
+use super::{
+    Attachment, BeginPoint, DiskApplied, NODES_MAX, PointView, Replica, ReplicaView, SealPoint, VerifyReport, verify,
+};
+use crate::block::digest::Digest;
+use crate::error::{Error, Kind, Result};
+use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId};
+use jiff::Timestamp;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+/// Tells the time of this host; an argument, so that tests own it.
+pub(super) type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
+
+/// The replica of one domain in a store on this host.
+pub struct Store {
+    root: PathBuf,
+    uuid: DomainUuid,
+    clock: Clock,
+    open: Mutex<Option<Arc<OpenPoint>>>,
+}
+
+impl Store {
+    /// The replica of domain `uuid` in the store at `root`. Touches nothing: neither has to exist before the first
+    /// [`Replica::begin`], which creates them.
+    pub fn open(
+        root: &Path,
+        uuid: &DomainUuid,
+        clock: impl Fn() -> Timestamp + Send + Sync + 'static,
+    ) -> Result<Store> {
+        let root = std::path::absolute(root).map_err(|e| Error::io("this cannot be the root of a store", root, e))?;
+        Ok(Store { root, uuid: uuid.clone(), clock: Arc::new(clock), open: Mutex::new(None) })
+    }
+
+    /// Absolute path of the replica's directory.
+    pub fn path(&self) -> PathBuf {
+        self.root.join(REPLICAS_DIR).join(self.uuid.as_str())
+    }
+
+    /// Whether this `Store` holds an open point, and with it the lock.
+    pub fn has_open_point(&self) -> bool {
+        self.open.lock().expect("no code panics with this lock").is_some()
+    }
+
+    fn replica_dir(&self) -> Result<Option<Dir>> {
+        let Some(root) = Dir::open_root(&self.root)? else { return Ok(None) };
+        let Some(replicas) = root.sub(REPLICAS_DIR)? else { return Ok(None) };
+        replicas.sub(self.uuid.as_str())
+    }
+
+    fn current(&self) -> Result<Arc<OpenPoint>> {
+        let open = self.open.lock().expect("no code panics with this lock").clone();
+        open.ok_or_else(|| Error::new(Kind::Usage, "there is no open point: begin comes first"))
+    }
+
+    /// Runs `act` on the open point; its error condemns the point.
+    fn with_open<T>(&self, act: impl FnOnce(&OpenPoint) -> Result<T>) -> Result<T> {
+        let open = self.current()?;
+        open.poison.check()?;
+        act(&open).map_err(|e| open.poison.put(e.point(&open.id)))
+    }
+}
+
+/// Every replica in the store at `root` that has a point, in the order of the domains' names. One that cannot be read is
+/// an error, naming it: to leave it out would say that it is not there.
+pub fn list(root: &Path) -> Result<Vec<(DomainUuid, DomainName, ReplicaView)>> {
+    let Some(replicas) = Dir::open_root(root)?.map(|r| r.sub(REPLICAS_DIR)).transpose()?.flatten() else {
+        return Ok(Vec::new());
+    };
+    let mut found = Vec::new();
+    for name in replicas.entries()? {
+        let Ok(uuid) = DomainUuid::new(name) else { continue };
+        let Some(dir) = replicas.sub(uuid.as_str())? else { continue };
+        if let Some(manifest) = read_manifest(&dir, &uuid)? {
+            let domain = manifest.name.clone();
+            let view = Store::open(root, &uuid, Timestamp::now)?.describe()?;
+            found.push((uuid, domain, view));
+        }
+    }
+    found.sort_by(|a, b| (&a.1, &a.0).cmp(&(&b.1, &b.0)));
+    Ok(found)
+}
+
+/// The manifest in a replica's directory; `None` if nothing was ever sealed there.
+pub(super) fn read_manifest(dir: &Dir, uuid: &DomainUuid) -> Result<Option<Manifest>> {
+    let Some(json) = dir.read(MANIFEST_FILE, MANIFEST_MAX)? else { return Ok(None) };
+    let at = |e: Error| e.path(dir.join(MANIFEST_FILE));
+    let manifest = Manifest::parse(&json).map_err(at)?;
+    if manifest.uuid != *uuid {
+        return Err(at(Error::new(Kind::Corrupt, format!("the manifest is that of domain {}", manifest.uuid))));
+    }
+    Ok(Some(manifest))
+}
+
+/// Directories of points that `manifest` does not name, by name. Whatever is not named like a point is not ours.
+fn unnamed(points: &Dir, manifest: Option<&Manifest>) -> Result<Vec<PointId>> {
+    let ids = points.entries()?.into_iter().filter_map(|name| PointId::new(name).ok());
+    Ok(ids.filter(|id| manifest.is_none_or(|m| m.point(id).is_none())).collect())
+}
+
+impl Replica for Store {
+    /// Never modifies anything and takes no lock. Safe beside a writer.
+    fn describe(&self) -> Result<ReplicaView> {
+        let path = self.path();
+        let mut view = ReplicaView {
+            generation: Generation(1),
+            points: Vec::new(),
+            free_bytes: Space::at(&path)?.free_bytes,
+            path: path.clone(),
+            open_point: None,
+        };
+        let Some(dir) = self.replica_dir()? else { return Ok(view) };
+        // First the directories, then the manifest: a point that is sealed in between is named, not open.
+        let points = dir.sub(POINTS_DIR)?;
+        let present = points.as_ref().map(|p| unnamed(p, None)).transpose()?.unwrap_or_default();
+        let manifest = read_manifest(&dir, &self.uuid)?;
+        let named = |id: &PointId| manifest.as_ref().is_some_and(|m| m.point(id).is_some());
+        view.open_point = present.into_iter().filter(|id| !named(id)).max_by_key(PointId::seq);
+        if let Some(manifest) = &manifest {
+            let points_dir = path.join(POINTS_DIR);
+            view.generation = manifest.generation;
+            view.points = manifest.points().iter().map(|p| p.view(&points_dir)).collect();
+        }
+        Ok(view)
+    }
+
+    fn begin(&self, request: &BeginPoint) -> Result<()> {
+        check_request(request, &self.uuid)?;
+        let mut slot = self.open.lock().expect("no code panics with this lock");
+        // The lock of an earlier attempt of ours is freed before it is asked for again.
+        *slot = None;
+        let root = Dir::create_root(&self.root)?;
+        let dir = root.sub_or_create(REPLICAS_DIR)?.sub_or_create(self.uuid.as_str())?;
+        let lock = WriterLock::take(&dir, Some(&request.run), (self.clock)())?;
+        let manifest = read_manifest(&dir, &self.uuid)?
+            .unwrap_or_else(|| Manifest::new(self.uuid.clone(), request.name.clone(), Generation(1)));
+        check_head(request, &manifest)?;
+        let points = dir.sub_or_create(POINTS_DIR)?;
+        sweep(&points, &manifest)?;
+        *slot = Some(Arc::new(OpenPoint::begin(lock, dir, points, manifest, request)?));
+        Ok(())
+    }
+
+    fn nodes(&self, disk: &DiskName, level: u8, range: Range<u64>) -> Result<Vec<Digest>> {
+        let count = range.end.checked_sub(range.start).filter(|n| *n <= NODES_MAX);
+        let count = count
+            .ok_or_else(|| Error::new(Kind::Usage, format!("{range:?} is not a range of at most {NODES_MAX} nodes")))?;
+        let open = self.open.lock().expect("no code panics with this lock").clone();
+        let file = match &open {
+            Some(open) => open.head_digests(disk)?,
+            None => self.head_digests_unlocked(disk)?,
+        };
+        match file {
+            Some(file) => file.nodes(level, range).map_err(|e| e.disk(disk)),
+            None => Ok(vec![Digest::ZERO; count as usize]),
+        }
+    }
+
+    fn apply(&self, disk: &DiskName, patch_bytes: &[u8]) -> Result<()> {
+        self.with_open(|open| open.apply(disk, patch_bytes).map_err(|e| e.disk(disk)))
+    }
+
+    fn finish_disk(&self, disk: &DiskName) -> Result<DiskApplied> {
+        self.with_open(|open| open.finish_disk(disk).map_err(|e| e.disk(disk)))
+    }
+
+    fn attach(&self, name: Attachment, content: &[u8]) -> Result<()> {
+        self.with_open(|open| open.attach(name, content))
+    }
+
+    fn seal(&self, request: &SealPoint) -> Result<PointView> {
+        let view = self.with_open(|open| open.seal(request, &self.clock))?;
+        // Frees the lock.
+        *self.open.lock().expect("no code panics with this lock") = None;
+        Ok(view)
+    }
+
+    /// Also cleans up after a writer that died, if nobody else writes now.
+    fn abandon(&self) -> Result<()> {
+        let mut slot = self.open.lock().expect("no code panics with this lock");
+        *slot = None;
+        let Some(dir) = self.replica_dir()? else { return Ok(()) };
+        let Some(points) = dir.sub(POINTS_DIR)? else { return Ok(()) };
+        let _lock = match WriterLock::take(&dir, None, (self.clock)()) {
+            Ok(lock) => lock,
+            // Somebody else's point is not ours to throw away.
+            Err(e) if e.kind() == Kind::Busy => return Ok(()),
+            Err(e) => return Err(e),
+        };
+        // Read again, under the lock: a seal that failed after the rename has made the point exist.
+        match read_manifest(&dir, &self.uuid)? {
+            Some(manifest) => sweep(&points, &manifest),
+            None => unnamed(&points, None)?.iter().try_for_each(|id| points.remove_all(id.as_str())),
+        }
+    }
+
+    fn verify(&self, point: &PointId, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport> {
+        let missing = || Error::new(Kind::NotFound, "the replica has no such point").point(point).path(self.path());
+        let dir = self.replica_dir()?.ok_or_else(missing)?;
+        let manifest = read_manifest(&dir, &self.uuid)?.ok_or_else(missing)?;
+        let points = dir.sub(POINTS_DIR)?.ok_or_else(missing)?;
+        verify::verify(&points, &manifest, manifest.point(point).ok_or_else(missing)?, progress)
+    }
+}
+
+impl Store {
+    /// Without an open point: read where it is sound, mended under the lock where it is not.
+    fn head_digests_unlocked(&self, disk: &DiskName) -> Result<Option<Arc<DigestFile>>> {
+        let Some(dir) = self.replica_dir()? else { return Ok(None) };
+        let Some(manifest) = read_manifest(&dir, &self.uuid)? else { return Ok(None) };
+        if let Some(file) = chain::ready_head_digests(&dir, &manifest, disk)? {
+            return Ok(Some(Arc::new(file)));
+        }
+        let _lock = WriterLock::take(&dir, None, (self.clock)())?;
+        // Read again, under the lock.
+        let Some(manifest) = read_manifest(&dir, &self.uuid)? else { return Ok(None) };
+        Ok(chain::mend_head_digests(&dir, &manifest, disk)?.map(Arc::new))
+    }
+}
+
+/// What can be refused without looking at the store.
+fn check_request(request: &BeginPoint, uuid: &DomainUuid) -> Result<()> {
+    let usage = |what: String| Err(Error::new(Kind::Usage, what).domain(&request.name));
+    if request.uuid != *uuid {
+        return usage(format!("a point of domain {} cannot go into the replica of {uuid}", request.uuid));
+    }
+    if request.disks.is_empty() || request.disks.len() > manifest::DISKS_MAX {
+        return usage(format!("a point has between 1 and {} disks, not {}", manifest::DISKS_MAX, request.disks.len()));
+    }
+    for (i, disk) in request.disks.iter().enumerate() {
+        if request.disks[..i].iter().any(|d| d.name == disk.name) {
+            return usage(format!("disk '{}' is named twice", disk.name));
+        }
+        if disk.size.0 > manifest::DISK_SIZE_MAX {
+            return usage(format!("disk '{}' has {} bytes, more than any disk", disk.name, disk.size));
+        }
+    }
+    Ok(())
+}
+
+/// Whether the run builds on what is here (I14, I15, I16).
+fn check_head(request: &BeginPoint, manifest: &Manifest) -> Result<()> {
+    if request.generation < manifest.generation {
+        return Err(Error::new(
+            Kind::Conflict,
+            format!(
+                "the replica is of generation {}, this source of generation {}: the domain was brought up on the target since, or replicated from elsewhere",
+                manifest.generation, request.generation
+            ),
+        )
+        .domain(&request.name)
+        .hint("decide which side has the data that counts; an older source never overwrites a newer replica"));
+    }
+    let head = manifest.head().map(|p| &p.id);
+    if head != request.expected_head.as_ref() {
+        let name = |id: Option<&PointId>| id.map_or("no point".to_owned(), |id| format!("point {id}"));
+        return Err(Error::new(
+            Kind::Conflict,
+            format!(
+                "the replica's head is {}, this run builds on {}",
+                name(head),
+                name(request.expected_head.as_ref())
+            ),
+        )
+        .domain(&request.name)
+        .hint("run again: the next run asks for the head first"));
+    }
+    Ok(())
+}
+
+/// Removes the directories that the manifest does not name. The caller holds the lock.
+fn sweep(points: &Dir, manifest: &Manifest) -> Result<()> {
+    let rubbish = unnamed(points, Some(manifest))?;
+    for id in &rubbish {
+        tracing::info!(point = %id, "removing a point that was never sealed");
+        points.remove_all(id.as_str())?;
+    }
+    if rubbish.is_empty() { Ok(()) } else { points.sync() }
+}

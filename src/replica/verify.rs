@@ -1,1 +1,266 @@
-//! (being written)
+//! Reading a point again: every block of every disk against the digest it was sealed with (I12).
+//!
+//! Expected digests come from the change lists of the disk's points, never from the head's digest file: that one is a
+//! cache. What an image's map calls a hole counts as zeros and costs nothing. Two threads read and hash; memory does not
+//! depend on the size of the disk. Modifies nothing and needs no lock.
+
+use super::chain;
+use super::files::Dir;
+use super::manifest::{self, Manifest, Point};
+use super::{ATTACHMENT_MAX, Attachment, VerifyDisk, VerifyReport};
+use crate::block::changes::{RUN_DIGESTS_MAX, Run};
+use crate::block::digest::{Digest, block_digest};
+use crate::block::extent::Content;
+use crate::block::tree::RootBuilder;
+use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize};
+use crate::error::{Error, Kind, Result};
+use crate::image::qcow2::{self, Qcow2Image};
+use crate::image::{Chain, Image};
+use crate::name::DiskName;
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+/// Blocks read between two reports of progress: 64 MiB.
+const WINDOW_BLOCKS: u64 = 1024;
+
+const READERS: usize = 2;
+
+/// Most damaged blocks that a report names.
+const DAMAGED_MAX: usize = 64;
+
+pub(super) fn verify(
+    points: &Dir,
+    manifest: &Manifest,
+    point: &Point,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<VerifyReport> {
+    let total_bytes = point.disks.iter().map(|d| d.size.0).sum();
+    let mut done_bytes = 0;
+    let mut report = VerifyReport {
+        point: point.id.clone(),
+        disks: Vec::new(),
+        damaged_attachments: damaged_attachments(points, point)?,
+    };
+    for disk in &point.disks {
+        let mut advance = |bytes| {
+            done_bytes += bytes;
+            progress(done_bytes, total_bytes);
+        };
+        let verified = verify_disk(points, manifest, point, disk, &mut advance);
+        report.disks.push(verified.map_err(|e| e.disk(&disk.name).point(&point.id))?);
+    }
+    Ok(report)
+}
+
+fn damaged_attachments(points: &Dir, point: &Point) -> Result<Vec<Attachment>> {
+    let dir = points.sub(point.id.as_str())?;
+    let mut damaged = Vec::new();
+    for attached in &point.attachments {
+        let content = dir.as_ref().map(|d| d.read(attached.name.file_name(), ATTACHMENT_MAX)).transpose();
+        let whole = match content {
+            Ok(content) => content.flatten().is_some_and(|c| Digest(*blake3::hash(&c).as_bytes()) == attached.blake3),
+            // Longer than any attachment: it is not what was sealed.
+            Err(e) if e.kind() == Kind::Corrupt => false,
+            Err(e) => return Err(e),
+        };
+        if !whole {
+            damaged.push(attached.name);
+        }
+    }
+    Ok(damaged)
+}
+
+fn verify_disk(
+    points: &Dir,
+    manifest: &Manifest,
+    point: &Point,
+    disk: &manifest::Disk,
+    advance: &mut dyn FnMut(u64),
+) -> Result<VerifyDisk> {
+    let images = chain::images(points, manifest, &point.id, &disk.name)?;
+    check_headers(&images, &disk.name)?;
+    let mut expected = blocks_of(chain::merged(points, manifest, &point.id, &disk.name)?).peekable();
+    let mut reading = Reading::open(&images, disk.size)?;
+    let mut root = RootBuilder::new(disk.size);
+    let mut damaged = BTreeSet::new();
+    let mut damaged_count = 0;
+    while let Some(window) = reading.next_window()? {
+        let mut found = window.digests.into_iter().peekable();
+        // Both sides name what is not zero; a block that neither names is zero on both.
+        loop {
+            let next_expected = match expected.peek() {
+                Some(Ok((block, _))) if *block < window.blocks.end => Some(*block),
+                Some(Err(_)) => return Err(expected.next().expect("peeked").expect_err("peeked")),
+                _ => None,
+            };
+            let next_found = found.peek().map(|(block, _)| *block);
+            let Some(block) = [next_expected, next_found].into_iter().flatten().min() else { break };
+            let should = if next_expected == Some(block) { expected.next().expect("peeked")?.1 } else { Digest::ZERO };
+            let is = if next_found == Some(block) { found.next().expect("peeked").1 } else { Some(Digest::ZERO) };
+            if is != Some(should) {
+                damaged_count += 1;
+                if damaged.len() < DAMAGED_MAX {
+                    damaged.insert(block);
+                }
+            }
+            // What cannot be read leaves a hole in the root, and so a root that is not the expected one.
+            root.push_block(BlockIndex(block), is.unwrap_or(Digest::ZERO));
+        }
+        advance(
+            ByteRange::new(
+                window.blocks.start * BLOCK_LEN as u64,
+                disk.size.0.min(window.blocks.end * BLOCK_LEN as u64),
+            )
+            .len(),
+        );
+    }
+    Ok(VerifyDisk {
+        name: disk.name.clone(),
+        bytes_read: reading.bytes_read,
+        blocks: disk.size.blocks(),
+        damaged: damaged.into_iter().collect(),
+        damaged_count,
+        root: root.finish(),
+        root_expected: disk.root,
+    })
+}
+
+/// Whether what the images say of their backing images is what the manifest says: any other program that opens the point
+/// goes by the headers.
+fn check_headers(images: &Chain, disk: &DiskName) -> Result<()> {
+    let corrupt = |what| Error::new(Kind::Corrupt, what).disk(disk).path(&images.top().path);
+    match qcow2::own_chain(&images.top().path) {
+        Ok(by_header) if by_header == *images => Ok(()),
+        Ok(_) => Err(corrupt("the images' headers name other backing images than the manifest")),
+        // The images of the manifest are all there: it is a header that leads elsewhere.
+        Err(e) if matches!(e.kind(), Kind::NotFound | Kind::Refused) => {
+            Err(corrupt("an image's header names a backing image that is none of the point's").source(e))
+        }
+        Err(e) => Err(e),
+    }
+}
+
+type Blocks = Box<dyn Iterator<Item = Result<(u64, Digest)>>>;
+
+/// The blocks of runs that are not zero, with their digests.
+fn blocks_of(runs: impl Iterator<Item = Result<Run>>) -> impl Iterator<Item = Result<(u64, Digest)>> {
+    runs.flat_map(|run| -> Blocks {
+        match run {
+            Ok(Run::Digests { first, digests }) => Box::new((first.0..).zip(digests).map(Ok)),
+            Ok(Run::Zero { .. }) => Box::new(std::iter::empty()),
+            Err(e) => Box::new(std::iter::once(Err(e))),
+        }
+    })
+}
+
+/// A disk as its images have it now, as runs in ascending order: what a change list would say of it, had it started from
+/// nothing. A block that cannot be read ends it with an error.
+pub(super) fn runs_of(images: &Chain, size: DiskSize) -> Result<impl Iterator<Item = Result<Run>>> {
+    let mut reading = Reading::open(images, size)?;
+    let mut ready = Vec::new().into_iter();
+    let mut next = move || -> Result<Option<Run>> {
+        loop {
+            if let Some(run) = ready.next() {
+                return Ok(Some(run));
+            }
+            match reading.next_window()? {
+                Some(window) => ready = window.into_runs()?.into_iter(),
+                None => return Ok(None),
+            }
+        }
+    };
+    Ok(std::iter::from_fn(move || next().transpose()))
+}
+
+/// Goes through a disk window by window.
+struct Reading {
+    image: Qcow2Image,
+    size: DiskSize,
+    next_block: u64,
+    bytes_read: u64,
+}
+
+/// What was found in a stretch of blocks.
+struct Window {
+    blocks: Range<u64>,
+    /// Blocks that had to be read, ascending; `None`: reading failed.
+    digests: Vec<(u64, Option<Digest>)>,
+}
+
+impl Window {
+    fn into_runs(self) -> Result<Vec<Run>> {
+        let mut runs: Vec<Run> = Vec::new();
+        for (block, digest) in self.digests {
+            let unreadable = || Error::new(Kind::Corrupt, "a block cannot be read").offset(BlockIndex(block).offset());
+            let digest = digest.ok_or_else(unreadable)?;
+            match runs.last_mut() {
+                _ if digest.is_zero() => {}
+                Some(Run::Digests { first, digests })
+                    if first.0 + digests.len() as u64 == block && digests.len() < RUN_DIGESTS_MAX =>
+                {
+                    digests.push(digest);
+                }
+                _ => runs.push(Run::Digests { first: BlockIndex(block), digests: vec![digest] }),
+            }
+        }
+        Ok(runs)
+    }
+}
+
+impl Reading {
+    fn open(images: &Chain, size: DiskSize) -> Result<Self> {
+        let image = Qcow2Image::open(images)?;
+        if image.size() < size {
+            let what = format!("the image has {} bytes, the point has {size}", image.size());
+            return Err(Error::new(Kind::Corrupt, what).path(&images.top().path));
+        }
+        Ok(Self { image, size, next_block: 0, bytes_read: 0 })
+    }
+
+    /// `None` at the end of the disk.
+    fn next_window(&mut self) -> Result<Option<Window>> {
+        let blocks = self.next_block..(self.next_block + WINDOW_BLOCKS).min(self.size.blocks());
+        if blocks.is_empty() {
+            return Ok(None);
+        }
+        self.next_block = blocks.end;
+        let to_read = self.blocks_with_data(&blocks)?;
+        self.bytes_read += to_read.iter().map(|b| BlockIndex(*b).bytes(self.size).len()).sum::<u64>();
+        let digests = std::thread::scope(|scope| {
+            let parts = to_read.chunks(to_read.len().div_ceil(READERS).max(1));
+            let readers: Vec<_> = parts.map(|part| scope.spawn(|| self.read(part))).collect();
+            readers.into_iter().flat_map(|r| r.join().expect("a reader does not panic")).collect()
+        });
+        Ok(Some(Window { blocks, digests }))
+    }
+
+    /// Blocks of which any byte may be anything but zero.
+    fn blocks_with_data(&self, blocks: &Range<u64>) -> Result<Vec<u64>> {
+        let end = (blocks.end * BLOCK_LEN as u64).min(self.size.0);
+        let extents = self.image.extents(ByteRange::new(blocks.start * BLOCK_LEN as u64, end))?;
+        let mut found: Vec<u64> = Vec::new();
+        for extent in extents.into_iter().filter(|e| e.content == Content::Data) {
+            let first = extent.range.start / BLOCK_LEN as u64;
+            let last = extent.range.end.div_ceil(BLOCK_LEN as u64);
+            let unseen = found.last().map_or(first, |seen| first.max(seen + 1));
+            found.extend(unseen..last);
+        }
+        Ok(found)
+    }
+
+    fn read(&self, blocks: &[u64]) -> Vec<(u64, Option<Digest>)> {
+        let mut buffer = vec![0; BLOCK_LEN];
+        let mut read = |block: u64| {
+            let range = BlockIndex(block).bytes(self.size);
+            let bytes = &mut buffer[..range.len() as usize];
+            match self.image.read_at(range.start, bytes) {
+                Ok(()) => Some(block_digest(bytes)),
+                Err(e) => {
+                    tracing::warn!(block, error = %e.chain(), "a block of the point cannot be read");
+                    None
+                }
+            }
+        };
+        blocks.iter().map(|block| (*block, read(*block))).collect()
+    }
+}

@@ -1,0 +1,296 @@
+//! The head's digests of one disk in a sparse file, so that comparing reads neither the replica nor its whole tree.
+//!
+//! Two header slots, then the levels of the digest tree one after another; a zero digest is a hole. The file is a
+//! cache: it says which point it belongs to and that point's root, and whoever opens it says which it wants. Anything
+//! else is [`Opened::Unusable`], to be rebuilt from the change lists, never trusted.
+//!
+//! An update in place is: slot *updating to P*, fsync; nodes; fsync; slot *clean at P*, fsync. The slots alternate, so a
+//! torn one leaves the other. A crash leaves *clean at the old point* or *updating to P*, and the update may be done over
+//! from either, because applying a change list twice is applying it once.
+//!
+//! Format: docs/formats/replica.md. Crash order: docs/replication.md, step 6e.
+
+use super::files::Dir;
+use super::manifest::{DISK_SIZE_MAX, digests_file};
+use crate::block::changes::Run;
+use crate::block::digest::Digest;
+use crate::block::tree::{ChangedNode, NodeSource, TreeShape, TreeUpdate, ZeroNodes};
+use crate::block::{BlockIndex, DiskSize};
+use crate::error::{Error, Kind, Result};
+use crate::name::{DiskName, PointId};
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+const MAGIC: [u8; 8] = *b"VREPTREE";
+const VERSION: u32 = 1;
+
+/// Slot 0 at byte 0, slot 1 at [`SLOT_STRIDE`]: sectors, and on any disk blocks, of their own.
+const SLOT_STRIDE: u64 = 4096;
+const SLOT_LEN: usize = 128;
+
+/// Where level 0 begins. Every level begins at a multiple of [`SLOT_STRIDE`].
+const LEVELS_START: u64 = 2 * SLOT_STRIDE;
+
+/// Nodes gathered before they are written: 32 KiB of file.
+const PENDING_MAX: usize = 1024;
+
+/// The point a digest file belongs to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Binding {
+    pub point: PointId,
+    pub size: DiskSize,
+    pub root: Digest,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Clean = 0,
+    /// Nodes may be of the point before or of this one.
+    Updating = 1,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Slot {
+    sequence: u64,
+    state: State,
+    binding: Binding,
+}
+
+/// An open digest file, bound to a point. Reads need no lock of ours; one writer at a time, by the replica's lock.
+#[derive(Debug)]
+pub struct DigestFile {
+    file: File,
+    path: PathBuf,
+    shape: TreeShape,
+    slot: Slot,
+}
+
+/// What was found in the place of a digest file.
+pub enum Opened {
+    /// Clean, and of the point asked for.
+    Ready(DigestFile),
+    /// Clean at the point below the one asked for, or being updated to it: applying that point's changes mends it.
+    Behind(DigestFile),
+    /// Nothing to build on; the words say why.
+    Unusable(String),
+}
+
+impl DigestFile {
+    /// Opens the file of `disk` in `dir` and compares it with the point it should be bound to; `below` is the point under
+    /// that one on which its image lies.
+    pub fn open(dir: &Dir, disk: &DiskName, wanted: &Binding, below: Option<&Binding>) -> Result<Opened> {
+        let name = digests_file(disk);
+        let Some(file) = dir.open_mut(&name)? else { return Ok(Opened::Unusable("there is none".into())) };
+        let path = dir.join(&name);
+        let mut slots = Vec::new();
+        for place in 0..2 {
+            let mut bytes = [0; SLOT_LEN];
+            match file.read_exact_at(&mut bytes, place * SLOT_STRIDE) {
+                Ok(()) => slots.extend(Slot::decode(&bytes)),
+                Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {}
+                Err(e) => return Err(Error::io("cannot read the digest file", path, e)),
+            }
+        }
+        let Some(slot) = slots.into_iter().max_by_key(|s| s.sequence) else {
+            return Ok(Opened::Unusable("neither of its headers can be read".into()));
+        };
+        let (state, binding) = (slot.state, slot.binding.clone());
+        let this = Self { file, path, shape: TreeShape::new(slot.binding.size), slot };
+        Ok(match state {
+            State::Clean if binding == *wanted => Opened::Ready(this),
+            State::Updating if binding == *wanted => Opened::Behind(this),
+            State::Clean if below == Some(&binding) && binding.size == wanted.size => Opened::Behind(this),
+            State::Clean => Opened::Unusable(format!("it belongs to point {}", binding.point)),
+            State::Updating => Opened::Unusable(format!("it was being updated to point {}", binding.point)),
+        })
+    }
+
+    /// Builds the file of `disk` anew from everything that is not zero at the point, in ascending order, and puts it in
+    /// place by rename if the root comes out as the binding says: [`Kind::Corrupt`] if not.
+    pub fn rebuild(
+        dir: &Dir,
+        disk: &DiskName,
+        binding: &Binding,
+        blocks: impl Iterator<Item = Result<Run>>,
+    ) -> Result<DigestFile> {
+        let name = digests_file(disk);
+        let temporary = format!("{name}.new");
+        dir.remove_all(&temporary)?;
+        let file = dir.create(&temporary)?;
+        let slot = Slot { sequence: 1, state: State::Clean, binding: binding.clone() };
+        let this = Self { file, path: dir.join(&name), shape: TreeShape::new(binding.size), slot };
+        this.file.set_len(this.offset(this.shape.top() + 1, 0)).map_err(|e| this.io("cannot size", e))?;
+        this.apply(ZeroNodes, binding, blocks)?;
+        this.write_slot()?;
+        this.sync()?;
+        dir.rename(&temporary, &name)?;
+        dir.sync()?;
+        Ok(this)
+    }
+
+    /// Carries the file to `to` by that point's own changes, in ascending order. [`Kind::Corrupt`] if the root does not come
+    /// out as `to` says; the file is then marked as being updated and has to be rebuilt.
+    pub fn update(&mut self, to: &Binding, changes: impl Iterator<Item = Result<Run>>) -> Result<()> {
+        debug_assert_eq!(self.shape, TreeShape::new(to.size), "a resized disk is rebuilt");
+        self.mark(State::Updating, to)?;
+        crate::failpoint!("6e.marked");
+        self.apply(&*self, to, changes)?;
+        self.sync()?;
+        crate::failpoint!("6e.applied");
+        self.mark(State::Clean, to)
+    }
+
+    pub fn size(&self) -> DiskSize {
+        self.slot.binding.size
+    }
+
+    /// Root of the point it is bound to.
+    pub fn root(&self) -> Digest {
+        self.slot.binding.root
+    }
+
+    /// Takes both headers away, so that the next to open it makes it anew. Somebody has found it wrong.
+    pub fn condemn(&self) {
+        let nothing = [0; SLOT_LEN];
+        let outcome = self.file.write_all_at(&nothing, 0).and_then(|()| self.file.write_all_at(&nothing, SLOT_STRIDE));
+        if let Err(e) = outcome {
+            tracing::warn!(path = %self.path.display(), error = %e, "cannot condemn the digest file");
+        }
+    }
+
+    /// Nodes of the tree; zero beyond its shape.
+    pub fn nodes(&self, level: u8, range: Range<u64>) -> Result<Vec<Digest>> {
+        let inside = self.shape.clip(level, range.clone());
+        let mut bytes = vec![0; (inside.end - inside.start) as usize * Digest::LEN];
+        let at = self.offset(level, inside.start);
+        self.file.read_exact_at(&mut bytes, at).map_err(|e| self.io("cannot read", e))?;
+        let mut nodes: Vec<Digest> =
+            bytes.chunks_exact(Digest::LEN).map(|d| Digest(d.try_into().expect("chunks of 32 bytes"))).collect();
+        nodes.resize((range.end - range.start) as usize, Digest::ZERO);
+        Ok(nodes)
+    }
+
+    fn apply(&self, old: impl NodeSource, to: &Binding, changes: impl Iterator<Item = Result<Run>>) -> Result<()> {
+        let mut pending: Vec<Pending> = (0..self.shape.levels()).map(|_| Pending::default()).collect();
+        let blocks = to.size.blocks();
+        let mut update = TreeUpdate::new(old, to.size, to.size, |node: ChangedNode| {
+            let level = &mut pending[usize::from(node.level)];
+            if level.digests.len() == PENDING_MAX || node.index != level.start + level.digests.len() as u64 {
+                self.write_pending(node.level, level)?;
+                level.start = node.index;
+            }
+            level.digests.push(node.digest);
+            Ok(())
+        })?;
+        let mut next = 0;
+        for run in changes {
+            let run = run?;
+            // The tree panics on what is out of order or range. The lists are files, and may be of another disk.
+            if run.first().0 < next || run.end() > blocks {
+                let what = format!("the change list has a run at block {} out of order or range", run.first().0);
+                return Err(Error::new(Kind::Corrupt, what));
+            }
+            next = run.end();
+            match run {
+                Run::Zero { first, count } => update.push_zero(first, count)?,
+                Run::Digests { first, digests } => {
+                    (first.0..).zip(digests).try_for_each(|(block, digest)| update.push(BlockIndex(block), digest))?;
+                }
+            }
+        }
+        let root = update.finish()?;
+        for (level, nodes) in pending.iter_mut().enumerate() {
+            self.write_pending(level as u8, nodes)?;
+        }
+        if root != to.root {
+            return Err(Error::new(Kind::Corrupt, format!("the change lists lead to root {root}, not to {}", to.root))
+                .point(&to.point));
+        }
+        Ok(())
+    }
+}
+
+/// Neighbouring nodes of one level waiting to be written at once.
+#[derive(Default)]
+struct Pending {
+    start: u64,
+    digests: Vec<Digest>,
+}
+
+impl DigestFile {
+    fn write_pending(&self, level: u8, nodes: &mut Pending) -> Result<()> {
+        let bytes: Vec<u8> = nodes.digests.iter().flat_map(|d| d.0).collect();
+        nodes.digests.clear();
+        self.file.write_all_at(&bytes, self.offset(level, nodes.start)).map_err(|e| self.io("cannot write", e))
+    }
+
+    /// Where a node lies; the levels follow one another, blocks first.
+    fn offset(&self, level: u8, index: u64) -> u64 {
+        let lower: u64 =
+            (0..level).map(|l| (self.shape.nodes_at(l) * Digest::LEN as u64).next_multiple_of(SLOT_STRIDE)).sum();
+        LEVELS_START + lower + index * Digest::LEN as u64
+    }
+
+    /// Writes the next state into the slot that does not hold the present one, durably.
+    fn mark(&mut self, state: State, binding: &Binding) -> Result<()> {
+        self.slot = Slot { sequence: self.slot.sequence + 1, state, binding: binding.clone() };
+        self.write_slot()?;
+        self.sync()
+    }
+
+    fn write_slot(&self) -> Result<()> {
+        let place = self.slot.sequence % 2 * SLOT_STRIDE;
+        self.file.write_all_at(&self.slot.encode(), place).map_err(|e| self.io("cannot write", e))
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.file.sync_all().map_err(|e| self.io("cannot sync", e))
+    }
+
+    fn io(&self, verb: &str, e: std::io::Error) -> Error {
+        Error::io(format!("{verb} the digest file"), &self.path, e)
+    }
+}
+
+impl NodeSource for &DigestFile {
+    fn nodes(&mut self, level: u8, range: Range<u64>) -> Result<Vec<Digest>> {
+        DigestFile::nodes(self, level, range)
+    }
+}
+
+impl Slot {
+    fn encode(&self) -> [u8; SLOT_LEN] {
+        let mut bytes = [0; SLOT_LEN];
+        bytes[0..8].copy_from_slice(&MAGIC);
+        bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        bytes[12..16].copy_from_slice(&(self.state as u32).to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.sequence.to_le_bytes());
+        bytes[24..32].copy_from_slice(&self.binding.size.0.to_le_bytes());
+        let id = self.binding.point.as_str().as_bytes();
+        bytes[32..32 + id.len()].copy_from_slice(id);
+        bytes[64..96].copy_from_slice(&self.binding.root.0);
+        let check = blake3::hash(&bytes[..96]);
+        bytes[96..].copy_from_slice(check.as_bytes());
+        bytes
+    }
+
+    /// `None` for anything that this version did not write whole.
+    fn decode(bytes: &[u8; SLOT_LEN]) -> Option<Slot> {
+        let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
+        let u64_at = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+        let whole =
+            bytes[..8] == MAGIC && u32_at(8) == VERSION && blake3::hash(&bytes[..96]).as_bytes()[..] == bytes[96..];
+        let state = match u32_at(12) {
+            0 => State::Clean,
+            1 => State::Updating,
+            _ => return None,
+        };
+        let id = bytes[32..64].split(|b| *b == 0).next()?;
+        let point = PointId::new(std::str::from_utf8(id).ok()?).ok()?;
+        let root = Digest(bytes[64..96].try_into().expect("32 bytes"));
+        let binding = Binding { point, size: DiskSize(u64_at(24)), root };
+        (whole && binding.size.0 <= DISK_SIZE_MAX).then_some(Slot { sequence: u64_at(16), state, binding })
+    }
+}

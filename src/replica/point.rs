@@ -1,0 +1,303 @@
+//! An open point: a directory that no manifest names yet, filled disk by disk, and the order in which it is sealed.
+//!
+//! Invariants
+//! - Nothing that exists is modified: an open point's images lie above the head's.
+//! - The manifest names the point only after every file of it, and every name of a file, is durable (I11), and only if
+//!   the source's roots are ours (I12).
+//!
+//! Crash order: docs/replication.md, steps 5 and 6; the failpoints carry its numbers.
+
+use super::chain;
+use super::digests::DigestFile;
+use super::disk::DiskWriter;
+use super::files::Dir;
+use super::lock::WriterLock;
+use super::manifest::{self, Attached, MANIFEST_FILE, Manifest, Point};
+use super::reserve::Reservation;
+use super::store::Clock;
+use super::{ATTACHMENT_MAX, Attachment, BeginPoint, DiskApplied, PointView, SealPoint};
+use crate::block::digest::Digest;
+use crate::error::{Context, Error, Kind, Result};
+use crate::name::{DiskName, PointId};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+pub(super) struct OpenPoint {
+    pub id: PointId,
+    pub poison: Poison,
+    request: BeginPoint,
+    /// As it is on disk; nobody else changes it while we hold the lock.
+    manifest: Manifest,
+    replica: Dir,
+    points: Dir,
+    dir: Dir,
+    heads: BTreeMap<DiskName, Arc<DigestFile>>,
+    disks: BTreeMap<DiskName, Mutex<DiskWriter>>,
+    attached: Mutex<BTreeMap<Attachment, Attached>>,
+    reservation: Arc<Reservation>,
+    _lock: WriterLock,
+}
+
+impl OpenPoint {
+    /// Creates the point's directory, its images and its reservation. What is left behind by an error is rubbish.
+    pub fn begin(
+        lock: WriterLock,
+        replica: Dir,
+        points: Dir,
+        manifest: Manifest,
+        request: &BeginPoint,
+    ) -> Result<Self> {
+        let reserve = request.disks.iter().any(|d| d.reserve_bytes > 0);
+        let need_bytes = Reservation::check(points.space()?, &request.disks)?;
+        let mut heads = BTreeMap::new();
+        for disk in request.disks.iter().filter(|d| !d.fresh) {
+            let head = chain::mend_head_digests(&replica, &manifest, &disk.name).map_err(|e| e.disk(&disk.name))?;
+            heads.extend(head.map(|file| (disk.name.clone(), Arc::new(file))));
+        }
+        let id = PointId::from_parts(manifest.next_seq(), &request.run);
+        let dir = points.sub_or_create(id.as_str())?;
+        let reservation = Arc::new(Reservation::hold(&dir, if reserve { need_bytes } else { 0 })?);
+        let mut disks = BTreeMap::new();
+        for disk in &request.disks {
+            let below = heads.get(&disk.name).and_then(|file| Some((manifest.head()?.id.clone(), file.clone())));
+            let writer = DiskWriter::create(&dir, disk, &request.uuid, below, &reservation);
+            disks.insert(disk.name.clone(), Mutex::new(writer.map_err(|e| e.disk(&disk.name))?));
+        }
+        // step 5a
+        crate::failpoint!("5a");
+        Ok(Self {
+            id,
+            poison: Poison::default(),
+            request: request.clone(),
+            manifest,
+            replica,
+            points,
+            dir,
+            heads,
+            disks,
+            attached: Mutex::new(BTreeMap::new()),
+            reservation,
+            _lock: lock,
+        })
+    }
+
+    /// The head's digests of a disk; `None` if the head does not have it.
+    pub fn head_digests(&self, disk: &DiskName) -> Result<Option<Arc<DigestFile>>> {
+        match self.heads.get(disk) {
+            Some(file) => Ok(Some(file.clone())),
+            // Of a disk that starts afresh, or is not part of this run.
+            None => Ok(chain::mend_head_digests(&self.replica, &self.manifest, disk)?.map(Arc::new)),
+        }
+    }
+
+    fn disk(&self, name: &DiskName) -> Result<MutexGuard<'_, DiskWriter>> {
+        let disk = self.disks.get(name).ok_or_else(|| Error::new(Kind::Usage, "the open point has no such disk"))?;
+        disk.lock().map_err(|_| Error::new(Kind::Corrupt, "an earlier call on this disk panicked"))
+    }
+
+    pub fn apply(&self, disk: &DiskName, patch_bytes: &[u8]) -> Result<()> {
+        self.disk(disk)?.apply(patch_bytes)?;
+        // step 5b
+        crate::failpoint!("5b");
+        Ok(())
+    }
+
+    pub fn finish_disk(&self, disk: &DiskName) -> Result<DiskApplied> {
+        let applied = self.disk(disk)?.finish()?;
+        // step 5c
+        crate::failpoint!("5c");
+        Ok(applied)
+    }
+
+    pub fn attach(&self, name: Attachment, content: &[u8]) -> Result<()> {
+        if content.len() > ATTACHMENT_MAX {
+            let what = format!("an attachment of {} bytes is larger than any is meant to be", content.len());
+            return Err(Error::new(Kind::Usage, what));
+        }
+        let mut attached = self.attached.lock().expect("no code panics with this lock");
+        if attached.contains_key(&name) {
+            return Err(Error::new(Kind::Usage, format!("{} is attached already", name.file_name())));
+        }
+        // Durable with its content; its name follows with the directory's.
+        self.dir.write_new(name.file_name(), content)?;
+        let blake3 = Digest(*blake3::hash(content).as_bytes());
+        attached.insert(name, Attached { name, size_bytes: content.len() as u64, blake3 });
+        // step 5d
+        crate::failpoint!("5d");
+        Ok(())
+    }
+
+    /// Steps 6a to 6e. After an error the point may exist if 6d was begun; the manifest knows.
+    pub fn seal(&self, request: &SealPoint, clock: &Clock) -> Result<PointView> {
+        let disks = self.check_roots(request)?;
+        self.reservation.release(&self.dir)?;
+        self.seal_disks()?;
+        self.seal_names()?;
+        let attachments = self.attached.lock().expect("no code panics with this lock").values().cloned().collect();
+        let point = Point {
+            id: self.id.clone(),
+            generation: self.request.generation,
+            frozen_at: request.frozen_at,
+            sealed_at: clock(),
+            consistency: request.consistency,
+            run: self.request.run.clone(),
+            disks,
+            attachments,
+        };
+        let view = point.view(self.points.path());
+        let manifest = self.publish(point)?;
+        if let Err(e) = self.update_digests(&manifest) {
+            tracing::warn!(point = %self.id, error = %e.chain(), "the head's digests were not updated; the next run mends them");
+        }
+        Ok(view)
+    }
+
+    /// The records of the disks, if they are exactly those of `begin`, each finished and with the source's root.
+    fn check_roots(&self, request: &SealPoint) -> Result<Vec<manifest::Disk>> {
+        if request.disks.len() != self.request.disks.len() {
+            let what = format!("a seal of {} disks for a point of {}", request.disks.len(), self.request.disks.len());
+            return Err(Error::new(Kind::Usage, what));
+        }
+        let mut records = Vec::new();
+        for begun in &self.request.disks {
+            let wanted = request.disks.iter().find(|d| d.name == begun.name);
+            let wanted =
+                wanted.ok_or_else(|| Error::new(Kind::Usage, "the seal leaves out a disk").disk(&begun.name))?;
+            let disk = self.disk(&begun.name)?;
+            let applied =
+                disk.applied().ok_or_else(|| Error::new(Kind::Usage, "the disk is not finished").disk(&begun.name))?;
+            if applied.root != wanted.root {
+                let what = format!("the source has root {}, the target has {}", wanted.root, applied.root);
+                return Err(Error::new(Kind::Corrupt, what).disk(&begun.name));
+            }
+            let mut stats = wanted.stats.clone();
+            // What was written here, here is known best.
+            stats.bytes_written = applied.bytes_written;
+            stats.blocks_changed = applied.blocks_changed;
+            records.push(manifest::Disk {
+                name: begun.name.clone(),
+                size: begun.size,
+                root: applied.root,
+                backing: disk.backing().cloned(),
+                stats,
+            });
+        }
+        Ok(records)
+    }
+
+    fn seal_disks(&self) -> Result<()> {
+        // step 6a: the images' content and metadata
+        for name in self.disks.keys() {
+            self.disk(name)?.sync_image().map_err(|e| e.disk(name))?;
+        }
+        crate::failpoint!("6a");
+        // step 6b: what they changed
+        for name in self.disks.keys() {
+            self.disk(name)?.sync_changes().map_err(|e| e.disk(name))?;
+        }
+        crate::failpoint!("6b");
+        Ok(())
+    }
+
+    /// Step 6c: attachments, modes, and every name from the files up to the replica.
+    fn seal_names(&self) -> Result<()> {
+        for name in self.disks.keys() {
+            self.dir.seal_file(&manifest::image_file(name))?;
+            self.dir.seal_file(&manifest::changes_file(name))?;
+        }
+        for name in self.attached.lock().expect("no code panics with this lock").keys() {
+            self.dir.seal_file(name.file_name())?;
+        }
+        self.dir.sync()?;
+        self.points.sync()?;
+        crate::failpoint!("6c");
+        Ok(())
+    }
+
+    /// Step 6d: the point exists when this returns, durably.
+    fn publish(&self, point: Point) -> Result<Manifest> {
+        let mut manifest = self.manifest.clone();
+        manifest.name = self.request.name.clone();
+        manifest.push(point)?;
+        let temporary = format!("{MANIFEST_FILE}.new");
+        self.replica.remove_all(&temporary)?;
+        self.replica.write_new(&temporary, &manifest.to_json()?)?;
+        crate::failpoint!("6d.written");
+        self.replica.rename(&temporary, MANIFEST_FILE)?;
+        crate::failpoint!("6d.renamed");
+        self.replica.sync()?;
+        crate::failpoint!("6d");
+        Ok(manifest)
+    }
+
+    /// Step 6e: the head's digest files. The point exists whether this succeeds or not.
+    fn update_digests(&self, manifest: &Manifest) -> Result<()> {
+        for disk in self.disks.keys() {
+            chain::mend_head_digests(&self.replica, manifest, disk).map_err(|e| e.disk(disk))?;
+        }
+        chain::drop_other_digests(&self.replica, manifest)?;
+        crate::failpoint!("6e");
+        Ok(())
+    }
+}
+
+/// The first error of an open point, for every call after it.
+#[derive(Default)]
+pub(super) struct Poison(Mutex<Option<Remembered>>);
+
+struct Remembered {
+    kind: Kind,
+    what: String,
+    context: Context,
+    hint: Option<String>,
+}
+
+impl Poison {
+    pub fn check(&self) -> Result<()> {
+        match &*self.0.lock().expect("no code panics with this lock") {
+            None => Ok(()),
+            Some(r) => Err(r.again()),
+        }
+    }
+
+    /// Remembers the first error; hands back the one it was given.
+    pub fn put(&self, error: Error) -> Error {
+        let mut slot = self.0.lock().expect("no code panics with this lock");
+        slot.get_or_insert_with(|| Remembered {
+            kind: error.kind(),
+            what: match std::error::Error::source(&error) {
+                Some(cause) => format!("{}: {cause}", error.what()),
+                None => error.what().to_owned(),
+            },
+            context: error.context().clone(),
+            hint: error.hint_text().map(str::to_owned),
+        });
+        error
+    }
+}
+
+impl Remembered {
+    fn again(&self) -> Error {
+        let mut e = Error::new(self.kind, self.what.clone());
+        if let Some(hint) = &self.hint {
+            e = e.hint(hint.clone());
+        }
+        let c = &self.context;
+        if let Some(domain) = &c.domain {
+            e = e.domain(domain);
+        }
+        if let Some(disk) = &c.disk {
+            e = e.disk(disk);
+        }
+        if let Some(point) = &c.point {
+            e = e.point(point);
+        }
+        if let Some(path) = &c.path {
+            e = e.path(path);
+        }
+        if let Some(offset) = c.offset_bytes {
+            e = e.offset(offset);
+        }
+        e
+    }
+}
