@@ -12,7 +12,8 @@ use std::path::Path;
 /// How the described images are opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Access {
-    /// Under QEMU's shared locks: nobody starts to write meanwhile.
+    /// Under QEMU's shared locks: nobody starts to write to a qcow2 image meanwhile. (Of a raw one QEMU's tools do not
+    /// keep writers out.)
     Read,
     /// Without locks: somebody may.
     ReadUnlocked,

@@ -113,8 +113,8 @@ pub fn check(path: &Path, format: Format) -> Result<CheckReport> {
     }
 }
 
-/// Commits the uppermost layer of `chain` into the one below it, offline: nobody else may have either open, and QEMU's
-/// locks see to it. The overlay is kept as it is; afterwards the two read the same.
+/// Commits the uppermost layer of `chain` into the one below it, offline. Nobody else may have either open; QEMU's locks keep
+/// other writers out, and readers of qcow2. The overlay is kept as it is; afterwards the two read the same.
 ///
 /// Durable when it returns. A failed or killed commit leaves the layer below as a mixture that only the overlay completes;
 /// repeating it is harmless. No deadline: it takes as long as the overlay is large.

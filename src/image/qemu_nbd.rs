@@ -7,6 +7,7 @@ use super::blockdev::{self, Access};
 use super::program::{self, Listener};
 use super::{Chain, Layer};
 use crate::error::{Error, Kind, Result};
+use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -14,7 +15,7 @@ use std::process::Child;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// How long it may take to open the images and listen. Large L1 tables on cold, slow storage take seconds.
+/// How long it may take to open the images and serve them. Large L1 tables on cold, slow storage take seconds.
 const START_MAX: Duration = Duration::from_secs(60);
 
 /// Bytes of a unix socket's path that the kernel takes.
@@ -43,7 +44,7 @@ pub struct QemuNbd {
 }
 
 impl QemuNbd {
-    /// Starts the child and waits until it listens. [`Kind::Refused`], with its words, if it cannot open the chain.
+    /// Starts the child and waits until it serves. [`Kind::Refused`], with its words, if it cannot open the chain.
     pub fn start(serve: &Serve<'_>) -> Result<Self> {
         let dir = private_dir(serve.runtime_dir)?;
         let socket = dir.path().join("s");
@@ -55,7 +56,7 @@ impl QemuNbd {
         let image = blockdev::describe(&serve.chain.0, access)?;
         let mut command = program::command("QEMU_NBD", "qemu-nbd");
         command.arg("--read-only").arg("--persistent").arg("--socket").arg(&socket);
-        // One more, for the connection that asks whether it listens.
+        // One more, for the connection that asks whether it serves.
         command.arg(format!("--shared={}", serve.connections.max(1) + 1));
         if let Some(bitmap) = serve.bitmap {
             command.arg(format!("--bitmap={bitmap}"));
@@ -72,7 +73,7 @@ impl QemuNbd {
             }
         };
         let mut server = Self { child, dir: Some(dir), socket, complaints };
-        server.wait_until_it_listens(serve.chain.top())?;
+        server.wait_until_it_serves(serve.chain.top())?;
         Ok(server)
     }
 
@@ -107,25 +108,47 @@ impl QemuNbd {
         ended
     }
 
-    fn wait_until_it_listens(&mut self, top: &Layer) -> Result<()> {
+    /// Waits for the greeting. A connection alone means nothing: qemu-nbd listens before it has opened the image.
+    fn wait_until_it_serves(&mut self, top: &Layer) -> Result<()> {
         let deadline = Instant::now() + START_MAX;
         let mut pause = Duration::from_millis(1);
-        while UnixStream::connect(&self.socket).is_err() {
+        let mut door: Option<UnixStream> = None;
+        while Instant::now() < deadline {
+            match &mut door {
+                None => door = UnixStream::connect(&self.socket).ok(),
+                Some(stream) => match greeting(stream) {
+                    Ok(true) => return Ok(()),
+                    // Silence: it still opens the image.
+                    Ok(false) => {}
+                    // It hung up, which is how its end begins.
+                    Err(_) => door = None,
+                },
+            }
             let ended = self.child.try_wait().map_err(|e| Error::from_io("cannot wait for qemu-nbd", e))?;
             if let Some(status) = ended {
                 let words = self.complaints.take().map(Listener::text).unwrap_or_default();
                 let why = if words.is_empty() { status.to_string() } else { words };
                 return Err(Error::new(Kind::Refused, "qemu-nbd cannot open the image").path(&top.path).source(why));
             }
-            if Instant::now() >= deadline {
-                let seconds = START_MAX.as_secs();
-                let what = format!("qemu-nbd does not open the image within {seconds} seconds");
-                return Err(Error::new(Kind::Interrupted, what).path(&top.path));
+            if door.is_none() {
+                std::thread::sleep(pause);
+                pause = (pause * 2).min(Duration::from_millis(20));
             }
-            std::thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(20));
         }
-        Ok(())
+        let what = format!("qemu-nbd does not serve the image within {} seconds", START_MAX.as_secs());
+        Err(Error::new(Kind::Interrupted, what).path(&top.path))
+    }
+}
+
+/// Whether the server has begun to speak; waits for it a little. An error: it hung up.
+fn greeting(stream: &mut UnixStream) -> std::io::Result<bool> {
+    use std::io::ErrorKind::{Interrupted, UnexpectedEof, WouldBlock};
+    stream.set_read_timeout(Some(Duration::from_millis(50)))?;
+    match stream.read(&mut [0]) {
+        Ok(0) => Err(UnexpectedEof.into()),
+        Ok(_) => Ok(true),
+        Err(e) if matches!(e.kind(), WouldBlock | Interrupted) => Ok(false),
+        Err(e) => Err(e),
     }
 }
 
