@@ -362,7 +362,8 @@ fn hostile_records_are_refused_before_they_cost_anything() {
         let error = decoder.next_item().expect_err(why);
         assert_eq!((error.kind(), error.context().disk.as_deref()), (Kind::Corrupt, Some("vda")), "{why}: {error}");
         assert_eq!(error.context().offset_bytes, Some(script.header().encode().len() as u64), "{why}");
-        assert!(decoder.next_item().is_err() && decoder.finish().is_err(), "{why}: an error is final");
+        assert!(corrupt(decoder.next_item()).contains("refused already"), "{why}: an error is final");
+        assert!(decoder.finish().is_err(), "{why}");
     }
     for (place, value) in [(0, 0), (0, 5), (1, 2)] {
         let mut bytes = data.encode();
@@ -412,23 +413,28 @@ fn a_header_is_believed_only_as_a_whole() {
         out.extend_from_slice(&check);
         out
     }
-    for (why, stream) in [
-        ("length of 4 GiB", with(&good, banner_len, &u32::MAX.to_le_bytes())),
-        ("length of nothing", with(&good, banner_len, &0u32.to_le_bytes())),
-        ("blocks of 4 KiB", with(&good, banner_len + 4, &4096u32.to_le_bytes())),
-        ("unknown flag", with(&good, banner_len + 8, &3u32.to_le_bytes())),
-        ("from nothing, with a root", with(&good, banner_len + 8, &0u32.to_le_bytes())),
-        ("domain that is a path", with(&good, banner_len + 60, b"../../../../../etc/passwd-----------")),
-        ("disk name with a slash", with(&good, banner_len + 97, b"../")),
-        ("disk name longer than its field", with(&good, banner_len + 96, &[200])),
-        ("no newline", vec![b'v'; 64]),
-        ("a text that is no patch", b"GET / HTTP/1.1\r\n\r\n".to_vec()),
+    // No flags, a size before, any size after, a root before.
+    let before = |size: u64, root: u8| [&[0; 4][..], &size.to_le_bytes(), &9u64.to_le_bytes(), &[root; 32]].concat();
+    assert!(
+        corrupt(decode(&with(&good, banner_len + 8, &before(0, 0)))).contains("before its trailer"),
+        "this is fine"
+    );
+    for (what, why, stream) in [
+        ("length of 4 GiB", "length of its header", with(&good, banner_len, &u32::MAX.to_le_bytes())),
+        ("length of nothing", "length of its header", with(&good, banner_len, &0u32.to_le_bytes())),
+        ("blocks of 4 KiB", "blocks of another length", with(&good, banner_len + 4, &4096u32.to_le_bytes())),
+        ("unknown flag", "unknown flags", with(&good, banner_len + 8, &3u32.to_le_bytes())),
+        ("from nothing, with a root", "yet from something", with(&good, banner_len + 8, &before(0, 1))),
+        ("from nothing, with a size", "yet from something", with(&good, banner_len + 8, &before(1, 0))),
+        ("a path as domain", "names no domain", with(&good, banner_len + 60, b"../../../../../etc/passwd-----------")),
+        ("a path as disk", "names no disk", with(&good, banner_len + 97, b"../")),
+        ("a disk longer than its field", "length of its disk's name", with(&good, banner_len + 96, &[200])),
+        ("no newline", "does not begin like", vec![b'v'; 64]),
+        ("another text", "does not begin like", b"GET / HTTP/1.1\r\n\r\n".to_vec()),
     ] {
         // Enough bytes behind it that nothing is refused merely for being short.
-        corrupt(decode(&[stream, vec![0; 512]].concat()).map_err(|e| {
-            assert!(!e.to_string().contains("before its trailer"), "{why}: {e}");
-            e
-        }));
+        let message = corrupt(decode(&[stream, vec![0; 512]].concat()));
+        assert!(message.contains(why), "{what}: {message}");
     }
     let mut newer = good.clone();
     newer[banner_len - 2] = b'2';
@@ -495,6 +501,15 @@ fn disorder_does_not_leave_this_host() {
     let mut records = script.encoded_records();
     records.swap(0, 1);
     stream_of(&script.header(), &records);
+}
+
+#[test]
+#[should_panic(expected = "not in ascending order")]
+fn an_overlap_does_not_leave_this_host() {
+    let script = script("RRR", 100);
+    let mut zeros = Vec::new();
+    RecordEncoder::new(1).unwrap().zero(BlockIndex(0), 3, &mut zeros);
+    stream_of(&script.header(), &[zeros, script.encoded_records().remove(2)]);
 }
 
 #[test]
