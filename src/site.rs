@@ -1,1 +1,221 @@
-//! (being written)
+//! The only file that names concrete adapters: from a hypervisor's URI and a target's name to ready-made ports.
+
+use crate::agent::client::AgentClient;
+use crate::agent::{ReplicaOpener, ServeOptions, serve_stdio};
+use crate::error::{Error, Kind, Result};
+use crate::image::open::{self, OpenOptions};
+use crate::name::{DomainName, DomainUuid};
+use crate::replica::Replica;
+use crate::replica::store::{self, Store};
+use crate::transport::Transport;
+use crate::transport::local::LocalTransport;
+use crate::transport::ssh::{SshOptions, SshTransport};
+use crate::transport::target::TargetUrl;
+use jiff::Timestamp;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+#[cfg(feature = "libvirt")]
+pub use source::{Site, SiteOptions};
+
+/// Directory for sockets of this process; short, private, gone with a reboot.
+pub fn runtime_dir() -> PathBuf {
+    match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(dir) if !rustix::process::geteuid().is_root() => PathBuf::from(dir).join("virt-replica"),
+        _ => PathBuf::from("/run/virt-replica"),
+    }
+}
+
+/// How chains are opened for reading on this host.
+pub fn open_options(readers: usize) -> OpenOptions {
+    OpenOptions { runtime_dir: runtime_dir(), force_share: false, readers }
+}
+
+/// Threads that read, hash and compress: one a core, up to eight; beyond, one ssh stream is narrower than they are.
+pub fn workers() -> usize {
+    std::thread::available_parallelism().map_or(2, |n| n.get()).clamp(1, 8)
+}
+
+/// A session with the agent of a target, and the way to it: one ssh master, shared by everything that is done there.
+pub struct Connection {
+    pub client: Arc<AgentClient>,
+    // Dropped after the client: it carries the client's channel.
+    _transport: Box<dyn Transport>,
+}
+
+impl Connection {
+    /// Connects to the target and starts its agent. Blocks, at most the connect timeout.
+    pub fn open(target: &TargetUrl, ssh: SshOptions) -> Result<Connection> {
+        let transport: Box<dyn Transport> = match target {
+            TargetUrl::Ssh(host) => Box::new(SshTransport::connect(host, ssh)?),
+            TargetUrl::Local { root } => Box::new(LocalTransport::new(root, None)?),
+        };
+        let client = Arc::new(AgentClient::connect(transport.as_ref())?);
+        Ok(Connection { client, _transport: transport })
+    }
+
+    /// Ends the session in order and waits for the agent.
+    pub fn close(self) -> Result<()> {
+        self.client.close()
+    }
+}
+
+/// Runs the agent for the store at `root` on this process's stdin and stdout, until the client's end or its silence.
+pub fn serve_agent(root: &Path) -> Result<()> {
+    serve_stdio(&LocalStores { root: root.to_owned() }, ServeOptions::default())
+}
+
+struct LocalStores {
+    root: PathBuf,
+}
+
+impl ReplicaOpener for LocalStores {
+    fn open(&self, uuid: &DomainUuid) -> Result<Box<dyn Replica>> {
+        Ok(Box::new(Store::open(&self.root, uuid, Timestamp::now)?))
+    }
+
+    fn find(&self, name: &str) -> Result<Vec<(DomainUuid, DomainName)>> {
+        let all = store::list(&self.root)?;
+        Ok(all.into_iter().filter(|(_, n, _)| name.is_empty() || n.as_str() == name).map(|(u, n, _)| (u, n)).collect())
+    }
+}
+
+/// The UUID of a replica by its domain's name or UUID, for a target whose source may be gone.
+pub fn find_replica(client: &AgentClient, name_or_uuid: &str) -> Result<(DomainUuid, DomainName)> {
+    let all = client.find("")?;
+    let mut found = all.into_iter().filter(|(u, n)| u.as_str() == name_or_uuid || n.as_str() == name_or_uuid);
+    let Some(first) = found.next() else {
+        return Err(Error::new(
+            Kind::NotFound,
+            format!("{} has no replica of a domain '{name_or_uuid}'", client.host()),
+        )
+        .hint("`virt-replica sync DOMAIN --to TARGET` makes the first point"));
+    };
+    match found.next() {
+        None => Ok(first),
+        Some(second) => Err(Error::new(
+            Kind::Usage,
+            format!(
+                "{} has replicas of two domains named '{name_or_uuid}': {} and {}",
+                client.host(),
+                first.0,
+                second.0
+            ),
+        )
+        .hint("name one of them by its UUID")),
+    }
+}
+
+#[cfg(feature = "libvirt")]
+mod source {
+    use super::*;
+    use crate::hypervisor::libvirt::LibvirtHypervisor;
+    use crate::replicate::cycle::{Ports, Request, Watch};
+    use crate::replicate::deadman::{self, Charge, Deadman};
+    use crate::replicate::report::Report;
+    use crate::replicate::settle::PauseGuard;
+    use crate::replicate::{cycle, doctor, plan};
+    use std::process::Command;
+    use std::sync::atomic::AtomicBool;
+
+    #[derive(Debug, Clone)]
+    pub struct SiteOptions {
+        /// libvirt's URI; `None` lets libvirt decide.
+        pub uri: Option<String>,
+        /// Where this host keeps its own state.
+        pub state: PathBuf,
+    }
+
+    /// The source side of this host.
+    pub struct Site {
+        options: SiteOptions,
+        hypervisor: LibvirtHypervisor,
+    }
+
+    impl Site {
+        /// Connects to libvirt.
+        pub fn connect(options: SiteOptions) -> Result<Site> {
+            let hypervisor = LibvirtHypervisor::connect(options.uri.as_deref())?;
+            Ok(Site { options, hypervisor })
+        }
+
+        pub fn hypervisor(&self) -> &LibvirtHypervisor {
+            &self.hypervisor
+        }
+
+        pub fn state(&self) -> &Path {
+            &self.options.state
+        }
+
+        /// Runs one domain once: see [`cycle::run`].
+        pub fn sync(
+            &self,
+            target: &Connection,
+            request: &Request,
+            watch: &dyn Watch,
+            stop: &AtomicBool,
+        ) -> Result<(Report, Option<Error>)> {
+            self.with_ports(Some(target), |ports| cycle::run(ports, request, watch, stop))
+        }
+
+        /// What [`Site::sync`] would do. Touches nothing.
+        pub fn plan(&self, target: &Connection, request: &Request) -> Result<plan::Plan> {
+            self.with_ports(Some(target), |ports| cycle::plan_only(ports, request))
+        }
+
+        /// Compares the live domain with the head; see [`cycle::compare`].
+        pub fn compare(
+            &self,
+            target: &Connection,
+            request: &Request,
+            watch: &dyn Watch,
+            stop: &AtomicBool,
+        ) -> Result<cycle::Comparison> {
+            self.with_ports(Some(target), |ports| cycle::compare(ports, request, watch, stop))
+        }
+
+        /// Looks at (and with `repair` mends) one domain; see [`doctor::examine`].
+        pub fn examine(
+            &self,
+            uuid: &DomainUuid,
+            repair: Option<&crate::replicate::settle::SettleOptions>,
+        ) -> Result<doctor::Finding> {
+            self.with_ports(None, |ports| doctor::examine(ports, &self.options.state, uuid, repair))
+        }
+
+        /// The dead-man's process: guards the domain until the driver's end of file.
+        pub fn guard(&self, uuid: &DomainUuid, driver: Option<std::os::fd::OwnedFd>) -> Result<()> {
+            let charge =
+                Charge { hypervisor: &self.hypervisor, state: &self.options.state, uuid: uuid.clone(), driver };
+            deadman::serve(std::io::stdin(), std::io::stdout(), &charge)
+        }
+
+        fn with_ports<T>(&self, target: Option<&Connection>, f: impl FnOnce(&Ports) -> Result<T>) -> Result<T> {
+            let replica = |uuid: &DomainUuid| -> Result<Box<dyn Replica>> {
+                let target = target.ok_or_else(|| Error::new(Kind::Usage, "this needs a target"))?;
+                Ok(Box::new(target.client.open(uuid)?))
+            };
+            let guard = |uuid: &DomainUuid| -> Result<Box<dyn PauseGuard>> {
+                Ok(Box::new(Deadman::start(self.deadman_command(uuid)?)?))
+            };
+            f(&Ports {
+                hypervisor: &self.hypervisor,
+                replica: &replica,
+                guard: &guard,
+                open_image: &open::open_read,
+                explain_image: &open::explain,
+                clock: &Timestamp::now,
+            })
+        }
+
+        fn deadman_command(&self, uuid: &DomainUuid) -> Result<Command> {
+            let program = std::env::current_exe().map_err(|e| Error::from_io("cannot find this program's file", e))?;
+            let mut command = Command::new(program);
+            if let Some(uri) = &self.options.uri {
+                command.arg("--connect").arg(uri);
+            }
+            command.arg("--state-dir").arg(&self.options.state).arg("deadman").arg(uuid.as_str());
+            Ok(command)
+        }
+    }
+}

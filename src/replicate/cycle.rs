@@ -31,13 +31,14 @@ use crate::error::{Error, Kind, Result, ResultExt};
 use crate::failpoint;
 use crate::hypervisor::{DiskKind, DiskView, DomainView, Hypervisor, Power};
 use crate::image::open::{OpenOptions, Opened};
-use crate::image::{Chain, qemu_img};
+use crate::image::{Chain, Image, qemu_img};
 use crate::name::{DiskName, DomainUuid, Generation, RunId};
 use crate::replica::{
     Attachment, BeginDisk, BeginPoint, DiskStats, Mode, PointView, Replica, ReplicaView, SealDisk, SealPoint,
 };
 use jiff::Timestamp;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -79,7 +80,7 @@ pub trait Watch: Sync {
     /// A step of the run begins, by its number in docs/replication.md.
     fn step(&self, number: u8, what: &str);
     /// A disk is about to be read; `progress` counts from now on.
-    fn disk(&self, name: &DiskName, size_bytes: u64, mode: Mode, progress: &Progress);
+    fn disk(&self, name: &DiskName, size_bytes: u64, mode: Mode, progress: &Arc<Progress>);
     /// Called now and then while a disk is read.
     fn tick(&self);
     fn warn(&self, text: &str);
@@ -178,23 +179,11 @@ impl Run<'_> {
         replica.begin(&self.begin_request(&domain, &plan))?;
         failpoint!("3");
 
-        let mut guard: Option<Box<dyn PauseGuard>> = match plan.capture {
+        let mut guard = match plan.capture {
             CaptureKind::Overlay => Some((self.ports.guard)(uuid)?),
             CaptureKind::Off => None,
         };
-        let mut capture: Box<dyn Capture + '_> = match guard.as_mut() {
-            Some(guard) => Box::new(OverlayCapture::new(
-                self.ports.hypervisor,
-                self.journal,
-                guard.as_mut(),
-                self.request.settle.clone(),
-                self.ports.clock,
-                &plan,
-                &domain,
-                &self.request.run,
-            )),
-            None => Box::new(OffCapture::new(self.ports.hypervisor, self.ports.clock, &plan)),
-        };
+        let mut capture = self.capture(&mut guard, &plan, &domain);
         self.watch.step(4, "freeze all disks at one instant");
         let still = match capture.freeze() {
             Ok(still) => still,
@@ -214,6 +203,27 @@ impl Run<'_> {
         self.watch.step(7, "commit the overlays");
         let released = capture.release();
         self.conclude(report, &plan, sealed, released)
+    }
+
+    fn capture<'c>(
+        &'c self,
+        guard: &'c mut Option<Box<dyn PauseGuard>>,
+        plan: &Plan,
+        domain: &DomainView,
+    ) -> Box<dyn Capture + 'c> {
+        match guard.as_mut() {
+            Some(guard) => Box::new(OverlayCapture::new(
+                self.ports.hypervisor,
+                self.journal,
+                guard.as_mut(),
+                self.request.settle.clone(),
+                self.ports.clock,
+                plan,
+                domain,
+                &self.request.run,
+            )),
+            None => Box::new(OffCapture::new(self.ports.hypervisor, self.ports.clock, plan)),
+        }
     }
 
     /// Step 1, and all that is needed after any crash.
@@ -283,19 +293,30 @@ impl Run<'_> {
         name: &DiskName,
         chain: &Chain,
     ) -> Result<SealDisk> {
+        self.read_disk(plan, still, capture, name, chain, &mut |image, shipment, progress, good| {
+            let shipped = pump::ship(image, replica, shipment, progress, good)?;
+            Ok(SealDisk { name: name.clone(), root: shipped.root, stats: shipped.stats })
+        })
+    }
+
+    /// Opens a frozen image, lets `read` work on it, and closes it however that ended: it must be closed before the
+    /// commit starts.
+    fn read_disk<T>(
+        &self,
+        plan: &Plan,
+        still: &Still,
+        capture: &dyn Capture,
+        name: &DiskName,
+        chain: &Chain,
+        read: &mut dyn FnMut(&dyn Image, &Shipment, &Progress, pump::StillGood) -> Result<T>,
+    ) -> Result<T> {
         let planned = plan.disks.iter().find(|d| &d.name == name).expect("what was frozen was planned");
         let options = OpenOptions { force_share: still.may_start, ..self.request.open.clone() };
         let opened = (self.ports.open_image)(chain, &options)?;
         if opened.image.size() != planned.size {
-            return Err(Error::new(
-                Kind::Busy,
-                format!(
-                    "the disk was resized meanwhile: {} bytes planned, {} found",
-                    planned.size,
-                    opened.image.size()
-                ),
-            )
-            .hint("run again"));
+            let (was, is) = (planned.size, opened.image.size());
+            return Err(Error::new(Kind::Busy, format!("the disk was resized meanwhile, from {was} to {is} bytes"))
+                .hint("run again"));
         }
         failpoint!("5a");
         let shipment = Shipment {
@@ -307,7 +328,7 @@ impl Run<'_> {
             reason: planned.reason.clone(),
             workers: self.request.workers,
         };
-        let progress = Progress::default();
+        let progress = Arc::new(Progress::default());
         self.watch.disk(name, planned.size.0, planned.mode, &progress);
         let still_good = || {
             self.watch.tick();
@@ -317,12 +338,11 @@ impl Run<'_> {
             }
             capture.check()
         };
-        let shipped = pump::ship(opened.image.as_ref(), replica, &shipment, &progress, &still_good);
-        // The frozen image must be closed before the commit starts, however the shipment ended.
+        let result = read(opened.image.as_ref(), &shipment, &progress, &still_good);
         let closed = opened.close();
-        let shipped = shipped?;
+        let result = result?;
         closed?;
-        Ok(SealDisk { name: name.clone(), root: shipped.root, stats: shipped.stats })
+        Ok(result)
     }
 
     /// The machine's description, as it was at the freeze or a moment later.
@@ -510,4 +530,106 @@ pub fn sum(point: &PointView) -> DiskStats {
         sum.blocks_changed += d.stats.blocks_changed;
         sum
     })
+}
+
+/// Steps 2 and 3 alone: what a run would do. Touches nothing, here or there.
+pub fn plan_only(ports: &Ports, request: &Request) -> Result<Plan> {
+    let domain = observe::find(ports.hypervisor, &request.domain)?;
+    let view = (ports.replica)(&domain.uuid)?.describe()?;
+    let mut plan = make_plan(ports, request, &domain, &view)?;
+    let record = super::journal::peek(&request.state, &domain.uuid)?;
+    if record.is_some() || domain.record.is_some() {
+        let what = "an earlier run was cut short; the next one settles it first".to_owned();
+        plan.conflicts.retain(|c| !matches!(c, super::plan::Conflict::StrayOverlay { .. }));
+        plan.notes.push(what);
+    }
+    Ok(plan)
+}
+
+/// A live domain compared with its newest point.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Comparison {
+    pub frozen_at: Timestamp,
+    pub disks: Vec<ComparedDisk>,
+    pub freeze_ms: f64,
+    pub pause_ms: f64,
+    pub warnings: Vec<String>,
+}
+
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct ComparedDisk {
+    pub name: DiskName,
+    pub size: crate::block::DiskSize,
+    /// Blocks whose content is not the point's: written since its freeze, or damaged on one side.
+    pub blocks_differ: u64,
+    pub bytes_read: u64,
+    pub equal: bool,
+}
+
+/// Freezes the domain, reads every block and compares it with the head's digests; sends and changes nothing at the
+/// target. The freeze is a full one: recorded, guarded and committed like that of a run.
+pub fn compare(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBool) -> Result<Comparison> {
+    let found = observe::find(ports.hypervisor, &request.domain)?;
+    let what = format!("verify against {}", request.target);
+    let journal = Journal::open(&request.state, &found.uuid, &what, (ports.clock)()).on_domain(&found.name)?;
+    let run = Run { ports, request, watch, stop, journal: &journal };
+    run.compare(&found.uuid).on_domain(&found.name)
+}
+
+impl Run<'_> {
+    fn compare(&self, uuid: &DomainUuid) -> Result<Comparison> {
+        let (_, _, left_open) = settle_domain(self.ports, self.journal, uuid, &self.request.settle)?;
+        if let Some(what) = left_open {
+            return Err(Error::new(Kind::Conflict, format!("an earlier run could not be settled: {what}")));
+        }
+        let domain = self.ports.hypervisor.observe(uuid)?;
+        let replica = (self.ports.replica)(uuid)?;
+        let view = replica.describe()?;
+        if view.head().is_none() {
+            return Err(Error::new(Kind::NotFound, "the target has no point to compare with")
+                .hint("`virt-replica sync DOMAIN --to TARGET` makes the first one"));
+        }
+        let plan = make_plan(self.ports, self.request, &domain, &view)?;
+        if let Some(refusal) = plan.refusal() {
+            return Err(refusal);
+        }
+        let mut guard = match plan.capture {
+            CaptureKind::Overlay => Some((self.ports.guard)(uuid)?),
+            CaptureKind::Off => None,
+        };
+        let mut capture = self.capture(&mut guard, &plan, &domain);
+        let still = capture.freeze()?;
+        let compared = self.compare_disks(replica.as_ref(), &plan, &still, capture.as_ref());
+        let released = capture.release()?;
+        let mut warnings = released.account.alarms;
+        warnings.extend(released.left_open);
+        Ok(Comparison {
+            frozen_at: still.frozen_at,
+            disks: compared?,
+            freeze_ms: still.freeze.map_or(0.0, millis),
+            pause_ms: released.account.pause.map_or(0.0, millis),
+            warnings,
+        })
+    }
+
+    fn compare_disks(
+        &self,
+        replica: &dyn Replica,
+        plan: &Plan,
+        still: &Still,
+        capture: &dyn Capture,
+    ) -> Result<Vec<ComparedDisk>> {
+        let mut disks = Vec::new();
+        for (name, chain) in &still.disks {
+            let compared = self.read_disk(plan, still, capture, name, chain, &mut |image, shipment, progress, good| {
+                let (root, blocks_differ) = pump::compare(image, replica, shipment, progress, good)?;
+                let equal = shipment.head == Some((shipment.size, root));
+                let bytes_read = progress.read.load(Ordering::Relaxed);
+                Ok(ComparedDisk { name: name.clone(), size: shipment.size, blocks_differ, bytes_read, equal })
+            });
+            disks.push(compared.on_disk(name)?);
+        }
+        capture.confirm()?;
+        Ok(disks)
+    }
 }

@@ -7,6 +7,7 @@ pub mod capture;
 pub mod cycle;
 pub mod deadman;
 pub mod decide;
+pub mod doctor;
 pub mod journal;
 pub mod observe;
 pub mod offline;

@@ -26,6 +26,8 @@ pub struct Plan {
     pub skipped: Vec<Skipped>,
     /// Why the run would not begin. Empty: it would.
     pub conflicts: Vec<Conflict>,
+    /// What an operator should know beforehand.
+    pub notes: Vec<String>,
 }
 
 impl Plan {
@@ -241,7 +243,12 @@ pub fn plan(
         disks: Vec::new(),
         skipped: Vec::new(),
         conflicts: Vec::new(),
+        notes: Vec::new(),
     };
+    if domain.managed_save {
+        plan.notes
+            .push("the domain has a saved memory image: it does not travel, the point is as after a power cut".into());
+    }
     if replica.generation > our_generation {
         plan.conflicts.push(Conflict::Promoted { ours: our_generation, theirs: replica.generation });
     }

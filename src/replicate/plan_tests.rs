@@ -1,1 +1,224 @@
+//! A domain in a tiny notation, and what is planned for it.
 
+use super::*;
+use crate::hypervisor::{BlockJob, BlockJobKind};
+use crate::image::Format;
+use crate::name::RunId;
+use crate::replica::{Consistency, DiskStats, PointDisk, PointView};
+use jiff::Timestamp;
+
+const UUID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
+
+fn name(disk: &str) -> DiskName {
+    DiskName::new(disk).unwrap()
+}
+
+fn layer(path: &str) -> Layer {
+    let block_device = path.starts_with("/dev/");
+    let format = if block_device { Format::Raw } else { Format::Qcow2 };
+    Layer { path: path.into(), format, block_device, data_file: None }
+}
+
+/// A running domain: `"vda vdb"` are plain disks; `vdc:ro`, `vdc:share`, `vdc:cdrom`, `vdc:job`, `vdc:stray`,
+/// `vdc:moved`, `vdc:block` and `vdc:nosize` are what they say.
+fn domain(notation: &str) -> DomainView {
+    let disks = notation.split_whitespace().map(|word| {
+        let (disk, trait_) = word.split_once(':').unwrap_or((word, ""));
+        let path = match trait_ {
+            "stray" => format!("/pool/{disk}.{disk}.vr-0123abcd.qcow2"),
+            "block" => format!("/dev/vg/{disk}"),
+            _ => format!("/pool/{disk}.qcow2"),
+        };
+        let defined = if trait_ == "moved" { "/pool/other.qcow2".to_owned() } else { path.clone() };
+        let job = BlockJob { kind: BlockJobKind::Other, ready: false, done_bytes: 0, total_bytes: 1 };
+        DiskView {
+            name: name(disk),
+            kind: if trait_ == "cdrom" { DiskKind::Unsupported("is a cdrom".into()) } else { DiskKind::Image },
+            live: Some(Chain(vec![layer(&path)])),
+            inactive: Some(layer(&defined)),
+            size: (trait_ != "nosize").then_some(DiskSize(1 << 30)),
+            job: (trait_ == "job").then_some(job),
+            read_only: trait_ == "ro",
+            shareable: trait_ == "share",
+        }
+    });
+    DomainView {
+        name: DomainName::new("db01").unwrap(),
+        uuid: DomainUuid::new(UUID).unwrap(),
+        id: Some(1),
+        power: Power::Running,
+        persistent: true,
+        managed_save: false,
+        domain_job: None,
+        disks: disks.collect(),
+        record: None,
+        nvram: None,
+        guest_agent: false,
+    }
+}
+
+fn facts(domain: &DomainView) -> Vec<DiskFacts> {
+    domain
+        .disks
+        .iter()
+        .map(|d| DiskFacts {
+            name: d.name.clone(),
+            chain: Ok(d.live.clone().unwrap()),
+            allocated_bytes: 100 << 20,
+            reader: "in process".into(),
+            overlay_free_bytes: Some(10 << 30),
+        })
+        .collect()
+}
+
+/// A replica whose head has these disks; `""` has no point.
+fn replica(disks: &str) -> ReplicaView {
+    let run = RunId::from_bits(1);
+    let disks: Vec<PointDisk> = disks
+        .split_whitespace()
+        .map(|d| PointDisk {
+            name: name(d),
+            image: "x".into(),
+            size: DiskSize(1 << 30),
+            root: Digest([7; 32]),
+            stats: DiskStats::default(),
+        })
+        .collect();
+    let point = PointView {
+        id: PointId::from_parts(1, &run),
+        generation: Generation(1),
+        frozen_at: Timestamp::UNIX_EPOCH,
+        sealed_at: Timestamp::UNIX_EPOCH,
+        consistency: Consistency::Crash,
+        run,
+        disks: disks.clone(),
+        attachments: Vec::new(),
+    };
+    ReplicaView {
+        generation: Generation(1),
+        points: if disks.is_empty() { Vec::new() } else { vec![point] },
+        free_bytes: 1 << 40,
+        path: "/r".into(),
+        open_point: None,
+    }
+}
+
+fn planned(notation: &str, head: &str) -> Plan {
+    let domain = domain(notation);
+    plan(&domain, &facts(&domain), &replica(head), Generation(1), &PlanOptions::default())
+}
+
+/// `"vda=full vdb=digest -vdc"`, then the conflicts.
+fn shown(plan: &Plan) -> String {
+    let mut words: Vec<String> = plan.disks.iter().map(|d| format!("{}={}", d.name, d.mode)).collect();
+    words.extend(plan.skipped.iter().map(|s| format!("-{}", s.name)));
+    words.join(" ")
+}
+
+#[test]
+fn the_first_run_is_full_and_later_ones_compare() {
+    let first = planned("vda vdb", "");
+    assert_eq!(shown(&first), "vda=full vdb=full");
+    assert_eq!(first.disks[0].reserve_bytes, 100 << 20);
+    assert!(first.disks[0].head.is_none());
+    let second = planned("vda vdb", "vda vdb");
+    assert_eq!(shown(&second), "vda=digest vdb=digest");
+    assert_eq!(second.disks[0].head, Some((DiskSize(1 << 30), Digest([7; 32]))));
+    assert!(second.conflicts.is_empty());
+}
+
+#[test]
+fn a_new_disk_alone_starts_full_and_a_removed_one_hinders_nobody() {
+    assert_eq!(shown(&planned("vda vdb", "vda")), "vda=digest vdb=full");
+    assert_eq!(shown(&planned("vda", "vda vdb")), "vda=digest");
+}
+
+#[test]
+fn every_reason_is_a_sentence() {
+    for plan in [planned("vda", ""), planned("vda vdb", "vda")] {
+        for disk in &plan.disks {
+            assert!(disk.reason.split_whitespace().count() > 4, "{:?}", disk.reason);
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_frozen_is_skipped_with_its_reason() {
+    let plan = planned("vda vdb:cdrom vdc:ro vdd:share", "");
+    assert_eq!(shown(&plan), "vda=full -vdb -vdc -vdd");
+    assert!(plan.skipped.iter().all(|s| !s.reason.is_empty()));
+    assert_eq!(planned("vda:cdrom", "").conflicts, [Conflict::NoDisks]);
+}
+
+#[test]
+fn conflicts_name_their_disk_and_say_what_to_do() {
+    for (notation, kind) in [
+        ("vda vdb:job", Kind::Busy),
+        ("vda vdb:stray", Kind::Conflict),
+        ("vda vdb:moved", Kind::Conflict),
+        ("vda vdb:nosize", Kind::Conflict),
+    ] {
+        let plan = planned(notation, "");
+        let refusal = plan.refusal().unwrap_or_else(|| panic!("{notation} is refused"));
+        assert_eq!(refusal.kind(), kind, "{notation}");
+        assert_eq!(refusal.context().disk.as_deref(), Some("vdb"), "{notation}");
+        assert!(refusal.hint_text().is_some(), "{notation}");
+    }
+}
+
+#[test]
+fn a_replica_of_a_later_generation_is_not_written_to() {
+    let domain = domain("vda");
+    let mut promoted = replica("vda");
+    promoted.generation = Generation(2);
+    let plan = plan(&domain, &facts(&domain), &promoted, Generation(1), &PlanOptions::default());
+    assert_eq!(plan.conflicts, [Conflict::Promoted { ours: Generation(1), theirs: Generation(2) }]);
+}
+
+#[test]
+fn no_room_for_an_overlay_or_a_copy_is_found_before_the_freeze() {
+    let domain = domain("vda");
+    let mut cramped = facts(&domain);
+    cramped[0].overlay_free_bytes = Some(OVERLAY_SPACE_MIN - 1);
+    let options = PlanOptions::default();
+    let plan_ = plan(&domain, &cramped, &replica(""), Generation(1), &options);
+    assert!(matches!(plan_.conflicts[..], [Conflict::NoOverlaySpace { .. }]));
+    assert_eq!(plan_.refusal().unwrap().kind(), Kind::Space);
+    let mut full_target = replica("");
+    full_target.free_bytes = (100 << 20) - 1;
+    let plan_ = plan(&domain, &facts(&domain), &full_target, Generation(1), &options);
+    assert!(matches!(plan_.conflicts[..], [Conflict::NoTargetSpace { .. }]));
+}
+
+#[test]
+fn a_domain_that_is_off_needs_no_overlay_and_so_no_room_for_one() {
+    let mut off = domain("vda");
+    off.power = Power::Off;
+    let mut cramped = facts(&off);
+    cramped[0].overlay_free_bytes = None;
+    let plan = plan(&off, &cramped, &replica(""), Generation(1), &PlanOptions::default());
+    assert_eq!((plan.capture, plan.conflicts.len()), (CaptureKind::Off, 0));
+}
+
+#[test]
+fn overlays_lie_beside_files_and_in_their_own_directory_for_devices() {
+    let options = PlanOptions { block_overlay_dir: "/overlays".into(), ..PlanOptions::default() };
+    assert_eq!(overlay_dir(&layer("/pool/a.qcow2"), &options), Path::new("/pool"));
+    assert_eq!(overlay_dir(&layer("/dev/vg/a"), &options), Path::new("/overlays"));
+    let asked = PlanOptions { overlay_dir: Some("/fast".into()), ..options };
+    assert_eq!(overlay_dir(&layer("/pool/a.qcow2"), &asked), Path::new("/fast"));
+}
+
+#[test]
+fn our_overlays_are_known_by_name() {
+    for (path, ours) in [
+        ("/pool/a.vda.vr-0123abcd.qcow2", true),
+        ("/pool/a.vr-0123abcd.qcow2", true),
+        ("/pool/a.vr-0123abcd.qcow2.retired", false),
+        ("/pool/a.vr-0123abc.qcow2", false),
+        ("/pool/a.qcow2", false),
+        ("/pool/vr-0123abcd.qcow2", false),
+    ] {
+        assert_eq!(is_our_overlay(Path::new(path)), ours, "{path}");
+    }
+}

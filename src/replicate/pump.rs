@@ -448,3 +448,7 @@ fn flush_zeros(encoder: &RecordEncoder, run: Option<Range<u64>>, out: &mut Vec<u
         encoder.zero(BlockIndex(run.start), run.end - run.start, out);
     }
 }
+
+#[cfg(test)]
+#[path = "pump_tests.rs"]
+mod tests;

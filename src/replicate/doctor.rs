@@ -1,0 +1,168 @@
+//! Explains in words what is wrong with a domain, and mends it on request, through the same loop as every run.
+
+use super::cycle::{Ports, record_in_domain, settle_domain};
+use super::decide::{Action, Phase, PowerState, decide};
+use super::journal::{self, Journal, Record};
+use super::observe::observe;
+use super::plan::is_our_overlay;
+use super::settle::{SettleOptions, halt_error};
+use crate::error::{Kind, Result};
+use crate::hypervisor::DomainView;
+use crate::name::DomainUuid;
+use serde::Serialize;
+use std::path::Path;
+
+/// What was found of one domain.
+#[derive(Debug, Clone, Serialize)]
+pub struct Finding {
+    pub uuid: DomainUuid,
+    pub domain: Option<String>,
+    pub health: Health,
+    /// What was found, sentence by sentence.
+    pub explanation: Vec<String>,
+    /// What was done about it; empty unless repair was asked for.
+    pub done: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Health {
+    /// Nothing of ours is left on it.
+    Sound,
+    /// Another program of ours works on it right now.
+    Busy,
+    /// Something was left behind; `--repair` mends it.
+    Repairable,
+    /// It was mended just now.
+    Repaired,
+    /// A person has to look.
+    NeedsPerson,
+}
+
+/// Examines one domain; with `repair`, settles it. Without, touches nothing.
+pub fn examine(ports: &Ports, state: &Path, uuid: &DomainUuid, repair: Option<&SettleOptions>) -> Result<Finding> {
+    let domain = match ports.hypervisor.observe(uuid) {
+        Ok(domain) => Some(domain),
+        Err(e) if e.kind() == Kind::NotFound => None,
+        Err(e) => return Err(e),
+    };
+    let record = match journal::peek(state, uuid)? {
+        Some(record) => Some(record),
+        None => record_in_domain(ports.hypervisor, uuid)?,
+    };
+    let name = domain.as_ref().map(|d| d.name.to_string()).or_else(|| record.as_ref().map(|r| r.domain.to_string()));
+    let mut finding =
+        Finding { uuid: uuid.clone(), domain: name, health: Health::Sound, explanation: Vec::new(), done: Vec::new() };
+    let Some(record) = record else {
+        explain_without_record(domain.as_ref(), &mut finding);
+        return Ok(finding);
+    };
+    // Whoever holds the lock is at work: what is there now is on its way somewhere else.
+    let journal = match Journal::open(state, uuid, "doctor", (ports.clock)()) {
+        Ok(journal) => journal,
+        Err(e) if e.kind() == Kind::Busy => {
+            finding.health = Health::Busy;
+            finding.explanation.push(e.to_string());
+            return Ok(finding);
+        }
+        Err(e) => return Err(e),
+    };
+    explain(ports, &record, &mut finding)?;
+    if let Some(options) = repair.filter(|_| finding.health == Health::Repairable) {
+        let (_, account, left_open) = settle_domain(ports, &journal, uuid, options)?;
+        finding.done.extend(account.steps);
+        finding.done.extend(account.alarms);
+        finding.health = match left_open {
+            None => Health::Repaired,
+            Some(what) => {
+                finding.explanation.push(what);
+                Health::NeedsPerson
+            }
+        };
+    }
+    Ok(finding)
+}
+
+fn explain_without_record(domain: Option<&DomainView>, finding: &mut Finding) {
+    let Some(domain) = domain else { return };
+    for disk in &domain.disks {
+        let live = disk.live.as_ref().map(|c| &c.top().path);
+        let defined = disk.inactive.as_ref().map(|l| &l.path);
+        if let Some(path) = live.into_iter().chain(defined).find(|p| is_our_overlay(p)) {
+            finding.health = Health::NeedsPerson;
+            finding.explanation.push(format!(
+                "disk '{0}' is on {1}, an overlay of virt-replica that this host has no record of: commit it with \
+                 `virsh blockcommit {2} {0} --active --shallow --pivot --wait`, then delete the file",
+                disk.name,
+                path.display(),
+                domain.name
+            ));
+        }
+    }
+}
+
+fn explain(ports: &Ports, record: &Record, finding: &mut Finding) -> Result<()> {
+    let seen = observe(ports.hypervisor, record)?;
+    let say = &mut finding.explanation;
+    say.push(format!("run {} of {} was cut short; {}", record.run, record.started_at, phase_words(record.phase)));
+    say.push(match seen.power {
+        PowerState::Running => "the domain runs".into(),
+        PowerState::Paused if record.resume_after => "the domain is paused, by us".into(),
+        PowerState::Paused => "the domain is paused, not by us".into(),
+        PowerState::Off => "the domain is shut off".into(),
+        PowerState::Gone => "libvirt does not know the domain any more".into(),
+    });
+    for ((name, _, disk), recorded) in seen.disks.iter().zip(&record.disks) {
+        say.push(format!(
+            "disk '{name}': running on {:?}, defined on {:?}, commit job {:?}, overlay {:?} ({})",
+            disk.live,
+            disk.inactive,
+            disk.job,
+            disk.overlay,
+            recorded.overlay.display()
+        ));
+    }
+    match decide(&seen.situation(record)) {
+        Action::Halt(halt) => {
+            let e = halt_error(record, &halt);
+            say.push(e.to_string());
+            say.extend(e.hint_text().map(|h| format!("what to do: {h}")));
+            finding.health = Health::NeedsPerson;
+        }
+        Action::Done => {
+            say.push("everything is back in place; only the record is left to close".into());
+            finding.health = Health::Repairable;
+        }
+        next => {
+            say.push(format!("next step: {}", action_words(&next)));
+            finding.health = Health::Repairable;
+        }
+    }
+    Ok(())
+}
+
+fn phase_words(phase: Phase) -> &'static str {
+    match phase {
+        Phase::FreezeIntent => "it was about to put overlays over the disks",
+        Phase::Frozen => "the disks were on their overlays",
+        Phase::CommitIntent => "the overlays were being committed",
+        Phase::PivotIntent => "the disks were being pivoted back to their images",
+    }
+}
+
+fn action_words(action: &Action) -> String {
+    match action {
+        Action::StartCommit(d) => format!("commit the overlay of {d}"),
+        Action::StartCommitBelow(d) => format!("commit our overlay of {d} below the snapshot that was put above it"),
+        Action::WaitForJob(d) => format!("wait for the commit of {d}"),
+        Action::Pause => "pause the guest for the pivot".into(),
+        Action::Pivot(d) => format!("pivot {d} to its image"),
+        Action::Redefine(d) => format!("put the definition of {d} back to its image"),
+        Action::MarkComplete(d) => format!("record that the image of {d} is complete"),
+        Action::Retire(d) | Action::SetAside(d) => format!("rename the overlay of {d} away"),
+        Action::Resume => "let the guest run".into(),
+        Action::CommitOffline(d) => format!("commit the overlay of {d} with qemu-img"),
+        Action::Discard(d) => format!("remove the unused overlay of {d}"),
+        Action::Done | Action::Halt(_) => "none".into(),
+    }
+}

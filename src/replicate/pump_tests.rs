@@ -1,0 +1,329 @@
+//! Disks of every awkward shape, pumped into a replica in memory that can misbehave.
+
+use super::*;
+use crate::block::digest::root_digest;
+use crate::block::extent::{Extent, is_zero, merge};
+use crate::name::PointId;
+use crate::patch::{Decoder, Item, Limits};
+use crate::replica::{Attachment, BeginPoint, DiskApplied, PointView, ReplicaView, SealPoint, VerifyReport};
+
+const B: usize = BLOCK_LEN;
+
+/// A disk in memory. Runs of zero sectors are holes, as a file system would have them.
+struct Disk {
+    bytes: Vec<u8>,
+    reads: AtomicU64,
+    fail_at: Option<u64>,
+}
+
+impl Disk {
+    fn new(bytes: Vec<u8>) -> Disk {
+        Disk { bytes, reads: AtomicU64::new(0), fail_at: None }
+    }
+}
+
+impl Image for Disk {
+    fn size(&self) -> DiskSize {
+        DiskSize(self.bytes.len() as u64)
+    }
+
+    fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
+        let sectors = (range.start..range.end).step_by(512).map(|start| {
+            let end = (start + 512).min(range.end);
+            let zero = is_zero(&self.bytes[start as usize..end as usize]);
+            Extent::new(start, end, if zero { Content::Zero } else { Content::Data })
+        });
+        Ok(merge(sectors))
+    }
+
+    fn read_at(&self, offset_bytes: u64, buf: &mut [u8]) -> Result<()> {
+        if self.fail_at.is_some_and(|at| (offset_bytes..offset_bytes + buf.len() as u64).contains(&at)) {
+            return Err(Error::new(Kind::Io, "bad sector").offset(offset_bytes));
+        }
+        buf.copy_from_slice(&self.bytes[offset_bytes as usize..offset_bytes as usize + buf.len()]);
+        self.reads.fetch_add(buf.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// The head's content, and the stream that was sent.
+struct Memory {
+    head: Vec<u8>,
+    new: Mutex<Vec<u8>>,
+    decoder: Mutex<Decoder>,
+    fault: Fault,
+    nodes_asked: AtomicU64,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Fault {
+    None,
+    TooFewNodes,
+    ApplyFailsAfter(u64),
+    LyingRoot,
+}
+
+impl Memory {
+    fn new(head: &[u8], size: usize, fault: Fault) -> Memory {
+        let mut new = head.to_vec();
+        new.resize(size, 0);
+        Memory {
+            head: head.to_vec(),
+            new: Mutex::new(new),
+            decoder: Mutex::new(Decoder::new(Limits::default()).unwrap()),
+            fault,
+            nodes_asked: AtomicU64::new(0),
+        }
+    }
+}
+
+/// The root of these bytes, by the slow and obvious way.
+fn root_of(bytes: &[u8]) -> Digest {
+    let mut level: Vec<Digest> = bytes.chunks(B).map(block_digest).collect();
+    loop {
+        level = level.chunks(FANOUT).map(node_digest).collect();
+        if level.len() <= 1 {
+            break;
+        }
+    }
+    root_digest(DiskSize(bytes.len() as u64), level.first().copied().unwrap_or(Digest::ZERO))
+}
+
+impl Replica for Memory {
+    fn describe(&self) -> Result<ReplicaView> {
+        unreachable!("the pump does not ask")
+    }
+    fn begin(&self, _: &BeginPoint) -> Result<()> {
+        unreachable!("the pump does not begin")
+    }
+
+    fn nodes(&self, _: &DiskName, level: u8, range: Range<u64>) -> Result<Vec<Digest>> {
+        let blocks: Vec<Digest> = self.head.chunks(B).map(block_digest).collect();
+        let nodes: Vec<Digest> = if level == 0 { blocks } else { blocks.chunks(FANOUT).map(node_digest).collect() };
+        self.nodes_asked.fetch_add(range.end - range.start, Ordering::Relaxed);
+        let short = u64::from(self.fault == Fault::TooFewNodes && level == 0);
+        Ok((range.start..range.end - short).map(|i| nodes.get(i as usize).copied().unwrap_or(Digest::ZERO)).collect())
+    }
+
+    fn apply(&self, _: &DiskName, patch_bytes: &[u8]) -> Result<()> {
+        let mut decoder = self.decoder.lock().unwrap();
+        let mut new = self.new.lock().unwrap();
+        decoder.push(patch_bytes);
+        let mut blocks = 0;
+        while let Some(item) = decoder.next_item()? {
+            match item {
+                Item::Data { block, digest, bytes } => {
+                    assert_eq!(block_digest(&bytes), digest, "the digest is of the data");
+                    let at = block.offset() as usize;
+                    new[at..at + bytes.len()].copy_from_slice(&bytes);
+                    blocks += 1;
+                }
+                Item::Zero { first, count } => {
+                    let start = first.offset() as usize;
+                    let end = (start + count as usize * B).min(new.len());
+                    new[start..end].fill(0);
+                }
+                _ => {}
+            }
+            if matches!(self.fault, Fault::ApplyFailsAfter(n) if blocks > n) {
+                return Err(Error::new(Kind::Space, "the target is full"));
+            }
+        }
+        Ok(())
+    }
+
+    fn finish_disk(&self, _: &DiskName) -> Result<DiskApplied> {
+        let trailer = self.decoder.lock().unwrap().finish()?;
+        let root = root_of(&self.new.lock().unwrap());
+        assert_eq!(trailer.to_root, root, "the source's root is the content's");
+        let root = if self.fault == Fault::LyingRoot { Digest([9; 32]) } else { root };
+        Ok(DiskApplied { root, bytes_written: 0, blocks_changed: 0 })
+    }
+
+    fn attach(&self, _: Attachment, _: &[u8]) -> Result<()> {
+        unreachable!()
+    }
+    fn seal(&self, _: &SealPoint) -> Result<PointView> {
+        unreachable!()
+    }
+    fn abandon(&self) -> Result<()> {
+        unreachable!()
+    }
+    fn verify(&self, _: &PointId, _: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport> {
+        unreachable!()
+    }
+}
+
+fn shipment(size: usize, head: Option<&[u8]>) -> Shipment {
+    Shipment {
+        uuid: DomainUuid::new("6695eb01-f6a4-8304-79aa-97f2502e193f").unwrap(),
+        disk: DiskName::new("vda").unwrap(),
+        size: DiskSize(size as u64),
+        head: head.map(|h| (DiskSize(h.len() as u64), root_of(h))),
+        mode: if head.is_some() { Mode::Digest } else { Mode::Full },
+        reason: "a test".into(),
+        workers: 3,
+    }
+}
+
+fn always() -> Result<()> {
+    Ok(())
+}
+
+/// Ships `new` over `old` and checks content, root and statistics. Returns the blocks found changed.
+fn shipped(old: Option<&[u8]>, new: &[u8]) -> u64 {
+    let disk = Disk::new(new.to_vec());
+    let replica = Memory::new(old.unwrap_or_default(), new.len(), Fault::None);
+    let progress = Progress::default();
+    let shipped = ship(&disk, &replica, &shipment(new.len(), old), &progress, &always).unwrap();
+    assert!(*replica.new.lock().unwrap() == new, "the content arrived");
+    assert_eq!(shipped.root, root_of(new));
+    assert_eq!(shipped.stats.bytes_read, disk.reads.load(Ordering::Relaxed));
+    assert_eq!(progress.scanned.load(Ordering::Relaxed), new.len() as u64);
+    progress.changed_blocks.load(Ordering::Relaxed)
+}
+
+fn pattern(len: usize, seed: u8) -> Vec<u8> {
+    (0..len).map(|i| (i / 7 % 251) as u8 ^ seed | 1).collect()
+}
+
+#[test]
+fn every_awkward_size_arrives_whole() {
+    for len in [0, 1, 511, 512, B - 1, B, B + 1, 64 * B - 1, 64 * B, 64 * B + 1, 130 * B + 777] {
+        let disk = pattern(len, 3);
+        let blocks = len.div_ceil(B) as u64;
+        assert_eq!(shipped(None, &disk), blocks, "{len} bytes, first");
+        assert_eq!(shipped(Some(&disk), &disk), 0, "{len} bytes, nothing changed");
+        if len > 0 {
+            let mut last = disk.clone();
+            *last.last_mut().unwrap() ^= 0x80;
+            assert_eq!(shipped(Some(&disk), &last), 1, "{len} bytes, the very last byte");
+            let mut first = disk.clone();
+            first[0] ^= 0x80;
+            assert_eq!(shipped(Some(&disk), &first), 1, "{len} bytes, the very first byte");
+            assert_eq!(shipped(Some(&disk), &vec![0; len]), blocks, "{len} bytes, all to zero");
+            assert_eq!(shipped(Some(&vec![0; len]), &disk), blocks, "{len} bytes, all from zero");
+        }
+    }
+}
+
+#[test]
+fn disks_grow_and_shrink() {
+    let long = pattern(200 * B + 5, 1);
+    for cut in [0, 1, B, 63 * B + 1, 64 * B, 129 * B + 100, 200 * B] {
+        shipped(Some(&long), &long[..cut]);
+        shipped(Some(&long[..cut]), &long);
+        let mut grown = long[..cut].to_vec();
+        grown.resize(long.len(), 0);
+        assert_eq!(shipped(Some(&long[..cut]), &grown), 0, "growing by zeros from {cut} changes no block");
+    }
+}
+
+#[test]
+fn holes_cost_nothing_and_new_holes_arrive() {
+    let mut disk = vec![0; 300 * B];
+    disk[70 * B..71 * B].copy_from_slice(&pattern(B, 1));
+    disk[299 * B + 100] = 1;
+    let image = Disk::new(disk.clone());
+    let replica = Memory::new(&[], disk.len(), Fault::None);
+    ship(&image, &replica, &shipment(disk.len(), None), &Progress::default(), &always).unwrap();
+    assert_eq!(image.reads.load(Ordering::Relaxed), B as u64 + 512, "only data is read");
+    let mut trimmed = disk.clone();
+    trimmed[70 * B..71 * B].fill(0);
+    assert_eq!(shipped(Some(&disk), &trimmed), 1);
+}
+
+#[test]
+fn equal_groups_are_never_asked_for_block_by_block() {
+    let disk = pattern(64 * B * 5, 1);
+    let mut changed = disk.clone();
+    changed[64 * B * 3 + 9] ^= 0xff;
+    let replica = Memory::new(&disk, disk.len(), Fault::None);
+    let shipment = shipment(disk.len(), Some(&disk));
+    ship(&Disk::new(changed), &replica, &shipment, &Progress::default(), &always).unwrap();
+    assert_eq!(replica.nodes_asked.load(Ordering::Relaxed), 5 + 64, "five groups, and the blocks of one");
+}
+
+#[test]
+fn a_random_history_ends_equal() {
+    let seed: u64 = std::env::var("VR_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(|| {
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().subsec_nanos() as u64
+    });
+    println!("VR_SEED={seed}");
+    let mut state: u64 = seed | 1;
+    let mut random = |below: u64| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state % below.max(1)
+    };
+    let mut disk = pattern(150 * B + 512, 9);
+    for _ in 0..12 {
+        let old = disk.clone();
+        for _ in 0..random(20) {
+            let at = random(disk.len() as u64) as usize;
+            let len = random(3 * B as u64) as usize;
+            let end = (at + len).min(disk.len());
+            let fill = random(3) as u8;
+            disk[at..end].fill(fill);
+        }
+        if random(3) == 0 {
+            let len = 512 * (1 + random(400 * 128) as usize);
+            disk.resize(len, 0);
+        }
+        shipped(Some(&old), &disk);
+    }
+}
+
+#[test]
+fn a_bad_sector_ends_the_shipment_with_its_place() {
+    let mut disk = Disk::new(pattern(300 * B, 1));
+    disk.fail_at = Some(200 * B as u64);
+    let replica = Memory::new(&[], 300 * B, Fault::None);
+    let e = ship(&disk, &replica, &shipment(300 * B, None), &Progress::default(), &always).unwrap_err();
+    assert_eq!((e.kind(), e.what()), (Kind::Io, "bad sector"));
+}
+
+#[test]
+fn faults_of_the_other_side_end_the_shipment_and_never_hang_it() {
+    let old = pattern(300 * B, 1);
+    let new = pattern(300 * B, 2);
+    for (fault, kind) in [
+        (Fault::TooFewNodes, Kind::Protocol),
+        (Fault::ApplyFailsAfter(10), Kind::Space),
+        (Fault::LyingRoot, Kind::Corrupt),
+    ] {
+        let replica = Memory::new(&old, new.len(), fault);
+        let shipment = shipment(new.len(), Some(&old));
+        let e = ship(&Disk::new(new.clone()), &replica, &shipment, &Progress::default(), &always).unwrap_err();
+        assert_eq!(e.kind(), kind, "{e}");
+    }
+}
+
+#[test]
+fn an_image_that_no_longer_stands_still_is_not_shipped() {
+    let disk = pattern(300 * B, 1);
+    let asked = AtomicU64::new(0);
+    let moved = || match asked.fetch_add(1, Ordering::Relaxed) {
+        0..3 => Ok(()),
+        _ => Err(Error::new(Kind::Interrupted, "the domain was started")),
+    };
+    let replica = Memory::new(&[], disk.len(), Fault::None);
+    let shipment = shipment(disk.len(), None);
+    let e = ship(&Disk::new(disk), &replica, &shipment, &Progress::default(), &moved).unwrap_err();
+    assert_eq!(e.kind(), Kind::Interrupted);
+}
+
+#[test]
+fn comparing_counts_and_sends_nothing() {
+    let old = pattern(100 * B, 1);
+    let mut new = old.clone();
+    new[5 * B] ^= 1;
+    new[70 * B] ^= 1;
+    let replica = Memory::new(&old, new.len(), Fault::None);
+    let progress = Progress::default();
+    let shipment = shipment(new.len(), Some(&old));
+    let (root, differ) = compare(&Disk::new(new.clone()), &replica, &shipment, &progress, &always).unwrap();
+    assert_eq!((root, differ), (root_of(&new), 2));
+    assert!(*replica.new.lock().unwrap() == old);
+}
