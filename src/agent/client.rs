@@ -139,7 +139,7 @@ impl AgentClient {
         let client = AgentClient { shared, threads: Mutex::default(), attaching: Mutex::default() };
         let (reader, output) = (Arc::clone(&client.shared), channel.output);
         client.spawn("agent-reader", move || reader.read_until_end(output))?;
-        client.shared.wait_until(|state| (!matches!(state.phase, Phase::Greeting)).then_some(()))?;
+        client.shared.wait_until(|state| matches!(state.phase, Phase::Open).then_some(()))?;
         client.shared.write_with(|writer| {
             let line = Banner::ours().line(Role::Client);
             writer.write_all(line.as_bytes())?;

@@ -257,7 +257,7 @@ mod tests {
                 let port = t.port.map(|p| p.to_string()).unwrap_or_default();
                 format!("{}|{}|{port}|{}", t.user.unwrap_or_default(), t.host, t.root.display())
             }
-            Err(e) => format!("{}", e.what().rsplit_once("is not a target: ").unwrap().1),
+            Err(e) => e.what().rsplit_once("is not a target: ").unwrap().1.to_owned(),
         }
     }
 
