@@ -100,7 +100,7 @@ pub fn run(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBoo
         domain: found.name.clone(),
         uuid: found.uuid.clone(),
         target: request.target.clone(),
-        run: request.run.clone(),
+        run_id: request.run.clone(),
         started_at: (ports.clock)(),
         outcome: RunOutcome::Failed,
         point: None,

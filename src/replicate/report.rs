@@ -15,7 +15,8 @@ pub struct Report {
     pub domain: DomainName,
     pub uuid: DomainUuid,
     pub target: String,
-    pub run: RunId,
+    /// The run, whether or not it led to a point (whose own `run` stands below).
+    pub run_id: RunId,
     pub started_at: Timestamp,
     pub outcome: RunOutcome,
     /// The new point; absent if none was sealed.
