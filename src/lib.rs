@@ -32,5 +32,7 @@ pub mod image;
 pub mod replica;
 pub mod transport;
 
+pub mod config;
+
 pub mod replicate;
 pub mod site;

@@ -1,1 +1,9 @@
-fn main() {}
+//! The program. Everything that is said to a person or a script is said below [`cli`]; the library never prints.
+
+mod cli;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::main()
+}

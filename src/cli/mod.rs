@@ -1,0 +1,162 @@
+//! The command line: grammar, dispatch, logging, and how a run of the program ends.
+//!
+//! One file per family of commands. What a script reads is promised in docs/formats/json.md. Results go to stdout;
+//! steps, progress, warnings and errors go to stderr.
+
+mod output;
+mod points;
+mod progress;
+mod render;
+mod serve;
+mod signals;
+#[cfg(feature = "libvirt")]
+mod source;
+mod sync;
+mod target;
+
+use clap::{ArgAction, Args, Parser, Subcommand};
+use output::Output;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use tracing_subscriber::EnvFilter;
+use virt_replica::config::{CONFIG_FILE, Config};
+use virt_replica::error::Result;
+use virt_replica::replicate::journal::STATE_DIR;
+
+/// Replicates libvirt/QEMU virtual machines to another host
+#[derive(Debug, Parser)]
+#[command(name = "virt-replica", version, max_term_width = 100, arg_required_else_help = true, after_help = EXIT_CODES)]
+struct Cli {
+    #[command(flatten)]
+    globals: Globals,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 replicated, but a disk is still on an overlay;
+4 no such domain, point or target; 11 something else works on it; 12 keys or host keys;
+13 stored data is not what it was; 78 wrong configuration; 130 interrupted.";
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Global options")]
+struct Globals {
+    /// libvirt's URI, as for virsh; without it libvirt decides
+    #[arg(short, long, global = true, value_name = "URI", env = "LIBVIRT_DEFAULT_URI", hide_env_values = true)]
+    connect: Option<String>,
+
+    /// Where this host keeps its own state
+    #[arg(long, global = true, value_name = "DIR", env = "VIRT_REPLICA_STATE_DIR", hide_env_values = true,
+          default_value = STATE_DIR)]
+    state_dir: PathBuf,
+
+    /// Configuration with named targets [default: /etc/virt-replica/virt-replica.yaml]
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// Say nothing but results, warnings and errors
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    quiet: bool,
+
+    /// Log more; twice for every decision (RUST_LOG overrides it)
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    verbose: u8,
+
+    /// Use no colours (also with NO_COLOR in the environment)
+    #[arg(long, global = true)]
+    no_color: bool,
+}
+
+impl Globals {
+    /// An empty URI means the same as none.
+    #[cfg_attr(not(feature = "libvirt"), expect(dead_code, reason = "there is nothing to connect to"))]
+    fn uri(&self) -> Option<String> {
+        self.connect.clone().filter(|uri| !uri.is_empty())
+    }
+
+    fn config(&self) -> Result<Config> {
+        match &self.config {
+            Some(path) => Config::load(path, true),
+            None => Config::load(CONFIG_FILE.as_ref(), false),
+        }
+    }
+
+    fn colors(&self) -> bool {
+        let asked_not = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty());
+        !self.no_color && !asked_not && std::io::stderr().is_terminal()
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Replicate a domain to a target now
+    Sync(sync::SyncArgs),
+    /// Say what a run would do and why, touching nothing
+    Plan(sync::PlanArgs),
+    /// List the recovery points of a domain on a target
+    Points(points::PointsArgs),
+    /// Serve the store of this host to a source, over stdin and stdout (started over ssh)
+    Agent(serve::AgentArgs),
+    /// Let a guest go if its driver dies (started by the driver)
+    #[command(hide = true)]
+    Deadman(serve::DeadmanArgs),
+}
+
+impl Command {
+    /// Whether a script reads the output.
+    fn json(&self) -> bool {
+        match self {
+            Command::Sync(args) => args.run.json,
+            Command::Plan(args) => args.run.json,
+            Command::Points(args) => args.json,
+            Command::Agent(_) | Command::Deadman(_) => false,
+        }
+    }
+}
+
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => return output::usage(&e),
+    };
+    let output = Output { json: cli.command.json(), quiet: cli.globals.quiet, colors: cli.globals.colors() };
+    start_logging(&cli.globals, output);
+    let result = match &cli.command {
+        Command::Sync(args) => sync::sync(args, &cli.globals, output),
+        Command::Plan(args) => sync::plan(args, &cli.globals, output),
+        Command::Points(args) => points::points(args, &cli.globals, output),
+        Command::Agent(args) => serve::agent(args),
+        Command::Deadman(args) => serve::deadman(args, &cli.globals),
+    };
+    output.end(result)
+}
+
+/// Logs go to stderr, above the progress bars if there are any.
+fn start_logging(globals: &Globals, output: Output) {
+    let level = match (globals.quiet, globals.verbose) {
+        (true, _) => "error",
+        (_, 0) => "warn",
+        (_, 1) => "warn,virt_replica=info",
+        (_, 2) => "info,virt_replica=debug",
+        _ => "trace",
+    };
+    let filter = EnvFilter::builder().try_from_env().unwrap_or_else(|_| EnvFilter::new(level));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(output.colors).with_target(false);
+    let builder = builder.with_writer(|| progress::AboveBars);
+    // Only a second subscriber makes this fail, and there is none.
+    let _ = match globals.verbose {
+        0 => builder.without_time().compact().try_init(),
+        _ => builder.compact().try_init(),
+    };
+}
+
+/// A build without libvirt serves a target; it has no source side.
+#[cfg(not(feature = "libvirt"))]
+fn no_libvirt(command: &str) -> Result<output::Exit> {
+    use virt_replica::error::{Error, Kind};
+    Err(Error::new(Kind::Usage, format!("this build has no libvirt: it cannot '{command}'")).hint(
+        "install the package with libvirt on the source, or build with `cargo build --release` (needs libvirt-dev)",
+    ))
+}

@@ -1,0 +1,65 @@
+//! `points` and `verify`: what a target has of a domain. Both work where the source, or its libvirt, is gone.
+
+use super::Globals;
+use super::output::{Exit, Output, print, print_json};
+use super::render;
+use super::target::{TargetArgs, hang_up};
+use clap::Args;
+use serde_json::json;
+use virt_replica::error::Result;
+use virt_replica::name::DomainName;
+use virt_replica::replica::{PointView, Replica, ReplicaView};
+use virt_replica::site;
+
+#[derive(Debug, Args)]
+pub struct PointsArgs {
+    /// Name or UUID of the domain
+    domain: String,
+    #[command(flatten)]
+    target: TargetArgs,
+    /// Print JSON for scripts
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Lists the points of a domain, oldest first.
+pub fn points(args: &PointsArgs, globals: &Globals, output: Output) -> Result<Exit> {
+    let target = args.target.resolve(globals)?;
+    let connection = target.connect()?;
+    let found = site::find_replica(&connection.client, &args.domain)
+        .and_then(|(uuid, name)| Ok((uuid.clone(), name, connection.client.open(&uuid)?.describe()?)));
+    hang_up(connection);
+    let (uuid, name, view) = found?;
+    match output.json {
+        true => print_json(&json!({
+            "domain": name, "uuid": uuid, "target": target.words, "generation": view.generation, "path": view.path,
+            "points": view.points,
+        }))?,
+        false => print(&describe(&name, &target.words, &view))?,
+    }
+    Ok(Exit::Done)
+}
+
+fn describe(name: &DomainName, target: &str, view: &ReplicaView) -> String {
+    let Some(head) = view.head() else { return format!("{name} has no point on {target}") };
+    let rows = view.points.iter().flat_map(point_rows).collect();
+    let mut lines = vec![render::table(&["Point", "Frozen at", "State", "Disk", "Mode", "Sent"], &[5], rows)];
+    lines.push(format!("\n Images of the head, {}, generation {}:", head.id, head.generation));
+    lines.extend(head.disks.iter().map(|d| format!(" {}  {}", d.name, d.image.display())));
+    lines.join("\n")
+}
+
+/// A point's first disk stands on the point's own line.
+fn point_rows(point: &PointView) -> impl Iterator<Item = Vec<String>> {
+    point.disks.iter().enumerate().map(|(at, disk)| {
+        let of_point = |text: String| if at == 0 { text } else { String::new() };
+        vec![
+            of_point(point.id.to_string()),
+            of_point(render::time(point.frozen_at)),
+            of_point(render::consistency(point.consistency).to_owned()),
+            disk.name.to_string(),
+            disk.stats.mode.to_string(),
+            render::bytes(disk.stats.bytes_sent),
+        ]
+    })
+}

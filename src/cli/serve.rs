@@ -1,0 +1,53 @@
+//! The programs behind the program: the agent on a target, the dead-man beside a run.
+
+use super::Globals;
+use super::output::Exit;
+use clap::Args;
+use std::path::PathBuf;
+use virt_replica::error::Result;
+use virt_replica::name::DomainUuid;
+use virt_replica::site;
+use virt_replica::transport::target::ROOT_DEFAULT;
+
+#[derive(Debug, Args)]
+pub struct AgentArgs {
+    /// Directory of the store
+    #[arg(long, value_name = "DIR", default_value = ROOT_DEFAULT)]
+    root: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct DeadmanArgs {
+    /// The domain to guard
+    uuid: DomainUuid,
+}
+
+pub fn agent(args: &AgentArgs) -> Result<Exit> {
+    // Its client decides when it ends: an interrupt for the client's whole process group is not meant for it.
+    ignore_interrupts();
+    site::serve_agent(&args.root)?;
+    Ok(Exit::Done)
+}
+
+#[cfg(feature = "libvirt")]
+pub fn deadman(args: &DeadmanArgs, globals: &Globals) -> Result<Exit> {
+    use virt_replica::replicate::deadman;
+    // Taken before anything slow: the driver must not be able to die unnoticed.
+    let driver = deadman::parent();
+    ignore_interrupts();
+    super::source::connect(globals)?.guard(&args.uuid, driver)?;
+    Ok(Exit::Done)
+}
+
+#[cfg(not(feature = "libvirt"))]
+pub fn deadman(args: &DeadmanArgs, _: &Globals) -> Result<Exit> {
+    super::no_libvirt(&format!("deadman {}", args.uuid))
+}
+
+fn ignore_interrupts() {
+    // SAFETY: only the disposition of two signals changes; no handler runs.
+    unsafe {
+        libc::signal(libc::SIGINT, libc::SIG_IGN);
+        libc::signal(libc::SIGHUP, libc::SIG_IGN);
+    }
+}

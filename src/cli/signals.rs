@@ -1,0 +1,41 @@
+//! The first SIGINT, SIGTERM or SIGHUP asks a run to end in order, the second ends the process where it stands.
+//!
+//! Even the second costs nothing but time: the dead-man lets the guest go, and the next run settles the rest.
+
+use super::progress;
+use std::sync::atomic::{AtomicBool, Ordering};
+use tokio::signal::unix::{SignalKind, signal};
+use virt_replica::error::{Error, Result};
+
+static STOP: AtomicBool = AtomicBool::new(false);
+
+/// Listens from now on; the flag is set by the first signal.
+pub fn listen() -> Result<&'static AtomicBool> {
+    let fail = |e| Error::from_io("cannot listen for signals", e);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(fail)?;
+    // Registered before this returns: a signal that comes early must not take the default, and lethal, way.
+    let (mut int, mut term, mut hup) = runtime
+        .block_on(async {
+            Ok((signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?, signal(SignalKind::hangup())?))
+        })
+        .map_err(fail)?;
+    std::thread::spawn(move || {
+        runtime.block_on(async {
+            loop {
+                tokio::select! {
+                    _ = int.recv() => {}
+                    _ = term.recv() => {}
+                    _ = hup.recv() => {}
+                }
+                if STOP.swap(true, Ordering::Relaxed) {
+                    progress::say("ended at once; the next run, or `virt-replica doctor`, puts the domain right");
+                    std::process::exit(130);
+                }
+                progress::say(
+                    "stopping in order: the domain goes back onto its own images first (again to end at once)",
+                );
+            }
+        });
+    });
+    Ok(&STOP)
+}

@@ -1,0 +1,239 @@
+//! `sync` and `plan`: one run of one domain, done or only thought through.
+
+use super::Globals;
+use super::output::{Exit, Output};
+use super::target::TargetArgs;
+use clap::Args;
+use std::path::PathBuf;
+use std::time::Duration;
+use virt_replica::error::Result;
+use virt_replica::name::DiskName;
+
+#[derive(Debug, Args)]
+pub struct SyncArgs {
+    #[command(flatten)]
+    pub run: RunArgs,
+    /// Keep secrets (graphics passwords) in the definition that travels with the point
+    #[arg(long)]
+    with_secrets: bool,
+    /// How long a commit may take to become ready before it is left to the next run
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = duration)]
+    ready_timeout: Duration,
+}
+
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// What decides how a run is planned.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Name, UUID or id of the domain
+    domain: String,
+    #[command(flatten)]
+    target: TargetArgs,
+    /// Print JSON for scripts
+    #[arg(long)]
+    pub json: bool,
+    /// Lay the overlays of all disks into this directory instead of beside their images
+    #[arg(long, value_name = "DIR")]
+    overlay_dir: Option<PathBuf>,
+    /// Leave this disk out (vdb); may be given more than once
+    #[arg(long = "exclude-disk", value_name = "DISK")]
+    exclude_disks: Vec<DiskName>,
+    /// Send everything, whatever the target has already
+    #[arg(long)]
+    full: bool,
+}
+
+/// `90s`, `15m`, `1h 30m`; a bare number would leave the unit to guessing.
+fn duration(text: &str) -> Result<Duration, String> {
+    let span: jiff::SignedDuration = text.parse().map_err(|e: jiff::Error| format!("{e}; write 90s, 15m or 1h"))?;
+    Duration::try_from(span).map_err(|_| "it must not be negative".to_owned())
+}
+
+#[cfg(not(feature = "libvirt"))]
+pub fn sync(_: &SyncArgs, _: &Globals, _: Output) -> Result<Exit> {
+    super::no_libvirt("sync")
+}
+
+#[cfg(not(feature = "libvirt"))]
+pub fn plan(_: &PlanArgs, _: &Globals, _: Output) -> Result<Exit> {
+    super::no_libvirt("plan")
+}
+
+#[cfg(feature = "libvirt")]
+pub use run::{plan, sync};
+
+#[cfg(feature = "libvirt")]
+mod run {
+    use super::*;
+    use crate::cli::output::{COMMIT_PENDING, Message, print, print_json};
+    use crate::cli::progress::{DiskTime, Watcher};
+    use crate::cli::target::{Target, hang_up};
+    use crate::cli::{render, signals, source};
+    use virt_replica::config::Config;
+    use virt_replica::replicate::cycle::Request;
+    use virt_replica::replicate::plan::{CaptureKind, Plan, PlanOptions};
+    use virt_replica::replicate::report::{Report, RunOutcome};
+    use virt_replica::replicate::settle::SettleOptions;
+    use virt_replica::site;
+
+    /// Overlays of block devices lie here unless a directory is configured: it exists wherever libvirt does, and QEMU
+    /// may enter it.
+    const BLOCK_OVERLAY_DIR: &str = "/var/lib/libvirt/images";
+
+    impl RunArgs {
+        fn request(&self, globals: &Globals, config: &Config, target: &Target) -> Result<Request> {
+            let defaults = &config.defaults;
+            let block_overlay_dir = defaults.block_overlay_dir.clone();
+            let workers = site::workers();
+            Ok(Request {
+                domain: self.domain.clone(),
+                target: target.words.clone(),
+                run: source::new_run()?,
+                state: globals.state_dir.clone(),
+                plan: PlanOptions {
+                    overlay_dir: self.overlay_dir.clone().or_else(|| defaults.overlay_dir.clone()),
+                    block_overlay_dir: block_overlay_dir.unwrap_or_else(|| BLOCK_OVERLAY_DIR.into()),
+                    exclude_disks: self.exclude_disks.clone(),
+                    full: self.full,
+                },
+                settle: SettleOptions::default(),
+                open: site::open_options(workers),
+                with_secrets: false,
+                generation: source::generation(),
+                workers,
+            })
+        }
+
+        fn prepare(&self, globals: &Globals) -> Result<(Target, Request)> {
+            let config = globals.config()?;
+            let target = Target::resolve(&self.target.to, &self.target.ssh, &config)?;
+            let request = self.request(globals, &config, &target)?;
+            Ok((target, request))
+        }
+    }
+
+    /// Runs one domain once, and tells how it went.
+    pub fn sync(args: &SyncArgs, globals: &Globals, output: Output) -> Result<Exit> {
+        let (target, mut request) = args.run.prepare(globals)?;
+        request.settle.ready_within = args.ready_timeout;
+        request.with_secrets = args.with_secrets;
+        let stop = signals::listen()?;
+        let site = source::connect(globals)?;
+        let connection = target.connect()?;
+        let watcher = Watcher::new(output);
+        let result = site.sync(&connection, &request, &watcher, stop);
+        let times = watcher.finish();
+        hang_up(connection);
+        let (report, error) = result?;
+        match output.json {
+            true => Message { message_type: "report", body: &report }.print()?,
+            false => print(&describe_report(&report, &times))?,
+        }
+        match error {
+            Some(e) => Err(e),
+            None if report.outcome == RunOutcome::CommitPending => Ok(Exit::Code(COMMIT_PENDING)),
+            None => Ok(Exit::Done),
+        }
+    }
+
+    /// Says what a run would do.
+    pub fn plan(args: &PlanArgs, globals: &Globals, output: Output) -> Result<Exit> {
+        let (target, request) = args.run.prepare(globals)?;
+        let site = source::connect(globals)?;
+        let connection = target.connect()?;
+        let plan = site.plan(&connection, &request);
+        hang_up(connection);
+        let plan = plan?;
+        match output.json {
+            true => print_json(&plan)?,
+            false => print(&describe_plan(&plan, &request.target))?,
+        }
+        // A script that asks whether a run would begin reads the answer from the exit code.
+        plan.refusal().map_or(Ok(Exit::Done), Err)
+    }
+
+    /// The report for people.
+    fn describe_report(report: &Report, times: &[DiskTime]) -> String {
+        let mut lines = Vec::new();
+        match &report.point {
+            Some(point) => {
+                lines.push(format!("{} is replicated to {}: point {}", report.domain, report.target, point.id));
+                lines.push(format!(
+                    "  frozen at {} ({})",
+                    render::time(point.frozen_at),
+                    render::consistency(point.consistency)
+                ));
+            }
+            None => lines.push(format!("{} has no new point on {}", report.domain, report.target)),
+        }
+        lines.push(format!(
+            "  freeze {}, pause {}, whole run {}",
+            render::millis(report.freeze_ms),
+            render::millis(report.pause_ms),
+            render::millis(report.duration_ms)
+        ));
+        if let Some(point) = &report.point {
+            let rows = point.disks.iter().map(|d| {
+                let time = times.iter().find(|t| t.name == d.name).map(|t| t.time).unwrap_or_default();
+                vec![
+                    d.name.to_string(),
+                    d.stats.mode.to_string(),
+                    render::bytes(d.stats.bytes_read),
+                    render::bytes(d.stats.bytes_sent),
+                    render::bytes(d.stats.bytes_written),
+                    d.stats.blocks_changed.to_string(),
+                    render::rate(d.stats.bytes_read, time),
+                ]
+            });
+            let header = ["Disk", "Mode", "Read", "Sent", "Written", "Blocks", "Read rate"];
+            lines.push(String::new());
+            lines.push(render::table(&header, &[2, 3, 4, 5, 6], rows.collect()));
+            lines.push(String::new());
+            lines.extend(point.disks.iter().map(|d| format!(" {}: {}", d.name, d.stats.reason)));
+        }
+        lines.extend(report.skipped.iter().map(|s| format!(" {}: skipped, it {}", s.name, s.reason)));
+        lines.extend(report.warnings.iter().map(|w| format!("warning: {w}")));
+        lines.join("\n")
+    }
+
+    /// The plan for people.
+    fn describe_plan(plan: &Plan, target: &str) -> String {
+        let mut lines = vec![match &plan.head {
+            Some(head) => {
+                format!("{} to {target}, on top of point {head} (generation {})", plan.domain, plan.generation)
+            }
+            None => format!("{} to {target}, the first point (generation {})", plan.domain, plan.generation),
+        }];
+        lines.push(match plan.capture {
+            CaptureKind::Overlay => "  frozen with an overlay over each disk, committed afterwards".to_owned(),
+            CaptureKind::Off => "  shut off: its disks are read as they are".to_owned(),
+        });
+        for disk in &plan.disks {
+            lines.push(String::new());
+            lines.push(format!(" {}  {}, {}: {}", disk.name, render::bytes(disk.size.0), disk.mode, disk.reason));
+            for (depth, layer) in disk.chain.0.iter().enumerate() {
+                let role = if depth == 0 { "image" } else { "on" };
+                lines.push(format!("      {role:6} {} ({})", layer.path.display(), layer.format.as_str()));
+            }
+            lines.push(format!("      read   {}", disk.reader));
+            if disk.reserve_bytes > 0 {
+                lines.push(format!("      room   up to {} at the target", render::bytes(disk.reserve_bytes)));
+            }
+        }
+        if !plan.skipped.is_empty() {
+            lines.push(String::new());
+        }
+        lines.extend(plan.skipped.iter().map(|s| format!(" {}  skipped: it {}", s.name, s.reason)));
+        lines.extend(plan.notes.iter().map(|n| format!("note: {n}")));
+        lines.extend(plan.conflicts.iter().map(|c| match c.disk() {
+            Some(disk) => format!("conflict: disk '{disk}': {c}\n  {}", c.advice()),
+            None => format!("conflict: {c}\n  {}", c.advice()),
+        }));
+        lines.join("\n")
+    }
+}

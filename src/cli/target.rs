@@ -1,0 +1,84 @@
+//! `--to`: a target's URL or its name in the configuration, and how ssh reaches it.
+
+use super::Globals;
+use clap::Args;
+use std::path::PathBuf;
+use virt_replica::config::Config;
+use virt_replica::error::Result;
+use virt_replica::site::Connection;
+use virt_replica::transport::ssh::SshOptions;
+use virt_replica::transport::target::TargetUrl;
+
+/// Where to, for commands that cannot do without.
+#[derive(Debug, Args)]
+pub struct TargetArgs {
+    /// Target: ssh://[user@]host[:port][/root], local:/root, /root, or a name of the configuration
+    #[arg(long, value_name = "TARGET")]
+    pub to: String,
+    #[command(flatten)]
+    pub ssh: SshArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct SshArgs {
+    /// Offer only this key to the target
+    #[arg(long, value_name = "FILE", help_heading = "ssh")]
+    identity: Option<PathBuf>,
+    /// Read this ssh configuration instead of the user's
+    #[arg(long, value_name = "FILE", help_heading = "ssh")]
+    ssh_config: Option<PathBuf>,
+    /// Know hosts by this file
+    #[arg(long, value_name = "FILE", help_heading = "ssh")]
+    known_hosts: Option<PathBuf>,
+    /// Accept the key of a host never seen, and remember it
+    #[arg(long, help_heading = "ssh")]
+    accept_new_host_key: bool,
+}
+
+/// A target that was understood.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// As the operator named it; for reports.
+    pub words: String,
+    pub url: TargetUrl,
+    pub ssh: SshOptions,
+}
+
+impl Target {
+    /// Understands `--to`. Options of the command line win over the configuration.
+    pub fn resolve(to: &str, args: &SshArgs, config: &Config) -> Result<Target> {
+        let mut ssh = SshOptions { accept_new_host_key: args.accept_new_host_key, ..SshOptions::default() };
+        // Whatever has one of these in it cannot be a name that was forgotten in the configuration.
+        let looks_like_url = to.contains(['/', ':', '@']);
+        let url = if looks_like_url && !config.targets.contains_key(to) {
+            TargetUrl::parse(to)?
+        } else {
+            let named = config.target(to)?;
+            ssh.identity_file = named.identity.clone();
+            ssh.config_file = named.ssh_config.clone();
+            ssh.known_hosts_file = named.known_hosts.clone();
+            named.url.clone()
+        };
+        ssh.identity_file = args.identity.clone().or(ssh.identity_file);
+        ssh.config_file = args.ssh_config.clone().or(ssh.config_file);
+        ssh.known_hosts_file = args.known_hosts.clone().or(ssh.known_hosts_file);
+        Ok(Target { words: to.to_owned(), url, ssh })
+    }
+
+    pub fn connect(&self) -> Result<Connection> {
+        Connection::open(&self.url, self.ssh.clone())
+    }
+}
+
+impl TargetArgs {
+    pub fn resolve(&self, globals: &Globals) -> Result<Target> {
+        Target::resolve(&self.to, &self.ssh, &globals.config()?)
+    }
+}
+
+/// Ends a session in order. What it was for is done: an unclean end is worth a log line, no more.
+pub fn hang_up(connection: Connection) {
+    if let Err(e) = connection.close() {
+        tracing::debug!("the session with the target did not end in order: {}", e.chain());
+    }
+}
