@@ -1,7 +1,8 @@
 //! The port to the bytes of a disk: a size, extents, and positioned verbs. No cursor, no domains, no replicas.
 //!
 //! Three adapters stand behind it: [`raw`] (in process), [`qcow2`] (in process, `imago`, where it understands the image
-//! completely) and [`nbd`] (through a `qemu-nbd` child, for all the rest). [`open`] chooses and says why.
+//! completely) and [`nbd`] (through a `qemu-nbd` child, for all the rest). [`open`] chooses and says why; [`qemu_img`] calls
+//! that program. Beneath them `blockdev` describes chains to QEMU's tools and `program` runs those.
 //!
 //! Formats are never probed: a layer's format is what libvirt or our own manifest recorded.
 

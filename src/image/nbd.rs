@@ -337,3 +337,176 @@ impl ImageMut for NbdImage {
         self.poison.guard(self.command(Command::Flush, 0, 0, &[]))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixListener;
+    use std::sync::Arc;
+
+    /// A server as strict as the protocol allows, and stricter than qemu-nbd: blocks of 4 KiB, at most 8 KiB at once, and
+    /// it tells the block status in scraps or beyond the question.
+    struct Strict {
+        disk: Mutex<Vec<u8>>,
+        flags: u16,
+    }
+
+    const BLOCK: u32 = 4096;
+    const AT_ONCE: u32 = 8192;
+
+    impl Strict {
+        fn serve(disk: Vec<u8>, flags: u16) -> (tempfile::TempDir, PathBuf, Arc<Strict>) {
+            let dir = tempfile::tempdir().unwrap();
+            let socket = dir.path().join("s");
+            let listener = UnixListener::bind(&socket).unwrap();
+            let server = Arc::new(Strict { disk: Mutex::new(disk), flags });
+            let serving = server.clone();
+            std::thread::spawn(move || {
+                for stream in listener.incoming().flatten() {
+                    let serving = serving.clone();
+                    std::thread::spawn(move || serving.talk(stream));
+                }
+            });
+            (dir, socket, server)
+        }
+
+        fn talk(&self, mut s: UnixStream) -> std::io::Result<()> {
+            s.write_all(b"NBDMAGICIHAVEOPT\0\x03")?;
+            s.read_exact(&mut [0; 4])?;
+            let reply = |s: &mut UnixStream, option: u32, kind: u32, body: &[u8]| {
+                let mut message = 0x0003_e889_0455_65a9u64.to_be_bytes().to_vec();
+                [option, kind, body.len() as u32].iter().for_each(|n| message.extend(n.to_be_bytes()));
+                message.extend(body);
+                s.write_all(&message)
+            };
+            loop {
+                let mut head = [0; 16];
+                s.read_exact(&mut head)?;
+                let option = u32::from_be_bytes(head[8..12].try_into().unwrap());
+                let mut body = vec![0; u32::from_be_bytes(head[12..].try_into().unwrap()) as usize];
+                s.read_exact(&mut body)?;
+                if option == 10 {
+                    reply(&mut s, 10, 4, b"\0\0\0\x05base:allocation")?;
+                }
+                if option == 7 {
+                    let size = self.disk.lock().unwrap().len() as u64;
+                    reply(&mut s, 7, 3, &[&[0, 0], &size.to_be_bytes()[..], &self.flags.to_be_bytes()].concat())?;
+                    let sizes = [BLOCK, BLOCK, AT_ONCE].map(u32::to_be_bytes).concat();
+                    reply(&mut s, 7, 3, &[&[0, 3], sizes.as_slice()].concat())?;
+                }
+                reply(&mut s, option, 1, &[])?;
+                if option == 7 {
+                    break;
+                }
+            }
+            loop {
+                let mut head = [0; 28];
+                s.read_exact(&mut head)?;
+                let command = head[7];
+                let offset = u64::from_be_bytes(head[16..24].try_into().unwrap());
+                let len = u32::from_be_bytes(head[24..].try_into().unwrap());
+                let mut payload = vec![0; if command == 1 { len as usize } else { 0 }];
+                s.read_exact(&mut payload)?;
+                if command == 2 {
+                    return Ok(());
+                }
+                let (kind, body) = self.answer(command, offset, len, &payload);
+                let chunk = [&0x668e_33efu32.to_be_bytes()[..], &[0, 1], &kind.to_be_bytes(), &head[8..16]];
+                s.write_all(&[chunk.concat(), (body.len() as u32).to_be_bytes().to_vec(), body].concat())?;
+            }
+        }
+
+        fn answer(&self, command: u8, offset: u64, len: u32, payload: &[u8]) -> (u16, Vec<u8>) {
+            let mut disk = self.disk.lock().unwrap();
+            let end = offset + u64::from(len);
+            let aligned =
+                offset.is_multiple_of(BLOCK.into()) && (len.is_multiple_of(BLOCK) || end == disk.len() as u64);
+            if !aligned || end > disk.len() as u64 || (command <= 1 && len > AT_ONCE) {
+                return ((1 << 15) | 1, [&22u32.to_be_bytes()[..], &6u16.to_be_bytes(), b"strict"].concat());
+            }
+            let range = offset as usize..end as usize;
+            match command {
+                0 => (1, [&offset.to_be_bytes()[..], &disk[range]].concat()),
+                1 => {
+                    disk[range].copy_from_slice(payload);
+                    (0, vec![])
+                }
+                7 => {
+                    let zero = |at: u64| disk[at as usize..].iter().take(BLOCK as usize).all(|b| *b == 0);
+                    let flags = if zero(offset) { 3u32 } else { 0 };
+                    // The last block of a zero run is told together with what nobody asked for.
+                    let told = if flags == 3 && len <= BLOCK { len + BLOCK } else { BLOCK };
+                    (5, [&5u32.to_be_bytes()[..], &told.to_be_bytes(), &flags.to_be_bytes()].concat())
+                }
+                _ => (0, vec![]),
+            }
+        }
+    }
+
+    fn disk() -> Vec<u8> {
+        let mut disk: Vec<u8> = (0..10 * BLOCK + 512).map(|n| (n / 7) as u8 | 1).collect();
+        disk[2 * BLOCK as usize..5 * BLOCK as usize].fill(0);
+        disk
+    }
+
+    #[test]
+    fn requests_are_cut_and_aligned_to_what_the_server_takes() {
+        let (_dir, socket, _server) = Strict::serve(disk(), codec::FLAG_READ_ONLY);
+        let image = NbdImage::connect(&socket, "", &[], 2).unwrap();
+        let size = image.size().0;
+        for (start, end) in [(0, size), (1, 2), (4095, 4097), (5000, 30_000), (size - 1, size), (40_960, size)] {
+            let mut buf = vec![0; (end - start) as usize];
+            image.read_at(start, &mut buf).unwrap_or_else(|e| panic!("{start}..{end}: {}", e.chain()));
+            assert!(buf == disk()[start as usize..end as usize], "{start}..{end}");
+        }
+    }
+
+    #[test]
+    fn scraps_of_block_status_are_put_together_and_what_is_too_much_is_cut() {
+        let (_dir, socket, _server) = Strict::serve(disk(), codec::FLAG_READ_ONLY);
+        let image = NbdImage::connect(&socket, "", &[], 1).unwrap();
+        let drawn = |start, end| -> Vec<(u64, u64, bool)> {
+            let extents = image.extents(ByteRange::new(start, end)).unwrap();
+            extents.iter().map(|e| (e.range.start, e.range.end, e.content == Content::Zero)).collect()
+        };
+        let size = image.size().0;
+        assert_eq!(drawn(0, size), [(0, 8192, false), (8192, 20480, true), (20480, size, false)]);
+        assert_eq!(drawn(100, 8193), [(100, 8192, false), (8192, 8193, true)]);
+        assert_eq!(drawn(16385, 20000), [(16385, 20000, true)]);
+    }
+
+    #[test]
+    fn writes_that_do_not_fit_the_blocks_are_refused_and_the_others_arrive() {
+        let (_dir, socket, server) = Strict::serve(disk(), 1 | codec::FLAG_SEND_FLUSH);
+        let image = NbdImage::connect(&socket, "", &[], 4).unwrap();
+        assert_eq!(image.connections.len(), 1, "no promise that a flush covers several connections");
+        assert_eq!(image.write_at(512, &[1; 4096]).unwrap_err().kind(), Kind::Usage);
+        image.write_at(4096, &[0xaa; 20480]).unwrap();
+        image.zero(ByteRange::new(8192, 24576)).unwrap();
+        image.write_at(10 * u64::from(BLOCK), &[0xbb; 512]).unwrap();
+        image.sync().unwrap();
+        let mut model = disk();
+        model[4096..24576].fill(0xaa);
+        model[8192..24576].fill(0);
+        model[10 * BLOCK as usize..].fill(0xbb);
+        assert!(*server.disk.lock().unwrap() == model);
+    }
+
+    #[test]
+    fn without_flush_nothing_is_called_durable() {
+        let (_dir, socket, _server) = Strict::serve(disk(), 1);
+        let image = NbdImage::connect(&socket, "", &[], 1).unwrap();
+        assert_eq!(image.sync().unwrap_err().kind(), Kind::Refused);
+    }
+
+    #[test]
+    fn a_refused_request_leaves_the_connection_in_step() {
+        let (_dir, socket, _server) = Strict::serve(disk(), codec::FLAG_READ_ONLY);
+        let image = NbdImage::connect(&socket, "", &[], 1).unwrap();
+        let refused =
+            image.with_connection(|c| c.call(Command::Read, 1, 1, &[], Expect::Data { offset: 1, buf: &mut [0] }));
+        assert!(refused.unwrap_err().chain().contains("strict"));
+        image.read_at(0, &mut [0; 10]).unwrap();
+    }
+}

@@ -47,6 +47,9 @@ const DESCRIPTORS_MAX: usize = 128 << 10;
 /// Most separate pieces in which the bytes of one read may arrive out of order.
 const PIECES_MAX: usize = 64 << 10;
 
+/// Most chunks in one reply: the pieces, and a few that carry no bytes.
+const CHUNKS_MAX: usize = PIECES_MAX + 64;
+
 /// Bits of [`Export::flags`].
 pub const FLAG_READ_ONLY: u16 = 1 << 1;
 pub const FLAG_SEND_FLUSH: u16 = 1 << 2;
@@ -259,7 +262,12 @@ pub fn request<W: Write>(stream: &mut W, command: Command, cookie: u64, offset: 
 pub fn reply<R: Read>(stream: &mut R, cookie: u64, mut expect: Expect<'_>) -> Result<Result<(), ServerError>> {
     let mut failure: Option<ServerError> = None;
     let mut covered = Covered::default();
+    let mut chunks = 0;
     loop {
+        chunks += 1;
+        if chunks > CHUNKS_MAX {
+            return Err(protocol("the server's reply does not end"));
+        }
         let magic = read_u32(stream)?;
         if magic == SIMPLE_MAGIC {
             let errno = read_u32(stream)? as i32;
@@ -318,7 +326,7 @@ fn chunk<R: Read>(
             covered.take(*offset, buf, at, hole_len)?.fill(0);
             Ok(())
         }
-        (CHUNK_STATUS, Expect::Status { id, into }) if len >= 12 && (len - 4) % 8 == 0 => {
+        (CHUNK_STATUS, Expect::Status { id, into }) if len >= 12 && (len - 4).is_multiple_of(8) => {
             let count = (len as usize - 4) / 8;
             if count > DESCRIPTORS_MAX {
                 return Err(protocol("the server sends too many extents at once"));
@@ -678,6 +686,13 @@ mod tests {
         assert_eq!(read4(&[simple]).unwrap().unwrap_err().errno, 5);
         let cut_off = bytes(&[&28u32.to_be_bytes(), &9u16.to_be_bytes(), b"full"]);
         assert!(read4(&[structured(1, CHUNK_ERROR | 1, &cut_off)]).is_err());
+    }
+
+    #[test]
+    fn a_reply_without_end_is_given_up() {
+        let error = bytes(&[&28u32.to_be_bytes(), &0u16.to_be_bytes()]);
+        let endless = structured(0, CHUNK_ERROR | 1, &error).repeat(CHUNKS_MAX + 1);
+        assert_eq!(read4(&[endless]).unwrap_err().kind(), Kind::Protocol);
     }
 
     #[test]

@@ -199,9 +199,9 @@ impl Header {
     }
 }
 
-/// The name of `len` bytes at `offset`; none where the offset is zero.
+/// The name of `len` bytes at `offset`; none where either is zero, as QEMU sees it.
 fn name_at(bytes: &[u8], offset: u64, len: u32) -> Result<Option<String>> {
-    if offset == 0 {
+    if offset == 0 || len == 0 {
         return Ok(None);
     }
     let len = len as usize;
