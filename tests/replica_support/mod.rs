@@ -28,6 +28,12 @@ impl Lab {
         Self(tempfile::tempdir().unwrap())
     }
 
+    /// On a file system that makes fsync cheap, where only processes die.
+    pub fn in_memory() -> Self {
+        let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir());
+        Self(dir.unwrap())
+    }
+
     pub fn root(&self) -> &Path {
         self.0.path()
     }
