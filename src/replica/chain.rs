@@ -93,8 +93,12 @@ pub(super) fn ready_head_digests(replica: &Dir, manifest: &Manifest, disk: &Disk
 /// `None` if the head does not have the disk. [`Kind::Corrupt`] if the replica itself is no longer what was sealed.
 pub(super) fn mend_head_digests(replica: &Dir, manifest: &Manifest, disk: &DiskName) -> Result<Option<DigestFile>> {
     let Some((wanted, below)) = bindings(manifest, disk) else { return Ok(None) };
-    let digests = replica.sub_or_create(manifest::DIGESTS_DIR)?;
-    let points = replica.sub_or_create(manifest::POINTS_DIR)?;
+    let digests = match replica.sub(manifest::DIGESTS_DIR)? {
+        Some(digests) => digests,
+        None => replica.sub_or_create(manifest::DIGESTS_DIR)?,
+    };
+    let points_gone = || Error::new(Kind::Corrupt, "the directory of the points is gone").path(replica.path());
+    let points = replica.sub(manifest::POINTS_DIR)?.ok_or_else(points_gone)?;
     let why = match DigestFile::open(&digests, disk, &wanted, below.as_ref())? {
         Opened::Ready(file) => return Ok(Some(file)),
         Opened::Behind(mut file) => {

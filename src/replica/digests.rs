@@ -84,16 +84,7 @@ impl DigestFile {
         let name = digests_file(disk);
         let Some(file) = dir.open_mut(&name)? else { return Ok(Opened::Unusable("there is none".into())) };
         let path = dir.join(&name);
-        let mut slots = Vec::new();
-        for place in 0..2 {
-            let mut bytes = [0; SLOT_LEN];
-            match file.read_exact_at(&mut bytes, place * SLOT_STRIDE) {
-                Ok(()) => slots.extend(Slot::decode(&bytes)),
-                Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {}
-                Err(e) => return Err(Error::io("cannot read the digest file", path, e)),
-            }
-        }
-        let Some(slot) = slots.into_iter().max_by_key(|s| s.sequence) else {
+        let Some(slot) = read_slot(&file).map_err(|e| Error::io("cannot read the digest file", &path, e))? else {
             return Ok(Opened::Unusable("neither of its headers can be read".into()));
         };
         let (state, binding) = (slot.state, slot.binding.clone());
@@ -149,6 +140,11 @@ impl DigestFile {
     /// Root of the point it is bound to.
     pub fn root(&self) -> Digest {
         self.slot.binding.root
+    }
+
+    /// Whether nobody began an update since it was opened: for those who read without the lock, after reading.
+    pub fn is_as_opened(&self) -> Result<bool> {
+        Ok(read_slot(&self.file).map_err(|e| self.io("cannot read", e))?.as_ref() == Some(&self.slot))
     }
 
     /// Takes both headers away, so that the next to open it makes it anew. Somebody has found it wrong.
@@ -254,6 +250,20 @@ impl DigestFile {
     }
 }
 
+/// The newer of the slots that are whole.
+fn read_slot(file: &File) -> std::io::Result<Option<Slot>> {
+    let mut slots = Vec::new();
+    for place in 0..2 {
+        let mut bytes = [0; SLOT_LEN];
+        match file.read_exact_at(&mut bytes, place * SLOT_STRIDE) {
+            Ok(()) => slots.extend(Slot::decode(&bytes)),
+            Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(slots.into_iter().max_by_key(|s| s.sequence))
+}
+
 impl NodeSource for &DigestFile {
     fn nodes(&mut self, level: u8, range: Range<u64>) -> Result<Vec<Digest>> {
         DigestFile::nodes(self, level, range)
@@ -292,5 +302,168 @@ impl Slot {
         let root = Digest(bytes[64..96].try_into().expect("32 bytes"));
         let binding = Binding { point, size: DiskSize(u64_at(24)), root };
         (whole && binding.size.0 <= DISK_SIZE_MAX).then_some(Slot { sequence: u64_at(16), state, binding })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::digest::block_digest;
+    use crate::block::tree::RootBuilder;
+    use crate::name::RunId;
+    use std::os::unix::fs::MetadataExt;
+
+    const BLOCKS: u64 = 200;
+    const SIZE: DiskSize = DiskSize(BLOCKS << 16);
+
+    fn vda() -> DiskName {
+        DiskName::new("vda").unwrap()
+    }
+
+    fn temp() -> (tempfile::TempDir, Dir) {
+        let t = tempfile::tempdir().unwrap();
+        let d = Dir::open_root(t.path()).unwrap().unwrap();
+        (t, d)
+    }
+
+    /// `"3a 70b"`: block 3 has content a, block 70 content b; `-` is zero.
+    fn runs(text: &str) -> Vec<Result<Run>> {
+        let one = |item: &str| {
+            let (block, kind) = item.split_at(item.len() - 1);
+            let first = BlockIndex(block.parse().unwrap());
+            match kind {
+                "-" => Ok(Run::Zero { first, count: 1 }),
+                _ => Ok(Run::Digests { first, digests: vec![block_digest(kind.as_bytes())] }),
+            }
+        };
+        text.split_whitespace().map(one).collect()
+    }
+
+    fn binding(seq: u64, content: &str) -> Binding {
+        let mut root = RootBuilder::new(SIZE);
+        for run in runs(content) {
+            if let Run::Digests { first, digests } = run.unwrap() {
+                root.push_block(first, digests[0]);
+            }
+        }
+        Binding { point: PointId::from_parts(seq, &RunId::from_bits(seq)), size: SIZE, root: root.finish() }
+    }
+
+    const ONE: &str = "3a 70b 71c 199d";
+    const CHANGES: &str = "3x 70- 130y";
+    const TWO: &str = "3x 71c 130y 199d";
+
+    fn built(dir: &Dir, seq: u64, content: &str) -> DigestFile {
+        DigestFile::rebuild(dir, &vda(), &binding(seq, content), runs(content).into_iter()).unwrap()
+    }
+
+    fn open(dir: &Dir) -> Opened {
+        DigestFile::open(dir, &vda(), &binding(2, TWO), Some(&binding(1, ONE))).unwrap()
+    }
+
+    fn all_nodes(file: &DigestFile) -> Vec<Vec<Digest>> {
+        (0..4).map(|level| file.nodes(level, 0..BLOCKS + 3).unwrap()).collect()
+    }
+
+    #[test]
+    fn an_update_equals_a_rebuild() {
+        let (_t, dir) = temp();
+        let expected = all_nodes(&built(&dir, 2, TWO));
+        assert!(matches!(open(&dir), Opened::Ready(_)));
+        built(&dir, 1, ONE);
+        let Opened::Behind(mut file) = open(&dir) else { panic!("clean at the point below") };
+        file.update(&binding(2, TWO), runs(CHANGES).into_iter()).unwrap();
+        assert_eq!(all_nodes(&file), expected);
+        let Opened::Ready(again) = open(&dir) else { panic!("updated") };
+        assert_eq!(all_nodes(&again), expected);
+    }
+
+    /// Cut off after any number of nodes, an update is done over and comes out the same.
+    #[test]
+    fn an_update_may_be_done_over() {
+        let (_t, dir) = temp();
+        let expected = all_nodes(&built(&dir, 2, TWO));
+        for done in 0..4 {
+            let mut file = built(&dir, 1, ONE);
+            file.mark(State::Updating, &binding(2, TWO)).unwrap();
+            let cut = runs(CHANGES).into_iter().take(done).chain([Err(Error::new(Kind::Interrupted, "cut off"))]);
+            file.apply(&file, &binding(2, TWO), cut).unwrap_err();
+            for run in runs(CHANGES).into_iter().take(done) {
+                let digest = match run.unwrap() {
+                    Run::Zero { first, .. } => (first, Digest::ZERO),
+                    Run::Digests { first, digests } => (first, digests[0]),
+                };
+                file.write_pending(0, &mut Pending { start: digest.0.0, digests: vec![digest.1] }).unwrap();
+            }
+            let Opened::Behind(mut file) = open(&dir) else { panic!("being updated") };
+            file.update(&binding(2, TWO), runs(CHANGES).into_iter()).unwrap();
+            assert_eq!(all_nodes(&file), expected, "{done}");
+        }
+    }
+
+    #[test]
+    fn a_torn_slot_leaves_the_other() {
+        let (_t, dir) = temp();
+        let mut file = built(&dir, 1, ONE);
+        let clean = file.slot.clone();
+        file.mark(State::Updating, &binding(2, TWO)).unwrap();
+        let place = file.slot.sequence % 2 * SLOT_STRIDE;
+        for torn in [0, 8, 20, 40, 70, 127] {
+            let mut bytes = file.slot.encode();
+            bytes[torn] ^= 1;
+            file.file.write_all_at(&bytes, place).unwrap();
+            assert_eq!(read_slot(&file.file).unwrap(), Some(clean.clone()), "byte {torn}");
+        }
+        file.condemn();
+        assert!(matches!(open(&dir), Opened::Unusable(_)));
+    }
+
+    #[test]
+    fn what_belongs_elsewhere_is_unusable() {
+        let (_t, dir) = temp();
+        for (seq, content) in [(7, ONE), (1, TWO), (2, ONE)] {
+            built(&dir, seq, content);
+            assert!(matches!(open(&dir), Opened::Unusable(_)), "{seq} {content}");
+        }
+    }
+
+    #[test]
+    fn lists_that_lead_elsewhere_are_corruption_and_replace_nothing() {
+        let (_t, dir) = temp();
+        built(&dir, 2, TWO);
+        for bad in ["3a", "3x 71c 130y 199d 200e", "71c 3x 130y 199d"] {
+            let e = DigestFile::rebuild(&dir, &vda(), &binding(2, TWO), runs(bad).into_iter()).err().unwrap();
+            assert_eq!(e.kind(), Kind::Corrupt, "{bad}");
+            assert!(matches!(open(&dir), Opened::Ready(_)));
+        }
+    }
+
+    /// A terabyte that is mostly holes costs what is in it.
+    #[test]
+    fn zeros_are_holes() {
+        let (t, dir) = temp();
+        let size = DiskSize(1 << 40);
+        let mut root = RootBuilder::new(size);
+        let content = [Run::Digests { first: BlockIndex(9_999_999), digests: vec![block_digest(b"x"); 70] }];
+        (9_999_999..).zip([block_digest(b"x"); 70]).for_each(|(b, d)| root.push_block(BlockIndex(b), d));
+        let to = Binding { size, root: root.finish(), ..binding(1, ONE) };
+        let file = DigestFile::rebuild(&dir, &vda(), &to, content.into_iter().map(Ok)).unwrap();
+        assert_eq!(file.nodes(0, 9_999_998..10_000_000).unwrap(), [Digest::ZERO, block_digest(b"x")]);
+        let meta = std::fs::metadata(t.path().join("vda.tree")).unwrap();
+        assert!(meta.len() > 512 << 20 && meta.blocks() * 512 < 128 << 10, "{} of {}", meta.blocks(), meta.len());
+    }
+
+    /// The same bytes stand in docs/formats/replica.md.
+    #[test]
+    fn the_slot_is_what_the_format_says() {
+        let binding =
+            Binding { point: PointId::new("000002-0badcafe").unwrap(), size: DiskSize(0x1234), root: Digest([7; 32]) };
+        let slot = Slot { sequence: 5, state: State::Updating, binding };
+        let bytes = slot.encode();
+        assert_eq!(&bytes[..32], b"VREPTREE\x01\0\0\0\x01\0\0\0\x05\0\0\0\0\0\0\0\x34\x12\0\0\0\0\0\0");
+        assert_eq!(&bytes[32..64], b"000002-0badcafe\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+        assert_eq!(bytes[64..96], [7; 32]);
+        assert_eq!(bytes[96..], *blake3::hash(&bytes[..96]).as_bytes());
+        assert_eq!(Slot::decode(&bytes), Some(slot));
     }
 }

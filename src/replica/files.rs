@@ -207,12 +207,12 @@ impl Dir {
             .map_err(|e| Error::io("cannot rename the file", self.join(from), e.into()))
     }
 
-    /// Makes a finished file read-only and the whole of it, mode included, durable.
+    /// Makes a finished file, durable already, read-only. The mode itself is not worth a sync: a crash that loses it loses
+    /// no data.
     pub fn seal_file(&self, name: &str) -> Result<()> {
         let file = self.open(name)?.ok_or_else(|| self.vanished(name))?;
         rustix::fs::fchmod(&file, Mode::from_raw_mode(SEALED_MODE))
-            .map_err(|e| Error::io("cannot set the mode", self.join(name), e.into()))?;
-        file.sync_all().map_err(|e| Error::io("cannot sync the file", self.join(name), e))
+            .map_err(|e| Error::io("cannot set the mode", self.join(name), e.into()))
     }
 
     /// Space of the file system this directory lies on.

@@ -171,10 +171,13 @@ impl Replica for Store {
             Some(open) => open.head_digests(disk)?,
             None => self.head_digests_unlocked(disk)?,
         };
-        match file {
-            Some(file) => file.nodes(level, range).map_err(|e| e.disk(disk)),
-            None => Ok(vec![Digest::ZERO; count as usize]),
+        let Some(file) = file else { return Ok(vec![Digest::ZERO; count as usize]) };
+        let nodes = file.nodes(level, range).map_err(|e| e.disk(disk))?;
+        // Without the lock a writer may have begun to update the file under our hands.
+        if open.is_none() && !file.is_as_opened()? {
+            return Err(Error::new(Kind::Busy, "the head changed while its digests were read").disk(disk));
         }
+        Ok(nodes)
     }
 
     fn apply(&self, disk: &DiskName, patch_bytes: &[u8]) -> Result<()> {
