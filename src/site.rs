@@ -114,7 +114,7 @@ mod source {
     use crate::replicate::deadman::{self, Charge, Deadman};
     use crate::replicate::report::Report;
     use crate::replicate::settle::PauseGuard;
-    use crate::replicate::{cycle, doctor, plan};
+    use crate::replicate::{cycle, doctor, plan, survey};
     use std::process::Command;
     use std::sync::atomic::AtomicBool;
 
@@ -160,7 +160,7 @@ mod source {
 
         /// What [`Site::sync`] would do. Touches nothing.
         pub fn plan(&self, target: &Connection, request: &Request) -> Result<plan::Plan> {
-            self.with_ports(Some(target), |ports| cycle::plan_only(ports, request))
+            self.with_ports(Some(target), |ports| survey::plan_only(ports, request))
         }
 
         /// Compares the live domain with the head; see [`cycle::compare`].

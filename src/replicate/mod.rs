@@ -15,3 +15,4 @@ pub mod plan;
 pub mod pump;
 pub mod report;
 pub mod settle;
+pub mod survey;

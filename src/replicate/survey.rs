@@ -1,0 +1,76 @@
+//! Finds out what planning needs to know beyond the views: chains, how they will be read, room for overlays.
+//!
+//! Reads headers and file systems; touches nothing. Deciding is [`plan`](super::plan)'s.
+
+use super::cycle::{Ports, Request};
+use super::journal;
+use super::observe;
+use super::offline;
+use super::plan::{Conflict, DiskFacts, Plan, overlay_dir, plan};
+use crate::error::Result;
+use crate::hypervisor::{DiskKind, DiskView, DomainView, Power};
+use crate::image::{Chain, qemu_img};
+use crate::replica::ReplicaView;
+use std::path::Path;
+
+/// Steps 2 and 3 alone: what a run would do. Touches nothing, here or there.
+pub fn plan_only(ports: &Ports, request: &Request) -> Result<Plan> {
+    let domain = observe::find(ports.hypervisor, &request.domain)?;
+    let view = (ports.replica)(&domain.uuid)?.describe()?;
+    let mut plan = make_plan(ports, request, &domain, &view)?;
+    let record = journal::peek(&request.state, &domain.uuid)?;
+    if record.is_some() || domain.record.is_some() {
+        let what = "an earlier run was cut short; the next one settles it first".to_owned();
+        plan.conflicts.retain(|c| !matches!(c, Conflict::StrayOverlay { .. }));
+        plan.notes.push(what);
+    }
+    Ok(plan)
+}
+
+/// Gathers what planning needs to know beyond the views, and plans. Touches nothing.
+pub fn make_plan(ports: &Ports, request: &Request, domain: &DomainView, replica: &ReplicaView) -> Result<Plan> {
+    let facts: Vec<DiskFacts> = domain
+        .disks
+        .iter()
+        .filter(|d| d.kind == DiskKind::Image)
+        .map(|disk| disk_facts(ports, request, domain, disk))
+        .collect();
+    Ok(plan(domain, &facts, replica, request.generation, &request.plan))
+}
+
+fn disk_facts(ports: &Ports, request: &Request, domain: &DomainView, disk: &DiskView) -> DiskFacts {
+    let chain = match (&disk.live, &disk.inactive) {
+        (Some(chain), _) if domain.power != Power::Off => Ok(chain.clone()),
+        (_, Some(top)) => observe::resolve(top).map_err(|e| e.chain()),
+        _ => Err("no image is known for it".to_owned()),
+    };
+    let reader = chain.as_ref().ok().map(|c| (ports.explain_image)(c));
+    let (reader, chain) = match reader {
+        Some(Ok(reader)) => (reader, chain),
+        Some(Err(e)) => (String::new(), Err(e.chain())),
+        None => (String::new(), chain),
+    };
+    let (allocated_bytes, overlay_free_bytes) = match &chain {
+        Ok(chain) => (allocated(chain), free_bytes(&overlay_dir(chain.top(), &request.plan))),
+        Err(_) => (0, None),
+    };
+    DiskFacts { name: disk.name.clone(), chain, allocated_bytes, reader, overlay_free_bytes }
+}
+
+/// Bytes that a chain's images occupy; what cannot be looked at counts with its full size.
+fn allocated(chain: &Chain) -> u64 {
+    chain
+        .0
+        .iter()
+        .map(|layer| match qemu_img::info(&layer.path, layer.format, true) {
+            Ok(info) if !offline::is_block_device(&layer.path) => info.actual_size_bytes,
+            Ok(info) => info.virtual_size.0,
+            Err(_) => u64::MAX / 1024,
+        })
+        .sum()
+}
+
+fn free_bytes(dir: &Path) -> Option<u64> {
+    let s = rustix::fs::statvfs(dir).ok()?;
+    Some(s.f_bavail.saturating_mul(s.f_frsize))
+}
