@@ -252,8 +252,14 @@ impl Hypervisor for LibvirtHypervisor {
     }
 
     fn resume(&self, uuid: &DomainUuid) -> Result<()> {
-        self.on_domain("resume the domain", self.deadlines.standing, Repeat::Again, uuid, |conn, uuid| {
-            Ok(lookup(conn, uuid)?.resume()?)
+        let deadline = self.deadlines.standing;
+        self.on_domain("resume the domain", deadline, Repeat::Again, uuid, |conn, uuid| {
+            let domain = lookup(conn, uuid)?;
+            match domain.resume() {
+                // libvirt refuses to resume what runs.
+                Err(e) if sys::state(&domain)?.0 != c::VIR_DOMAIN_RUNNING => Err(e.into()),
+                _ => Ok(()),
+            }
         })
     }
 
