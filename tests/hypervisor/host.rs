@@ -74,6 +74,12 @@ impl Host {
         self.exec(&["sh", "-c", &format!("kill -{signal} $(cat /run/libvirtd.pid)")]);
     }
 
+    /// Sockets that libvirtd has open: its listeners, QEMUs and clients.
+    pub fn libvirtd_sockets(&self) -> usize {
+        let links = self.exec(&["sh", "-c", "readlink /proc/$(cat /run/libvirtd.pid)/fd/*"]);
+        links.lines().filter(|l| l.starts_with("socket:")).count()
+    }
+
     pub fn virsh(&self, args: &[&str]) -> String {
         self.exec(&[&["virsh", "-q"], args].concat())
     }
