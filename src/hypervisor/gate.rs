@@ -6,9 +6,11 @@
 //!
 //! Invariants
 //! - A caller of [`Gate::call`] is back by its deadline, whatever libvirtd, the network or QEMU do.
-//! - An operation is sent twice only if its [`Repeat`] allows it. If the answer to anything but a query is missing in
-//!   the end, the error is [`Kind::Interrupted`]: it may have taken effect, or may yet, and only observing tells.
-//!   [`Kind::Unavailable`] promises that nothing was changed.
+//! - Work that its caller has left changes nothing any more: before it does, it asks [`Line::about_to_change`]. A freeze
+//!   that hung in a question does not happen minutes later.
+//! - [`Kind::Unavailable`] therefore promises that nothing was changed. [`Kind::Interrupted`] says that the change was
+//!   sent and its answer is missing: it may have taken effect, or may yet, and only observing tells.
+//! - A change is sent twice only if its [`Repeat`] allows it.
 //! - The state's lock is never held over a call to libvirt, and a connection is never closed on a caller's thread.
 //!
 //! A connection has an *epoch*, so that the failure of an old one cannot condemn its successor.
@@ -17,7 +19,8 @@ use super::sys::{self, Event, Registrations};
 use crate::error::{Error, Kind, Result};
 use std::fmt;
 use std::mem;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::ops::Deref;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::thread;
@@ -32,14 +35,11 @@ const CALLS_MAX: usize = 32;
 const KEEPALIVE_INTERVAL_S: i32 = 5;
 const KEEPALIVE_PROBES: u32 = 3;
 
-/// May the gate ask again over a new connection if the answer was lost with the old one?
+/// May a change be sent again over a new connection if its answer was lost with the old one? Questions always may.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Repeat {
-    /// It changes nothing.
-    Query,
-    /// It changes something, and the same once more changes nothing.
-    Again,
-    /// Doing it twice is not doing it once.
+    /// Doing it twice is as good as once, or there is no change at all.
+    Harmless,
     Never,
 }
 
@@ -59,6 +59,8 @@ pub struct Call<'a> {
 pub enum Failure {
     Libvirt(VirtError),
     Ours(Error),
+    /// The caller has left; nobody will read this.
+    Left,
 }
 
 impl From<VirtError> for Failure {
@@ -81,6 +83,54 @@ enum Answer<T> {
     NotOpened(VirtError),
     /// The connection broke before the answer.
     Lost(VirtError),
+}
+
+/// How far the work of a call has come. The caller's leaving and the work's change exclude each other.
+#[derive(Default)]
+struct Progress {
+    stage: AtomicU8,
+    /// Epoch of the connection it uses or waits for.
+    epoch: AtomicU64,
+}
+
+const ASKING: u8 = 0;
+const CHANGING: u8 = 1;
+const LEFT: u8 = 2;
+
+impl Progress {
+    /// The caller leaves. Was the change sent before?
+    fn leave(&self) -> bool {
+        self.stage.swap(LEFT, Ordering::AcqRel) == CHANGING
+    }
+
+    fn is_changing(&self) -> bool {
+        self.stage.load(Ordering::Acquire) == CHANGING
+    }
+}
+
+/// The connection, as the work of one call has it.
+pub struct Line<'a> {
+    connection: &'a Connect,
+    progress: &'a Progress,
+}
+
+impl Line<'_> {
+    /// To be asked right before the first libvirt call that changes anything; an error means: do not.
+    pub fn about_to_change(&self) -> Result<(), Failure> {
+        let stage = |stage| (stage != LEFT).then_some(CHANGING);
+        match self.progress.stage.fetch_update(Ordering::AcqRel, Ordering::Acquire, stage) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Failure::Left),
+        }
+    }
+}
+
+impl Deref for Line<'_> {
+    type Target = Connect;
+
+    fn deref(&self) -> &Connect {
+        self.connection
+    }
 }
 
 /// A connection to one URI that heals itself. Cheap to share; dropping it closes the connection in the background.
@@ -124,12 +174,12 @@ impl Gate {
         })))
     }
 
-    /// Runs `work` with the connection and returns what it returned, or an error by the call's deadline at the latest.
+    /// Runs `work` with a line to libvirt and returns what it returned, or an error by the call's deadline at the latest.
     /// `work` runs wholly on one thread. It must not use this gate.
     pub fn call<T, F>(&self, call: Call<'_>, work: F) -> Result<T>
     where
         T: Send + 'static,
-        F: Fn(&Connect) -> Result<T, Failure> + Send + 'static,
+        F: Fn(&Line<'_>) -> Result<T, Failure> + Send + 'static,
     {
         let until = Instant::now() + call.deadline;
         let Some(permit) = Permit::get(&self.0, until) else {
@@ -141,25 +191,27 @@ impl Gate {
                 ),
             ));
         };
-        let runs_on = Arc::new(AtomicU64::new(0));
+        let progress = Arc::new(Progress::default());
         let (answer, answered) = mpsc::sync_channel(1);
-        let (epoch, repeat) = (Arc::clone(&runs_on), call.repeat);
+        let (its_progress, repeat) = (Arc::clone(&progress), call.repeat);
         let worker = thread::Builder::new()
             .name("libvirt-call".into())
             .spawn(move || {
                 // Nobody listens any more if the deadline passed.
-                let _ = answer.send(permit.0.perform(&epoch, until, repeat, &work));
+                let _ = answer.send(permit.0.perform(&its_progress, until, repeat, &work));
             })
             .map_err(|e| Error::from_io("cannot start a thread for a call to libvirt", e))?;
         match answered.recv_timeout(until.saturating_duration_since(Instant::now())) {
             Ok(Answer::Done(value)) => Ok(value),
             Ok(Answer::Failed(Failure::Ours(e))) => Err(call.place(e)),
             Ok(Answer::Failed(Failure::Libvirt(e))) => Err(call.refused(&e)),
+            Ok(Answer::Failed(Failure::Left)) => unreachable!("only this thread leaves, and it is here"),
             Ok(Answer::NotOpened(e)) => Err(call.not_opened(&e, self.0.uri.as_deref())),
-            Ok(Answer::Lost(e)) => Err(call.lost(&e)),
+            Ok(Answer::Lost(e)) => Err(call.lost(&e, progress.is_changing())),
             Err(RecvTimeoutError::Timeout) => {
-                self.0.condemn(runs_on.load(Ordering::Acquire));
-                Err(call.late())
+                let changing = progress.leave();
+                self.0.condemn(progress.epoch.load(Ordering::Acquire));
+                Err(call.late(changing))
             }
             // Only a panic in `work` drops the sender; it belongs to whoever called.
             Err(RecvTimeoutError::Disconnected) => match worker.join() {
@@ -190,21 +242,22 @@ impl Drop for Gate {
 impl Inner {
     fn perform<T>(
         &self,
-        runs_on: &AtomicU64,
+        progress: &Progress,
         until: Instant,
         repeat: Repeat,
-        work: &impl Fn(&Connect) -> Result<T, Failure>,
+        work: &impl Fn(&Line<'_>) -> Result<T, Failure>,
     ) -> Answer<T> {
-        for last in [repeat == Repeat::Never, true] {
-            let session = match self.session(runs_on, until) {
+        for last in [false, true] {
+            let session = match self.session(&progress.epoch, until) {
                 Ok(session) => session,
+                Err(e) if progress.is_changing() => return Answer::Lost(e),
                 Err(e) => return Answer::NotOpened(e),
             };
-            match work(session.connection()) {
+            match work(&Line { connection: session.connection(), progress }) {
                 Ok(value) => return Answer::Done(value),
                 Err(Failure::Libvirt(e)) if session.is_lost(&e) => {
                     self.condemn(session.epoch);
-                    if last {
+                    if last || repeat == Repeat::Never && progress.is_changing() {
                         return Answer::Lost(e);
                     }
                 }
@@ -411,23 +464,25 @@ impl Call<'_> {
         self.error(kind, format!("cannot connect to libvirt at {name}, to {}", self.what)).source(said(e)).hint(hint)
     }
 
-    fn lost(&self, e: &VirtError) -> Error {
+    fn lost(&self, e: &VirtError, changing: bool) -> Error {
         let what = format!("the connection to libvirt broke when it was to {}", self.what);
-        self.unanswered(what).source(said(e))
+        self.unanswered(what, changing).source(said(e))
     }
 
-    fn late(&self) -> Error {
+    fn late(&self, changing: bool) -> Error {
         let seconds = self.deadline.as_secs_f32();
-        self.unanswered(format!("libvirt did not answer within {seconds:.1} s when it was to {}", self.what)).hint(
-            "libvirtd or the domain's QEMU hangs: look at 'virsh domstate', 'virsh domcontrol' and libvirtd's log",
-        )
+        self.unanswered(format!("libvirt did not answer within {seconds:.1} s when it was to {}", self.what), changing)
+            .hint(
+                "libvirtd or the domain's QEMU hangs: look at 'virsh domstate', 'virsh domcontrol' and libvirtd's log",
+            )
     }
 
     /// The kind tells the caller whether anything may have changed.
-    fn unanswered(&self, what: String) -> Error {
-        match self.repeat {
-            Repeat::Query => self.error(Kind::Unavailable, what),
-            Repeat::Again | Repeat::Never => self.error(Kind::Interrupted, what + "; it may have taken effect"),
+    fn unanswered(&self, what: String, changing: bool) -> Error {
+        if changing {
+            self.error(Kind::Interrupted, what + "; it may have taken effect")
+        } else {
+            self.error(Kind::Unavailable, what)
         }
     }
 }
@@ -566,7 +621,8 @@ mod tests {
     fn one_connection_serves_all_calls() {
         let gate = gate();
         for _ in 0..3 {
-            let name = gate.call(call(Repeat::Query, 5000), |c| Ok(c.lookup_domain_by_name("test")?.name()?)).unwrap();
+            let name =
+                gate.call(call(Repeat::Harmless, 5000), |c| Ok(c.lookup_domain_by_name("test")?.name()?)).unwrap();
             assert_eq!(name, "test");
         }
         assert_eq!(epoch(&gate), 1);
@@ -574,7 +630,7 @@ mod tests {
 
     #[test]
     fn libvirts_no_becomes_a_kind_with_its_words() {
-        let e = gate().call(call(Repeat::Query, 5000), |c| Ok(c.lookup_domain_by_name("nope")?.id())).unwrap_err();
+        let e = gate().call(call(Repeat::Harmless, 5000), |c| Ok(c.lookup_domain_by_name("nope")?.id())).unwrap_err();
         assert_eq!(e.kind(), Kind::NotFound);
         assert!(e.chain().starts_with("domain 'test': cannot try: libvirt: Domain not found"), "{}", e.chain());
         let e = Gate::new(Some("qemu+unix:///system?socket=/nonexistent/socket")).unwrap();
@@ -587,36 +643,60 @@ mod tests {
     #[test]
     fn a_late_call_is_left_behind_with_its_connection() {
         let gate = gate();
-        for (repeat, kind) in [(Repeat::Query, Kind::Unavailable), (Repeat::Never, Kind::Interrupted)] {
+        for (change, kind) in [(false, Kind::Unavailable), (true, Kind::Interrupted)] {
             let (start, before) = (Instant::now(), epoch(&gate));
-            let slow = |_: &Connect| {
-                thread::sleep(Duration::from_millis(600));
+            let slow = move |line: &Line<'_>| {
+                if change {
+                    line.about_to_change()?;
+                }
+                thread::sleep(Duration::from_millis(1500));
                 Ok(())
             };
-            let e = gate.call(call(repeat, 100), slow).unwrap_err();
-            assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
-            assert_eq!(e.kind(), kind);
-            assert_eq!(e.what().contains("may have taken effect"), repeat == Repeat::Never);
-            gate.call(call(Repeat::Query, 5000), |_| Ok(())).unwrap();
+            let e = gate.call(call(Repeat::Never, 500), slow).unwrap_err();
+            assert!(start.elapsed() < Duration::from_millis(1000), "{:?}", start.elapsed());
+            assert_eq!((e.kind(), e.what().contains("may have taken effect")), (kind, change));
+            gate.call(call(Repeat::Never, 5000), |_| Ok(())).unwrap();
             assert_eq!(epoch(&gate), before.max(1) + 1, "the next call opens another connection");
         }
     }
 
+    /// libvirtd hung in a question and comes back: the change that was to follow must not happen then.
     #[test]
-    fn only_what_may_be_repeated_is_repeated() {
-        for (repeat, sent, kind) in [
-            (Repeat::Query, 2, Kind::Unavailable),
-            (Repeat::Again, 2, Kind::Interrupted),
-            (Repeat::Never, 1, Kind::Interrupted),
+    fn work_that_was_left_changes_nothing() {
+        let (release, released) = mpsc::channel::<()>();
+        let (report, reported) = mpsc::channel();
+        let released = Mutex::new(released);
+        let hangs = move |line: &Line<'_>| {
+            let _ = lock(&released).recv();
+            let allowed = line.about_to_change();
+            report.send(allowed.is_ok()).unwrap();
+            allowed
+        };
+        let e = gate().call(call(Repeat::Harmless, 300), hangs).unwrap_err();
+        assert_eq!(e.kind(), Kind::Unavailable);
+        drop(release);
+        assert_eq!(reported.recv_timeout(Duration::from_secs(10)), Ok(false));
+    }
+
+    #[test]
+    fn a_change_is_repeated_only_if_it_may_be() {
+        for (change, repeat, sent, kind) in [
+            (false, Repeat::Harmless, 2, Kind::Unavailable),
+            (false, Repeat::Never, 2, Kind::Unavailable),
+            (true, Repeat::Harmless, 2, Kind::Interrupted),
+            (true, Repeat::Never, 1, Kind::Interrupted),
         ] {
             let (gate, count) = (gate(), Arc::new(AtomicUsize::new(0)));
             let counter = Arc::clone(&count);
-            let work = move |_: &Connect| {
+            let work = move |line: &Line<'_>| {
+                if change {
+                    line.about_to_change()?;
+                }
                 counter.fetch_add(1, Ordering::Relaxed);
                 Err::<(), _>(rpc_error().into())
             };
             let e = gate.call(call(repeat, 5000), work).unwrap_err();
-            assert_eq!((e.kind(), count.load(Ordering::Relaxed)), (kind, sent), "{repeat:?}");
+            assert_eq!((e.kind(), count.load(Ordering::Relaxed)), (kind, sent), "{change} {repeat:?}");
             assert_eq!(epoch(&gate), sent as u64, "each attempt on a connection of its own");
         }
     }
@@ -624,17 +704,17 @@ mod tests {
     #[test]
     fn a_repeated_query_answers() {
         let (gate, count) = (gate(), AtomicUsize::new(0));
-        let work = move |_: &Connect| match count.fetch_add(1, Ordering::Relaxed) {
+        let work = move |_: &Line<'_>| match count.fetch_add(1, Ordering::Relaxed) {
             0 => Err(rpc_error().into()),
             n => Ok(n),
         };
-        assert_eq!(gate.call(call(Repeat::Query, 5000), work).unwrap(), 1);
+        assert_eq!(gate.call(call(Repeat::Harmless, 5000), work).unwrap(), 1);
     }
 
     #[test]
     fn a_closed_connection_is_replaced_before_anything_is_sent() {
         let gate = gate();
-        gate.call(call(Repeat::Query, 5000), |_| Ok(())).unwrap();
+        gate.call(call(Repeat::Harmless, 5000), |_| Ok(())).unwrap();
         match &lock(&gate.0.state).slot {
             Slot::Open(session) => session.closed.store(true, Ordering::Release),
             _ => panic!("not open"),
@@ -650,14 +730,14 @@ mod tests {
         thread::scope(|scope| {
             for _ in 0..CALLS_MAX {
                 let stuck = Arc::clone(&stuck);
-                let work = move |_: &Connect| {
+                let work = move |_: &Line<'_>| {
                     let mut state = lock(&stuck.0);
                     state.0 += 1;
                     stuck.1.notify_all();
                     drop(stuck.1.wait_while(state, |s| !s.1).unwrap());
                     Ok(())
                 };
-                scope.spawn(|| gate.call(call(Repeat::Query, 20_000), work).unwrap());
+                scope.spawn(|| gate.call(call(Repeat::Harmless, 20_000), work).unwrap());
             }
             drop(stuck.1.wait_while(lock(&stuck.0), |s| s.0 < CALLS_MAX).unwrap());
             let e = gate.call(call(Repeat::Never, 50), |_| Ok(())).unwrap_err();
@@ -671,16 +751,16 @@ mod tests {
     #[test]
     #[should_panic(expected = "of the caller")]
     fn a_panic_in_the_work_belongs_to_the_caller() {
-        let _ = gate().call(call(Repeat::Query, 5000), |_| -> Result<(), Failure> { panic!("of the caller") });
+        let _ = gate().call(call(Repeat::Harmless, 5000), |_| -> Result<(), Failure> { panic!("of the caller") });
     }
 
     #[test]
     fn events_wake_those_they_concern() {
         let gate = gate();
         let uuid =
-            gate.call(call(Repeat::Query, 5000), |c| Ok(c.lookup_domain_by_name("test")?.uuid_string()?)).unwrap();
+            gate.call(call(Repeat::Harmless, 5000), |c| Ok(c.lookup_domain_by_name("test")?.uuid_string()?)).unwrap();
         let (mine, other) = (gate.subscribe(&uuid, "vda"), gate.subscribe("another", "vda"));
-        let toggle = |c: &Connect| {
+        let toggle = |c: &Line<'_>| {
             let domain = c.lookup_domain_by_name("test")?;
             domain.suspend()?;
             Ok(domain.resume()?)

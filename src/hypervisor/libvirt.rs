@@ -9,7 +9,7 @@
 //!
 //! Tried with libvirt 9.0 and QEMU 7.2 in tests/hypervisor.rs.
 
-use super::gate::{Call, Failure, Gate, Repeat};
+use super::gate::{Call, Failure, Gate, Line, Repeat};
 use super::sys;
 use super::xml::{self, DiskXml, DomainXml};
 use super::{BlockJob, BlockJobKind, DiskKind, DiskView, DomainView, FreezeDisk, Hypervisor, Power};
@@ -65,7 +65,8 @@ impl LibvirtHypervisor {
 
     pub fn connect_with(uri: Option<&str>, deadlines: Deadlines) -> Result<Self> {
         let this = Self { gate: Gate::new(uri)?, deadlines };
-        let call = Call { what: "ask for its version", domain: None, deadline: deadlines.query, repeat: Repeat::Query };
+        let call =
+            Call { what: "ask for its version", domain: None, deadline: deadlines.query, repeat: Repeat::Harmless };
         this.gate.call(call, |conn| Ok(conn.lib_version()?))?;
         Ok(this)
     }
@@ -74,9 +75,9 @@ impl LibvirtHypervisor {
     fn query<T, F>(&self, what: &'static str, uuid: &DomainUuid, work: F) -> Result<T>
     where
         T: Send + 'static,
-        F: Fn(&Connect, &str) -> Result<T, Failure> + Send + 'static,
+        F: Fn(&Line<'_>, &str) -> Result<T, Failure> + Send + 'static,
     {
-        self.on_domain(what, self.deadlines.query, Repeat::Query, uuid, work)
+        self.on_domain(what, self.deadlines.query, Repeat::Harmless, uuid, work)
     }
 
     fn on_domain<T, F>(
@@ -89,7 +90,7 @@ impl LibvirtHypervisor {
     ) -> Result<T>
     where
         T: Send + 'static,
-        F: Fn(&Connect, &str) -> Result<T, Failure> + Send + 'static,
+        F: Fn(&Line<'_>, &str) -> Result<T, Failure> + Send + 'static,
     {
         let owned = uuid.as_str().to_owned();
         let call = Call { what, domain: Some(uuid.as_str()), deadline, repeat };
@@ -98,7 +99,7 @@ impl LibvirtHypervisor {
 
     fn block_job(&self, uuid: &DomainUuid, disk: &DiskName, deadline: Duration) -> Result<Option<BlockJob>> {
         let name = disk.clone();
-        self.on_domain("ask for the block job", deadline, Repeat::Query, uuid, move |conn, uuid| {
+        self.on_domain("ask for the block job", deadline, Repeat::Harmless, uuid, move |conn, uuid| {
             let domain = lookup(conn, uuid)?;
             let info = sys::block_job_info(&domain, name.as_str())?;
             // Only an active commit becomes ready, and only the XML tells that it is.
@@ -121,7 +122,7 @@ impl Hypervisor for LibvirtHypervisor {
             what: "look up the domain",
             domain: Some(name_uuid_or_id),
             deadline: self.deadlines.query,
-            repeat: Repeat::Query,
+            repeat: Repeat::Harmless,
         };
         self.gate
             .call(call, move |conn| match look_everywhere(conn, wanted.as_str())? {
@@ -135,12 +136,12 @@ impl Hypervisor for LibvirtHypervisor {
     }
 
     fn observe(&self, uuid: &DomainUuid) -> Result<DomainView> {
-        self.query("look at the domain", uuid, view)
+        self.query("look at the domain", uuid, |conn, uuid| view(conn, uuid))
     }
 
     fn list(&self) -> Result<Vec<DomainView>> {
         let deadline = self.deadlines.query;
-        let call = Call { what: "list the domains", domain: None, deadline, repeat: Repeat::Query };
+        let call = Call { what: "list the domains", domain: None, deadline, repeat: Repeat::Harmless };
         let uuids = self.gate.call(call, |conn| {
             let domains = conn.list_all_domains(0)?;
             Ok(domains.iter().map(Domain::uuid_string).collect::<Result<Vec<_>, _>>()?)
@@ -181,6 +182,7 @@ impl Hypervisor for LibvirtHypervisor {
             let flags = c::VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
                 | c::VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
                 | c::VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA;
+            conn.about_to_change()?;
             domain.create_snapshot_xml(&snapshot, flags)?;
             Ok(())
         })
@@ -194,6 +196,7 @@ impl Hypervisor for LibvirtHypervisor {
             check_commit(&live_disk(&live, &name)?.layers, &top, &base, active)?;
             let flags = if active { c::VIR_DOMAIN_BLOCK_COMMIT_ACTIVE } else { 0 };
             let (base, top) = (path_text(&base)?, path_text(&top)?);
+            conn.about_to_change()?;
             Ok(sys::block_commit(&domain, name.as_str(), base, top, flags)?)
         })
         .map_err(|e| e.disk(disk))
@@ -221,16 +224,18 @@ impl Hypervisor for LibvirtHypervisor {
     fn pivot(&self, uuid: &DomainUuid, disk: &DiskName) -> Result<()> {
         let name = disk.clone();
         self.on_domain("pivot", self.deadlines.standing, Repeat::Never, uuid, move |conn, uuid| {
-            let flags = c::VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT;
-            Ok(sys::block_job_abort(&lookup(conn, uuid)?, name.as_str(), flags)?)
+            let domain = lookup(conn, uuid)?;
+            conn.about_to_change()?;
+            Ok(sys::block_job_abort(&domain, name.as_str(), c::VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)?)
         })
         .map_err(|e| e.disk(disk))
     }
 
     fn cancel_job(&self, uuid: &DomainUuid, disk: &DiskName) -> Result<()> {
         let name = disk.clone();
-        self.on_domain("cancel the block job", self.deadlines.change, Repeat::Again, uuid, move |conn, uuid| {
+        self.on_domain("cancel the block job", self.deadlines.change, Repeat::Harmless, uuid, move |conn, uuid| {
             let domain = lookup(conn, uuid)?;
+            conn.about_to_change()?;
             match sys::block_job_abort(&domain, name.as_str(), 0) {
                 Err(e) if sys::block_job_info(&domain, name.as_str())?.is_some() => Err(e.into()),
                 // Without a job libvirt refuses; what was asked for is so.
@@ -241,8 +246,9 @@ impl Hypervisor for LibvirtHypervisor {
     }
 
     fn pause(&self, uuid: &DomainUuid) -> Result<()> {
-        self.on_domain("pause the domain", self.deadlines.standing, Repeat::Again, uuid, |conn, uuid| {
+        self.on_domain("pause the domain", self.deadlines.standing, Repeat::Harmless, uuid, |conn, uuid| {
             let domain = lookup(conn, uuid)?;
+            conn.about_to_change()?;
             match domain.suspend() {
                 // Asleep by its own wish is standing, too, though libvirt refuses to suspend it.
                 Err(e) if sys::state(&domain)?.0 != c::VIR_DOMAIN_PMSUSPENDED => Err(e.into()),
@@ -253,8 +259,9 @@ impl Hypervisor for LibvirtHypervisor {
 
     fn resume(&self, uuid: &DomainUuid) -> Result<()> {
         let deadline = self.deadlines.standing;
-        self.on_domain("resume the domain", deadline, Repeat::Again, uuid, |conn, uuid| {
+        self.on_domain("resume the domain", deadline, Repeat::Harmless, uuid, |conn, uuid| {
             let domain = lookup(conn, uuid)?;
+            conn.about_to_change()?;
             match domain.resume() {
                 // libvirt refuses to resume what runs.
                 Err(e) if sys::state(&domain)?.0 != c::VIR_DOMAIN_RUNNING => Err(e.into()),
@@ -265,7 +272,7 @@ impl Hypervisor for LibvirtHypervisor {
 
     fn set_record(&self, uuid: &DomainUuid, record: Option<&str>) -> Result<()> {
         let element = record.map(xml::record_xml).transpose()?;
-        self.on_domain("store the record", self.deadlines.standing, Repeat::Again, uuid, move |conn, uuid| {
+        self.on_domain("store the record", self.deadlines.standing, Repeat::Harmless, uuid, move |conn, uuid| {
             let mut tries = 0;
             loop {
                 tries += 1;
@@ -274,6 +281,7 @@ impl Hypervisor for LibvirtHypervisor {
                 let config = if domain.is_persistent()? { c::VIR_DOMAIN_AFFECT_CONFIG } else { 0 };
                 let kind = c::VIR_DOMAIN_METADATA_ELEMENT as i32;
                 let (key, ns) = (Some(RECORD_PREFIX), Some(xml::RECORD_NS));
+                conn.about_to_change()?;
                 match domain.set_metadata(kind, element.as_deref(), key, ns, live | config) {
                     Ok(()) => return Ok(()),
                     // To remove what is not there.
@@ -288,7 +296,7 @@ impl Hypervisor for LibvirtHypervisor {
 
     fn redefine(&self, uuid: &DomainUuid, disks: &[(DiskName, Layer)]) -> Result<()> {
         let disks = disks.to_vec();
-        self.on_domain("redefine the domain", self.deadlines.standing, Repeat::Again, uuid, move |conn, uuid| {
+        self.on_domain("redefine the domain", self.deadlines.standing, Repeat::Harmless, uuid, move |conn, uuid| {
             let domain = lookup(conn, uuid)?;
             // To define a transient domain would make it persistent.
             if !domain.is_persistent()? {
@@ -298,6 +306,7 @@ impl Hypervisor for LibvirtHypervisor {
             // With secrets: without them they would be lost.
             let flags = c::VIR_DOMAIN_XML_INACTIVE | c::VIR_DOMAIN_XML_SECURE;
             let new = xml::set_layers(&domain.xml_desc(flags)?, &disks)?;
+            conn.about_to_change()?;
             conn.define_domain_xml(&new)?;
             let stored = xml::parse(&domain.xml_desc(c::VIR_DOMAIN_XML_INACTIVE)?)?;
             for (name, layer) in &disks {
