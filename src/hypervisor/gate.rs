@@ -88,12 +88,12 @@ enum Answer<T> {
 /// How far the work of a call has come. The caller's leaving and the work's change exclude each other.
 #[derive(Default)]
 struct Progress {
+    /// 0, at first: only questions were asked.
     stage: AtomicU8,
     /// Epoch of the connection it uses or waits for.
     epoch: AtomicU64,
 }
 
-const ASKING: u8 = 0;
 const CHANGING: u8 = 1;
 const LEFT: u8 = 2;
 
