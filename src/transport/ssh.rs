@@ -185,10 +185,18 @@ impl Transport for SshTransport {
     }
 
     fn open(&self) -> Result<Channel> {
-        let session = self.session()?;
         let mut words = self.options.agent_command.clone();
         words.extend(["agent".to_owned(), "--root".to_owned(), self.target.root.to_string_lossy().into_owned()]);
-        let started = self.edge.run(self.options.connect_timeout, start(Arc::clone(&session), words));
+        let launch = |session: &Arc<Session>| {
+            self.edge.run(self.options.connect_timeout, start(Arc::clone(session), words.clone()))
+        };
+        let mut session = self.session()?;
+        let mut started = launch(&session);
+        if matches!(started, Some(Err(openssh::Error::Disconnected))) {
+            // It ended between the question and the call, as an idle master may at any moment.
+            session = self.session()?;
+            started = launch(&session);
+        }
         let (child, pipes) = match started {
             Some(Ok(started)) => started,
             Some(Err(error)) => return Err(explain::spawn(&self.target.host, &error)),
