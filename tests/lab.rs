@@ -1,0 +1,14 @@
+//! The lab suite: the whole product on real libvirt, QEMU and sshd, on the two hosts of `tests/lab/lab`.
+//!
+//! `make test-lab` brings the lab up and runs it. Every test is a process of its own, two run at a time on the same two
+//! hosts: a test owns its domain, its files and its store, and nothing else (`support` says how it gets the lab for
+//! itself where it must). After each test the domain runs on its own image and no overlay of ours is left.
+
+#[path = "lab/suite/domain.rs"]
+#[allow(dead_code, reason = "the vocabulary of the tests, whichever of them are compiled")]
+mod domain;
+#[path = "lab/suite/states.rs"]
+mod states;
+#[path = "lab/suite/support.rs"]
+#[allow(dead_code, reason = "the vocabulary of the tests, whichever of them are compiled")]
+mod support;
