@@ -97,6 +97,13 @@ impl LibvirtHypervisor {
         self.gate.call(call, move |conn| work(conn, &owned))
     }
 
+    /// Passes a QMP command to the domain's QEMU and returns the reply's text, which may be an error of QEMU's.
+    pub(super) fn qmp(&self, what: &'static str, uuid: &DomainUuid, command: String) -> Result<String> {
+        self.on_domain(what, self.deadlines.change, Repeat::Never, uuid, move |conn, uuid| {
+            Ok(lookup(conn, uuid)?.qemu_monitor_command(&command, 0)?)
+        })
+    }
+
     fn block_job(&self, uuid: &DomainUuid, disk: &DiskName, deadline: Duration) -> Result<Option<BlockJob>> {
         let name = disk.clone();
         self.on_domain("ask for the block job", deadline, Repeat::Harmless, uuid, move |conn, uuid| {

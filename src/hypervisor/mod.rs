@@ -6,14 +6,18 @@
 //! [`Interrupted`](crate::error::Kind::Interrupted) the change may have taken effect, or may yet: observe.
 
 #[cfg(feature = "libvirt")]
+mod bitmap;
+#[cfg(feature = "libvirt")]
 pub mod gate;
 #[cfg(feature = "libvirt")]
 pub mod libvirt;
 #[cfg(feature = "libvirt")]
 mod sys;
+#[cfg(feature = "libvirt")]
+mod tracking;
 pub mod xml;
 
-use crate::block::DiskSize;
+use crate::block::{ByteRange, DiskSize};
 use crate::error::Result;
 use crate::image::{Chain, Layer};
 use crate::name::{DiskName, DomainName, DomainUuid};
@@ -64,6 +68,39 @@ pub trait Hypervisor: Send + Sync {
 
     /// The definition to keep with a point; `secure` includes secrets (graphics passwords).
     fn definition(&self, uuid: &DomainUuid, inactive: bool, secure: bool) -> Result<String>;
+}
+
+/// Dirty bitmaps of running domains: QEMU's own record of what the guest changed. A bitmap is a hint (I7); whoever
+/// relies on one has looked at its state in the same run.
+pub trait Tracking: Send + Sync {
+    /// The bitmaps of each layer's node in the running QEMU, in the order of `layers`; nothing for a layer it does not have.
+    fn bitmaps(&self, uuid: &DomainUuid, layers: &[Layer]) -> Result<Vec<Vec<BitmapView>>>;
+
+    /// Adds an empty, recording bitmap of one block a bit to every layer, all or none. Persistent on qcow2, where it is
+    /// saved with the image; elsewhere it lives as long as the QEMU process.
+    fn add_bitmap(&self, uuid: &DomainUuid, layers: &[Layer], name: &str) -> Result<()>;
+
+    /// Removes a bitmap; no error if it is not there.
+    fn remove_bitmap(&self, uuid: &DomainUuid, layer: &Layer, name: &str) -> Result<()>;
+
+    /// What each bitmap marks as changed, in order, within the layer's size: answered by the running QEMU. The layers must
+    /// stand still (frozen). Uses QEMU's one NBD server: `Refused` while another program does.
+    fn dirty(&self, uuid: &DomainUuid, wanted: &[(Layer, String)]) -> Result<Vec<Vec<ByteRange>>>;
+}
+
+/// One bitmap as it was seen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BitmapView {
+    pub name: String,
+    /// Bytes marked, in whole granules.
+    pub dirty_bytes: u64,
+    pub granularity_bytes: u64,
+    pub recording: bool,
+    pub persistent: bool,
+    /// Not saved properly by an earlier QEMU: worth nothing.
+    pub inconsistent: bool,
+    /// In use by a block job or export.
+    pub busy: bool,
 }
 
 #[derive(Debug, Clone)]

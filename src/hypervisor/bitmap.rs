@@ -1,0 +1,227 @@
+//! Dirty bitmaps as values: the QMP commands, typed by `qapi`, and the few facts of their replies that are believed.
+//!
+//! Pure: text in, values out. Commands are built from `qapi`'s types; replies are read with structs of our own, tolerant of
+//! what other versions of QEMU add, because `qapi`'s fail on any unknown value.
+
+use crate::error::{Error, Kind, Result};
+use crate::image::{Format, Layer};
+use qapi::qmp::{
+    BlockDirtyBitmap, BlockDirtyBitmapAdd, BlockDirtyBitmapAddWrapper, BlockDirtyBitmapOrStr, BlockExportOptions,
+    BlockExportOptionsBase, BlockExportOptionsNbd, BlockExportOptionsNbdBase, SocketAddressLegacy, TransactionAction,
+    UnixSocketAddress, UnixSocketAddressWrapper,
+};
+use qapi::{Command, Execute, qmp};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
+use std::path::Path;
+
+/// Bytes per bit of our bitmaps: a block.
+pub const GRANULARITY: u32 = crate::block::BLOCK_LEN as u32;
+
+/// One bitmap of one node, as QEMU reports it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BitmapInfo {
+    #[serde(default)]
+    pub name: String,
+    /// Bytes marked as changed, in whole granules.
+    #[serde(rename = "count", default)]
+    pub dirty_bytes: u64,
+    #[serde(rename = "granularity", default)]
+    pub granularity_bytes: u64,
+    #[serde(default)]
+    pub recording: bool,
+    #[serde(default)]
+    pub persistent: bool,
+    #[serde(default)]
+    pub inconsistent: bool,
+    #[serde(default)]
+    pub busy: bool,
+}
+
+impl From<BitmapInfo> for super::BitmapView {
+    fn from(i: BitmapInfo) -> Self {
+        Self {
+            name: i.name,
+            dirty_bytes: i.dirty_bytes,
+            granularity_bytes: i.granularity_bytes,
+            recording: i.recording,
+            persistent: i.persistent,
+            inconsistent: i.inconsistent,
+            busy: i.busy,
+        }
+    }
+}
+
+/// A node of QEMU's block graph, as far as it is needed to find the one behind a layer.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Node {
+    #[serde(default)]
+    pub node_name: Option<String>,
+    #[serde(rename = "drv", default)]
+    pub driver: String,
+    #[serde(default)]
+    pub file: String,
+    #[serde(default)]
+    pub dirty_bitmaps: Vec<BitmapInfo>,
+}
+
+/// The node that interprets `layer`: its format node, or, where libvirt leaves a raw format out, its protocol node.
+pub fn node_of<'a>(nodes: &'a [Node], layer: &Layer) -> Option<&'a Node> {
+    let path = layer.path.to_str()?;
+    let of_driver = |drivers: &[&str]| {
+        nodes.iter().find(|n| n.node_name.is_some() && n.file == path && drivers.contains(&n.driver.as_str()))
+    };
+    match layer.format {
+        Format::Qcow2 => of_driver(&["qcow2"]),
+        Format::Raw => of_driver(&["raw"]).or_else(|| of_driver(&["file", "host_device"])),
+    }
+}
+
+pub fn query_nodes() -> String {
+    serialise(qmp::query_named_block_nodes { flat: Some(true) })
+}
+
+/// Adds a bitmap to each node, all or none.
+pub fn add(nodes: &[(String, bool)], name: &str) -> String {
+    let actions = nodes
+        .iter()
+        .map(|(node, persistent)| {
+            TransactionAction::block_dirty_bitmap_add(BlockDirtyBitmapAddWrapper {
+                data: BlockDirtyBitmapAdd {
+                    node: node.clone(),
+                    name: name.to_owned(),
+                    granularity: Some(GRANULARITY),
+                    persistent: Some(*persistent),
+                    disabled: None,
+                },
+            })
+        })
+        .collect();
+    serialise(qmp::transaction { properties: None, actions })
+}
+
+pub fn remove(node: &str, name: &str) -> String {
+    serialise(qmp::block_dirty_bitmap_remove(BlockDirtyBitmap { node: node.to_owned(), name: name.to_owned() }))
+}
+
+/// Starts QEMU's own NBD server on a unix socket.
+pub fn start_server(socket: &Path) -> Result<String> {
+    let path = socket.to_str().ok_or_else(|| Error::new(Kind::Usage, "the path is not UTF-8").path(socket))?;
+    let data = UnixSocketAddress { path: path.to_owned(), abstract_: None, tight: None };
+    Ok(serialise(qmp::nbd_server_start {
+        addr: SocketAddressLegacy::unix(UnixSocketAddressWrapper { data }),
+        tls_authz: None,
+        tls_creds: None,
+        max_connections: None,
+    }))
+}
+
+pub fn stop_server() -> String {
+    serialise(qmp::nbd_server_stop {})
+}
+
+/// Offers a node for reading, with one of its bitmaps as a metadata context.
+pub fn export(id: &str, node: &str, bitmap: &str) -> String {
+    let base = BlockExportOptionsBase {
+        id: id.to_owned(),
+        node_name: node.to_owned(),
+        writable: Some(false),
+        writethrough: None,
+        fixed_iothread: None,
+        iothread: None,
+    };
+    let nbd = BlockExportOptionsNbd {
+        base: BlockExportOptionsNbdBase { name: Some(id.to_owned()), description: None },
+        allocation_depth: None,
+        bitmaps: Some(vec![BlockDirtyBitmapOrStr::local(bitmap.to_owned())]),
+    };
+    serialise(qmp::block_export_add(BlockExportOptions::nbd { base, nbd }))
+}
+
+fn serialise<C: Command>(command: C) -> String {
+    serde_json::to_string(&Execute::<C, u32>::with_command(command)).expect("a QMP command is plain data")
+}
+
+/// Reads a reply. libvirt hands QMP errors through as text: they become `Refused` here.
+pub fn reply<T: DeserializeOwned>(text: &str) -> Result<T> {
+    #[derive(Deserialize)]
+    struct Envelope<'a> {
+        #[serde(rename = "return", borrow)]
+        value: Option<&'a RawValue>,
+        error: Option<QmpError>,
+    }
+    #[derive(Deserialize)]
+    struct QmpError {
+        #[serde(default)]
+        desc: String,
+    }
+    let odd = |e| Error::new(Kind::Protocol, "QEMU's reply cannot be understood").source(e);
+    let envelope: Envelope = serde_json::from_str(text).map_err(odd)?;
+    match (envelope.value, envelope.error) {
+        (_, Some(e)) => Err(Error::new(Kind::Refused, format!("QEMU refused: {}", e.desc))),
+        (Some(value), None) => serde_json::from_str(value.get()).map_err(odd),
+        (None, None) => Err(Error::new(Kind::Protocol, "QEMU's reply has neither a value nor an error")),
+    }
+}
+
+/// A reply whose value does not matter.
+pub fn done(text: &str) -> Result<()> {
+    reply::<serde_json::Value>(text).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NODES: &str = r#"{"return":[
+        {"node-name":"libvirt-2-format","drv":"qcow2","file":"/pool/a.qcow2","new-in-qemu-99":{"x":1},
+         "dirty-bitmaps":[{"name":"vr-1-2","recording":true,"persistent":true,"busy":false,"granularity":65536,"count":131072},
+                          {"name":"theirs","recording":true,"persistent":true,"inconsistent":true,"granularity":65536,"count":0}]},
+        {"node-name":"libvirt-2-storage","drv":"file","file":"/pool/a.qcow2"},
+        {"node-name":"libvirt-1-format","drv":"raw","file":"/dev/vg/b"},
+        {"node-name":"libvirt-1-storage","drv":"host_device","file":"/dev/vg/b"},
+        {"node-name":"libvirt-3-storage","drv":"file","file":"/pool/c.raw"}],"id":"libvirt-9"}"#;
+
+    fn layer(path: &str, format: Format) -> Layer {
+        Layer { path: path.into(), format, block_device: false, data_file: None }
+    }
+
+    #[test]
+    fn the_node_behind_a_layer_is_its_format_node_where_there_is_one() {
+        let nodes: Vec<Node> = reply(NODES).unwrap();
+        let name = |path, format| node_of(&nodes, &layer(path, format)).and_then(|n| n.node_name.as_deref());
+        assert_eq!(name("/pool/a.qcow2", Format::Qcow2), Some("libvirt-2-format"));
+        assert_eq!(name("/dev/vg/b", Format::Raw), Some("libvirt-1-format"));
+        assert_eq!(name("/pool/c.raw", Format::Raw), Some("libvirt-3-storage"));
+        assert_eq!(name("/pool/c.raw", Format::Qcow2), None);
+        assert_eq!(nodes[0].dirty_bitmaps[0].dirty_bytes, 131072);
+        assert!(nodes[0].dirty_bitmaps[1].inconsistent);
+    }
+
+    #[test]
+    fn refusals_are_errors_although_libvirt_calls_them_replies() {
+        let e = done(r#"{"error":{"class":"GenericError","desc":"Bitmap already exists: x"},"id":"libvirt-1"}"#)
+            .unwrap_err();
+        assert_eq!(e.kind(), Kind::Refused);
+        assert!(e.what().contains("Bitmap already exists"), "{e}");
+        assert!(done(r#"{"return":{},"id":"libvirt-1"}"#).is_ok());
+        assert_eq!(done("{}").unwrap_err().kind(), Kind::Protocol);
+        assert_eq!(done("what").unwrap_err().kind(), Kind::Protocol);
+    }
+
+    #[test]
+    fn commands_are_what_qemu_reads() {
+        assert_eq!(
+            add(&[("n1".into(), true)], "vr-a-b"),
+            r#"{"execute":"transaction","arguments":{"actions":[{"type":"block-dirty-bitmap-add","data":{"granularity":65536,"name":"vr-a-b","node":"n1","persistent":true}}]}}"#
+        );
+        assert_eq!(
+            remove("n1", "vr-a-b"),
+            r#"{"execute":"block-dirty-bitmap-remove","arguments":{"name":"vr-a-b","node":"n1"}}"#
+        );
+        assert!(export("e", "n1", "b").contains(r#""bitmaps":["b"]"#));
+    }
+}

@@ -1,0 +1,121 @@
+//! [`Tracking`] on libvirt: QMP through the same gate as every other call, and QEMU's own NBD server for what is dirty.
+//!
+//! Tried with libvirt 9.0 and QEMU 7.2: libvirt copies persistent bitmaps into an overlay and merges them back at its
+//! commit, and the frozen node can be exported read-only with its bitmap while the guest writes to the overlay.
+
+use super::bitmap::{self, Node};
+use super::libvirt::LibvirtHypervisor;
+use super::{BitmapView, Hypervisor, Tracking};
+use crate::block::ByteRange;
+use crate::error::{Error, Kind, Result};
+use crate::image::nbd::{NbdImage, bitmap_context};
+use crate::image::{Format, Image, Layer};
+use crate::name::DomainUuid;
+use std::path::PathBuf;
+
+/// Name of our socket in the domain's private directory; seen there, a server left behind by a run of ours is known.
+const SOCKET: &str = "virt-replica.sock";
+
+/// Where libvirt keeps a running domain's private directory `domain-ID-NAME`: QEMU may create sockets there, whatever
+/// user and confinement it runs under.
+const PRIVATE_DIRS: &str = "/var/lib/libvirt/qemu";
+
+impl Tracking for LibvirtHypervisor {
+    fn bitmaps(&self, uuid: &DomainUuid, layers: &[Layer]) -> Result<Vec<Vec<BitmapView>>> {
+        let nodes = self.nodes(uuid)?;
+        let of = |layer| bitmap::node_of(&nodes, layer).map(|n| n.dirty_bitmaps.clone()).unwrap_or_default();
+        Ok(layers.iter().map(|layer| of(layer).into_iter().map(BitmapView::from).collect()).collect())
+    }
+
+    fn add_bitmap(&self, uuid: &DomainUuid, layers: &[Layer], name: &str) -> Result<()> {
+        let nodes = self.nodes(uuid)?;
+        let mut targets = Vec::with_capacity(layers.len());
+        for layer in layers {
+            targets.push((node_name(&nodes, layer)?.to_owned(), layer.format == Format::Qcow2));
+        }
+        bitmap::done(&self.qmp("add dirty bitmaps", uuid, bitmap::add(&targets, name))?)?;
+        // QEMU has said yes to bitmaps that were not there afterwards: what counts is what it reports.
+        for (layer, seen) in layers.iter().zip(self.bitmaps(uuid, layers)?) {
+            if !seen.iter().any(|b| b.name == name && b.recording && !b.inconsistent) {
+                return Err(Error::new(Kind::Refused, format!("the bitmap {name} was added and is not there"))
+                    .path(&layer.path));
+            }
+        }
+        Ok(())
+    }
+
+    fn remove_bitmap(&self, uuid: &DomainUuid, layer: &Layer, name: &str) -> Result<()> {
+        let nodes = self.nodes(uuid)?;
+        let Some(node) = bitmap::node_of(&nodes, layer) else { return Ok(()) };
+        if !node.dirty_bitmaps.iter().any(|b| b.name == name) {
+            return Ok(());
+        }
+        let node = node_name(&nodes, layer)?;
+        bitmap::done(&self.qmp("remove a dirty bitmap", uuid, bitmap::remove(node, name))?)
+            .map_err(|e| e.path(&layer.path))
+    }
+
+    fn dirty(&self, uuid: &DomainUuid, wanted: &[(Layer, String)]) -> Result<Vec<Vec<ByteRange>>> {
+        let socket = self.private_dir(uuid)?.join(SOCKET);
+        // A server of ours that a killed run left behind; another program's has another socket, and stays.
+        if socket.exists() {
+            let _ = self.qmp("stop our export", uuid, bitmap::stop_server())?;
+            let _ = std::fs::remove_file(&socket);
+        }
+        bitmap::done(&self.qmp("start an export", uuid, bitmap::start_server(&socket)?)?)?;
+        let answer = self.exported(uuid, wanted, &socket);
+        let stopped = self.qmp("stop our export", uuid, bitmap::stop_server()).and_then(|r| bitmap::done(&r));
+        let _ = std::fs::remove_file(&socket);
+        let answer = answer?;
+        stopped?;
+        Ok(answer)
+    }
+}
+
+impl LibvirtHypervisor {
+    fn nodes(&self, uuid: &DomainUuid) -> Result<Vec<Node>> {
+        bitmap::reply(&self.qmp("ask for the block nodes", uuid, bitmap::query_nodes())?)
+    }
+
+    fn exported(
+        &self,
+        uuid: &DomainUuid,
+        wanted: &[(Layer, String)],
+        socket: &std::path::Path,
+    ) -> Result<Vec<Vec<ByteRange>>> {
+        let nodes = self.nodes(uuid)?;
+        let mut answers = Vec::with_capacity(wanted.len());
+        for (at, (layer, name)) in wanted.iter().enumerate() {
+            let id = format!("virt-replica-{at}");
+            let node = node_name(&nodes, layer)?;
+            bitmap::done(&self.qmp("export a bitmap", uuid, bitmap::export(&id, node, name))?)
+                .map_err(|e| e.path(&layer.path))?;
+            let image = NbdImage::connect(socket, &id, &[bitmap_context(name)], 1)?;
+            answers.push(image.dirty(name, image.size().range())?);
+        }
+        Ok(answers)
+    }
+
+    /// The running domain's private directory. `NotFound` if libvirt keeps it elsewhere or runs on another host.
+    fn private_dir(&self, uuid: &DomainUuid) -> Result<PathBuf> {
+        let domain = self.observe(uuid)?;
+        let id = domain.id.ok_or_else(|| Error::new(Kind::NotFound, "the domain does not run"))?;
+        let prefix = format!("domain-{id}-");
+        let found = std::fs::read_dir(PRIVATE_DIRS)
+            .ok()
+            .into_iter()
+            .flatten()
+            .filter_map(|e| e.ok())
+            .find(|e| e.file_name().to_str().is_some_and(|n| n.starts_with(&prefix)));
+        found.map(|e| e.path()).ok_or_else(|| {
+            Error::new(Kind::NotFound, format!("there is no directory {prefix}* of the running domain"))
+                .path(PRIVATE_DIRS)
+        })
+    }
+}
+
+fn node_name<'a>(nodes: &'a [Node], layer: &Layer) -> Result<&'a str> {
+    bitmap::node_of(nodes, layer)
+        .and_then(|n| n.node_name.as_deref())
+        .ok_or_else(|| Error::new(Kind::NotFound, "the running QEMU has no node for this image").path(&layer.path))
+}
