@@ -13,7 +13,7 @@ use std::process::Command;
 use virt_replica::block::digest::Digest;
 use virt_replica::block::{BLOCK_LEN, DiskSize};
 use virt_replica::error::Kind;
-use virt_replica::name::{DiskName, Generation};
+use virt_replica::name::{DiskName, Generation, PointId};
 use virt_replica::replica::store::{Store, list};
 use virt_replica::replica::{Attachment, BeginDisk, NODES_MAX, Replica};
 
@@ -53,7 +53,8 @@ fn every_point_keeps_its_content_through_random_histories() {
 fn random_history(rng: &mut Rng) {
     let lab = Lab::new();
     let store = lab.store();
-    let mut history: Vec<(virt_replica::name::PointId, Vec<(String, Vec<u8>)>)> = Vec::new();
+    type Model = Vec<(String, Vec<u8>)>;
+    let mut history: Vec<(PointId, Model)> = Vec::new();
     for n in 1..=8 {
         let before = history.last().map(|(_, disks)| disks.clone()).unwrap_or_default();
         let mut disks = Vec::new();
@@ -229,6 +230,33 @@ fn a_rotten_node_fails_one_run_and_no_other() {
     store.abandon().unwrap();
     sync(&store, 3, Some(&first), &[("vda", Some(&disk), &new)]);
     assert_nodes(&store, "vda", &new);
+}
+
+/// Pieces are laid over the head's own block: if that one rotted, the head is named, not the patch.
+#[test]
+fn a_rotten_block_under_pieces_is_not_blamed_on_the_patch() {
+    let lab = Lab::new();
+    let store = lab.store();
+    let disk = content(MIB, &[(0, 3)]);
+    let first = sync(&store, 1, None, &[("vda", None, &disk)]);
+    let image = &first.disks[0].image;
+    flip(image, find(image, &disk[BLOCK_LEN + 8192..][..4096]));
+    let mut new = disk.clone();
+    new[BLOCK_LEN + 5] ^= 1;
+    store.begin(&begin(2, Some(first.id.clone()), &[("vda", MIB, false)])).unwrap();
+    let e = store.apply(&DiskName::new("vda").unwrap(), &patch("vda", Some(&disk), &new, true)).unwrap_err();
+    assert!(e.to_string().contains("block 1 of the head is not what was sealed"), "{e}");
+    assert_eq!(e.context().point.as_deref(), Some(first.id.as_str()));
+}
+
+#[test]
+fn a_replica_that_cannot_be_read_does_not_hide_the_others() {
+    let lab = Lab::new();
+    sync(&lab.store(), 1, None, &[("vda", None, &content(MIB, &[(0, 3)]))]);
+    let other = lab.root().join("replicas/ffffffff-0000-4000-8000-000000000001");
+    std::fs::create_dir(&other).unwrap();
+    std::fs::write(other.join("manifest.json"), "{").unwrap();
+    assert_eq!(list(lab.root()).unwrap().len(), 1);
 }
 
 #[test]

@@ -13,7 +13,7 @@ use super::files::Dir;
 use super::manifest::{DISK_SIZE_MAX, backing_reference, changes_file, image_file};
 use super::reserve::Reservation;
 use crate::block::changes::{ChangesHeader, ChangesWriter};
-use crate::block::digest::Digest;
+use crate::block::digest::{Digest, block_digest};
 use crate::block::tree::{ChangedNode, NodeSource, TreeUpdate, ZeroNodes};
 use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize};
 use crate::error::{Error, Kind, Result};
@@ -133,10 +133,9 @@ impl DiskWriter {
                 }
                 Item::Pieces { block, digest, mask, bytes } => {
                     // A block comes once in a patch, so that what is read here is the head's.
-                    let mut whole = vec![0; block.bytes(self.size).len() as usize];
-                    self.image()?.read_at(block.offset(), &mut whole)?;
+                    let mut whole = self.head_block(block)?;
                     mask.scatter(&bytes, &mut whole);
-                    patch::check_block(block, &whole, digest)?;
+                    patch::check_block(block, &whole, digest).map_err(|e| self.blame(block, e))?;
                     self.write(block, digest, &whole)?;
                 }
                 Item::Zero { first, count } => self.zero(first, count)?,
@@ -262,6 +261,26 @@ impl DiskWriter {
             Some(list) => list.push(block, digest),
             None => Err(self.failed()),
         }
+    }
+
+    fn head_block(&self, block: BlockIndex) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; block.bytes(self.size).len() as usize];
+        self.image()?.read_at(block.offset(), &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Pieces laid over a block did not give what the patch promises: whether the fault is the block's.
+    fn blame(&self, block: BlockIndex, patch_error: Error) -> Error {
+        let Some((point, head)) = &self.below else { return patch_error };
+        let sealed = head.nodes(0, block.0..block.0 + 1).ok().and_then(|nodes| nodes.first().copied());
+        let stored = self.head_block(block).ok().map(|bytes| block_digest(&bytes));
+        if head.size() != self.size || sealed == stored {
+            return patch_error;
+        }
+        Error::new(Kind::Corrupt, format!("block {} of the head is not what was sealed", block.0))
+            .point(point)
+            .offset(block.offset())
+            .hint("verify the head; what is damaged there has to be sent again, from nothing")
     }
 
     /// The source may be wrong, or the digests that it was compared with. They cost little to make anew, and wrong ones

@@ -32,14 +32,14 @@ pub(super) struct OpenPoint {
     points: Dir,
     dir: Dir,
     heads: BTreeMap<DiskName, Arc<DigestFile>>,
-    disks: BTreeMap<DiskName, Mutex<DiskWriter>>,
+    disks: Disks,
     attached: Mutex<BTreeMap<Attachment, Attached>>,
     reservation: Arc<Reservation>,
     _lock: WriterLock,
 }
 
 impl OpenPoint {
-    /// Creates the point's directory, its images and its reservation. What is left behind by an error is rubbish.
+    /// Creates the point's directory, its images and its reservation.
     pub fn begin(
         lock: WriterLock,
         replica: Dir,
@@ -47,8 +47,8 @@ impl OpenPoint {
         manifest: Manifest,
         request: &BeginPoint,
     ) -> Result<Self> {
-        let reserve = request.disks.iter().any(|d| d.reserve_bytes > 0);
         let need_bytes = Reservation::check(points.space()?, &request.disks)?;
+        let reserve_bytes = if request.disks.iter().any(|d| d.reserve_bytes > 0) { need_bytes } else { 0 };
         let mut heads = BTreeMap::new();
         for disk in request.disks.iter().filter(|d| !d.fresh) {
             let head = chain::mend_head_digests(&replica, &manifest, &disk.name).map_err(|e| e.disk(&disk.name))?;
@@ -56,15 +56,15 @@ impl OpenPoint {
         }
         let id = PointId::from_parts(manifest.next_seq(), &request.run);
         let dir = points.sub_or_create(id.as_str())?;
-        let reservation = Arc::new(Reservation::hold(&dir, if reserve { need_bytes } else { 0 })?);
-        let mut disks = BTreeMap::new();
-        for disk in &request.disks {
-            let below = heads.get(&disk.name).and_then(|file| Some((manifest.head()?.id.clone(), file.clone())));
-            let writer = DiskWriter::create(&dir, disk, &request.uuid, below, &reservation);
-            disks.insert(disk.name.clone(), Mutex::new(writer.map_err(|e| e.disk(&disk.name))?));
-        }
-        // step 5a
-        crate::failpoint!("5a");
+        let below =
+            |name: &DiskName| heads.get(name).and_then(|file| Some((manifest.head()?.id.clone(), file.clone())));
+        let filled = fill(&dir, request, reserve_bytes, below);
+        let (reservation, disks) = filled.inspect_err(|_| {
+            // What was reserved is missing elsewhere until the next run.
+            if let Err(e) = points.remove_all(id.as_str()) {
+                tracing::warn!(point = %id, error = %e.chain(), "cannot remove what was begun");
+            }
+        })?;
         Ok(Self {
             id,
             poison: Poison::default(),
@@ -239,6 +239,27 @@ impl OpenPoint {
         crate::failpoint!("6e");
         Ok(())
     }
+}
+
+type Disks = BTreeMap<DiskName, Mutex<DiskWriter>>;
+type Below = (PointId, Arc<DigestFile>);
+
+/// Reserves the space and creates the images in a new point's directory.
+fn fill(
+    dir: &Dir,
+    request: &BeginPoint,
+    reserve_bytes: u64,
+    below: impl Fn(&DiskName) -> Option<Below>,
+) -> Result<(Arc<Reservation>, Disks)> {
+    let reservation = Arc::new(Reservation::hold(dir, reserve_bytes)?);
+    let mut disks = Disks::new();
+    for disk in &request.disks {
+        let writer = DiskWriter::create(dir, disk, &request.uuid, below(&disk.name), &reservation);
+        disks.insert(disk.name.clone(), Mutex::new(writer.map_err(|e| e.disk(&disk.name))?));
+    }
+    // step 5a
+    crate::failpoint!("5a");
+    Ok((reservation, disks))
 }
 
 /// The first error of an open point, for every call after it.

@@ -57,11 +57,6 @@ impl Store {
         self.root.join(REPLICAS_DIR).join(self.uuid.as_str())
     }
 
-    /// Whether this `Store` holds an open point, and with it the lock.
-    pub fn has_open_point(&self) -> bool {
-        self.open.lock().expect("no code panics with this lock").is_some()
-    }
-
     fn replica_dir(&self) -> Result<Option<Dir>> {
         let Some(root) = Dir::open_root(&self.root)? else { return Ok(None) };
         let Some(replicas) = root.sub(REPLICAS_DIR)? else { return Ok(None) };
@@ -82,7 +77,7 @@ impl Store {
 }
 
 /// Every replica in the store at `root` that has a point, in the order of the domains' names. One that cannot be read is
-/// an error, naming it: to leave it out would say that it is not there.
+/// left out with a warning: on the day when another domain has to be brought up, it must not be in the way.
 pub fn list(root: &Path) -> Result<Vec<(DomainUuid, DomainName, ReplicaView)>> {
     let Some(replicas) = Dir::open_root(root)?.map(|r| r.sub(REPLICAS_DIR)).transpose()?.flatten() else {
         return Ok(Vec::new());
@@ -90,15 +85,20 @@ pub fn list(root: &Path) -> Result<Vec<(DomainUuid, DomainName, ReplicaView)>> {
     let mut found = Vec::new();
     for name in replicas.entries()? {
         let Ok(uuid) = DomainUuid::new(name) else { continue };
-        let Some(dir) = replicas.sub(uuid.as_str())? else { continue };
-        if let Some(manifest) = read_manifest(&dir, &uuid)? {
-            let domain = manifest.name.clone();
-            let view = Store::open(root, &uuid, Timestamp::now)?.describe()?;
-            found.push((uuid, domain, view));
+        match describe_named(root, &replicas, &uuid) {
+            Ok(Some((domain, view))) => found.push((uuid, domain, view)),
+            Ok(None) => {}
+            Err(e) => tracing::warn!(%uuid, error = %e.chain(), "a replica cannot be read"),
         }
     }
     found.sort_by(|a, b| (&a.1, &a.0).cmp(&(&b.1, &b.0)));
     Ok(found)
+}
+
+fn describe_named(root: &Path, replicas: &Dir, uuid: &DomainUuid) -> Result<Option<(DomainName, ReplicaView)>> {
+    let Some(dir) = replicas.sub(uuid.as_str())? else { return Ok(None) };
+    let Some(manifest) = read_manifest(&dir, uuid)? else { return Ok(None) };
+    Ok(Some((manifest.name, Store::open(root, uuid, Timestamp::now)?.describe()?)))
 }
 
 /// The manifest in a replica's directory; `None` if nothing was ever sealed there.

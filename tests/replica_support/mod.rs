@@ -153,8 +153,11 @@ pub fn seal(disks: &[(&str, &[u8])]) -> SealPoint {
     }
 }
 
-/// A whole run: (disk, old, new) of each disk.
-pub fn sync(store: &Store, run: u64, head: Option<&PointView>, disks: &[(&str, Option<&[u8]>, &[u8])]) -> PointView {
+/// A disk, its content before (nothing: `None`) and after.
+pub type Step<'a> = (&'a str, Option<&'a [u8]>, &'a [u8]);
+
+/// A whole run.
+pub fn sync(store: &Store, run: u64, head: Option<&PointView>, disks: &[Step]) -> PointView {
     let begun: Vec<_> = disks.iter().map(|(name, _, new)| (*name, new.len(), false)).collect();
     store.begin(&begin(run, head.map(|h| h.id.clone()), &begun)).unwrap();
     disks.iter().for_each(|(name, old, new)| send(store, name, *old, new));
