@@ -8,8 +8,8 @@
 //! - A caller of [`Gate::call`] is back by its deadline, whatever libvirtd, the network or QEMU do.
 //! - Work that its caller has left changes nothing any more: before it does, it asks [`Line::about_to_change`]. A freeze
 //!   that hung in a question does not happen minutes later.
-//! - [`Kind::Unavailable`] therefore promises that nothing was changed. [`Kind::Interrupted`] says that the change was
-//!   sent and its answer is missing: it may have taken effect, or may yet, and only observing tells.
+//! - A missing answer is [`Kind::Unavailable`], never [`Kind::Interrupted`]: that one ends a run, this one makes it observe
+//!   again and go on from what it finds. The text says if the change had been sent and may have taken effect, or may yet.
 //! - A change is sent twice only if its [`Repeat`] allows it.
 //! - The state's lock is never held over a call to libvirt, and a connection is never closed on a caller's thread.
 //!
@@ -477,13 +477,9 @@ impl Call<'_> {
             )
     }
 
-    /// The kind tells the caller whether anything may have changed.
     fn unanswered(&self, what: String, changing: bool) -> Error {
-        if changing {
-            self.error(Kind::Interrupted, what + "; it may have taken effect")
-        } else {
-            self.error(Kind::Unavailable, what)
-        }
+        let doubt = if changing { "; it may have taken effect" } else { "" };
+        self.error(Kind::Unavailable, what + doubt)
     }
 }
 
@@ -643,7 +639,7 @@ mod tests {
     #[test]
     fn a_late_call_is_left_behind_with_its_connection() {
         let gate = gate();
-        for (change, kind) in [(false, Kind::Unavailable), (true, Kind::Interrupted)] {
+        for change in [false, true] {
             let (start, before) = (Instant::now(), epoch(&gate));
             let slow = move |line: &Line<'_>| {
                 if change {
@@ -654,7 +650,7 @@ mod tests {
             };
             let e = gate.call(call(Repeat::Never, 500), slow).unwrap_err();
             assert!(start.elapsed() < Duration::from_millis(1000), "{:?}", start.elapsed());
-            assert_eq!((e.kind(), e.what().contains("may have taken effect")), (kind, change));
+            assert_eq!((e.kind(), e.what().contains("may have taken effect")), (Kind::Unavailable, change));
             gate.call(call(Repeat::Never, 5000), |_| Ok(())).unwrap();
             assert_eq!(epoch(&gate), before.max(1) + 1, "the next call opens another connection");
         }
@@ -680,11 +676,11 @@ mod tests {
 
     #[test]
     fn a_change_is_repeated_only_if_it_may_be() {
-        for (change, repeat, sent, kind) in [
-            (false, Repeat::Harmless, 2, Kind::Unavailable),
-            (false, Repeat::Never, 2, Kind::Unavailable),
-            (true, Repeat::Harmless, 2, Kind::Interrupted),
-            (true, Repeat::Never, 1, Kind::Interrupted),
+        for (change, repeat, sent) in [
+            (false, Repeat::Harmless, 2),
+            (false, Repeat::Never, 2),
+            (true, Repeat::Harmless, 2),
+            (true, Repeat::Never, 1),
         ] {
             let (gate, count) = (gate(), Arc::new(AtomicUsize::new(0)));
             let counter = Arc::clone(&count);
@@ -696,7 +692,8 @@ mod tests {
                 Err::<(), _>(rpc_error().into())
             };
             let e = gate.call(call(repeat, 5000), work).unwrap_err();
-            assert_eq!((e.kind(), count.load(Ordering::Relaxed)), (kind, sent), "{change} {repeat:?}");
+            assert_eq!((e.kind(), count.load(Ordering::Relaxed)), (Kind::Unavailable, sent), "{change} {repeat:?}");
+            assert_eq!(e.what().contains("may have taken effect"), change, "{e}");
             assert_eq!(epoch(&gate), sent as u64, "each attempt on a connection of its own");
         }
     }

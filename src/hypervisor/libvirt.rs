@@ -5,7 +5,7 @@
 //!   if base lies directly below top, a definition is written only for a domain that has one.
 //! - A block job counts as ready by libvirt's own word only. 100 % is not ready, and ready is not equal: while the vCPUs
 //!   run, READY only means that a pivot will succeed (docs/replication.md, step 7).
-//! - After [`Kind::Interrupted`] nothing is known about the verb's effect: observe.
+//! - After [`Kind::Unavailable`] the verb's effect is not known: observe. Any other error is a no.
 //!
 //! Tried with libvirt 9.0 and QEMU 7.2 in tests/hypervisor.rs.
 

@@ -1,9 +1,9 @@
 //! The port to libvirt: plain views of a domain, and the few verbs a run needs. Nothing here reads disk contents.
 //!
 //! Views are what was observed at one moment; decisions are made on them elsewhere, by pure functions.
-//! Every verb blocks, at most its deadline; an error says what libvirt said. Of its kinds two speak of a missing answer:
-//! after [`Unavailable`](crate::error::Kind::Unavailable) nothing was changed; after
-//! [`Interrupted`](crate::error::Kind::Interrupted) the change may have taken effect, or may yet: observe.
+//! Every verb blocks, at most its deadline; an error says what libvirt said. After
+//! [`Unavailable`](crate::error::Kind::Unavailable) the verb may have taken effect, as the answer is missing: observe.
+//! Any other error is a no.
 
 #[cfg(feature = "libvirt")]
 mod bitmap;
