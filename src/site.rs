@@ -200,6 +200,7 @@ mod source {
             };
             f(&Ports {
                 hypervisor: &self.hypervisor,
+                tracking: &self.hypervisor,
                 replica: &replica,
                 guard: &guard,
                 open_image: &open::open_read,

@@ -43,6 +43,9 @@ pub struct RunArgs {
     /// Leave this disk out (vdb); may be given more than once
     #[arg(long = "exclude-disk", value_name = "DISK")]
     exclude_disks: Vec<DiskName>,
+    /// Read every block and compare it, whatever a dirty bitmap says
+    #[arg(long, conflicts_with = "full")]
+    compare: bool,
     /// Send everything, whatever the target has already
     #[arg(long)]
     full: bool,
@@ -92,7 +95,7 @@ mod run {
             let workers = site::workers();
             Ok(Request {
                 domain: self.domain.clone(),
-                target: target.words.clone(),
+                target: target.url.to_string(),
                 run: source::new_run()?,
                 state: globals.state_dir.clone(),
                 plan: PlanOptions {
@@ -100,6 +103,7 @@ mod run {
                     block_overlay_dir: block_overlay_dir.unwrap_or_else(|| BLOCK_OVERLAY_DIR.into()),
                     exclude_disks: self.exclude_disks.clone(),
                     full: self.full,
+                    compare: self.compare,
                 },
                 settle: SettleOptions::default(),
                 open: site::open_options(workers),

@@ -214,14 +214,14 @@ mod tests {
 
     #[test]
     fn commands_are_what_qemu_reads() {
-        assert_eq!(
-            add(&[("n1".into(), true)], "vr-a-b"),
-            r#"{"execute":"transaction","arguments":{"actions":[{"type":"block-dirty-bitmap-add","data":{"granularity":65536,"name":"vr-a-b","node":"n1","persistent":true}}]}}"#
-        );
-        assert_eq!(
-            remove("n1", "vr-a-b"),
-            r#"{"execute":"block-dirty-bitmap-remove","arguments":{"name":"vr-a-b","node":"n1"}}"#
-        );
+        let value = |text: String| serde_json::from_str::<serde_json::Value>(&text).unwrap();
+        let bitmap = serde_json::json!({"granularity": 65536, "name": "vr-a-b", "node": "n1", "persistent": true});
+        let actions = serde_json::json!([{"type": "block-dirty-bitmap-add", "data": bitmap}]);
+        let expected = serde_json::json!({"execute": "transaction", "arguments": {"actions": actions}});
+        assert_eq!(value(add(&[("n1".into(), true)], "vr-a-b")), expected);
+        let arguments = serde_json::json!({"name": "vr-a-b", "node": "n1"});
+        let expected = serde_json::json!({"execute": "block-dirty-bitmap-remove", "arguments": arguments});
+        assert_eq!(value(remove("n1", "vr-a-b")), expected);
         assert!(export("e", "n1", "b").contains(r#""bitmaps":["b"]"#));
     }
 }

@@ -27,14 +27,17 @@ use super::pump::{self, Progress, Shipment};
 use super::report::{Report, RunOutcome, millis};
 use super::settle::{Account, Goal, Outcome, PauseGuard, SettleOptions, Settler, halt_error};
 use super::survey::make_plan;
+use super::turnover;
+use crate::block::ByteRange;
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::failpoint;
-use crate::hypervisor::{DomainView, Hypervisor, Power};
+use crate::hypervisor::{DomainView, Hypervisor, Power, Tracking};
 use crate::image::open::{OpenOptions, Opened};
-use crate::image::{Chain, Image};
+use crate::image::{Chain, Image, Layer};
 use crate::name::{DiskName, DomainUuid, Generation, RunId};
 use crate::replica::{Attachment, BeginDisk, BeginPoint, Mode, PointView, Replica, SealDisk, SealPoint};
 use jiff::Timestamp;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -43,6 +46,7 @@ use std::time::Instant;
 /// The world as a run sees it: ports only. Adapters are chosen in `site`.
 pub struct Ports<'a> {
     pub hypervisor: &'a dyn Hypervisor,
+    pub tracking: &'a dyn Tracking,
     /// Connects to the replica of a domain on the target.
     pub replica: &'a dyn Fn(&DomainUuid) -> Result<Box<dyn Replica>>,
     /// Starts a dead-man for a domain.
@@ -59,7 +63,7 @@ pub struct Ports<'a> {
 pub struct Request {
     /// Name, UUID or id of the domain.
     pub domain: String,
-    /// The target in words, for reports.
+    /// The target's canonical URL: in reports, and the key of its dirty bitmaps.
     pub target: String,
     pub run: RunId,
     pub state: PathBuf,
@@ -169,13 +173,18 @@ impl Run<'_> {
         failpoint!("2");
 
         self.watch.step(3, "plan, reserve space");
-        let plan = make_plan(self.ports, self.request, &domain, &view)?;
+        let mut plan = make_plan(self.ports, self.request, &domain, &view)?;
         report.skipped = plan.skipped.clone();
         if let Some(refusal) = plan.refusal() {
             return Err(refusal.into());
         }
         replica.begin(&self.begin_request(&domain, &plan))?;
         failpoint!("3");
+        if plan.capture == CaptureKind::Overlay {
+            let name = turnover::bitmap_name(&self.request.target, &self.request.run);
+            report.warnings.extend(turnover::begin(self.ports.tracking, uuid, &tops(&plan), &name));
+        }
+        failpoint!("3b");
 
         let mut guard = match plan.capture {
             CaptureKind::Overlay => Some((self.ports.guard)(uuid)?),
@@ -191,9 +200,10 @@ impl Run<'_> {
             }
         };
         report.freeze_ms = still.freeze.map_or(0.0, millis);
+        let dirty = self.marked(&mut plan, &still);
 
         // Whatever becomes of the point, the domain goes back onto its own images.
-        let sealed = self.ship_and_seal(replica.as_ref(), &domain, &plan, &still, capture.as_ref());
+        let sealed = self.ship_and_seal(replica.as_ref(), &domain, &plan, &still, &dirty, capture.as_ref());
         if sealed.is_err() {
             self.abandon(replica.as_ref());
         }
@@ -261,12 +271,19 @@ impl Run<'_> {
         domain: &DomainView,
         plan: &Plan,
         still: &Still,
+        dirty: &Marked,
         capture: &dyn Capture,
     ) -> Result<PointView> {
         self.watch.step(5, "read, compare, send");
         let mut disks = Vec::new();
         for (name, chain) in &still.disks {
-            disks.push(self.ship_disk(replica, plan, still, capture, name, chain).on_disk(name)?);
+            let dirty = dirty.get(name).cloned();
+            let shipped =
+                self.read_disk(plan, still, capture, name, chain, dirty, &mut |image, shipment, progress, good| {
+                    let shipped = pump::ship(image, replica, shipment, progress, good)?;
+                    Ok(SealDisk { name: name.clone(), root: shipped.root, stats: shipped.stats })
+                });
+            disks.push(shipped.on_disk(name)?);
         }
         self.attach(replica, domain)?;
         failpoint!("5c");
@@ -282,19 +299,35 @@ impl Run<'_> {
         Ok(point)
     }
 
-    fn ship_disk(
-        &self,
-        replica: &dyn Replica,
-        plan: &Plan,
-        still: &Still,
-        capture: &dyn Capture,
-        name: &DiskName,
-        chain: &Chain,
-    ) -> Result<SealDisk> {
-        self.read_disk(plan, still, capture, name, chain, &mut |image, shipment, progress, good| {
-            let shipped = pump::ship(image, replica, shipment, progress, good)?;
-            Ok(SealDisk { name: name.clone(), root: shipped.root, stats: shipped.stats })
-        })
+    /// What the dirty bitmaps mark, of the disks planned by bitmap, asked of QEMU while everything stands still. A disk
+    /// whose bitmap cannot be read is compared by digest instead: a tracking doubt never fails a run.
+    fn marked(&self, plan: &mut Plan, still: &Still) -> Marked {
+        let mut marked = Marked::new();
+        for disk in plan.disks.iter_mut().filter(|d| d.mode == Mode::Bitmap) {
+            let Some((_, chain)) = still.disks.iter().find(|(name, _)| *name == disk.name) else { continue };
+            let bitmap = disk.bitmap.clone().expect("planned by bitmap");
+            match self.ports.tracking.dirty(&plan.uuid, &[(chain.top().clone(), bitmap)]) {
+                Ok(mut ranges) if ranges.len() == 1 => {
+                    let mut ranges = ranges.remove(0);
+                    // QEMU marks nothing in a range that a resize added.
+                    if let Some((head_size, _)) = disk.head.filter(|(head_size, _)| *head_size < disk.size) {
+                        ranges.retain(|r| r.start < head_size.0);
+                        if let Some(last) = ranges.last_mut() {
+                            last.end = last.end.min(head_size.0);
+                        }
+                        ranges.push(ByteRange::new(head_size.0, disk.size.0));
+                    }
+                    marked.insert(disk.name.clone(), ranges);
+                }
+                other => {
+                    let why = other.err().map_or("QEMU gave no answer".to_owned(), |e| e.chain());
+                    disk.mode = Mode::Digest;
+                    disk.reason =
+                        format!("the dirty bitmap cannot be read ({why}): every block is read and compared by digest");
+                }
+            }
+        }
+        marked
     }
 
     /// Opens a frozen image, lets `read` work on it, and closes it however that ended: it must be closed before the
@@ -306,6 +339,7 @@ impl Run<'_> {
         capture: &dyn Capture,
         name: &DiskName,
         chain: &Chain,
+        dirty: Option<Vec<ByteRange>>,
         read: &mut dyn FnMut(&dyn Image, &Shipment, &Progress, pump::StillGood) -> Result<T>,
     ) -> Result<T> {
         let planned = plan.disks.iter().find(|d| &d.name == name).expect("what was frozen was planned");
@@ -324,6 +358,7 @@ impl Run<'_> {
             head: planned.head,
             mode: planned.mode,
             reason: planned.reason.clone(),
+            dirty,
             workers: self.request.workers,
         };
         let progress = Arc::new(Progress::default());
@@ -397,6 +432,7 @@ impl Run<'_> {
     ) -> Result<(), Retry> {
         self.watch.step(8, "retire what is superseded, report");
         let mut left_open = None;
+        let settled = matches!(&released, Ok(r) if r.left_open.is_none());
         match released {
             Ok(release) => {
                 report.pause_ms = release.account.pause.map_or(report.pause_ms, millis);
@@ -415,12 +451,41 @@ impl Run<'_> {
             self.watch.warn(what);
             report.warnings.push(what.clone());
         }
+        if settled && plan.capture == CaptureKind::Overlay {
+            self.retire_bitmaps(report, plan, sealed.is_ok());
+        }
+        failpoint!("8d");
         let point = sealed.map_err(|e| self.if_started(plan, e))?;
         report.point = Some(point);
         report.outcome = if left_open.is_some() { RunOutcome::CommitPending } else { RunOutcome::Sealed };
         failpoint!("8b");
         Ok(())
     }
+}
+
+impl Run<'_> {
+    /// Step 8c: only the bitmap that leads on from the newest point stays; without a new point, the old one (I8).
+    fn retire_bitmaps(&self, report: &mut Report, plan: &Plan, sealed: bool) {
+        let keep = if sealed {
+            Some(turnover::bitmap_name(&self.request.target, &self.request.run))
+        } else {
+            plan.disks.iter().find_map(|d| d.bitmap.clone())
+        };
+        let target = &self.request.target;
+        match turnover::retire(self.ports.tracking, &plan.uuid, &tops(plan), target, keep.as_deref()) {
+            Ok(left) => report.warnings.extend(left),
+            // The domain ended meanwhile: its bitmaps ended with it, or are looked at in the next run.
+            Err(e) => tracing::debug!("superseded bitmaps are left for the next run: {}", e.chain()),
+        }
+    }
+}
+
+/// The ranges to ship of each disk that is planned by bitmap.
+type Marked = BTreeMap<DiskName, Vec<ByteRange>>;
+
+/// The layers that the domain runs on before the freeze and after the commit.
+fn tops(plan: &Plan) -> Vec<Layer> {
+    plan.replicated().map(|d| d.chain.top().clone()).collect()
 }
 
 /// Settles one domain from its open record, if it has one. Returns the record that was found, what was done, and what
@@ -546,12 +611,13 @@ impl Run<'_> {
     ) -> Result<Vec<ComparedDisk>> {
         let mut disks = Vec::new();
         for (name, chain) in &still.disks {
-            let compared = self.read_disk(plan, still, capture, name, chain, &mut |image, shipment, progress, good| {
-                let (root, blocks_differ) = pump::compare(image, replica, shipment, progress, good)?;
-                let equal = shipment.head == Some((shipment.size, root));
-                let bytes_read = progress.read.load(Ordering::Relaxed);
-                Ok(ComparedDisk { name: name.clone(), size: shipment.size, blocks_differ, bytes_read, equal })
-            });
+            let compared =
+                self.read_disk(plan, still, capture, name, chain, None, &mut |image, shipment, progress, good| {
+                    let (root, blocks_differ) = pump::compare(image, replica, shipment, progress, good)?;
+                    let equal = shipment.head == Some((shipment.size, root));
+                    let bytes_read = progress.read.load(Ordering::Relaxed);
+                    Ok(ComparedDisk { name: name.clone(), size: shipment.size, blocks_differ, bytes_read, equal })
+                });
             disks.push(compared.on_disk(name)?);
         }
         capture.confirm()?;

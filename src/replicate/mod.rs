@@ -16,3 +16,4 @@ pub mod pump;
 pub mod report;
 pub mod settle;
 pub mod survey;
+pub mod turnover;

@@ -1,6 +1,7 @@
 //! What a run will do, per disk and with its reason, or why it will not: decided from plain views, touching nothing.
 
 use super::capture::OVERLAY_MARK;
+use super::turnover::Tracked;
 use crate::block::DiskSize;
 use crate::block::digest::Digest;
 use crate::error::{Error, Kind};
@@ -69,6 +70,9 @@ pub struct DiskPlan {
     pub reserve_bytes: u64,
     /// What is read: the chain as it stands now, uppermost first.
     pub chain: Chain,
+    /// The bitmap whose marks are shipped, in mode `bitmap`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bitmap: Option<String>,
     #[serde(skip)]
     pub overlay_dir: PathBuf,
     #[serde(skip)]
@@ -209,6 +213,8 @@ pub struct PlanOptions {
     pub exclude_disks: Vec<DiskName>,
     /// Read everything and send everything, whatever the target has.
     pub full: bool,
+    /// Read everything and compare, whatever a bitmap says.
+    pub compare: bool,
 }
 
 /// What was found out about a disk beyond libvirt's view; gathered by the caller, so that planning stays pure.
@@ -223,6 +229,8 @@ pub struct DiskFacts {
     pub reader: String,
     /// Free bytes where the overlay would lie; `None` if there is no such directory.
     pub overlay_free_bytes: Option<u64>,
+    /// Whether the changes since the head are known.
+    pub tracked: Tracked,
 }
 
 /// Plans a run. Pure.
@@ -334,7 +342,11 @@ fn plan_disk(
         }
     }
     let in_head = replica.head().and_then(|p| p.disk(name));
-    let (mode, reason) = choose_mode(in_head.is_some(), replica, options);
+    let (mode, reason) = choose_mode(in_head.map(|d| d.size), size, replica, &facts.tracked, options);
+    let bitmap = match &facts.tracked {
+        Tracked::By(bitmap) if mode == Mode::Bitmap => Some(bitmap.clone()),
+        _ => None,
+    };
     plan.disks.push(DiskPlan {
         name: name.clone(),
         size,
@@ -344,25 +356,45 @@ fn plan_disk(
         // What a comparison will find is not known; the store keeps its floor for that.
         reserve_bytes: if mode == Mode::Full { facts.allocated_bytes.min(size.0) } else { 0 },
         chain,
+        bitmap,
         overlay_dir,
         head: in_head.filter(|_| mode != Mode::Full).map(|d| (d.size, d.root)),
     });
 }
 
-fn choose_mode(in_head: bool, replica: &ReplicaView, options: &PlanOptions) -> (Mode, String) {
+fn choose_mode(
+    in_head: Option<DiskSize>,
+    size: DiskSize,
+    replica: &ReplicaView,
+    tracked: &Tracked,
+    options: &PlanOptions,
+) -> (Mode, String) {
     if options.full {
         return (Mode::Full, "asked for by the operator".into());
     }
-    if replica.points.is_empty() {
+    let Some(head) = replica.head() else {
         return (Mode::Full, "the target has no point of this domain".into());
-    }
-    if !in_head {
+    };
+    let Some(head_size) = in_head else {
         return (Mode::Full, "the newest point does not have this disk".into());
+    };
+    if options.compare {
+        return (Mode::Digest, "asked for by the operator: every block is read and compared".into());
     }
-    (
-        Mode::Digest,
-        "no record of changed blocks is kept for this disk: every block is read and compared by digest".into(),
-    )
+    if size < head_size {
+        return (Mode::Digest, format!("the disk shrank from {head_size} to {size} bytes: every block is compared"));
+    }
+    match tracked {
+        Tracked::By(_) if size > head_size => (
+            Mode::Bitmap,
+            format!(
+                "a dirty bitmap has recorded every change since {}; the disk grew, the new range counts as changed",
+                head.id
+            ),
+        ),
+        Tracked::By(_) => (Mode::Bitmap, format!("a dirty bitmap has recorded every change since {}", head.id)),
+        Tracked::Doubt(why) => (Mode::Digest, format!("{why}: every block is read and compared by digest")),
+    }
 }
 
 /// Where the overlay of a disk with this uppermost image lies.

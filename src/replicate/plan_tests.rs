@@ -67,6 +67,7 @@ fn facts(domain: &DomainView) -> Vec<DiskFacts> {
             allocated_bytes: 100 << 20,
             reader: "in process".into(),
             overlay_free_bytes: Some(10 << 30),
+            tracked: Tracked::Doubt("no dirty bitmap is kept".into()),
         })
         .collect()
 }
@@ -131,6 +132,27 @@ fn the_first_run_is_full_and_later_ones_compare() {
 fn a_new_disk_alone_starts_full_and_a_removed_one_hinders_nobody() {
     assert_eq!(shown(&planned("vda vdb", "vda")), "vda=digest vdb=full");
     assert_eq!(shown(&planned("vda", "vda vdb")), "vda=digest");
+}
+
+#[test]
+fn a_believed_bitmap_is_followed_and_a_doubt_is_compared_with_its_reason() {
+    let mut domain = domain("vda vdb vdc");
+    domain.disks[2].size = Some(DiskSize(2 << 30));
+    let mut facts = facts(&domain);
+    facts[0].tracked = Tracked::By("vr-x-1".into());
+    facts[1].tracked = Tracked::Doubt("QEMU ended without saving the dirty bitmap".into());
+    facts[2].tracked = Tracked::By("vr-x-1".into());
+    let options = PlanOptions::default();
+    let tracked = plan(&domain, &facts, &replica("vda vdb vdc"), Generation(1), &options);
+    assert_eq!(shown(&tracked), "vda=bitmap vdb=digest vdc=bitmap");
+    assert_eq!(tracked.disks[0].bitmap.as_deref(), Some("vr-x-1"));
+    assert!(tracked.disks[1].reason.contains("without saving"), "{}", tracked.disks[1].reason);
+    assert!(tracked.disks[2].reason.contains("grew"), "{}", tracked.disks[2].reason);
+    domain.disks[0].size = Some(DiskSize(1 << 20));
+    let shrunk = plan(&domain, &facts, &replica("vda vdb vdc"), Generation(1), &options);
+    assert_eq!(shrunk.disks[0].mode, Mode::Digest);
+    let asked = PlanOptions { compare: true, ..options };
+    assert_eq!(plan(&domain, &facts, &replica("vda"), Generation(1), &asked).disks[0].mode, Mode::Digest);
 }
 
 #[test]

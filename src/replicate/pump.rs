@@ -10,7 +10,7 @@
 
 use crate::block::digest::{Digest, block_digest, node_digest};
 use crate::block::extent::Content;
-use crate::block::tree::RootBuilder;
+use crate::block::tree::{RootBuilder, TreeShape};
 use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, FANOUT, GROUP_LEN, GroupIndex};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
@@ -42,6 +42,8 @@ pub struct Shipment {
     pub head: Option<(DiskSize, Digest)>,
     pub mode: Mode,
     pub reason: String,
+    /// In mode `bitmap`: the only ranges that may differ from the head, ascending, without overlap.
+    pub dirty: Option<Vec<ByteRange>>,
     /// Worker threads.
     pub workers: usize,
 }
@@ -135,13 +137,18 @@ struct Work {
     group: GroupIndex,
     data: Vec<ByteRange>,
     head_node: Digest,
+    /// The blocks that may differ, one bit each; the others are as in the head.
+    suspects: u64,
 }
 
-/// What became of a group.
+/// Every block of a group may differ.
+const ALL_SUSPECT: u64 = u64::MAX;
+
+/// What became of a group, or of a subtree that is as in the head.
 struct Done {
     seq: u64,
-    group: GroupIndex,
-    node: Digest,
+    /// Its node in the digest tree: level, index, digest.
+    node: (u8, u64, Digest),
     records: Vec<u8>,
 }
 
@@ -168,8 +175,18 @@ fn scan(
         let planner_done = done_tx;
         let stop_ref = &stop;
         scope.spawn(move || {
-            let mut planner = Planner { image, replica, shipment, progress, work: work_tx, token: token_tx, seq: 0 };
-            if let Err(e) = planner.run(stop_ref) {
+            let mut planner = Planner {
+                image,
+                replica,
+                shipment,
+                progress,
+                work: work_tx,
+                token: token_tx,
+                done: planner_done.clone(),
+                stop: stop_ref,
+                seq: 0,
+            };
+            if let Err(e) = planner.run() {
                 // The receiver is gone only when the sender has already failed, with a better error.
                 let _ = planner_done.send(Err(e));
             }
@@ -199,8 +216,9 @@ fn collect(
         while let Some(group) = waiting.remove(&next) {
             next += 1;
             still_good()?;
-            if !group.node.is_zero() {
-                root.push_group(group.group, group.node);
+            let (level, index, digest) = group.node;
+            if !digest.is_zero() {
+                root.push_node(level, index, digest);
             }
             if !group.records.is_empty() {
                 sink(&group.records)?;
@@ -219,63 +237,195 @@ struct Planner<'a> {
     progress: &'a Progress,
     work: SyncSender<Work>,
     token: SyncSender<()>,
+    done: Sender<Result<Done>>,
+    stop: &'a AtomicBool,
     seq: u64,
 }
 
+/// The sender has ended, with an error of its own: nothing more is wanted.
+struct Unwanted;
+
 impl Planner<'_> {
+    fn run(&mut self) -> Result<()> {
+        match &self.shipment.dirty {
+            None => self.whole_disk(),
+            Some(dirty) => self.marked_only(dirty),
+        }
+    }
+
     /// Walks the disk once, giving out every group that has data on either side.
-    fn run(&mut self, stop: &AtomicBool) -> Result<()> {
+    fn whole_disk(&mut self) -> Result<()> {
         let size = self.shipment.size;
         let mut start = 0;
         while start < size.0 {
             let window = ByteRange::new(start, size.0.min(start.saturating_add(EXTENT_WINDOW)));
-            let data: Vec<ByteRange> = self
-                .image
-                .extents(window)?
-                .into_iter()
-                .filter(|e| e.content == Content::Data)
-                .map(|e| e.range)
-                .collect();
+            let data = self.data_in(window)?;
             let groups = start / GROUP_LEN..window.end.div_ceil(GROUP_LEN);
-            self.window(groups, &data, stop)?;
+            if self.window(groups, &data)?.is_err() {
+                return Ok(());
+            }
             start = window.end;
         }
         Ok(())
     }
 
-    fn window(&mut self, groups: Range<u64>, data: &[ByteRange], stop: &AtomicBool) -> Result<()> {
-        let mut data = data.iter().copied().peekable();
-        let mut head_nodes = HeadNodes::default();
-        for g in groups.clone() {
-            if stop.load(Ordering::Relaxed) {
-                return Ok(());
-            }
-            let group = GroupIndex(g);
-            let bytes = group.bytes(self.shipment.size);
-            let mut inside = Vec::new();
-            while let Some(range) = data.peek().copied() {
-                let Some(part) = range.intersect(bytes) else { break };
-                inside.push(part);
-                if range.end > bytes.end {
-                    break;
+    /// Visits only what a bitmap marks. The rest of the tree is taken from the head: whole subtrees of 16 GiB where
+    /// nothing is marked, single groups inside the others, so that the cost follows the changes and not the size.
+    fn marked_only(&mut self, dirty: &[ByteRange]) -> Result<()> {
+        let (head_size, _) = self.shipment.head.expect("a bitmap leads on from a head");
+        let size = self.shipment.size;
+        let tall = TreeShape::new(head_size).top() >= SUBTREE_LEVEL && TreeShape::new(size).top() >= SUBTREE_LEVEL;
+        let subtrees = size.0.div_ceil(SUBTREE_LEN);
+        let known =
+            if tall { self.replica.nodes(&self.shipment.disk, SUBTREE_LEVEL, 0..subtrees)? } else { Vec::new() };
+        let mut dirty = Ranges::new(dirty);
+        for subtree in 0..subtrees {
+            let bytes = ByteRange::new(subtree * SUBTREE_LEN, size.0.min((subtree + 1).saturating_mul(SUBTREE_LEN)));
+            if tall && !dirty.touches(bytes) {
+                let digest = known.get(subtree as usize).copied().unwrap_or(Digest::ZERO);
+                if self.as_in_head((SUBTREE_LEVEL, subtree, digest), bytes.len()).is_err() {
+                    return Ok(());
                 }
-                data.next();
-            }
-            let head_node = head_nodes.get(g, groups.end, self)?;
-            if inside.is_empty() && head_node.is_zero() {
-                self.progress.scanned.fetch_add(bytes.len(), Ordering::Relaxed);
-                continue;
-            }
-            if self.token.send(()).is_err() {
-                return Ok(());
-            }
-            let work = Work { seq: self.seq, group, data: inside, head_node };
-            self.seq += 1;
-            if self.work.send(work).is_err() {
+            } else if self.marked_groups(bytes, &mut dirty)?.is_err() {
                 return Ok(());
             }
         }
         Ok(())
+    }
+
+    fn marked_groups(&mut self, bytes: ByteRange, dirty: &mut Ranges) -> Result<Result<(), Unwanted>> {
+        let groups = bytes.start / GROUP_LEN..bytes.end.div_ceil(GROUP_LEN);
+        let mut head_nodes = HeadNodes::default();
+        for g in groups.clone() {
+            let group = GroupIndex(g);
+            let range = group.bytes(self.shipment.size);
+            let head_node = head_nodes.get(g, groups.end, self)?;
+            let marked = dirty.inside(range);
+            let handed_on = if marked.is_empty() {
+                self.as_in_head((1, g, head_node), range.len())
+            } else {
+                let suspects = suspects(group, &marked);
+                // Allocation is asked for inside the marked ranges only: it can be dear, and the rest does not matter.
+                let mut data = Vec::new();
+                for part in whole_blocks(&marked, self.shipment.size) {
+                    data.extend(self.data_in(part)?);
+                }
+                self.hand_out(group, data, head_node, suspects)
+            };
+            if handed_on.is_err() {
+                return Ok(Err(Unwanted));
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    fn data_in(&self, range: ByteRange) -> Result<Vec<ByteRange>> {
+        let extents = self.image.extents(range)?;
+        Ok(extents.into_iter().filter(|e| e.content == Content::Data).map(|e| e.range).collect())
+    }
+
+    fn window(&mut self, groups: Range<u64>, data: &[ByteRange]) -> Result<Result<(), Unwanted>> {
+        let mut data = Ranges::new(data);
+        let mut head_nodes = HeadNodes::default();
+        for g in groups.clone() {
+            let group = GroupIndex(g);
+            let bytes = group.bytes(self.shipment.size);
+            let inside = data.inside(bytes);
+            let head_node = head_nodes.get(g, groups.end, self)?;
+            if inside.is_empty() && head_node.is_zero() {
+                self.progress.scanned.fetch_add(bytes.len(), Ordering::Relaxed);
+                if self.stop.load(Ordering::Relaxed) {
+                    return Ok(Err(Unwanted));
+                }
+            } else if self.hand_out(group, inside, head_node, ALL_SUSPECT).is_err() {
+                return Ok(Err(Unwanted));
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    fn hand_out(
+        &mut self,
+        group: GroupIndex,
+        data: Vec<ByteRange>,
+        head_node: Digest,
+        suspects: u64,
+    ) -> Result<(), Unwanted> {
+        self.token.send(()).map_err(|_| Unwanted)?;
+        let work = Work { seq: self.seq, group, data, head_node, suspects };
+        self.seq += 1;
+        self.work.send(work).map_err(|_| Unwanted)
+    }
+
+    /// A node that needs no reading: it goes straight to the sender, in its place.
+    fn as_in_head(&mut self, node: (u8, u64, Digest), bytes: u64) -> Result<(), Unwanted> {
+        self.progress.scanned.fetch_add(bytes, Ordering::Relaxed);
+        if node.2.is_zero() {
+            return if self.stop.load(Ordering::Relaxed) { Err(Unwanted) } else { Ok(()) };
+        }
+        self.token.send(()).map_err(|_| Unwanted)?;
+        let done = Done { seq: self.seq, node, records: Vec::new() };
+        self.seq += 1;
+        self.done.send(Ok(done)).map_err(|_| Unwanted)
+    }
+}
+
+/// Level and length of the subtrees that are taken from the head whole where nothing in them is marked: their group nodes
+/// fit one request each.
+const SUBTREE_LEVEL: u8 = 3;
+const SUBTREE_LEN: u64 = GROUP_LEN * (FANOUT * FANOUT) as u64;
+
+/// The blocks of a group that marked ranges touch, one bit each.
+fn suspects(group: GroupIndex, marked: &[ByteRange]) -> u64 {
+    let first = group.0 * FANOUT as u64;
+    marked.iter().fold(0, |mask, range| {
+        let blocks = range.start / BLOCK_LEN as u64 - first..range.end.div_ceil(BLOCK_LEN as u64) - first;
+        blocks.fold(mask, |mask, block| mask | 1 << block)
+    })
+}
+
+/// The ranges widened to whole blocks, merged: a digest needs all of its block.
+fn whole_blocks(marked: &[ByteRange], size: DiskSize) -> Vec<ByteRange> {
+    let mut wide: Vec<ByteRange> = Vec::with_capacity(marked.len());
+    for range in marked {
+        let start = range.start / BLOCK_LEN as u64 * BLOCK_LEN as u64;
+        let end = range.end.next_multiple_of(BLOCK_LEN as u64).min(size.0);
+        match wide.last_mut() {
+            Some(last) if start <= last.end => last.end = last.end.max(end),
+            _ => wide.push(ByteRange::new(start, end)),
+        }
+    }
+    wide
+}
+
+/// Ascending ranges, taken piece by piece in ascending order.
+struct Ranges<'a> {
+    rest: &'a [ByteRange],
+}
+
+impl<'a> Ranges<'a> {
+    fn new(ranges: &'a [ByteRange]) -> Self {
+        Self { rest: ranges }
+    }
+
+    /// The parts inside `window`; what lies before it is forgotten.
+    fn inside(&mut self, window: ByteRange) -> Vec<ByteRange> {
+        let mut parts = Vec::new();
+        while let Some(range) = self.rest.first() {
+            if range.start >= window.end {
+                break;
+            }
+            parts.extend(range.intersect(window));
+            if range.end > window.end {
+                break;
+            }
+            self.rest = &self.rest[1..];
+        }
+        parts
+    }
+
+    fn touches(&self, window: ByteRange) -> bool {
+        self.rest.iter().take_while(|r| r.start < window.end).any(|r| r.intersect(window).is_some())
     }
 }
 
@@ -362,22 +512,41 @@ impl<'a> Worker<'a> {
         let bytes = work.group.bytes(size);
         let read = self.read(bytes, &work.data)?;
         let blocks = work.group.blocks(size);
+        let partial = work.suspects != ALL_SUSPECT;
+        let mut head = if partial { self.head_blocks(work.head_node, &blocks)? } else { Vec::new() };
         let mut digests = [Digest::ZERO; FANOUT];
-        for (digest, block) in digests.iter_mut().zip(blocks.clone()) {
+        for (at, block) in blocks.clone().enumerate() {
             let range = BlockIndex(block).bytes(size);
-            // A block without data needs no hashing: its digest is the constant.
-            if work.data.iter().any(|d| d.intersect(range).is_some()) {
-                *digest = block_digest(self.slice(bytes, range));
-            }
+            digests[at] = if work.suspects >> at & 1 == 0 {
+                head.get(at).copied().unwrap_or(Digest::ZERO)
+            } else if work.data.iter().any(|d| d.intersect(range).is_some()) {
+                block_digest(self.slice(bytes, range))
+            } else {
+                // A block without data needs no hashing: its digest is the constant.
+                Digest::ZERO
+            };
         }
         let node = node_digest(&digests);
         let mut records = Vec::new();
         if node != work.head_node || self.shipment.head.is_none() {
-            self.encode_differences(bytes, blocks, &digests, work.head_node, &mut records)?;
+            if !partial {
+                head = self.head_blocks(work.head_node, &blocks)?;
+            }
+            self.encode_differences(bytes, blocks, &digests, &head, &mut records);
         }
         self.progress.read.fetch_add(read, Ordering::Relaxed);
         self.progress.scanned.fetch_add(bytes.len(), Ordering::Relaxed);
-        Ok(Done { seq: work.seq, group: work.group, node, records })
+        Ok(Done { seq: work.seq, node: (1, work.group.0, node), records })
+    }
+
+    /// The head's digests of a group's blocks; none are asked for where it has nothing.
+    fn head_blocks(&self, head_node: Digest, blocks: &Range<u64>) -> Result<Vec<Digest>> {
+        if head_node.is_zero() {
+            return Ok(Vec::new());
+        }
+        let nodes = self.replica.nodes(&self.shipment.disk, 0, blocks.clone())?;
+        expect_nodes(nodes.len(), blocks)?;
+        Ok(nodes)
     }
 
     /// Fills the buffer with the group's bytes; holes are not read. Returns the bytes read.
@@ -404,16 +573,9 @@ impl<'a> Worker<'a> {
         group: ByteRange,
         blocks: Range<u64>,
         digests: &[Digest; FANOUT],
-        head_node: Digest,
+        head: &[Digest],
         out: &mut Vec<u8>,
-    ) -> Result<()> {
-        let head = if head_node.is_zero() {
-            Vec::new()
-        } else {
-            let nodes = self.replica.nodes(&self.shipment.disk, 0, blocks.clone())?;
-            expect_nodes(nodes.len(), &blocks)?;
-            nodes
-        };
+    ) {
         let mut zeros: Option<Range<u64>> = None;
         let mut changed = 0;
         for (at, block) in blocks.enumerate() {
@@ -439,7 +601,6 @@ impl<'a> Worker<'a> {
         }
         flush_zeros(&self.encoder, zeros, out);
         self.progress.changed_blocks.fetch_add(changed, Ordering::Relaxed);
-        Ok(())
     }
 }
 

@@ -98,8 +98,10 @@ impl Replica for Memory {
     }
 
     fn nodes(&self, _: &DiskName, level: u8, range: Range<u64>) -> Result<Vec<Digest>> {
-        let blocks: Vec<Digest> = self.head.chunks(B).map(block_digest).collect();
-        let nodes: Vec<Digest> = if level == 0 { blocks } else { blocks.chunks(FANOUT).map(node_digest).collect() };
+        let mut nodes: Vec<Digest> = self.head.chunks(B).map(block_digest).collect();
+        for _ in 0..level {
+            nodes = nodes.chunks(FANOUT).map(node_digest).collect();
+        }
         self.nodes_asked.fetch_add(range.end - range.start, Ordering::Relaxed);
         let short = u64::from(self.fault == Fault::TooFewNodes && level == 0);
         Ok((range.start..range.end - short).map(|i| nodes.get(i as usize).copied().unwrap_or(Digest::ZERO)).collect())
@@ -161,6 +163,7 @@ fn shipment(size: usize, head: Option<&[u8]>) -> Shipment {
         size: DiskSize(size as u64),
         head: head.map(|h| (DiskSize(h.len() as u64), root_of(h))),
         mode: if head.is_some() { Mode::Digest } else { Mode::Full },
+        dirty: None,
         reason: "a test".into(),
         workers: 3,
     }
@@ -326,4 +329,216 @@ fn comparing_counts_and_sends_nothing() {
     let (root, differ) = compare(&Disk::new(new.clone()), &replica, &shipment, &progress, &always).unwrap();
     assert_eq!((root, differ), (root_of(&new), 2));
     assert!(*replica.new.lock().unwrap() == old);
+}
+
+/// The blocks in which two disks differ, as a bitmap of whole blocks would mark them; what was added counts as marked.
+fn marks(old: &[u8], new: &[u8]) -> Vec<ByteRange> {
+    let differs = |i: usize| old.chunks(B).nth(i).map(<[u8]>::to_vec) != new.chunks(B).nth(i).map(<[u8]>::to_vec);
+    let size = new.len() as u64;
+    (0..new.len().div_ceil(B))
+        .filter(|i| differs(*i))
+        .map(|i| ByteRange::new((i * B) as u64, size.min(((i + 1) * B) as u64)))
+        .collect()
+}
+
+/// Ships what is marked and checks content, root, and that nothing else was read.
+fn shipped_by_bitmap(old: &[u8], new: &[u8], dirty: Vec<ByteRange>) -> u64 {
+    let disk = Disk::new(new.to_vec());
+    let replica = Memory::new(old, new.len(), Fault::None);
+    let progress = Progress::default();
+    let whole: u64 = whole_blocks(&dirty, disk.size()).iter().map(|r| r.len()).sum();
+    let shipment = Shipment { mode: Mode::Bitmap, dirty: Some(dirty), ..shipment(new.len(), Some(old)) };
+    let shipped = ship(&disk, &replica, &shipment, &progress, &always).unwrap();
+    assert!(*replica.new.lock().unwrap() == new, "the content arrived");
+    assert_eq!(shipped.root, root_of(new), "the root over what was read and what was taken from the head");
+    assert!(shipped.stats.bytes_read <= whole, "{} bytes read, {whole} marked", shipped.stats.bytes_read);
+    assert_eq!(progress.scanned.load(Ordering::Relaxed), new.len() as u64);
+    progress.changed_blocks.load(Ordering::Relaxed)
+}
+
+#[test]
+fn only_what_is_marked_is_read_and_the_root_is_still_that_of_the_whole_disk() {
+    let old = pattern(64 * B * 5 + 3 * B + 512, 1);
+    assert_eq!(shipped_by_bitmap(&old, &old, vec![]), 0, "nothing marked");
+    for changed in [0, 1, B - 1, B, 64 * B - 1, 64 * B, 200 * B + 7, old.len() - 1] {
+        let mut new = old.clone();
+        new[changed] ^= 0x55;
+        assert_eq!(shipped_by_bitmap(&old, &new, marks(&old, &new)), 1, "byte {changed}");
+    }
+    let mut trimmed = old.clone();
+    trimmed[10 * B..80 * B].fill(0);
+    assert_eq!(shipped_by_bitmap(&old, &trimmed, marks(&old, &trimmed)), 70);
+}
+
+#[test]
+fn marks_that_are_coarse_odd_or_too_many_cost_reading_and_never_change_the_result() {
+    let old = pattern(64 * B * 3, 1);
+    let mut new = old.clone();
+    new[70 * B] ^= 1;
+    for dirty in [
+        vec![ByteRange::new(0, new.len() as u64)],
+        vec![ByteRange::new(70 * B as u64, 70 * B as u64 + 512)],
+        vec![ByteRange::new(1, 2), ByteRange::new(70 * B as u64 - 5, 70 * B as u64 + 5)],
+        vec![ByteRange::new(69 * B as u64, 70 * B as u64), ByteRange::new(70 * B as u64, 71 * B as u64)],
+    ] {
+        assert_eq!(shipped_by_bitmap(&old, &new, dirty), 1);
+    }
+}
+
+#[test]
+fn a_disk_that_grew_is_shipped_by_its_marks_and_its_new_range() {
+    let new = pattern(64 * B * 2 + 700 * 512, 4);
+    for cut in [512, B, 63 * B, 64 * B, 65 * B + 512, 128 * B] {
+        let old = new[..cut].to_vec();
+        let grown = vec![ByteRange::new(cut as u64, new.len() as u64)];
+        shipped_by_bitmap(&old, &new, grown);
+    }
+}
+
+#[test]
+fn random_histories_by_bitmap_end_equal() {
+    let seed: u64 = std::env::var("VR_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(0x5eed);
+    println!("VR_SEED={seed}");
+    let mut state = seed | 1;
+    let mut random = |below: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state % below as u64) as usize
+    };
+    let mut disk = pattern(64 * B * 4 + 512, 2);
+    for _ in 0..15 {
+        let old = disk.clone();
+        for _ in 0..random(12) {
+            let at = random(disk.len());
+            let end = (at + random(5 * B)).min(disk.len());
+            let fill = random(3) as u8;
+            disk[at..end].fill(fill);
+        }
+        shipped_by_bitmap(&old, &disk, marks(&old, &disk));
+    }
+}
+
+/// A huge disk that holds a few blocks, image and head alike.
+struct Sparse {
+    size: u64,
+    blocks: BTreeMap<u64, Vec<u8>>,
+}
+
+impl Sparse {
+    fn node(&self, level: u8, index: u64) -> Digest {
+        let span = (FANOUT as u64).pow(level.into());
+        if self.blocks.range(index * span..(index + 1) * span).next().is_none() {
+            return Digest::ZERO;
+        }
+        if level == 0 {
+            return block_digest(&self.blocks[&index]);
+        }
+        let first = index * FANOUT as u64;
+        let children: Vec<Digest> = (first..first + FANOUT as u64).map(|i| self.node(level - 1, i)).collect();
+        node_digest(&children)
+    }
+
+    fn root(&self) -> Digest {
+        let size = DiskSize(self.size);
+        root_digest(size, self.node(TreeShape::new(size).top(), 0))
+    }
+}
+
+impl Image for Sparse {
+    fn size(&self) -> DiskSize {
+        DiskSize(self.size)
+    }
+
+    fn extents(&self, range: ByteRange) -> Result<Vec<Extent>> {
+        assert!(
+            range.len() <= 4 << 30,
+            "allocation is asked for inside marked ranges only, not over {} bytes",
+            range.len()
+        );
+        let blocks = range.start / B as u64..range.end.div_ceil(B as u64);
+        Ok(merge(blocks.map(|b| {
+            let bytes = BlockIndex(b).bytes(self.size()).intersect(range).unwrap();
+            Extent { range: bytes, content: if self.blocks.contains_key(&b) { Content::Data } else { Content::Zero } }
+        })))
+    }
+
+    fn read_at(&self, offset_bytes: u64, buf: &mut [u8]) -> Result<()> {
+        for (at, chunk) in buf.chunks_mut(B).enumerate() {
+            chunk.copy_from_slice(&self.blocks[&(offset_bytes / B as u64 + at as u64)]);
+        }
+        Ok(())
+    }
+}
+
+/// Answers for the head, counts what is asked, and keeps the root it is told.
+struct SparseHead {
+    head: Sparse,
+    asked: AtomicU64,
+    decoder: Mutex<Decoder>,
+}
+
+impl Replica for SparseHead {
+    fn describe(&self) -> Result<ReplicaView> {
+        unreachable!()
+    }
+    fn begin(&self, _: &BeginPoint) -> Result<()> {
+        unreachable!()
+    }
+    fn nodes(&self, _: &DiskName, level: u8, range: Range<u64>) -> Result<Vec<Digest>> {
+        assert!(range.end - range.start <= NODES_MAX);
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        Ok(range.map(|i| self.head.node(level, i)).collect())
+    }
+    fn apply(&self, _: &DiskName, patch_bytes: &[u8]) -> Result<()> {
+        let mut decoder = self.decoder.lock().unwrap();
+        decoder.push(patch_bytes);
+        while decoder.next_item()?.is_some() {}
+        Ok(())
+    }
+    fn finish_disk(&self, _: &DiskName) -> Result<DiskApplied> {
+        let root = self.decoder.lock().unwrap().finish()?.to_root;
+        Ok(DiskApplied { root, bytes_written: 0, blocks_changed: 0 })
+    }
+    fn attach(&self, _: Attachment, _: &[u8]) -> Result<()> {
+        unreachable!()
+    }
+    fn seal(&self, _: &SealPoint) -> Result<PointView> {
+        unreachable!()
+    }
+    fn abandon(&self) -> Result<()> {
+        unreachable!()
+    }
+    fn verify(&self, _: &PointId, _: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport> {
+        unreachable!()
+    }
+}
+
+#[test]
+fn the_cost_follows_the_changes_and_not_the_size() {
+    const TIB: u64 = 1 << 40;
+    let size = 8 * TIB;
+    let at = |terabyte: u64, block: u64| terabyte * (TIB / B as u64) + block;
+    let old: BTreeMap<u64, Vec<u8>> =
+        [at(0, 0), at(1, 5), at(3, 77), at(3, 78), at(7, 9)].map(|b| (b, pattern(B, b as u8))).into();
+    let mut new = old.clone();
+    new.insert(at(3, 77), pattern(B, 99));
+    new.insert(at(5, 1), pattern(B, 98));
+    new.remove(&at(7, 9));
+    let dirty: Vec<ByteRange> = [at(3, 77), at(5, 1), at(7, 9)].map(|b| BlockIndex(b).bytes(DiskSize(size))).into();
+    let head = Sparse { size, blocks: old };
+    let shipment = Shipment {
+        size: DiskSize(size),
+        head: Some((DiskSize(size), head.root())),
+        mode: Mode::Bitmap,
+        dirty: Some(dirty),
+        ..shipment(0, None)
+    };
+    let replica =
+        SparseHead { head, asked: AtomicU64::new(0), decoder: Mutex::new(Decoder::new(Limits::default()).unwrap()) };
+    let image = Sparse { size, blocks: new };
+    let shipped = ship(&image, &replica, &shipment, &Progress::default(), &always).unwrap();
+    assert_eq!(shipped.root, image.root());
+    assert_eq!(shipped.stats.bytes_read, 2 * B as u64, "one block changed, one new; the removed one is a hole");
+    assert!(replica.asked.load(Ordering::Relaxed) <= 1 + 3 + 2, "requests: {:?}", replica.asked);
 }

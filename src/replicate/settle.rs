@@ -122,7 +122,10 @@ impl<'a> Settler<'a> {
             match step {
                 Ok(Some(outcome)) => return Ok(outcome),
                 Ok(None) => failures = 0,
-                Err(e) if e.kind() == Kind::Interrupted => return Err(e.domain(&self.record.domain)),
+                Err(e) if e.kind() == Kind::Interrupted => {
+                    self.release_after_failure();
+                    return Err(e.domain(&self.record.domain));
+                }
                 Err(e) => {
                     failures += 1;
                     tracing::warn!(domain = %self.record.domain, "{}", e.chain());
@@ -225,10 +228,14 @@ impl<'a> Settler<'a> {
     }
 
     fn pivot(&mut self, disk: &DiskName) -> Result<()> {
-        // Step 7f. A job that fell back from ready is no failure: the loop lets the guest go and waits again.
+        // Step 7f.
         if let Err(e) = self.hypervisor.pivot(&self.record.uuid, disk) {
-            self.record.phase = Phase::CommitIntent;
-            self.journal.write(&self.record)?;
+            // Busy says for certain that nothing was pivoted: the job fell back from ready, the loop lets the guest go and
+            // waits again. After any other answer it may have been, and the intent has to stand.
+            if e.kind() == Kind::Busy {
+                self.record.phase = Phase::CommitIntent;
+                self.journal.write(&self.record)?;
+            }
             return Err(e.disk(disk));
         }
         self.note(format!("7f {disk} pivoted to its base"));

@@ -7,6 +7,7 @@ use super::journal;
 use super::observe;
 use super::offline;
 use super::plan::{Conflict, DiskFacts, Plan, overlay_dir, plan};
+use super::turnover::{self, Tracked};
 use crate::error::Result;
 use crate::hypervisor::{DiskKind, DiskView, DomainView, Power};
 use crate::image::{Chain, qemu_img};
@@ -29,16 +30,23 @@ pub fn plan_only(ports: &Ports, request: &Request) -> Result<Plan> {
 
 /// Gathers what planning needs to know beyond the views, and plans. Touches nothing.
 pub fn make_plan(ports: &Ports, request: &Request, domain: &DomainView, replica: &ReplicaView) -> Result<Plan> {
+    let wanted = replica.head().map(|p| turnover::bitmap_name(&request.target, &p.run));
     let facts: Vec<DiskFacts> = domain
         .disks
         .iter()
         .filter(|d| d.kind == DiskKind::Image)
-        .map(|disk| disk_facts(ports, request, domain, disk))
+        .map(|disk| disk_facts(ports, request, domain, disk, wanted.as_deref()))
         .collect();
     Ok(plan(domain, &facts, replica, request.generation, &request.plan))
 }
 
-fn disk_facts(ports: &Ports, request: &Request, domain: &DomainView, disk: &DiskView) -> DiskFacts {
+fn disk_facts(
+    ports: &Ports,
+    request: &Request,
+    domain: &DomainView,
+    disk: &DiskView,
+    wanted: Option<&str>,
+) -> DiskFacts {
     let chain = match (&disk.live, &disk.inactive) {
         (Some(chain), _) if domain.power != Power::Off => Ok(chain.clone()),
         (_, Some(top)) => observe::resolve(top).map_err(|e| e.chain()),
@@ -54,7 +62,22 @@ fn disk_facts(ports: &Ports, request: &Request, domain: &DomainView, disk: &Disk
         Ok(chain) => (allocated(chain), free_bytes(&overlay_dir(chain.top(), &request.plan))),
         Err(_) => (0, None),
     };
-    DiskFacts { name: disk.name.clone(), chain, allocated_bytes, reader, overlay_free_bytes }
+    let tracked = tracked(ports, domain, chain.as_ref().ok(), wanted);
+    DiskFacts { name: disk.name.clone(), chain, allocated_bytes, reader, overlay_free_bytes, tracked }
+}
+
+/// Whether a bitmap of the running QEMU leads on from the head.
+fn tracked(ports: &Ports, domain: &DomainView, chain: Option<&Chain>, wanted: Option<&str>) -> Tracked {
+    let (Some(chain), Some(wanted)) = (chain, wanted) else {
+        return Tracked::Doubt("there is no newest point to lead on from".into());
+    };
+    if domain.power == Power::Off {
+        return Tracked::Doubt("the domain is off, and changes are tracked by a running QEMU".into());
+    }
+    match ports.tracking.bitmaps(&domain.uuid, std::slice::from_ref(chain.top())) {
+        Ok(bitmaps) => turnover::judge(&bitmaps.concat(), wanted),
+        Err(e) => Tracked::Doubt(format!("QEMU's dirty bitmaps cannot be looked at ({})", e.chain())),
+    }
 }
 
 /// Bytes that a chain's images occupy; what cannot be looked at counts with its full size.

@@ -1,0 +1,129 @@
+//! Changed-block tracking from one point to the next: which bitmap leads on from the head, whether it may be believed,
+//! and the turning over from one to its successor.
+//!
+//! A bitmap is named after the target and the run whose point it leads on from. A run adds its own bitmap before the
+//! freeze (recording too much is safe), ships what the head's bitmap marks, and drops that one only after its own point
+//! is sealed and the domain is back on its own images (I8). A crash anywhere leaves one of the two or both, and the
+//! replica's head says which one counts. Other programs' bitmaps are never touched; other targets' are not ours here.
+
+use crate::block::BLOCK_LEN;
+use crate::error::Result;
+use crate::hypervisor::{BitmapView, Tracking};
+use crate::image::Layer;
+use crate::name::{DomainUuid, RunId};
+
+/// What our bitmaps' names begin with.
+const PREFIX: &str = "vr-";
+
+/// Beginning of the names of all our bitmaps for one target.
+pub fn prefix(target: &str) -> String {
+    let hash = blake3::hash(target.as_bytes()).to_hex();
+    format!("{PREFIX}{}-", &hash[..8])
+}
+
+/// The bitmap that records what changes after the point of `run` on `target`.
+pub fn bitmap_name(target: &str, run: &RunId) -> String {
+    format!("{}{run}", prefix(target))
+}
+
+/// Whether a disk's changes since the head are known.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Tracked {
+    /// This bitmap has recorded every change.
+    By(String),
+    /// They are not, and why: compare by digest.
+    Doubt(String),
+}
+
+/// Judges the bitmaps of the layer that the domain runs on. Pure.
+pub fn judge(bitmaps: &[BitmapView], wanted: &str) -> Tracked {
+    let Some(found) = bitmaps.iter().find(|b| b.name == wanted) else {
+        let others = bitmaps.iter().any(|b| b.name.starts_with(PREFIX));
+        return Tracked::Doubt(match others {
+            true => "the dirty bitmap that leads on from the newest point is gone (only others are there)".into(),
+            false => "no dirty bitmap leads on from the newest point (first run with it, or QEMU was restarted on an image that keeps none)".into(),
+        });
+    };
+    if found.inconsistent {
+        return Tracked::Doubt("QEMU ended without saving the dirty bitmap".into());
+    }
+    if !found.recording {
+        return Tracked::Doubt("somebody disabled the dirty bitmap: it may have missed changes".into());
+    }
+    if found.busy {
+        return Tracked::Doubt("another program uses the dirty bitmap".into());
+    }
+    if found.granularity_bytes == 0 || found.granularity_bytes > BLOCK_LEN as u64 * 64 {
+        return Tracked::Doubt(format!("the dirty bitmap counts in units of {} bytes", found.granularity_bytes));
+    }
+    Tracked::By(wanted.to_owned())
+}
+
+/// Step 3b: the successor starts to record on every layer, before anything is frozen. What cannot be tracked costs the next
+/// run a comparison, not this one its point. Returns what went wrong, in words.
+pub fn begin(tracking: &dyn Tracking, uuid: &DomainUuid, layers: &[Layer], name: &str) -> Vec<String> {
+    // A disk whose image is short of space or already holds too many bitmaps must not cost the others theirs.
+    let mut problems = Vec::new();
+    for layer in layers {
+        if let Err(e) = tracking.add_bitmap(uuid, std::slice::from_ref(layer), name) {
+            problems.push(format!("{}: changes are not tracked from here on: {}", layer.path.display(), e.chain()));
+        }
+    }
+    problems
+}
+
+/// Step 8a: drops every bitmap of ours for this target but `keep`, and makes sure that they are gone. Runs after the
+/// commit, on the layers the domain runs on again.
+pub fn retire(
+    tracking: &dyn Tracking,
+    uuid: &DomainUuid,
+    layers: &[Layer],
+    target: &str,
+    keep: Option<&str>,
+) -> Result<Vec<String>> {
+    let prefix = prefix(target);
+    let superseded = |b: &BitmapView| b.name.starts_with(&prefix) && Some(b.name.as_str()) != keep;
+    for (layer, bitmaps) in layers.iter().zip(tracking.bitmaps(uuid, layers)?) {
+        for bitmap in bitmaps.into_iter().filter(superseded) {
+            tracking.remove_bitmap(uuid, layer, &bitmap.name)?;
+        }
+    }
+    let left = tracking.bitmaps(uuid, layers)?.into_iter().flatten().filter(superseded);
+    Ok(left.map(|b| format!("the superseded dirty bitmap {} could not be removed", b.name)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bitmap(name: &str, flags: &str) -> BitmapView {
+        BitmapView {
+            name: name.into(),
+            dirty_bytes: 0,
+            granularity_bytes: if flags.contains('g') { 1 << 30 } else { 65536 },
+            recording: !flags.contains('d'),
+            persistent: true,
+            inconsistent: flags.contains('i'),
+            busy: flags.contains('b'),
+        }
+    }
+
+    #[test]
+    fn only_a_sound_recording_bitmap_of_the_head_is_believed() {
+        assert_eq!(judge(&[bitmap("vr-a-1", "")], "vr-a-1"), Tracked::By("vr-a-1".into()));
+        for flags in ["i", "d", "b", "g", "idbg"] {
+            assert!(matches!(judge(&[bitmap("vr-a-1", flags)], "vr-a-1"), Tracked::Doubt(_)), "{flags}");
+        }
+        assert!(matches!(judge(&[bitmap("vr-a-2", "")], "vr-a-1"), Tracked::Doubt(_)));
+        assert!(matches!(judge(&[], "vr-a-1"), Tracked::Doubt(_)));
+    }
+
+    #[test]
+    fn two_targets_never_share_a_name() {
+        let run = RunId::from_bits(7);
+        let (a, b) = (bitmap_name("ssh://dr1", &run), bitmap_name("ssh://dr2", &run));
+        assert_ne!(a, b);
+        assert!(a.starts_with(&prefix("ssh://dr1")) && !a.starts_with(&prefix("ssh://dr2")));
+        assert!(a.len() < 64, "QEMU allows 1023 bytes, people fewer: {a}");
+    }
+}
