@@ -153,6 +153,27 @@ pub fn set_layers(xml: &str, disks: &[(DiskName, Layer)]) -> Result<String> {
             .ok_or_else(|| Error::new(Kind::NotFound, "the definition has no such disk").disk(name))?;
         edit_disk(xml, node, layer, &mut edits).map_err(|e| e.disk(name))?;
     }
+    Ok(splice(xml, edits))
+}
+
+/// The definition without our record, and without a `<metadata>` that held nothing else: what travels with a point must
+/// not tell another host of a run that was open here.
+pub fn without_record(xml: &str) -> Result<String> {
+    let doc = document(xml)?;
+    let Some(metadata) = child(domain_element(&doc)?, "metadata") else { return Ok(xml.to_owned()) };
+    let is_record = |n: &Node| n.has_tag_name((RECORD_NS, "record"));
+    let others = metadata.children().any(|n| n.is_element() && !is_record(&n));
+    let gone: Vec<Node> = if others { metadata.children().filter(is_record).collect() } else { vec![metadata] };
+    let edits = gone.iter().map(|n| {
+        // The line's indentation goes with it.
+        let start = xml[..n.range().start].trim_end().len();
+        (start..n.range().end, String::new())
+    });
+    Ok(splice(xml, edits.collect()))
+}
+
+/// Replaces byte ranges that do not overlap.
+fn splice(xml: &str, mut edits: Vec<(Range<usize>, String)>) -> String {
     // Stable: an insertion stays before the replacement that begins at the same byte.
     edits.sort_by_key(|(range, _)| range.start);
     let mut out = String::with_capacity(xml.len() + 256);
@@ -163,7 +184,7 @@ pub fn set_layers(xml: &str, disks: &[(DiskName, Layer)]) -> Result<String> {
         at = range.end;
     }
     out.push_str(&xml[at..]);
-    Ok(out)
+    out
 }
 
 // --- reading ---------------------------------------------------------------------------------------------------------

@@ -158,6 +158,29 @@ fn the_record_goes_through_escaping_and_back() {
     assert_eq!(record_xml(&"x".repeat(RECORD_LEN_MAX + 1)).unwrap_err().kind(), Kind::Usage);
 }
 
+/// Found by the demo: the definition in a point told the other host of a run that was open on the first.
+#[test]
+fn what_travels_has_no_record_of_ours_and_all_of_theirs() {
+    let plain = live("");
+    let ours = format!("<v:record xmlns:v='{RECORD_NS}'>{{&quot;a&quot;:1}}</v:record>");
+    let theirs = "<x:record xmlns:x='https://example.org/'>keep</x:record>";
+    let with = |metadata: &str| plain.replace("  <devices>", &format!("  {metadata}\n  <devices>"));
+    let cases = [
+        (plain.clone(), plain.clone()),
+        (with(&format!("<metadata>\n    {ours}\n  </metadata>")), plain.clone()),
+        (
+            with(&format!("<metadata>\n    {ours}\n    {theirs}\n  </metadata>")),
+            with(&format!("<metadata>\n    {theirs}\n  </metadata>")),
+        ),
+        (with(&format!("<metadata>{theirs}</metadata>")), with(&format!("<metadata>{theirs}</metadata>"))),
+    ];
+    for (xml, expected) in cases {
+        let cleaned = without_record(&xml).unwrap();
+        assert_eq!(cleaned, expected);
+        assert_eq!(parse(&cleaned).unwrap().record, None);
+    }
+}
+
 #[test]
 fn firmware_variables_and_guest_agent() {
     let os = |nvram: &str| parse(&live("").replace("<devices>", &format!("<os>{nvram}</os><devices>"))).unwrap().nvram;

@@ -31,7 +31,7 @@ use super::turnover;
 use crate::block::ByteRange;
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::failpoint;
-use crate::hypervisor::{DomainView, Hypervisor, Power, Tracking};
+use crate::hypervisor::{DomainView, Hypervisor, Power, Tracking, xml};
 use crate::image::open::{OpenOptions, Opened};
 use crate::image::{Chain, Image, Layer};
 use crate::name::{DiskName, DomainUuid, Generation, RunId};
@@ -383,11 +383,11 @@ impl Run<'_> {
         let secure = self.request.with_secrets;
         if domain.persistent {
             let xml = self.ports.hypervisor.definition(&domain.uuid, true, secure)?;
-            replica.attach(Attachment::InactiveXml, self.without_overlays(xml)?.as_bytes())?;
+            replica.attach(Attachment::InactiveXml, xml::without_record(&self.without_overlays(xml)?)?.as_bytes())?;
         }
         if domain.power != Power::Off {
             let xml = self.ports.hypervisor.definition(&domain.uuid, false, secure)?;
-            replica.attach(Attachment::LiveXml, xml.as_bytes())?;
+            replica.attach(Attachment::LiveXml, xml::without_record(&xml)?.as_bytes())?;
         }
         if let Some(path) = &domain.nvram {
             match std::fs::read(path) {
@@ -404,7 +404,7 @@ impl Run<'_> {
     fn without_overlays(&self, xml: String) -> Result<String> {
         let Some(record) = self.journal.record()? else { return Ok(xml) };
         let bases: Vec<_> = record.disks.iter().map(|d| (d.name.clone(), d.base.clone())).collect();
-        crate::hypervisor::xml::set_layers(&xml, &bases)
+        xml::set_layers(&xml, &bases)
     }
 
     fn abandon(&self, replica: &dyn Replica) {
