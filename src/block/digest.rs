@@ -5,12 +5,14 @@
 //! - A node: BLAKE3 in key-derivation mode (its own domain) over its 64 children; all children zero: zero.
 //!   Missing children on the right edge count as zero.
 //! - A disk's root: BLAKE3 in a third domain over size and topmost node: it binds the size.
+//! - A piece: the first 16 bytes of BLAKE3 in a fourth domain over its 4 KiB. Not part of the tree, never stored: a hint
+//!   of what need not travel, and whoever relies on it compares the digest of the whole block afterwards.
 //!
-//! Leaves, nodes and roots are hashed in three domains, so that no content of a block can pose as a node, and no node
-//! as a root. Specified in docs/formats/digest.md.
+//! Leaves, nodes, roots and pieces are hashed in domains of their own, so that no content of a block can pose as a node,
+//! and no node as a root. Specified in docs/formats/digest.md.
 
 use super::extent::is_zero;
-use super::{BLOCK_LEN, DiskSize, FANOUT};
+use super::{BLOCK_LEN, DiskSize, FANOUT, PIECE_LEN};
 use blake3::Hasher;
 use blake3::hazmat::{ContextKey, HasherExt, hash_derive_key_context};
 use serde::{Deserialize, Serialize};
@@ -68,12 +70,41 @@ impl<'de> Deserialize<'de> for Digest {
     }
 }
 
-/// The context strings of the two derived domains. They are part of the format and never change.
+/// 16 bytes of BLAKE3, or all zero for zeros. Half the length of a [`Digest`], and enough: nothing is decided by it that
+/// the digest of the whole block does not decide again.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct PieceDigest(pub [u8; 16]);
+
+impl PieceDigest {
+    /// Of a piece that reads as zeros.
+    pub const ZERO: PieceDigest = PieceDigest([0; 16]);
+    pub const LEN: usize = 16;
+
+    pub fn is_zero(&self) -> bool {
+        *self == Self::ZERO
+    }
+}
+
+impl fmt::Debug for PieceDigest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|b| write!(f, "{b:02x}"))
+    }
+}
+
+/// Pieces of a block.
+pub const BLOCK_PIECES: usize = BLOCK_LEN / PIECE_LEN;
+
+/// The digests of a block's pieces, first piece first. Those beyond the end of a short block are zero.
+pub type BlockPieces = [PieceDigest; BLOCK_PIECES];
+
+/// The context strings of the derived domains. They are part of the format and never change.
 const NODE_CONTEXT: &str = "virt-replica 2026-11-22 digest tree: node";
 const ROOT_CONTEXT: &str = "virt-replica 2026-11-22 digest tree: root";
+const PIECE_CONTEXT: &str = "virt-replica 2026-11-22 piece of a block";
 
 static NODE_KEY: LazyLock<ContextKey> = LazyLock::new(|| hash_derive_key_context(NODE_CONTEXT));
 static ROOT_KEY: LazyLock<ContextKey> = LazyLock::new(|| hash_derive_key_context(ROOT_CONTEXT));
+static PIECE_KEY: LazyLock<ContextKey> = LazyLock::new(|| hash_derive_key_context(PIECE_CONTEXT));
 
 /// What a short last block is padded with, without copying the block.
 static ZEROS: [u8; BLOCK_LEN] = [0; BLOCK_LEN];
@@ -118,6 +149,32 @@ pub fn root_digest(size: DiskSize, top: Digest) -> Digest {
     let mut hasher = Hasher::new_from_context_key(&ROOT_KEY);
     hasher.update(&size.0.to_le_bytes()).update(&top.0);
     Digest(*hasher.finalize().as_bytes())
+}
+
+/// Digest of one piece. `data` has at most [`PIECE_LEN`] bytes; fewer are hashed as if zeros followed up to that length.
+/// Zeros only, and so also no bytes at all, give [`PieceDigest::ZERO`].
+///
+/// # Panics
+/// If `data` is longer than a piece.
+pub fn piece_digest(data: &[u8]) -> PieceDigest {
+    assert!(data.len() <= PIECE_LEN, "a piece has at most {PIECE_LEN} bytes");
+    if is_zero(data) {
+        return PieceDigest::ZERO;
+    }
+    let mut hasher = Hasher::new_from_context_key(&PIECE_KEY);
+    hasher.update(data).update(&ZEROS[..PIECE_LEN - data.len()]);
+    PieceDigest(*hasher.finalize().as_bytes().first_chunk().expect("a hash has 32 bytes"))
+}
+
+/// Digests of the pieces of one block of at most [`BLOCK_LEN`] bytes.
+///
+/// # Panics
+/// If `block` is longer than a block.
+pub fn piece_digests(block: &[u8]) -> BlockPieces {
+    assert!(block.len() <= BLOCK_LEN, "a block has at most {BLOCK_LEN} bytes");
+    let mut pieces = [PieceDigest::ZERO; BLOCK_PIECES];
+    pieces.iter_mut().zip(block.chunks(PIECE_LEN)).for_each(|(digest, piece)| *digest = piece_digest(piece));
+    pieces
 }
 
 #[cfg(test)]
@@ -182,9 +239,43 @@ mod tests {
         assert_ne!(root_digest(DiskSize(1), leaf(1)), root_digest(DiskSize(2), leaf(1)), "the root binds the size");
     }
 
+    #[test]
+    fn a_piece_is_half_of_a_key_derivation_over_itself_and_zeros() {
+        let data: Vec<u8> = (0..PIECE_LEN).map(|i| (i % 251) as u8).collect();
+        for len in [2, 511, PIECE_LEN - 1, PIECE_LEN] {
+            let mut material = data[..len].to_vec();
+            material.resize(PIECE_LEN, 0);
+            let expected = blake3::derive_key(PIECE_CONTEXT, &material);
+            assert_eq!(piece_digest(&data[..len]).0, expected[..16], "{len}");
+            assert_eq!(piece_digest(&material), piece_digest(&data[..len]), "{len}");
+        }
+        for len in [0, 1, PIECE_LEN] {
+            assert_eq!(piece_digest(&ZEROS[..len]), PieceDigest::ZERO);
+        }
+        assert_ne!(piece_digest(&data).0, block_digest(&data).0[..16], "a domain of its own");
+    }
+
+    /// `a`, `b`: a piece of that byte; `.`: a piece of zeros.
+    #[test]
+    fn the_pieces_of_a_block_stand_in_their_places() {
+        let of = |notation: &str| -> Vec<u8> {
+            notation.bytes().flat_map(|b| [if b == b'.' { 0 } else { b }; PIECE_LEN]).collect()
+        };
+        let (a, b) = (piece_digest(&of("a")), piece_digest(&of("b")));
+        let pieces = piece_digests(&of("a.b............a"));
+        assert_eq!((pieces[0], pieces[1], pieces[2], pieces[15]), (a, PieceDigest::ZERO, b, a));
+        // A short block: its last piece is padded, and what lies behind it is zero.
+        let short = piece_digests(&of("ab")[..PIECE_LEN + 5]);
+        assert_eq!((short[0], short[1]), (a, piece_digest(b"bbbbb")));
+        assert!(short[2..].iter().all(PieceDigest::is_zero));
+        assert_eq!(piece_digests(&[]), [PieceDigest::ZERO; BLOCK_PIECES]);
+    }
+
     /// The same vectors stand in docs/formats/digest.md; they hold for ever.
     #[test]
     fn golden_vectors() {
+        let pieces = [piece_digest(&[0xaa; PIECE_LEN]), piece_digest(b"virt-replica")];
+        assert_eq!(pieces.map(|d| format!("{d:?}")), GOLDEN_PIECES);
         let block = vec![0xaau8; BLOCK_LEN];
         let short = block_digest(b"virt-replica");
         let vectors = [
@@ -195,6 +286,8 @@ mod tests {
         ];
         assert_eq!(vectors.map(|d| d.to_string()), GOLDEN);
     }
+
+    const GOLDEN_PIECES: [&str; 2] = ["616511b6e5dbc8d704f01c74e9875821", "7a21f628b711b62fff6eab208ff76367"];
 
     const GOLDEN: [&str; 4] = [
         "ee00c7e36a586431b00b681cb2e951bcb2d342addb04adc55e502972e06d8d42",

@@ -1,5 +1,6 @@
 //! Which 4 KiB pieces of a block travel.
 
+use crate::block::digest::BlockPieces;
 use crate::block::{BLOCK_LEN, PIECE_LEN};
 
 /// A set of pieces of one block: bit n is the piece that begins n x 4 KiB into the block. The last piece of a short
@@ -23,6 +24,16 @@ impl PieceMask {
         assert_eq!(old.len(), new.len(), "two versions of a block have one length");
         let pairs = old.chunks(PIECE_LEN).zip(new.chunks(PIECE_LEN));
         Self(pairs.enumerate().fold(0, |mask, (n, (a, b))| if a == b { mask } else { mask | 1 << n }))
+    }
+
+    /// The pieces of a block of `block_len` bytes whose digests differ from those of its old version, which may have been
+    /// longer or shorter: the disk may have been resized. Empty where only the digest of the block itself differs, and no
+    /// piece can say why; then the whole block has to travel.
+    pub fn differing_digests(old: &BlockPieces, new: &BlockPieces, block_len: usize) -> Self {
+        let mask =
+            old.iter().zip(new).enumerate().fold(0, |mask, (n, (a, b))| if a == b { mask } else { mask | 1 << n });
+        // What was behind a new end is gone without being sent.
+        Self(mask & Self::all(block_len).0)
     }
 
     pub fn with(self, piece: usize) -> Self {
@@ -80,6 +91,21 @@ impl PieceMask {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::block::digest::piece_digests;
+
+    /// The last block of a disk that grows or shrinks has an old version of another length.
+    #[test]
+    fn digests_of_another_length_are_compared_as_if_zeros_followed() {
+        let (long, short) = (vec![1u8; PIECE_LEN * 3], vec![1u8; PIECE_LEN + 5]);
+        let mask =
+            |old: &[u8], new: &[u8]| PieceMask::differing_digests(&piece_digests(old), &piece_digests(new), new.len());
+        assert_eq!(mask(&short, &long), PieceMask(0b110), "grown by ones");
+        assert_eq!(mask(&long, &short), PieceMask(0b10), "nothing is sent of what is gone");
+        let mut padded = short.clone();
+        padded.resize(PIECE_LEN * 3, 0);
+        assert_eq!(mask(&short, &padded), PieceMask(0), "grown by zeros");
+        assert_eq!(mask(&padded, &short), PieceMask(0), "cut by zeros");
+    }
 
     #[test]
     fn a_short_block_has_fewer_pieces_and_a_short_last_one() {
@@ -100,6 +126,7 @@ mod tests {
             *new.last_mut().unwrap() = 3;
             let mask = PieceMask::differing(&old, &new);
             assert_eq!(mask, PieceMask::default().with(1).with(block_len.div_ceil(PIECE_LEN) - 1));
+            assert_eq!(mask, PieceMask::differing_digests(&piece_digests(&old), &piece_digests(&new), block_len));
             let mut pieces = Vec::new();
             mask.gather(&new, &mut pieces);
             assert_eq!(pieces.len(), mask.bytes_len(block_len));
