@@ -9,7 +9,8 @@
 //!
 //! Format and sequence: docs/formats/wire.md. Fixtures: tests/fixtures/formats/v1/wire-*.
 
-use crate::block::digest::Digest;
+use crate::block::BlockIndex;
+use crate::block::digest::{BLOCK_PIECES, BlockPieces, Digest, PieceDigest};
 use crate::error::{Error, Kind, Result, printable};
 use crate::name::{DiskName, DomainName, DomainUuid, PointId};
 use crate::replica::{Attachment, BeginPoint, DiskApplied, PointView, ReplicaView, SealPoint, VerifyReport};
@@ -161,12 +162,14 @@ pub enum FrameKind {
     Failed = 0x85,
     /// The agent's last word.
     End = 0x86,
+    /// Digests of pieces, see [`encode_pieces`].
+    Pieces = 0x87,
 }
 
 impl FrameKind {
     fn from_byte(byte: u8) -> Option<FrameKind> {
         use FrameKind::*;
-        [Request, Apply, Attach, Release, Bye, Ping, Reply, Nodes, Error, Progress, Failed, End]
+        [Request, Apply, Attach, Release, Bye, Ping, Reply, Nodes, Error, Progress, Failed, End, Pieces]
             .into_iter()
             .find(|kind| *kind as u8 == byte)
     }
@@ -175,7 +178,7 @@ impl FrameKind {
         use FrameKind::*;
         match self {
             Request => REQUEST_MAX,
-            Apply | Attach | Reply | Nodes | Error | Failed => PAYLOAD_MAX,
+            Apply | Attach | Reply | Nodes | Pieces | Error | Failed => PAYLOAD_MAX,
             Progress => 4 << 10,
             Release => 4,
             Bye | Ping | End => 0,
@@ -309,7 +312,7 @@ impl Stream {
     }
 }
 
-/// What a client asks. Each is answered by the [`Reply`] of the same name (`Nodes` by digests), or by an error.
+/// What a client asks. Each is answered by the [`Reply`] of the same name (`Nodes` and `Pieces` by digests), or by an error.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
@@ -332,6 +335,12 @@ pub enum Request {
         level: u8,
         start: u64,
         end: u64,
+    },
+    /// Numbers of blocks, ascending.
+    Pieces {
+        replica: Handle,
+        disk: DiskName,
+        blocks: Vec<BlockIndex>,
     },
     FinishDisk {
         replica: Handle,
@@ -536,6 +545,39 @@ pub fn decode_nodes(mut bytes: &[u8], expected: usize) -> Result<Vec<Digest>> {
     Ok(nodes)
 }
 
+/// The pieces of each block: a mask of those that are not zero, then their digests.
+pub fn encode_pieces(blocks: &[BlockPieces]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for pieces in blocks {
+        let given = |(n, digest): (usize, &PieceDigest)| if digest.is_zero() { 0 } else { 1u16 << n };
+        let mask = pieces.iter().enumerate().map(given).sum::<u16>();
+        bytes.extend_from_slice(&mask.to_le_bytes());
+        pieces.iter().filter(|digest| !digest.is_zero()).for_each(|digest| bytes.extend_from_slice(&digest.0));
+    }
+    bytes
+}
+
+const _: () = assert!(BLOCK_PIECES == u16::BITS as usize, "the mask of a block's pieces has a bit for each");
+
+/// The pieces of exactly `expected` blocks; the caller has bounded `expected`.
+pub fn decode_pieces(mut bytes: &[u8], expected: usize) -> Result<Vec<BlockPieces>> {
+    let wrong = || Error::new(Kind::Protocol, "the pieces of more or fewer blocks came than were asked for");
+    let mut blocks = Vec::with_capacity(expected);
+    for _ in 0..expected {
+        let (mask, rest) = bytes.split_first_chunk().ok_or_else(wrong)?;
+        let mask = u16::from_le_bytes(*mask);
+        let (given, rest) = rest.split_at_checked(mask.count_ones() as usize * PieceDigest::LEN).ok_or_else(wrong)?;
+        let mut pieces = [PieceDigest::ZERO; BLOCK_PIECES];
+        let places = pieces.iter_mut().enumerate().filter(|(n, _)| mask & 1 << n != 0);
+        for ((_, digest), bytes) in places.zip(given.chunks_exact(PieceDigest::LEN)) {
+            *digest = PieceDigest(bytes.try_into().expect("a chunk of that length"));
+        }
+        blocks.push(pieces);
+        bytes = rest;
+    }
+    if bytes.is_empty() { Ok(blocks) } else { Err(wrong()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -585,6 +627,9 @@ mod tests {
         let payload = encode_nodes(&nodes);
         assert_eq!(frame(FrameKind::Nodes, 3, &payload), fixture("wire-frame-nodes.bin"));
         assert_eq!(decode_nodes(&payload, 4).unwrap(), nodes);
+
+        let payload = encode_pieces(&[pieces("................"), pieces("a..b...........c")]);
+        assert_eq!(frame(FrameKind::Pieces, 4, &payload), fixture("wire-frame-pieces.bin"));
     }
 
     #[test]
@@ -665,6 +710,35 @@ mod tests {
         assert!(decode_nodes(&u32::MAX.to_le_bytes(), 5).is_err(), "a run longer than what was asked for");
         let worst: String = ".a".repeat(crate::replica::NODES_MAX as usize / 2);
         assert!(encode_nodes(&nodes(&worst)).len() <= PAYLOAD_MAX);
+    }
+
+    /// `.` zero, any other letter a digest of that byte.
+    fn pieces(notation: &str) -> BlockPieces {
+        let digest = |b| if b == b'.' { PieceDigest::ZERO } else { PieceDigest([b; 16]) };
+        notation.bytes().map(digest).collect::<Vec<_>>().try_into().unwrap()
+    }
+
+    #[test]
+    fn pieces_travel_behind_their_masks() {
+        let blocks =
+            ["................", "a...............", "...............z", "abcdefghijklmnop", "................"]
+                .map(pieces);
+        let bytes = encode_pieces(&blocks);
+        assert_eq!(bytes.len(), 5 * 2 + 18 * 16);
+        assert_eq!(decode_pieces(&bytes, 5).unwrap(), blocks);
+        for cut in 0..bytes.len() {
+            assert_eq!(decode_pieces(&bytes[..cut], 5).unwrap_err().kind(), Kind::Protocol, "{cut}");
+        }
+        assert!(decode_pieces(&bytes, 4).is_err() && decode_pieces(&bytes, 6).is_err());
+        assert!(decode_pieces(&[], 0).unwrap().is_empty());
+        let most = vec![pieces("abcdefghijklmnop"); crate::replica::PIECES_MAX];
+        assert!(encode_pieces(&most).len() <= BULK_MAX, "one frame");
+        let request = Request::Pieces {
+            replica: Handle(u32::MAX),
+            disk: DiskName::new("v".repeat(32)).unwrap(),
+            blocks: vec![BlockIndex(u64::MAX); crate::replica::PIECES_MAX],
+        };
+        assert!(encode(&request).len() <= REQUEST_MAX);
     }
 
     #[test]

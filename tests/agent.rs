@@ -17,8 +17,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use virt_replica::agent::client::{AgentClient, ClientOptions};
 use virt_replica::agent::{ReplicaOpener, ServeOptions, serve};
-use virt_replica::block::DiskSize;
-use virt_replica::block::digest::Digest;
+use virt_replica::block::digest::{BLOCK_PIECES, BlockPieces, Digest, PieceDigest};
+use virt_replica::block::{BlockIndex, DiskSize};
 use virt_replica::error::{Error, Kind, Result};
 use virt_replica::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
 use virt_replica::replica::*;
@@ -102,6 +102,16 @@ fn node(n: u64) -> Digest {
     Digest(bytes)
 }
 
+/// The digest of a piece is its block's number and its own, and some are zero.
+fn pieces_of(block: BlockIndex) -> BlockPieces {
+    let mut pieces = [PieceDigest::ZERO; BLOCK_PIECES];
+    for (n, piece) in (1..).zip(&mut pieces).filter(|(n, _)| (block.0 % 3 + n) % 3 != 0) {
+        piece.0[..8].copy_from_slice(&block.0.to_le_bytes());
+        piece.0[8..].copy_from_slice(&n.to_le_bytes());
+    }
+    pieces
+}
+
 impl Replica for FakeReplica {
     fn describe(&self) -> Result<ReplicaView> {
         Ok(ReplicaView {
@@ -120,6 +130,10 @@ impl Replica for FakeReplica {
 
     fn nodes(&self, _: &DiskName, level: u8, range: Range<u64>) -> Result<Vec<Digest>> {
         Ok(range.map(|n| if n % 3 == 0 { Digest::ZERO } else { node(n << 8 | u64::from(level)) }).collect())
+    }
+
+    fn pieces(&self, _: &DiskName, blocks: &[BlockIndex]) -> Result<Vec<BlockPieces>> {
+        Ok(blocks.iter().copied().map(pieces_of).collect())
     }
 
     fn apply(&self, disk: &DiskName, bytes: &[u8]) -> Result<()> {
@@ -339,10 +353,56 @@ fn eight_threads_ask_at_once_and_each_gets_its_own_answer() {
             });
         }
     });
+    // Pieces too, among the others' nodes.
+    std::thread::scope(|scope| {
+        for thread in 0..8u64 {
+            let replica = &replica;
+            scope.spawn(move || {
+                for round in 0..50u64 {
+                    let blocks: Vec<_> = (0..round * 5).map(|n| BlockIndex((thread << 40) + n * (round + 1))).collect();
+                    let pieces = replica.pieces(&disk("vda"), &blocks).unwrap();
+                    assert!(pieces.iter().copied().eq(blocks.iter().copied().map(pieces_of)), "{thread}, {round}");
+                    assert_eq!(replica.nodes(&disk("vda"), 0, thread * 3 + 1..thread * 3 + 3).unwrap().len(), 2);
+                }
+            });
+        }
+    });
     let most = replica.nodes(&disk("vda"), 0, 0..NODES_MAX).unwrap();
     assert_eq!(most.len() as u64, NODES_MAX);
     assert_eq!(replica.nodes(&disk("vda"), 0, 0..NODES_MAX + 1).unwrap_err().kind(), Kind::Usage);
+    let blocks: Vec<_> = (0..=PIECES_MAX as u64).map(BlockIndex).collect();
+    assert_eq!(replica.pieces(&disk("vda"), &blocks[1..]).unwrap().len(), PIECES_MAX);
+    assert_eq!(replica.pieces(&disk("vda"), &blocks).unwrap_err().kind(), Kind::Usage, "more than the most");
+    let disorder = [BlockIndex(2), BlockIndex(2)];
+    assert_eq!(replica.pieces(&disk("vda"), &disorder).unwrap_err().kind(), Kind::Usage);
     client.close().unwrap();
+}
+
+/// A client that does not check what it asks is refused by the agent, and what it asked reaches no replica.
+#[test]
+fn an_agent_checks_the_blocks_whose_pieces_are_asked_for() {
+    let replica = wire::Handle(0);
+    let (many, disorder) = (vec![BlockIndex(0); PIECES_MAX + 1], vec![BlockIndex(3), BlockIndex(2)]);
+    for blocks in [many, disorder] {
+        let mut input = wire::Banner::ours().line(Role::Client).into_bytes();
+        let requests = [Request::Open { uuid: uuid() }, Request::Pieces { replica, disk: disk("vda"), blocks }];
+        for (id, request) in (1..).zip(&requests) {
+            let head = Head { kind: FrameKind::Request, more: false, id };
+            wire::write_frame(&mut input, head, &[], &wire::encode(request)).unwrap();
+        }
+        wire::write_frame(&mut input, Head { kind: FrameKind::Bye, more: false, id: 0 }, &[], &[]).unwrap();
+        let mut output = Vec::new();
+        serve(&input[..], &mut output, &FakeOpener(Arc::default()), quick_serve()).unwrap();
+        let mut output = &output[wire::Banner::ours().line(Role::Agent).len()..];
+        let (mut answer, mut refused) = (Vec::new(), None);
+        while let Some(head) = wire::read_frame(&mut output, &mut answer).unwrap() {
+            if (head.id, head.kind) == (2, FrameKind::Error) {
+                refused = Some(wire::decode::<wire::WireError>("error", &answer).unwrap());
+            }
+        }
+        let refused = refused.expect("an error under the request's id");
+        assert_eq!((refused.kind, refused.context.disk.as_deref()), (Kind::Usage, Some("vda")));
+    }
 }
 
 #[test]
@@ -588,6 +648,7 @@ fn spoken() -> Vec<u8> {
         Request::Attach { replica, name: Attachment::InactiveXml, length: 4 },
         Request::FinishDisk { replica, disk: disk("vda") },
         Request::Nodes { replica, disk: disk("vda"), level: 1, start: 5, end: 9 },
+        Request::Pieces { replica, disk: disk("vda"), blocks: vec![BlockIndex(5), BlockIndex(u64::MAX)] },
         Request::Seal { replica, request: seal_request() },
     ];
     for (id, request) in (1..).zip(&requests) {
@@ -749,7 +810,7 @@ fn random_input_never_panics_and_never_costs_memory() {
             2 => {
                 input.truncate(banner_len);
                 for _ in 0..20 {
-                    let kinds = [1u8, 2, 3, 4, 5, 0x10, 0x81, 0x83, 0x99];
+                    let kinds = [1u8, 2, 3, 4, 5, 0x10, 0x81, 0x83, 0x87, 0x99];
                     let length = next(&mut random) as usize % 300;
                     input.extend_from_slice(&(length as u32).to_le_bytes());
                     input.extend_from_slice(&[kinds[next(&mut random) as usize % kinds.len()], 0, 0, 0]);
@@ -781,7 +842,9 @@ fn the_largest_request_is_parsed_in_bounded_memory() {
          \"generation\":1,\"expected_head\":null,\"disks\":[{}]}}}}}}",
         disks.trim_end_matches(',')
     );
-    for payload in [wide, deep, many] {
+    let blocks =
+        format!("{{\"pieces\":{{\"replica\":0,\"disk\":\"a\",\"blocks\":[{}]}}}}", vec!["1"; 120_000].join(","));
+    for payload in [wide, deep, many, blocks] {
         let mut input = wire::Banner::ours().line(Role::Client).into_bytes();
         let head = Head { kind: FrameKind::Request, more: false, id: 1 };
         wire::write_frame(&mut input, head, &[], payload.as_bytes()).unwrap();

@@ -500,7 +500,9 @@ impl Shared {
                     let error: WireError = decode("error", &payload)?;
                     return Err(error.into_error(None));
                 }
-                FrameKind::Reply | FrameKind::Nodes | FrameKind::Error => self.take_answer(head, &payload)?,
+                FrameKind::Reply | FrameKind::Nodes | FrameKind::Pieces | FrameKind::Error => {
+                    self.take_answer(head, &payload)?;
+                }
                 FrameKind::Progress => {
                     let progress = decode("progress", &payload)?;
                     if let Some(slot) = lock(&self.state).slots.get_mut(&head.id) {

@@ -11,17 +11,20 @@ pub mod client;
 mod patience;
 pub mod remote;
 
+use crate::block::BlockIndex;
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, DomainName, DomainUuid};
-use crate::replica::{ATTACHMENT_MAX, Attachment, BeginPoint, NODES_MAX, Replica};
+use crate::replica::{ATTACHMENT_MAX, Attachment, BeginPoint, NODES_MAX, Replica, check_blocks};
 use crate::transport::pipe::{PipeReader, PipeWriter};
 use crate::wire::{
     BULK_MAX, Banner, Failed, FrameKind, Handle, Head, PROTOCOL, Progress, REPLY_MAX, Reply, Request, Role,
-    SAME_VERSION, Stream, WireError, decode, encode, encode_nodes, protocol, read_banner, read_frame, write_frame,
+    SAME_VERSION, Stream, WireError, decode, encode, encode_nodes, encode_pieces, protocol, read_banner, read_frame,
+    write_frame,
 };
 use patience::{Patient, up_to};
 use std::collections::BTreeMap;
 use std::io::{BufReader, Read, Write};
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
@@ -250,17 +253,8 @@ impl<W: Write> Session<'_, W> {
                 self.begin(replica, &request)?;
                 Reply::Begin {}.into()
             }
-            Request::Nodes { replica, disk, level, start, end } => {
-                if start > end || end - start > NODES_MAX {
-                    return Err(protocol(format!("nodes {start}..{end}: at most {NODES_MAX} in one request")));
-                }
-                let nodes = self.sound(replica)?.replica.nodes(&disk, level, start..end)?;
-                if nodes.len() as u64 != end - start {
-                    let what = format!("the store gave {} nodes for {start}..{end}", nodes.len());
-                    return Err(Error::new(Kind::Corrupt, what).disk(disk));
-                }
-                Answer::Message(FrameKind::Nodes, encode_nodes(&nodes))
-            }
+            Request::Nodes { replica, disk, level, start, end } => self.nodes(replica, &disk, level, start..end)?,
+            Request::Pieces { replica, disk, blocks } => self.pieces(replica, &disk, &blocks)?,
             Request::FinishDisk { replica, disk } => {
                 Reply::FinishDisk { applied: self.sound(replica)?.replica.finish_disk(&disk)? }.into()
             }
@@ -311,6 +305,28 @@ impl<W: Write> Session<'_, W> {
         opened.disks = request.disks.iter().map(|disk| disk.name.clone()).collect();
         opened.failed = None;
         Ok(())
+    }
+
+    fn nodes(&mut self, handle: Handle, disk: &DiskName, level: u8, range: Range<u64>) -> Result<Answer> {
+        let count = range.end.checked_sub(range.start).filter(|count| *count <= NODES_MAX);
+        let count = count.ok_or_else(|| protocol(format!("nodes {range:?}: at most {NODES_MAX} in one request")))?;
+        let nodes = self.sound(handle)?.replica.nodes(disk, level, range)?;
+        if nodes.len() as u64 != count {
+            let what = format!("the store gave {} nodes for {count}", nodes.len());
+            return Err(Error::new(Kind::Corrupt, what).disk(disk));
+        }
+        Ok(Answer::Message(FrameKind::Nodes, encode_nodes(&nodes)))
+    }
+
+    fn pieces(&mut self, handle: Handle, disk: &DiskName, blocks: &[BlockIndex]) -> Result<Answer> {
+        // Whatever stands behind: what it is handed is bounded.
+        check_blocks(blocks).map_err(|e| e.disk(disk))?;
+        let pieces = self.sound(handle)?.replica.pieces(disk, blocks)?;
+        if pieces.len() != blocks.len() {
+            let what = format!("the store gave the pieces of {} blocks for {}", pieces.len(), blocks.len());
+            return Err(Error::new(Kind::Corrupt, what).disk(disk));
+        }
+        Ok(Answer::Message(FrameKind::Pieces, encode_pieces(&pieces)))
     }
 
     /// Applies patch bytes. A failure of the replica is told at once and again to the next request that builds on it;

@@ -6,14 +6,15 @@
 //! Protocol: docs/formats/wire.md.
 
 use super::client::{AgentClient, Shared, head, lock};
-use crate::block::digest::Digest;
+use crate::block::BlockIndex;
+use crate::block::digest::{BlockPieces, Digest};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, PointId};
 use crate::replica::{
     ATTACHMENT_MAX, Attachment, BeginPoint, DiskApplied, NODES_MAX, PointView, Replica, ReplicaView, SealPoint,
-    VerifyReport,
+    VerifyReport, check_blocks,
 };
-use crate::wire::{BULK_MAX, FrameKind, Handle, Head, Reply, Request, Stream, decode_nodes, protocol};
+use crate::wire::{BULK_MAX, FrameKind, Handle, Head, Reply, Request, Stream, decode_nodes, decode_pieces, protocol};
 use std::ops::Range;
 use std::sync::{Arc, RwLock};
 
@@ -79,6 +80,22 @@ impl Replica for RemoteReplica {
                 decode_nodes(&payload, count as usize).map_err(|e| shared.at_host(e).disk(disk))
             }
             (kind, _) => Err(shared.at_host(protocol(format!("a {kind:?} frame instead of nodes")))),
+        }
+    }
+
+    fn pieces(&self, disk: &DiskName, blocks: &[BlockIndex]) -> Result<Vec<BlockPieces>> {
+        check_blocks(blocks).map_err(|e| e.disk(disk))?;
+        if blocks.is_empty() {
+            return Ok(Vec::new());
+        }
+        let shared = self.shared();
+        let request = Request::Pieces { replica: self.handle, disk: disk.clone(), blocks: blocks.to_vec() };
+        let id = shared.ask(&request)?;
+        match shared.answer(id, &mut |_, _| {})? {
+            (FrameKind::Pieces, payload) => {
+                decode_pieces(&payload, blocks.len()).map_err(|e| shared.at_host(e).disk(disk))
+            }
+            (kind, _) => Err(shared.at_host(protocol(format!("a {kind:?} frame instead of pieces")))),
         }
     }
 

@@ -8,6 +8,7 @@ mod chain;
 mod digests;
 mod disk;
 mod files;
+mod head;
 mod lock;
 pub mod manifest;
 mod point;
@@ -15,9 +16,9 @@ mod reserve;
 pub mod store;
 mod verify;
 
-use crate::block::DiskSize;
-use crate::block::digest::Digest;
-use crate::error::Result;
+use crate::block::digest::{BlockPieces, Digest};
+use crate::block::{BlockIndex, DiskSize};
+use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -38,6 +39,14 @@ pub trait Replica: Send + Sync {
     /// Nodes of the head's digest tree of a disk: level 0 are block digests, level 1 group digests, and so on.
     /// Beyond the head's size everything is zero. At most [`NODES_MAX`] in one call.
     fn nodes(&self, disk: &DiskName, level: u8, range: Range<u64>) -> Result<Vec<Digest>>;
+
+    /// Digests of the 4 KiB pieces of these blocks, in their order, as they are in the state that the open point's patch
+    /// starts from: the head's copy, whatever of the patch was applied meanwhile. Zero where that state has no such block
+    /// or, of a disk begun afresh, no content at all. `blocks` ascend; at most [`PIECES_MAX`] of them in one call.
+    ///
+    /// Costs reading those blocks of the replica, so it is asked of blocks that are known to differ. Several threads may
+    /// ask at once. Needs an open point, whose lock keeps the head in place; a failure does not harm that point.
+    fn pieces(&self, disk: &DiskName, blocks: &[BlockIndex]) -> Result<Vec<BlockPieces>>;
 
     /// Appends bytes of the patch stream of one disk of the open point. Any cut of the stream will do.
     /// May return before they are applied; an error may then surface in a later call.
@@ -62,6 +71,24 @@ pub trait Replica: Send + Sync {
 
 /// Most nodes in one [`Replica::nodes`] call: 512 KiB on the wire at worst.
 pub const NODES_MAX: u64 = 16 << 10;
+
+/// Most blocks in one [`Replica::pieces`] call: 16 MiB to read, 64 KiB of digests.
+pub const PIECES_MAX: usize = 256;
+
+/// Refuses what [`Replica::pieces`] does not allow; asked by every implementation before anything else.
+pub(crate) fn check_blocks(blocks: &[BlockIndex]) -> Result<()> {
+    if blocks.len() > PIECES_MAX {
+        let what = format!("pieces of {} blocks in one call; at most {PIECES_MAX} are allowed", blocks.len());
+        return Err(Error::new(Kind::Usage, what));
+    }
+    match blocks.windows(2).find(|pair| pair[0] >= pair[1]) {
+        None => Ok(()),
+        Some(pair) => {
+            let what = format!("pieces of block {} asked for after those of block {}", pair[1].0, pair[0].0);
+            Err(Error::new(Kind::Usage, what))
+        }
+    }
+}
 
 /// Largest attachment in bytes.
 pub const ATTACHMENT_MAX: usize = 64 << 20;

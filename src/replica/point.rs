@@ -11,12 +11,14 @@ use super::chain;
 use super::digests::DigestFile;
 use super::disk::DiskWriter;
 use super::files::Dir;
+use super::head::{HeadImage, NO_PIECES};
 use super::lock::WriterLock;
 use super::manifest::{self, Attached, MANIFEST_FILE, Manifest, Point};
 use super::reserve::Reservation;
 use super::store::Clock;
 use super::{ATTACHMENT_MAX, Attachment, BeginPoint, DiskApplied, PointView, SealPoint};
-use crate::block::digest::Digest;
+use crate::block::BlockIndex;
+use crate::block::digest::{BlockPieces, Digest};
 use crate::error::{Context, Error, Kind, Result};
 use crate::name::{DiskName, PointId};
 use std::collections::BTreeMap;
@@ -32,6 +34,8 @@ pub(super) struct OpenPoint {
     points: Dir,
     dir: Dir,
     heads: BTreeMap<DiskName, Arc<DigestFile>>,
+    /// Readers of the head's copies, of the disks whose pieces were asked for and that are not finished.
+    head_images: Mutex<BTreeMap<DiskName, Arc<HeadImage>>>,
     disks: Disks,
     attached: Mutex<BTreeMap<Attachment, Attached>>,
     reservation: Arc<Reservation>,
@@ -74,6 +78,7 @@ impl OpenPoint {
             points,
             dir,
             heads,
+            head_images: Mutex::default(),
             disks,
             attached: Mutex::new(BTreeMap::new()),
             reservation,
@@ -90,6 +95,30 @@ impl OpenPoint {
         }
     }
 
+    /// As [`Replica::pieces`](super::Replica::pieces). Takes no lock that an `apply` holds.
+    pub fn pieces(&self, disk: &DiskName, blocks: &[BlockIndex]) -> Result<Vec<BlockPieces>> {
+        if !self.disks.contains_key(disk) {
+            return Err(Error::new(Kind::Usage, "the open point has no such disk"));
+        }
+        match self.head_image(disk)? {
+            Some(image) => image.pieces(blocks),
+            None => Ok(vec![NO_PIECES; blocks.len()]),
+        }
+    }
+
+    /// The reader of the head's copy, opened once; `None` if the disk starts from nothing.
+    fn head_image(&self, disk: &DiskName) -> Result<Option<Arc<HeadImage>>> {
+        let (Some(digests), Some(head)) = (self.heads.get(disk), self.manifest.head()) else { return Ok(None) };
+        // Held while the chain is opened: who asks at the same time would open it too.
+        let mut images = self.head_images.lock().expect("no code panics with this lock");
+        if let Some(image) = images.get(disk) {
+            return Ok(Some(image.clone()));
+        }
+        let image = Arc::new(HeadImage::open(&self.points, &self.manifest, &head.id, disk, digests.size())?);
+        images.insert(disk.clone(), image.clone());
+        Ok(Some(image))
+    }
+
     fn disk(&self, name: &DiskName) -> Result<MutexGuard<'_, DiskWriter>> {
         let disk = self.disks.get(name).ok_or_else(|| Error::new(Kind::Usage, "the open point has no such disk"))?;
         disk.lock().map_err(|_| Error::new(Kind::Corrupt, "an earlier call on this disk panicked"))
@@ -104,6 +133,7 @@ impl OpenPoint {
 
     pub fn finish_disk(&self, disk: &DiskName) -> Result<DiskApplied> {
         let applied = self.disk(disk)?.finish()?;
+        self.head_images.lock().expect("no code panics with this lock").remove(disk);
         // step 5c
         crate::failpoint!("5c");
         Ok(applied)

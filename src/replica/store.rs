@@ -19,9 +19,11 @@ use super::lock::WriterLock;
 use super::manifest::{self, MANIFEST_FILE, MANIFEST_MAX, Manifest, POINTS_DIR, REPLICAS_DIR};
 use super::point::OpenPoint;
 use super::{
-    Attachment, BeginPoint, DiskApplied, NODES_MAX, PointView, Replica, ReplicaView, SealPoint, VerifyReport, verify,
+    Attachment, BeginPoint, DiskApplied, NODES_MAX, PointView, Replica, ReplicaView, SealPoint, VerifyReport,
+    check_blocks, verify,
 };
-use crate::block::digest::Digest;
+use crate::block::BlockIndex;
+use crate::block::digest::{BlockPieces, Digest};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId};
 use jiff::Timestamp;
@@ -178,6 +180,14 @@ impl Replica for Store {
             return Err(Error::new(Kind::Busy, "the head changed while its digests were read").disk(disk));
         }
         Ok(nodes)
+    }
+
+    /// Unlike what writes, a failure does not condemn the open point: the source may send whole blocks instead.
+    fn pieces(&self, disk: &DiskName, blocks: &[BlockIndex]) -> Result<Vec<BlockPieces>> {
+        check_blocks(blocks).map_err(|e| e.disk(disk))?;
+        let open = self.current()?;
+        open.poison.check()?;
+        open.pieces(disk, blocks).map_err(|e| e.disk(disk))
     }
 
     fn apply(&self, disk: &DiskName, patch_bytes: &[u8]) -> Result<()> {

@@ -1,11 +1,13 @@
 //! Disks of every awkward shape, pumped into a replica in memory that can misbehave.
 
 use super::*;
-use crate::block::digest::root_digest;
+use crate::block::digest::{BlockPieces, piece_digests, root_digest};
 use crate::block::extent::{Extent, is_zero, merge};
 use crate::name::PointId;
 use crate::patch::{Decoder, Item, Limits};
-use crate::replica::{Attachment, BeginPoint, DiskApplied, PointView, ReplicaView, SealPoint, VerifyReport};
+use crate::replica::{
+    Attachment, BeginPoint, DiskApplied, PointView, ReplicaView, SealPoint, VerifyReport, check_blocks,
+};
 
 const B: usize = BLOCK_LEN;
 
@@ -107,6 +109,15 @@ impl Replica for Memory {
         Ok((range.start..range.end - short).map(|i| nodes.get(i as usize).copied().unwrap_or(Digest::ZERO)).collect())
     }
 
+    fn pieces(&self, _: &DiskName, blocks: &[BlockIndex]) -> Result<Vec<BlockPieces>> {
+        check_blocks(blocks)?;
+        let of = |block: &BlockIndex| {
+            let range = block.bytes(DiskSize(self.head.len() as u64));
+            piece_digests(&self.head[range.start as usize..range.end as usize])
+        };
+        Ok(blocks.iter().map(of).collect())
+    }
+
     fn apply(&self, _: &DiskName, patch_bytes: &[u8]) -> Result<()> {
         let mut decoder = self.decoder.lock().unwrap();
         let mut new = self.new.lock().unwrap();
@@ -118,6 +129,17 @@ impl Replica for Memory {
                     assert_eq!(block_digest(&bytes), digest, "the digest is of the data");
                     let at = block.offset() as usize;
                     new[at..at + bytes.len()].copy_from_slice(&bytes);
+                    blocks += 1;
+                }
+                Item::Pieces { block, digest, mask, bytes } => {
+                    // Into the head's copy, which the disk may have outgrown or be cut from.
+                    let range = block.bytes(DiskSize(new.len() as u64));
+                    let old = &self.head[(range.start as usize).min(self.head.len())..];
+                    let mut whole = old[..old.len().min(range.len() as usize)].to_vec();
+                    whole.resize(range.len() as usize, 0);
+                    mask.scatter(&bytes, &mut whole);
+                    assert_eq!(block_digest(&whole), digest, "the pieces make up the block");
+                    new[range.start as usize..range.end as usize].copy_from_slice(&whole);
                     blocks += 1;
                 }
                 Item::Zero { first, count } => {
@@ -489,6 +511,11 @@ impl Replica for SparseHead {
         assert!(range.end - range.start <= NODES_MAX);
         self.asked.fetch_add(1, Ordering::Relaxed);
         Ok(range.map(|i| self.head.node(level, i)).collect())
+    }
+    fn pieces(&self, _: &DiskName, blocks: &[BlockIndex]) -> Result<Vec<BlockPieces>> {
+        check_blocks(blocks)?;
+        let of = |block: &BlockIndex| self.head.blocks.get(&block.0).map_or(&[][..], |bytes| bytes);
+        Ok(blocks.iter().map(of).map(piece_digests).collect())
     }
     fn apply(&self, _: &DiskName, patch_bytes: &[u8]) -> Result<()> {
         let mut decoder = self.decoder.lock().unwrap();
