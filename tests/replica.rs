@@ -7,7 +7,7 @@
 mod replica_support;
 
 use replica_support::*;
-use std::os::unix::fs::{FileExt, symlink};
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Command;
 use virt_replica::block::digest::Digest;
@@ -448,19 +448,6 @@ fn files_are_closed_to_others_and_sealed_against_ourselves() {
     }
     let up: Vec<&Path> = dir.ancestors().take_while(|a| *a != lab.root()).collect();
     assert!(up.iter().all(|d| d.metadata().unwrap().mode() & 0o7777 == 0o700));
-}
-
-/// Where in a file these bytes are.
-fn find(path: &Path, bytes: &[u8]) -> u64 {
-    let content = std::fs::read(path).unwrap();
-    content.windows(bytes.len()).position(|w| w == bytes).expect("it is there") as u64
-}
-
-fn flip(path: &Path, at: u64) {
-    let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, at).unwrap();
-    file.write_all_at(&[!byte[0]], at).unwrap();
 }
 
 struct SmallFs(tempfile::TempDir);

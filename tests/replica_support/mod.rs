@@ -1,6 +1,7 @@
 //! What the tests of the store share: contents in a tiny notation, patches between them, and the model they are held against.
 #![allow(dead_code)] // Each test binary uses its part.
 
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 use virt_replica::block::digest::{Digest, block_digest};
@@ -91,7 +92,8 @@ pub fn whole_patch(disk: &str, old: &[u8], new: &[u8]) -> Vec<u8> {
     })
 }
 
-fn patch_of(
+/// A patch of whatever `record` writes for each block of `new` (number, content).
+pub fn patch_of(
     disk: &str,
     old: Option<&[u8]>,
     new: &[u8],
@@ -242,4 +244,18 @@ impl Rng {
 pub fn seed() -> u64 {
     let from_env = std::env::var("REPLICA_SEED").ok().map(|s| s.parse().expect("REPLICA_SEED is a number"));
     from_env.unwrap_or_else(|| std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64 | 1)
+}
+
+/// Where in a file these bytes are.
+pub fn find(path: &Path, bytes: &[u8]) -> u64 {
+    let content = std::fs::read(path).unwrap();
+    content.windows(bytes.len()).position(|w| w == bytes).expect("it is there") as u64
+}
+
+/// Inverts a byte.
+pub fn flip(path: &Path, at: u64) {
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[!byte[0]], at).unwrap();
 }
