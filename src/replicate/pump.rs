@@ -2,20 +2,20 @@
 //!
 //! Work goes in groups of 64 blocks (4 MiB). Workers read and hash groups side by side; where the group's node in the
 //! head's digest tree is the same, nothing more happens; where it differs, the 64 block digests are asked for and the
-//! blocks that differ are encoded. One sender, the calling thread, puts the records into the patch in order and builds
+//! blocks that differ are encoded: whole, or, hash large and ship small, only those 4 KiB pieces that differ. One sender, the calling thread, puts the records into the patch in order and builds
 //! the root over everything that was read.
 //!
 //! Memory: at most [`IN_FLIGHT_MAX`] groups between reading and sending, whatever the size of the disk. A hole costs
 //! nothing on either side unless the head has data there.
 
-use crate::block::digest::{Digest, block_digest, node_digest};
+use crate::block::digest::{BlockPieces, Digest, block_digest, node_digest, piece_digests};
 use crate::block::extent::Content;
 use crate::block::tree::{RootBuilder, TreeShape};
-use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, FANOUT, GROUP_LEN, GroupIndex};
+use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, FANOUT, GROUP_LEN, GroupIndex, PIECE_LEN};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::name::{DiskName, DomainUuid};
-use crate::patch::{Header, RecordEncoder, StreamTail};
+use crate::patch::{Header, PieceMask, RecordEncoder, StreamTail};
 use crate::replica::{DiskStats, Mode, NODES_MAX, Replica};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -532,7 +532,7 @@ impl<'a> Worker<'a> {
             if !partial {
                 head = self.head_blocks(work.head_node, &blocks)?;
             }
-            self.encode_differences(bytes, blocks, &digests, &head, &mut records);
+            self.encode_differences(bytes, blocks, &digests, &head, &mut records)?;
         }
         self.progress.read.fetch_add(read, Ordering::Relaxed);
         self.progress.scanned.fetch_add(bytes.len(), Ordering::Relaxed);
@@ -575,33 +575,67 @@ impl<'a> Worker<'a> {
         digests: &[Digest; FANOUT],
         head: &[Digest],
         out: &mut Vec<u8>,
-    ) {
+    ) -> Result<()> {
+        let first = blocks.start;
+        let old_of = |block: u64| head.get((block - first) as usize).copied().unwrap_or(Digest::ZERO);
+        let new_of = |block: u64| digests[(block - first) as usize];
+        let changed: Vec<u64> = blocks.filter(|b| old_of(*b) != new_of(*b)).collect();
+        let rewritten: Vec<BlockIndex> = changed
+            .iter()
+            .filter(|b| !old_of(**b).is_zero() && !new_of(**b).is_zero())
+            .map(|b| BlockIndex(*b))
+            .collect();
+        let old_pieces = self.old_pieces(rewritten)?;
         let mut zeros: Option<Range<u64>> = None;
-        let mut changed = 0;
-        for (at, block) in blocks.enumerate() {
-            let old = head.get(at).copied().unwrap_or(Digest::ZERO);
-            let new = digests[at];
-            if old == new {
-                continue;
-            }
-            changed += 1;
-            if new.is_zero() {
+        for block in &changed {
+            let (block, index) = (*block, BlockIndex(*block));
+            if new_of(block).is_zero() {
                 match &mut zeros {
                     Some(run) if run.end == block => run.end += 1,
-                    _ => {
-                        flush_zeros(&self.encoder, zeros.replace(block..block + 1), out);
-                    }
+                    _ => flush_zeros(&self.encoder, zeros.replace(block..block + 1), out),
                 }
                 continue;
             }
             flush_zeros(&self.encoder, zeros.take(), out);
-            let range = BlockIndex(block).bytes(self.shipment.size);
+            let range = index.bytes(self.shipment.size);
             let data = &self.buffer[(range.start - group.start) as usize..(range.end - group.start) as usize];
-            self.encoder.data(BlockIndex(block), new, data, out);
+            match old_pieces.get(&index).map(|old| changed_pieces(old, data)) {
+                Some(mask) if mask.count() <= PIECES_WORTH => {
+                    self.encoder.pieces(index, new_of(block), mask, data, out);
+                }
+                _ => self.encoder.data(index, new_of(block), data, out),
+            }
         }
         flush_zeros(&self.encoder, zeros, out);
-        self.progress.changed_blocks.fetch_add(changed, Ordering::Relaxed);
+        self.progress.changed_blocks.fetch_add(changed.len() as u64, Ordering::Relaxed);
+        Ok(())
     }
+
+    /// The head's piece digests of blocks that were rewritten. Not asked for where nearly all of a group was: such blocks
+    /// were written whole, and the target would read them all for nothing.
+    fn old_pieces(&self, rewritten: Vec<BlockIndex>) -> Result<BTreeMap<BlockIndex, BlockPieces>> {
+        if rewritten.is_empty() || rewritten.len() > REWRITTEN_WHOLE {
+            return Ok(BTreeMap::new());
+        }
+        let pieces = self.replica.pieces(&self.shipment.disk, &rewritten)?;
+        if pieces.len() != rewritten.len() {
+            let what = format!("asked for the pieces of {} blocks, got {}", rewritten.len(), pieces.len());
+            return Err(Error::new(Kind::Protocol, what));
+        }
+        Ok(rewritten.into_iter().zip(pieces).collect())
+    }
+}
+
+/// Most of a block's 16 pieces that are sent one by one; beyond, the whole block costs hardly more.
+const PIECES_WORTH: u32 = 12;
+
+/// Rewritten blocks of one group beyond which it was written as a whole.
+const REWRITTEN_WHOLE: usize = FANOUT * 3 / 4;
+
+/// The pieces in which a block differs from what the head has.
+fn changed_pieces(old: &BlockPieces, new: &[u8]) -> PieceMask {
+    let fresh = piece_digests(new);
+    (0..new.len().div_ceil(PIECE_LEN)).filter(|p| old[*p] != fresh[*p]).fold(PieceMask(0), PieceMask::with)
 }
 
 fn flush_zeros(encoder: &RecordEncoder, run: Option<Range<u64>>, out: &mut Vec<u8>) {

@@ -61,6 +61,7 @@ struct Memory {
 enum Fault {
     None,
     TooFewNodes,
+    NoPieces,
     ApplyFailsAfter(u64),
     LyingRoot,
 }
@@ -110,6 +111,7 @@ impl Replica for Memory {
     }
 
     fn pieces(&self, _: &DiskName, blocks: &[BlockIndex]) -> Result<Vec<BlockPieces>> {
+        assert!(self.fault != Fault::NoPieces, "a group written as a whole needs no pieces");
         check_blocks(blocks)?;
         let of = |block: &BlockIndex| {
             let range = block.bytes(DiskSize(self.head.len() as u64));
@@ -140,6 +142,13 @@ impl Replica for Memory {
                     mask.scatter(&bytes, &mut whole);
                     assert_eq!(block_digest(&whole), digest, "the pieces make up the block");
                     new[range.start as usize..range.end as usize].copy_from_slice(&whole);
+                    blocks += 1;
+                }
+                Item::Pieces { block, digest, mask, bytes } => {
+                    let range = block.bytes(DiskSize(new.len() as u64));
+                    let part = &mut new[range.start as usize..range.end as usize];
+                    mask.scatter(&bytes, part);
+                    assert_eq!(block_digest(part), digest, "the digest is of the whole block afterwards");
                     blocks += 1;
                 }
                 Item::Zero { first, count } => {
@@ -568,4 +577,32 @@ fn the_cost_follows_the_changes_and_not_the_size() {
     assert_eq!(shipped.root, image.root());
     assert_eq!(shipped.stats.bytes_read, 2 * B as u64, "one block changed, one new; the removed one is a hole");
     assert!(replica.asked.load(Ordering::Relaxed) <= 1 + 3 + 2, "requests: {:?}", replica.asked);
+}
+
+#[test]
+fn inside_a_rewritten_block_only_the_pieces_that_differ_travel() {
+    // What zstd cannot shrink, so that bytes on the wire can be counted.
+    let mut old = vec![0; 200 * B];
+    blake3::Hasher::new().finalize_xof().fill(&mut old);
+    let mut new = old.clone();
+    for block in [0, 7, 64, 199] {
+        new[block * B + 5 * PIECE_LEN + 9] ^= 1;
+    }
+    let disk = Disk::new(new.clone());
+    let replica = Memory::new(&old, new.len(), Fault::None);
+    let shipment = shipment(new.len(), Some(&old));
+    let shipped = ship(&disk, &replica, &shipment, &Progress::default(), &always).unwrap();
+    assert!(*replica.new.lock().unwrap() == new);
+    let pieces = 4 * PIECE_LEN as u64;
+    let sent = shipped.stats.bytes_sent;
+    assert!(sent > pieces && sent < pieces + pieces / 10, "{sent} bytes sent for {pieces} bytes of changed pieces");
+}
+
+#[test]
+fn a_group_that_was_written_as_a_whole_is_sent_without_asking() {
+    let old = pattern(64 * B, 1);
+    let new = pattern(64 * B, 2);
+    let replica = Memory::new(&old, new.len(), Fault::NoPieces);
+    ship(&Disk::new(new.clone()), &replica, &shipment(new.len(), Some(&old)), &Progress::default(), &always).unwrap();
+    assert!(*replica.new.lock().unwrap() == new);
 }
