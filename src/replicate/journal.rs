@@ -22,6 +22,9 @@ use std::path::{Path, PathBuf};
 /// Largest record or report that is read, in bytes.
 const DOCUMENT_MAX: u64 = 4 << 20;
 
+/// How much of a history is looked at, in bytes: hundreds of runs.
+const HISTORY_TAIL: u64 = 256 << 10;
+
 /// Where this host keeps its own state.
 pub const STATE_DIR: &str = "/var/lib/virt-replica/source";
 
@@ -207,6 +210,39 @@ pub fn last_report<T: serde::de::DeserializeOwned>(state: &Path, uuid: &DomainUu
     read_json(&path)
 }
 
+/// The newest reports, oldest first: as many as the last 256 KiB of the history hold. What cannot be read there (the line
+/// a crash cut short, a report of another version) is left out.
+pub fn recent_reports<T: serde::de::DeserializeOwned>(state: &Path, uuid: &DomainUuid) -> Result<Vec<T>> {
+    let path = domain_dir(state, uuid).join("history.jsonl");
+    let mut tail = Vec::new();
+    let read = File::open(&path).and_then(|mut f| {
+        let start = f.metadata()?.len().saturating_sub(HISTORY_TAIL);
+        f.seek(SeekFrom::Start(start))?;
+        f.take(HISTORY_TAIL).read_to_end(&mut tail)
+    });
+    match read {
+        Ok(_) => Ok(tail.split(|b| *b == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(e) => Err(Error::io("cannot read the history", path, e)),
+    }
+}
+
+/// Who works on the domain right now, learnt without touching its lock: whoever has the lock's file open.
+pub fn holder(state: &Path, uuid: &DomainUuid) -> Result<Option<Holder>> {
+    let path = domain_dir(state, uuid).join("lock");
+    let Some(lock) = Stamp::of(&path)? else { return Ok(None) };
+    // A lock that was never written has never been held; one that is being written is, by somebody we see next time.
+    let Ok(Some(holder)) = read_json::<Holder>(&path) else { return Ok(None) };
+    let open = match fs::read_dir(format!("/proc/{}/fd", holder.pid)) {
+        Ok(open) => open,
+        // Somebody else's program: it is there, and that is all we may know.
+        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => return Ok(Some(holder)),
+        Err(_) => return Ok(None),
+    };
+    let holds = open.flatten().any(|fd| matches!(Stamp::of(&fd.path()), Ok(Some(s)) if s.id == lock.id));
+    Ok(holds.then_some(holder))
+}
+
 /// Domains with state on this host, whether or not libvirt still knows them.
 pub fn known_domains(state: &Path) -> Result<Vec<DomainUuid>> {
     let dir = state.join("domains");
@@ -325,8 +361,10 @@ pub(crate) mod tests {
         let first = Journal::open(state.path(), &uuid, "sync to dr1", Timestamp::UNIX_EPOCH).unwrap();
         let e = Journal::open(state.path(), &uuid, "doctor", Timestamp::UNIX_EPOCH).unwrap_err();
         assert_eq!(e.kind(), Kind::Busy);
+        assert_eq!(holder(state.path(), &uuid).unwrap().unwrap().what, "sync to dr1");
         assert!(e.what().contains("sync to dr1") && e.what().contains(&std::process::id().to_string()), "{e}");
         drop(first);
+        assert_eq!(holder(state.path(), &uuid).unwrap(), None);
         Journal::open(state.path(), &uuid, "doctor", Timestamp::UNIX_EPOCH).unwrap();
     }
 
@@ -342,6 +380,27 @@ pub(crate) mod tests {
         journal.close().unwrap();
         journal.close().unwrap();
         assert_eq!(journal.record().unwrap(), None);
+    }
+
+    /// `status` shows the last point even if the runs after it failed, and reads past what a crash cut short.
+    #[test]
+    fn the_history_is_read_from_its_end() {
+        let state = tempfile::tempdir().unwrap();
+        let uuid = record(Phase::Frozen).uuid;
+        assert_eq!(recent_reports::<u64>(state.path(), &uuid).unwrap(), Vec::<u64>::new());
+        let journal = Journal::open(state.path(), &uuid, "test", Timestamp::UNIX_EPOCH).unwrap();
+        for n in 0..60_000u64 {
+            if n % 1000 == 0 || n >= 59_998 {
+                journal.keep_report(&n).unwrap();
+            }
+        }
+        let path = domain_dir(state.path(), &uuid).join("history.jsonl");
+        OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"cut\": ").unwrap();
+        let all = recent_reports::<u64>(state.path(), &uuid).unwrap();
+        assert_eq!(all.len(), 62);
+        assert_eq!(all[60..], [59_998, 59_999]);
+        fs::write(&path, [b"7\n".as_slice(), &b"1\n".repeat(HISTORY_TAIL as usize / 2)].concat()).unwrap();
+        assert!(recent_reports::<u64>(state.path(), &uuid).unwrap().iter().all(|n| *n == 1));
     }
 
     #[test]
