@@ -1,7 +1,7 @@
 //! Explains in words what is wrong with a domain, and mends it on request, through the same loop as every run.
 
 use super::cycle::{Ports, record_in_domain, settle_domain};
-use super::decide::{Action, Phase, PowerState, decide};
+use super::decide::{Action, Job, OverlayFile, Phase, PowerState, Stand, decide};
 use super::journal::{self, Journal, Record};
 use super::observe::observe;
 use super::plan::is_our_overlay;
@@ -104,7 +104,7 @@ fn explain_without_record(domain: Option<&DomainView>, finding: &mut Finding) {
 fn explain(ports: &Ports, record: &Record, finding: &mut Finding) -> Result<()> {
     let seen = observe(ports.hypervisor, record)?;
     let say = &mut finding.explanation;
-    say.push(format!("run {} of {} was cut short; {}", record.run, record.started_at, phase_words(record.phase)));
+    say.push(format!("run {} of {:.0} was cut short; {}", record.run, record.started_at, phase_words(record.phase)));
     say.push(match seen.power {
         PowerState::Running => "the domain runs".into(),
         PowerState::Paused if record.resume_after => "the domain is paused, by us".into(),
@@ -114,12 +114,12 @@ fn explain(ports: &Ports, record: &Record, finding: &mut Finding) -> Result<()> 
     });
     for ((name, _, disk), recorded) in seen.disks.iter().zip(&record.disks) {
         say.push(format!(
-            "disk '{name}': running on {:?}, defined on {:?}, commit job {:?}, overlay {:?} ({})",
-            disk.live,
-            disk.inactive,
-            disk.job,
-            disk.overlay,
-            recorded.overlay.display()
+            "disk '{name}': runs on {}, is defined on {}; {}; the overlay {} {}",
+            stand_words(disk.live),
+            stand_words(disk.inactive),
+            job_words(disk.job),
+            recorded.overlay.display(),
+            overlay_words(disk.overlay)
         ));
     }
     match decide(&seen.situation(record)) {
@@ -147,6 +147,36 @@ fn phase_words(phase: Phase) -> &'static str {
         Phase::Frozen => "the disks were on their overlays",
         Phase::CommitIntent => "the overlays were being committed",
         Phase::PivotIntent => "the disks were being pivoted back to their images",
+    }
+}
+
+fn stand_words(stand: Stand) -> &'static str {
+    match stand {
+        Stand::Base => "its own image",
+        Stand::Ours => "our overlay",
+        Stand::OursBelow => "somebody's snapshot above our overlay",
+        Stand::BaseBelow => "somebody's snapshot above its own image",
+        Stand::Foreign => "an image that is neither its own nor our overlay",
+        Stand::Absent => "nothing",
+    }
+}
+
+fn job_words(job: Job) -> &'static str {
+    match job {
+        Job::None => "no block job",
+        Job::Running => "its commit is running",
+        Job::Ready => "its commit is ready for the pivot",
+        Job::Foreign => "somebody's block job is running",
+    }
+}
+
+fn overlay_words(overlay: OverlayFile) -> &'static str {
+    match overlay {
+        OverlayFile::Missing => "is gone",
+        OverlayFile::Retired => "is renamed away",
+        OverlayFile::Empty => "is there, and nothing was written to it",
+        OverlayFile::Used => "is there, with what the guest wrote since the freeze",
+        OverlayFile::Replaced => "was replaced by another file",
     }
 }
 
