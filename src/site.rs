@@ -3,7 +3,7 @@
 use crate::agent::client::AgentClient;
 use crate::agent::{ReplicaOpener, ServeOptions, serve_stdio};
 use crate::error::{Error, Kind, Result};
-use crate::image::open::{self, OpenOptions};
+use crate::image::open::OpenOptions;
 use crate::name::{DomainName, DomainUuid};
 use crate::replica::Replica;
 use crate::replica::store::{self, Store};
@@ -13,7 +13,7 @@ use crate::transport::ssh::{SshOptions, SshTransport};
 use crate::transport::target::TargetUrl;
 use jiff::Timestamp;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 #[cfg(feature = "libvirt")]
 pub use source::{Site, SiteOptions};
@@ -36,27 +36,47 @@ pub fn workers() -> usize {
     std::thread::available_parallelism().map_or(2, |n| n.get()).clamp(1, 8)
 }
 
-/// A session with the agent of a target, and the way to it: one ssh master, shared by everything that is done there.
+/// The way to a target: one ssh master and one session with its agent, shared by everything that is done there.
+///
+/// Connects when it is first needed. What needs no target, such as settling what an earlier run left, must not wait for
+/// one: the production guest comes first, and the target may be what broke that run.
 pub struct Connection {
-    pub client: Arc<AgentClient>,
+    target: TargetUrl,
+    ssh: SshOptions,
+    session: Mutex<Option<Session>>,
+}
+
+struct Session {
+    client: Arc<AgentClient>,
     // Dropped after the client: it carries the client's channel.
     _transport: Box<dyn Transport>,
 }
 
 impl Connection {
-    /// Connects to the target and starts its agent. Blocks, at most the connect timeout.
-    pub fn open(target: &TargetUrl, ssh: SshOptions) -> Result<Connection> {
-        let transport: Box<dyn Transport> = match target {
-            TargetUrl::Ssh(host) => Box::new(SshTransport::connect(host, ssh)?),
+    /// Nothing is sent yet.
+    pub fn new(target: TargetUrl, ssh: SshOptions) -> Connection {
+        Connection { target, ssh, session: Mutex::new(None) }
+    }
+
+    /// The session with the target's agent. The first call connects: it blocks, at most the connect timeout.
+    pub fn client(&self) -> Result<Arc<AgentClient>> {
+        let mut session = self.session.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(session) = session.as_ref() {
+            return Ok(session.client.clone());
+        }
+        let transport: Box<dyn Transport> = match &self.target {
+            TargetUrl::Ssh(host) => Box::new(SshTransport::connect(host, self.ssh.clone())?),
             TargetUrl::Local { root } => Box::new(LocalTransport::new(root, None)?),
         };
         let client = Arc::new(AgentClient::connect(transport.as_ref())?);
-        Ok(Connection { client, _transport: transport })
+        *session = Some(Session { client: client.clone(), _transport: transport });
+        Ok(client)
     }
 
-    /// Ends the session in order and waits for the agent.
+    /// Ends the session, if there is one, in order, and waits for the agent.
     pub fn close(self) -> Result<()> {
-        self.client.close()
+        let session = self.session.into_inner().unwrap_or_else(|e| e.into_inner());
+        session.map_or(Ok(()), |session| session.client.close())
     }
 }
 
@@ -110,6 +130,7 @@ pub fn find_replica(client: &AgentClient, name_or_uuid: &str) -> Result<(DomainU
 mod source {
     use super::*;
     use crate::hypervisor::libvirt::LibvirtHypervisor;
+    use crate::image::open;
     use crate::replicate::cycle::{Ports, Request, Watch};
     use crate::replicate::deadman::{self, Charge, Deadman};
     use crate::replicate::report::Report;
@@ -193,7 +214,7 @@ mod source {
         fn with_ports<T>(&self, target: Option<&Connection>, f: impl FnOnce(&Ports) -> Result<T>) -> Result<T> {
             let replica = |uuid: &DomainUuid| -> Result<Box<dyn Replica>> {
                 let target = target.ok_or_else(|| Error::new(Kind::Usage, "this needs a target"))?;
-                Ok(Box::new(target.client.open(uuid)?))
+                Ok(Box::new(target.client()?.open(uuid)?))
             };
             let guard = |uuid: &DomainUuid| -> Result<Box<dyn PauseGuard>> {
                 Ok(Box::new(Deadman::start(self.deadman_command(uuid)?)?))

@@ -3,16 +3,25 @@
 //! One file per family of commands. What a script reads is promised in docs/formats/json.md. Results go to stdout;
 //! steps, progress, warnings and errors go to stderr.
 
+mod doctor;
+// A build without libvirt prints less than it could.
+#[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
 mod output;
 mod points;
 mod progress;
+#[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
 mod render;
 mod serve;
+#[cfg(feature = "libvirt")]
 mod signals;
 #[cfg(feature = "libvirt")]
 mod source;
+mod status;
 mod sync;
 mod target;
+mod verify;
+#[cfg(feature = "libvirt")]
+mod watch;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 use output::Output;
@@ -42,7 +51,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 replicated, but a disk is still o
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Global options")]
 struct Globals {
-    /// libvirt's URI, as for virsh; without it libvirt decides
+    /// libvirt's URI, as virsh has it
     #[arg(short, long, global = true, value_name = "URI", env = "LIBVIRT_DEFAULT_URI", hide_env_values = true)]
     connect: Option<String>,
 
@@ -51,7 +60,7 @@ struct Globals {
           default_value = STATE_DIR)]
     state_dir: PathBuf,
 
-    /// Configuration with named targets [default: /etc/virt-replica/virt-replica.yaml]
+    /// Targets with names [default: /etc/virt-replica/virt-replica.yaml]
     #[arg(long, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
 
@@ -96,6 +105,12 @@ enum Command {
     Plan(sync::PlanArgs),
     /// List the recovery points of a domain on a target
     Points(points::PointsArgs),
+    /// Show how every domain stands: its own disks, its newest point, its last run
+    Status(status::StatusArgs),
+    /// Read a point again and compare it with its digests, or the source with its newest point
+    Verify(verify::VerifyArgs),
+    /// Explain what is left of a run that was cut short, and mend it on request
+    Doctor(doctor::DoctorArgs),
     /// Serve the store of this host to a source, over stdin and stdout (started over ssh)
     Agent(serve::AgentArgs),
     /// Let a guest go if its driver dies (started by the driver)
@@ -110,6 +125,9 @@ impl Command {
             Command::Sync(args) => args.run.json,
             Command::Plan(args) => args.run.json,
             Command::Points(args) => args.json,
+            Command::Status(args) => args.json,
+            Command::Verify(args) => args.json,
+            Command::Doctor(args) => args.json,
             Command::Agent(_) | Command::Deadman(_) => false,
         }
     }
@@ -127,6 +145,9 @@ pub fn main() -> ExitCode {
         Command::Sync(args) => sync::sync(args, &cli.globals, output),
         Command::Plan(args) => sync::plan(args, &cli.globals, output),
         Command::Points(args) => points::points(args, &cli.globals, output),
+        Command::Status(args) => status::status(args, &cli.globals, output),
+        Command::Verify(args) => verify::verify(args, &cli.globals, output),
+        Command::Doctor(args) => doctor::doctor(args, &cli.globals, output),
         Command::Agent(args) => serve::agent(args),
         Command::Deadman(args) => serve::deadman(args, &cli.globals),
     };

@@ -1,4 +1,4 @@
-//! `points` and `verify`: what a target has of a domain. Both work where the source, or its libvirt, is gone.
+//! `points`: what a target has of a domain. Works where the source, or its libvirt, is gone.
 
 use super::Globals;
 use super::output::{Exit, Output, print, print_json};
@@ -7,9 +7,10 @@ use super::target::{TargetArgs, hang_up};
 use clap::Args;
 use serde_json::json;
 use virt_replica::error::Result;
-use virt_replica::name::DomainName;
-use virt_replica::replica::{PointView, Replica, ReplicaView};
-use virt_replica::site;
+use virt_replica::name::{DomainName, DomainUuid};
+use virt_replica::replica::{PointView, Replica as _, ReplicaView};
+use virt_replica::site::{self, Connection};
+use virt_replica::transport::target::TargetUrl;
 
 #[derive(Debug, Args)]
 pub struct PointsArgs {
@@ -25,22 +26,28 @@ pub struct PointsArgs {
 /// Lists the points of a domain, oldest first.
 pub fn points(args: &PointsArgs, globals: &Globals, output: Output) -> Result<Exit> {
     let target = args.target.resolve(globals)?;
-    let connection = target.connect()?;
-    let found = site::find_replica(&connection.client, &args.domain)
-        .and_then(|(uuid, name)| Ok((uuid.clone(), name, connection.client.open(&uuid)?.describe()?)));
+    let connection = target.connection();
+    let found = find(&connection, &args.domain);
     hang_up(connection);
     let (uuid, name, view) = found?;
     match output.json {
         true => print_json(&json!({
-            "domain": name, "uuid": uuid, "target": target.words, "generation": view.generation, "path": view.path,
+            "domain": name, "uuid": uuid, "target": target.url.to_string(), "generation": view.generation, "path": view.path,
             "points": view.points,
         }))?,
-        false => print(&describe(&name, &target.words, &view))?,
+        false => print(&describe(&name, &target.url, &view))?,
     }
     Ok(Exit::Done)
 }
 
-fn describe(name: &DomainName, target: &str, view: &ReplicaView) -> String {
+fn find(connection: &Connection, domain: &str) -> Result<(DomainUuid, DomainName, ReplicaView)> {
+    let client = connection.client()?;
+    let (uuid, name) = site::find_replica(&client, domain)?;
+    let view = client.open(&uuid)?.describe()?;
+    Ok((uuid, name, view))
+}
+
+fn describe(name: &DomainName, target: &TargetUrl, view: &ReplicaView) -> String {
     let Some(head) = view.head() else { return format!("{name} has no point on {target}") };
     let rows = view.points.iter().flat_map(point_rows).collect();
     let mut lines = vec![render::table(&["Point", "Frozen at", "State", "Disk", "Mode", "Sent"], &[5], rows)];

@@ -57,9 +57,30 @@ pub fn age(seconds: i64) -> String {
     }
 }
 
+/// [`age`] for a column: `45s`, `2m 5s`, `3h 20m`, `9d 4h`.
+pub fn short_age(seconds: i64) -> String {
+    age(seconds).replace(" min", "m").replace(" s", "s").replace(" h", "h").replace(" d", "d")
+}
+
 /// A moment in this machine's time zone, with the zone.
 pub fn time(t: Timestamp) -> String {
     time_in(t, TimeZone::system())
+}
+
+/// A moment to the minute, in this machine's time zone; [`zone_now`] names it once for a whole column.
+pub fn minute(t: Timestamp) -> String {
+    t.to_zoned(TimeZone::system()).strftime("%Y-%m-%d %H:%M").to_string()
+}
+
+/// This machine's time zone by its present abbreviation.
+pub fn zone_now() -> String {
+    jiff::Zoned::now().strftime("%Z").to_string()
+}
+
+/// `90s`, `15m`, `1h 30m`; a bare number would leave the unit to guessing.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let span: jiff::SignedDuration = text.parse().map_err(|_| "write it with its unit: 90s, 15m, 1h 30m".to_owned())?;
+    Duration::try_from(span).map_err(|_| "it must not be negative".to_owned())
 }
 
 fn time_in(t: Timestamp, zone: TimeZone) -> String {
@@ -73,6 +94,31 @@ pub fn consistency(c: Consistency) -> &'static str {
         Consistency::FileSystem => "file systems held",
         Consistency::Off => "shut off",
     }
+}
+
+/// Where prose is broken: right for the narrowest terminal, readable on all others.
+const PROSE_WIDTH: usize = 80;
+
+/// Prose after a label, broken between words and indented below the text. A word that is too long (a path) stands whole.
+pub fn wrap(label: &str, text: &str) -> String {
+    let indent = label.chars().count();
+    let mut out = label.to_owned();
+    let mut column = indent;
+    for word in text.split_whitespace() {
+        let width = word.chars().count();
+        if column > indent && column + 1 + width > PROSE_WIDTH {
+            out.push('\n');
+            out.push_str(&" ".repeat(indent));
+            column = indent;
+        }
+        if column > indent {
+            out.push(' ');
+            column += 1;
+        }
+        out.push_str(word);
+        column += width;
+    }
+    out
 }
 
 /// A table in virsh's manner: a header, a rule, rows; columns named in `right` are numbers.
@@ -133,6 +179,16 @@ mod tests {
             (-61, "-1 min 1 s"),
         ] {
             assert_eq!(age(s), text);
+            assert!(short_age(s).len() < text.len(), "{}", short_age(s));
+        }
+    }
+
+    #[test]
+    fn ages_in_a_column_are_shorter() {
+        for (s, text) in
+            [(45, "45s"), (125, "2m 5s"), (12_000, "3h 20m"), (86_400 * 9 + 3600 * 4, "9d 4h"), (-5, "-5s")]
+        {
+            assert_eq!(short_age(s), text);
         }
     }
 
@@ -145,15 +201,35 @@ mod tests {
     }
 
     #[test]
+    fn durations_need_a_unit() {
+        assert_eq!(parse_duration("90s"), Ok(Duration::from_secs(90)));
+        assert_eq!(parse_duration("1h 30m"), Ok(Duration::from_secs(5400)));
+        for bad in ["90", "", "-5s", "1 fortnight"] {
+            assert!(parse_duration(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
     fn rates_of_no_time_are_not_infinite() {
         assert_eq!(rate(1 << 20, Duration::ZERO), "-");
         assert_eq!(rate(1 << 20, Duration::from_millis(500)), "2.0 MiB/s");
     }
 
     #[test]
+    fn prose_is_broken_between_words_and_paths_are_not() {
+        assert_eq!(wrap(" vda: ", "short  enough"), " vda: short enough");
+        let text = format!("{} end", "word ".repeat(20));
+        let lines: Vec<String> = wrap("  - ", &text).lines().map(str::to_owned).collect();
+        assert!(lines.len() == 2 && lines.iter().all(|l| l.chars().count() <= PROSE_WIDTH), "{lines:#?}");
+        assert!(lines[1].starts_with("    word"), "{lines:#?}");
+        let path = format!("/{}", "d".repeat(90));
+        assert_eq!(wrap("- ", &format!("at {path} now")), format!("- at\n  {path}\n  now"));
+    }
+
+    #[test]
     fn tables_look_like_virsh() {
         let rows = vec![vec!["vda".into(), "1.0 MiB".into()], vec!["vdbcde".into(), "20 B".into()]];
-        let expected = " Disk        Sent\n-----------------\n vda      1.0 MiB\n vdbcde      20 B";
+        let expected = " Disk       Sent\n-----------------\n vda     1.0 MiB\n vdbcde     20 B";
         assert_eq!(table(&["Disk", "Sent"], &[1], rows), expected);
     }
 }

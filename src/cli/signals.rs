@@ -31,9 +31,7 @@ pub fn listen() -> Result<&'static AtomicBool> {
                     progress::say("ended at once; the next run, or `virt-replica doctor`, puts the domain right");
                     std::process::exit(130);
                 }
-                progress::say(
-                    "stopping in order: the domain goes back onto its own images first (again to end at once)",
-                );
+                progress::say("stopping in order: the domain goes back onto its own images (again: at once)");
             }
         });
     });

@@ -1,9 +1,18 @@
 //! The source side of this host, as the commands need it.
 
 use super::Globals;
+use super::target::Target;
+use virt_replica::config::Config;
 use virt_replica::error::{Error, Result};
 use virt_replica::name::{Generation, RunId};
-use virt_replica::site::{Site, SiteOptions};
+use virt_replica::replicate::cycle::Request;
+use virt_replica::replicate::plan::PlanOptions;
+use virt_replica::replicate::settle::SettleOptions;
+use virt_replica::site::{self, Site, SiteOptions};
+
+/// Overlays of block devices lie here unless a directory is configured: it exists wherever libvirt does, and QEMU
+/// may enter it.
+const BLOCK_OVERLAY_DIR: &str = "/var/lib/libvirt/images";
 
 /// Connects to libvirt.
 pub fn connect(globals: &Globals) -> Result<Site> {
@@ -11,12 +20,38 @@ pub fn connect(globals: &Globals) -> Result<Site> {
 }
 
 /// The generation this host replicates as: the first, until a replica changes hands.
-pub fn generation() -> Generation {
+fn generation() -> Generation {
     Generation(1)
 }
 
+/// What is asked of one domain. Directories that `wish` leaves open are those of the configuration.
+pub fn request(
+    domain: &str,
+    target: &Target,
+    globals: &Globals,
+    config: &Config,
+    wish: PlanOptions,
+) -> Result<Request> {
+    let defaults = &config.defaults;
+    let block_overlay_dir = defaults.block_overlay_dir.clone().unwrap_or_else(|| BLOCK_OVERLAY_DIR.into());
+    let overlay_dir = wish.overlay_dir.clone().or_else(|| defaults.overlay_dir.clone());
+    let workers = site::workers();
+    Ok(Request {
+        domain: domain.to_owned(),
+        target: target.url.to_string(),
+        run: new_run()?,
+        state: globals.state_dir.clone(),
+        plan: PlanOptions { overlay_dir, block_overlay_dir, ..wish },
+        settle: SettleOptions::default(),
+        open: site::open_options(workers),
+        with_secrets: false,
+        generation: generation(),
+        workers,
+    })
+}
+
 /// The name of a new run: 64 random bits.
-pub fn new_run() -> Result<RunId> {
+fn new_run() -> Result<RunId> {
     let mut bits = [0u8; 8];
     let got = rustix::rand::getrandom(&mut bits, rustix::rand::GetRandomFlags::empty())
         .map_err(|e| Error::from_io("cannot draw random bits", e.into()))?;

@@ -17,7 +17,7 @@ pub struct SyncArgs {
     #[arg(long)]
     with_secrets: bool,
     /// How long a commit may take to become ready before it is left to the next run
-    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = duration)]
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = super::render::parse_duration)]
     ready_timeout: Duration,
 }
 
@@ -51,12 +51,6 @@ pub struct RunArgs {
     full: bool,
 }
 
-/// `90s`, `15m`, `1h 30m`; a bare number would leave the unit to guessing.
-fn duration(text: &str) -> Result<Duration, String> {
-    let span: jiff::SignedDuration = text.parse().map_err(|e: jiff::Error| format!("{e}; write 90s, 15m or 1h"))?;
-    Duration::try_from(span).map_err(|_| "it must not be negative".to_owned())
-}
-
 #[cfg(not(feature = "libvirt"))]
 pub fn sync(_: &SyncArgs, _: &Globals, _: Output) -> Result<Exit> {
     super::no_libvirt("sync")
@@ -74,49 +68,25 @@ pub use run::{plan, sync};
 mod run {
     use super::*;
     use crate::cli::output::{COMMIT_PENDING, Message, print, print_json};
-    use crate::cli::progress::{DiskTime, Watcher};
     use crate::cli::target::{Target, hang_up};
+    use crate::cli::watch::{DiskTime, Watcher};
     use crate::cli::{render, signals, source};
-    use virt_replica::config::Config;
     use virt_replica::replicate::cycle::Request;
     use virt_replica::replicate::plan::{CaptureKind, Plan, PlanOptions};
     use virt_replica::replicate::report::{Report, RunOutcome};
-    use virt_replica::replicate::settle::SettleOptions;
-    use virt_replica::site;
-
-    /// Overlays of block devices lie here unless a directory is configured: it exists wherever libvirt does, and QEMU
-    /// may enter it.
-    const BLOCK_OVERLAY_DIR: &str = "/var/lib/libvirt/images";
 
     impl RunArgs {
-        fn request(&self, globals: &Globals, config: &Config, target: &Target) -> Result<Request> {
-            let defaults = &config.defaults;
-            let block_overlay_dir = defaults.block_overlay_dir.clone();
-            let workers = site::workers();
-            Ok(Request {
-                domain: self.domain.clone(),
-                target: target.url.to_string(),
-                run: source::new_run()?,
-                state: globals.state_dir.clone(),
-                plan: PlanOptions {
-                    overlay_dir: self.overlay_dir.clone().or_else(|| defaults.overlay_dir.clone()),
-                    block_overlay_dir: block_overlay_dir.unwrap_or_else(|| BLOCK_OVERLAY_DIR.into()),
-                    exclude_disks: self.exclude_disks.clone(),
-                    full: self.full,
-                    compare: self.compare,
-                },
-                settle: SettleOptions::default(),
-                open: site::open_options(workers),
-                with_secrets: false,
-                generation: source::generation(),
-                workers,
-            })
-        }
-
         fn prepare(&self, globals: &Globals) -> Result<(Target, Request)> {
             let config = globals.config()?;
             let target = Target::resolve(&self.target.to, &self.target.ssh, &config)?;
-            let request = self.request(globals, &config, &target)?;
+            let wish = PlanOptions {
+                overlay_dir: self.overlay_dir.clone(),
+                exclude_disks: self.exclude_disks.clone(),
+                full: self.full,
+                compare: self.compare,
+                ..PlanOptions::default()
+            };
+            let request = source::request(&self.domain, &target, globals, &config, wish)?;
             Ok((target, request))
         }
     }
@@ -128,7 +98,7 @@ mod run {
         request.with_secrets = args.with_secrets;
         let stop = signals::listen()?;
         let site = source::connect(globals)?;
-        let connection = target.connect()?;
+        let connection = target.connection();
         let watcher = Watcher::new(output);
         let result = site.sync(&connection, &request, &watcher, stop);
         let times = watcher.finish();
@@ -149,7 +119,7 @@ mod run {
     pub fn plan(args: &PlanArgs, globals: &Globals, output: Output) -> Result<Exit> {
         let (target, request) = args.run.prepare(globals)?;
         let site = source::connect(globals)?;
-        let connection = target.connect()?;
+        let connection = target.connection();
         let plan = site.plan(&connection, &request);
         hang_up(connection);
         let plan = plan?;
@@ -175,12 +145,12 @@ mod run {
             }
             None => lines.push(format!("{} has no new point on {}", report.domain, report.target)),
         }
-        lines.push(format!(
-            "  freeze {}, pause {}, whole run {}",
-            render::millis(report.freeze_ms),
-            render::millis(report.pause_ms),
-            render::millis(report.duration_ms)
-        ));
+        let lasted = |what: &str, ms: f64| match ms {
+            0.0 => format!("no {what}"),
+            ms => format!("{what} {}", render::millis(ms)),
+        };
+        let (freeze, pause) = (lasted("freeze", report.freeze_ms), lasted("pause", report.pause_ms));
+        lines.push(format!("  {freeze}, {pause}, whole run {}", render::millis(report.duration_ms)));
         if let Some(point) = &report.point {
             let rows = point.disks.iter().map(|d| {
                 let time = times.iter().find(|t| t.name == d.name).map(|t| t.time).unwrap_or_default();
@@ -198,10 +168,19 @@ mod run {
             lines.push(String::new());
             lines.push(render::table(&header, &[2, 3, 4, 5, 6], rows.collect()));
             lines.push(String::new());
-            lines.extend(point.disks.iter().map(|d| format!(" {}: {}", d.name, d.stats.reason)));
+            // Disks that stand side by side and have the same reason share its sentence.
+            for group in point.disks.chunk_by(|a, b| a.stats.reason == b.stats.reason) {
+                let names: Vec<&str> = group.iter().map(|d| d.name.as_str()).collect();
+                lines.push(render::wrap(&format!(" {}: ", names.join(", ")), &group[0].stats.reason));
+            }
         }
-        lines.extend(report.skipped.iter().map(|s| format!(" {}: skipped, it {}", s.name, s.reason)));
-        lines.extend(report.warnings.iter().map(|w| format!("warning: {w}")));
+        lines.extend(
+            report
+                .skipped
+                .iter()
+                .map(|s| render::wrap(&format!(" {}: ", s.name), &format!("skipped, it {}", s.reason))),
+        );
+        lines.extend(report.warnings.iter().map(|w| render::wrap("warning: ", w)));
         lines.join("\n")
     }
 
@@ -219,12 +198,13 @@ mod run {
         });
         for disk in &plan.disks {
             lines.push(String::new());
-            lines.push(format!(" {}  {}, {}: {}", disk.name, render::bytes(disk.size.0), disk.mode, disk.reason));
+            lines.push(format!(" {}  {}, {}", disk.name, render::bytes(disk.size.0), disk.mode));
+            lines.push(render::wrap("      why    ", &disk.reason));
             for (depth, layer) in disk.chain.0.iter().enumerate() {
                 let role = if depth == 0 { "image" } else { "on" };
                 lines.push(format!("      {role:6} {} ({})", layer.path.display(), layer.format.as_str()));
             }
-            lines.push(format!("      read   {}", disk.reader));
+            lines.push(render::wrap("      read   ", &disk.reader));
             if disk.reserve_bytes > 0 {
                 lines.push(format!("      room   up to {} at the target", render::bytes(disk.reserve_bytes)));
             }
@@ -232,8 +212,10 @@ mod run {
         if !plan.skipped.is_empty() {
             lines.push(String::new());
         }
-        lines.extend(plan.skipped.iter().map(|s| format!(" {}  skipped: it {}", s.name, s.reason)));
-        lines.extend(plan.notes.iter().map(|n| format!("note: {n}")));
+        lines.extend(
+            plan.skipped.iter().map(|s| render::wrap(&format!(" {}  ", s.name), &format!("skipped: it {}", s.reason))),
+        );
+        lines.extend(plan.notes.iter().map(|n| render::wrap("note: ", n)));
         lines.extend(plan.conflicts.iter().map(|c| match c.disk() {
             Some(disk) => format!("conflict: disk '{disk}': {c}\n  {}", c.advice()),
             None => format!("conflict: {c}\n  {}", c.advice()),

@@ -35,11 +35,10 @@ pub struct SshArgs {
     accept_new_host_key: bool,
 }
 
-/// A target that was understood.
+/// A target that was understood. Reports name it by its URL, however the operator called it: a name may be given to
+/// another target tomorrow.
 #[derive(Debug, Clone)]
 pub struct Target {
-    /// As the operator named it; for reports.
-    pub words: String,
     pub url: TargetUrl,
     pub ssh: SshOptions,
 }
@@ -62,11 +61,12 @@ impl Target {
         ssh.identity_file = args.identity.clone().or(ssh.identity_file);
         ssh.config_file = args.ssh_config.clone().or(ssh.config_file);
         ssh.known_hosts_file = args.known_hosts.clone().or(ssh.known_hosts_file);
-        Ok(Target { words: to.to_owned(), url, ssh })
+        Ok(Target { url, ssh })
     }
 
-    pub fn connect(&self) -> Result<Connection> {
-        Connection::open(&self.url, self.ssh.clone())
+    /// The way there; nothing is sent before it is needed.
+    pub fn connection(&self) -> Connection {
+        Connection::new(self.url.clone(), self.ssh.clone())
     }
 }
 

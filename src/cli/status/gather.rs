@@ -1,0 +1,245 @@
+//! Gathers what `status` shows, from libvirt, the journal and the target. Reads only.
+
+use super::StatusArgs;
+use super::view::{Head, HeadFrom, LastRun, Overlay, Row, Seen, describe, state};
+use crate::cli::Globals;
+use crate::cli::output::{Exit, Output, print, print_json};
+use crate::cli::progress::say;
+use crate::cli::source;
+use crate::cli::target::{Target, hang_up};
+use jiff::Timestamp;
+use serde_json::json;
+use std::path::Path;
+use virt_replica::error::{Error, Kind, Result};
+use virt_replica::hypervisor::{DomainView, Hypervisor as _};
+use virt_replica::name::{DomainName, DomainUuid};
+use virt_replica::replica::{Replica as _, ReplicaView};
+use virt_replica::replicate::cycle::record_in_domain;
+use virt_replica::replicate::decide::{Action, decide};
+use virt_replica::replicate::journal::{self, Record};
+use virt_replica::replicate::observe::observe;
+use virt_replica::replicate::plan::is_our_overlay;
+use virt_replica::replicate::report::{Report, RunOutcome};
+use virt_replica::replicate::settle::halt_error;
+use virt_replica::site::{Connection, Site};
+
+/// A domain that libvirt, the journal or the target knows.
+struct Known {
+    uuid: DomainUuid,
+    view: Option<DomainView>,
+    on_target: Option<DomainName>,
+    reports: Vec<Report>,
+}
+
+impl Known {
+    fn name(&self, record: Option<&Record>) -> String {
+        let seen = self.view.as_ref().map(|v| v.name.clone());
+        let named = seen.or_else(|| record.map(|r| r.domain.clone()));
+        let named = named.or_else(|| self.reports.last().map(|r| r.domain.clone()));
+        named.or_else(|| self.on_target.clone()).map_or_else(|| self.uuid.to_string(), String::from)
+    }
+
+    fn is_called(&self, name: &str) -> bool {
+        let id = self.view.as_ref().and_then(|v| v.id).map(|id| id.to_string());
+        self.uuid.as_str() == name || self.name(None) == name || id.as_deref() == Some(name)
+    }
+}
+
+pub fn status(args: &StatusArgs, globals: &Globals, output: Output) -> Result<Exit> {
+    let target = match &args.to {
+        Some(to) => Some(Target::resolve(to, &args.ssh, &globals.config()?)?),
+        None => None,
+    };
+    let site = match source::connect(globals) {
+        Ok(site) => Some(site),
+        // The journal is worth reading just when libvirt is down.
+        Err(e) => {
+            say(&format!("warning: libvirt was not asked: {}", e.chain()));
+            None
+        }
+    };
+    let connection = target.as_ref().map(Target::connection);
+    let rows = rows(args, globals, site.as_ref(), target.as_ref().zip(connection.as_ref()));
+    connection.into_iter().for_each(hang_up);
+    let rows = rows?;
+    let from = if args.to.is_some() { HeadFrom::Target } else { HeadFrom::Journal };
+    match output.json {
+        true => print_json(&json!({ "head_from": from, "domains": rows }))?,
+        false => print(&describe(&rows, from))?,
+    }
+    Ok(Exit::Done)
+}
+
+fn rows(
+    args: &StatusArgs,
+    globals: &Globals,
+    site: Option<&Site>,
+    target: Option<(&Target, &Connection)>,
+) -> Result<Vec<Row>> {
+    let mut known = everybody(&globals.state_dir, site, target.map(|(_, c)| c))?;
+    if let Some(name) = &args.domain {
+        known.retain(|k| k.is_called(name));
+        if known.is_empty() {
+            return Err(Error::new(Kind::NotFound, format!("no domain '{name}' is known here"))
+                .hint("`virt-replica status` shows all; is the right libvirt asked (--connect)?"));
+        }
+    }
+    let mut rows = Vec::new();
+    for domain in &known {
+        let record = open_record(&globals.state_dir, site, domain)?;
+        match target {
+            Some((target, connection)) => {
+                let replica = connection.client()?.open(&domain.uuid)?.describe()?;
+                rows.push(row(globals, site, domain, record.as_ref(), Some(&target.url.to_string()), Some(&replica))?);
+            }
+            None => {
+                for target in targets(&domain.reports) {
+                    rows.push(row(globals, site, domain, record.as_ref(), target.as_deref(), None)?);
+                }
+            }
+        }
+    }
+    Ok(rows)
+}
+
+fn everybody(state: &Path, site: Option<&Site>, connection: Option<&Connection>) -> Result<Vec<Known>> {
+    let mut known: Vec<Known> = Vec::new();
+    let views = site.map_or(Ok(Vec::new()), |s| s.hypervisor().list())?;
+    known.extend(views.into_iter().map(|view| Known {
+        uuid: view.uuid.clone(),
+        view: Some(view),
+        on_target: None,
+        reports: Vec::new(),
+    }));
+    known.sort_by_key(|k| k.name(None));
+    let mut add = |uuid: DomainUuid, on_target: Option<DomainName>| match known.iter_mut().find(|k| k.uuid == uuid) {
+        Some(k) => k.on_target = on_target,
+        None => known.push(Known { uuid, view: None, on_target, reports: Vec::new() }),
+    };
+    journal::known_domains(state)?.into_iter().for_each(|uuid| add(uuid, None));
+    if let Some(connection) = connection {
+        connection.client()?.find("")?.into_iter().for_each(|(uuid, name)| add(uuid, Some(name)));
+    }
+    for k in &mut known {
+        k.reports = journal::recent_reports(state, &k.uuid)?;
+    }
+    Ok(known)
+}
+
+/// Targets this domain was replicated to, in order of their newest run; `[None]` for none.
+fn targets(reports: &[Report]) -> Vec<Option<String>> {
+    let mut targets: Vec<Option<String>> = Vec::new();
+    for report in reports.iter().rev() {
+        if !targets.iter().any(|t| t.as_ref() == Some(&report.target)) {
+            targets.push(Some(report.target.clone()));
+        }
+    }
+    if targets.is_empty() {
+        targets.push(None);
+    }
+    targets
+}
+
+fn open_record(state: &Path, site: Option<&Site>, domain: &Known) -> Result<Option<Record>> {
+    if let Some(record) = journal::peek(state, &domain.uuid)? {
+        return Ok(Some(record));
+    }
+    match (site, &domain.view) {
+        (Some(site), Some(view)) if view.record.is_some() => record_in_domain(site.hypervisor(), &domain.uuid),
+        _ => Ok(None),
+    }
+}
+
+fn row(
+    globals: &Globals,
+    site: Option<&Site>,
+    domain: &Known,
+    record: Option<&Record>,
+    target: Option<&str>,
+    replica: Option<&ReplicaView>,
+) -> Result<Row> {
+    let now = Timestamp::now();
+    let reports = || domain.reports.iter().filter(|r| Some(r.target.as_str()) == target);
+    let head = match replica {
+        Some(view) => view.head().map(Head::from),
+        None => reports().rev().find_map(|r| r.point.as_ref()).map(Head::from),
+    };
+    let running = journal::holder(&globals.state_dir, &domain.uuid)?;
+    let mut notes = Vec::new();
+    let stuck = match (site, record) {
+        // Whoever is at work is on his way somewhere else.
+        (Some(site), Some(record)) if running.is_none() => stuck(site, record, &mut notes),
+        (_, None) => stray(domain, &mut notes),
+        _ => false,
+    };
+    if site.is_some() && domain.view.is_none() {
+        notes.push("libvirt does not know it (any more)".to_owned());
+    }
+    let seen =
+        Seen { open: record.map(|r| r.phase), stuck, observed: domain.view.is_some(), replicated: head.is_some() };
+    let age = |t: Timestamp| now.duration_since(t).as_secs();
+    Ok(Row {
+        domain: domain.name(record),
+        uuid: domain.uuid.clone(),
+        state: state(seen),
+        notes,
+        target: target.map(str::to_owned),
+        lag_s: head.as_ref().map(|h| age(h.frozen_at)),
+        head,
+        last_run: reports().next_back().map(|r| LastRun {
+            run_id: r.run_id.clone(),
+            started_at: r.started_at,
+            duration_ms: r.duration_ms,
+            outcome: r.outcome,
+            error: r.error.clone().filter(|_| r.outcome == RunOutcome::Failed),
+        }),
+        running: running.map(|h| format!("{} (pid {})", h.what, h.pid)),
+        overlays: record.map_or_else(Vec::new, |r| overlays(r, age)),
+    })
+}
+
+/// Whether a person is needed, by the same decision that `doctor` and the next run make.
+fn stuck(site: &Site, record: &Record, notes: &mut Vec<String>) -> bool {
+    match observe(site.hypervisor(), record) {
+        Ok(seen) => match decide(&seen.situation(record)) {
+            Action::Halt(halt) => {
+                notes.push(format!("{}: see `virt-replica doctor`", halt_error(record, &halt)));
+                true
+            }
+            _ => {
+                notes.push("a run was cut short; the next one, or `virt-replica doctor --repair`, mends it".to_owned());
+                false
+            }
+        },
+        Err(e) => {
+            notes.push(format!("could not be examined: {}", e.chain()));
+            true
+        }
+    }
+}
+
+/// Overlays of ours without a record.
+fn stray(domain: &Known, notes: &mut Vec<String>) -> bool {
+    let Some(view) = &domain.view else { return false };
+    let mut any = false;
+    for disk in &view.disks {
+        let live = disk.live.as_ref().map(|c| &c.top().path);
+        let defined = disk.inactive.as_ref().map(|l| &l.path);
+        if let Some(path) = live.into_iter().chain(defined).find(|p| is_our_overlay(p)) {
+            notes.push(format!(
+                "disk {} is on {} without a record: see `virt-replica doctor`",
+                disk.name,
+                path.display()
+            ));
+            any = true;
+        }
+    }
+    any
+}
+
+/// The recorded overlays that are still there under their names.
+fn overlays(record: &Record, age: impl Fn(Timestamp) -> i64) -> Vec<Overlay> {
+    let since = record.frozen_at.unwrap_or(record.started_at);
+    let there = record.disks.iter().filter(|d| d.overlay.exists());
+    there.map(|d| Overlay { disk: d.name.clone(), path: d.overlay.clone(), since, age_s: age(since) }).collect()
+}

@@ -1,0 +1,218 @@
+//! What `status` shows of a domain: plain data, the verdict, and the table. Pure, except for the time zone.
+
+use crate::cli::render;
+use jiff::Timestamp;
+use serde::Serialize;
+use std::path::PathBuf;
+use virt_replica::name::{DiskName, DomainUuid, Generation, PointId, RunId};
+use virt_replica::replica::{Consistency, PointView};
+use virt_replica::replicate::decide::Phase;
+use virt_replica::replicate::report::RunOutcome;
+
+/// How a domain's own disks stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    Ok,
+    OnOverlay,
+    CommitPending,
+    NeedsAttention,
+    NeverReplicated,
+    Unknown,
+}
+
+impl State {
+    pub fn words(self) -> &'static str {
+        match self {
+            State::Ok => "ok",
+            State::OnOverlay => "on overlay",
+            State::CommitPending => "commit pending",
+            State::NeedsAttention => "needs attention",
+            State::NeverReplicated => "never replicated",
+            State::Unknown => "unknown",
+        }
+    }
+}
+
+/// What the state follows from.
+#[derive(Debug, Clone, Copy)]
+pub struct Seen {
+    /// Phase of the open record, if there is one.
+    pub open: Option<Phase>,
+    /// The open record cannot be settled without a person, or an overlay of ours has no record.
+    pub stuck: bool,
+    /// libvirt was asked and knows the domain.
+    pub observed: bool,
+    /// A point was sealed, ever.
+    pub replicated: bool,
+}
+
+/// Pure. The worse news wins.
+pub fn state(seen: Seen) -> State {
+    match seen {
+        Seen { stuck: true, .. } => State::NeedsAttention,
+        Seen { open: Some(Phase::CommitIntent | Phase::PivotIntent), .. } => State::CommitPending,
+        Seen { open: Some(_), .. } => State::OnOverlay,
+        Seen { observed: false, .. } => State::Unknown,
+        Seen { replicated: false, .. } => State::NeverReplicated,
+        Seen { .. } => State::Ok,
+    }
+}
+
+/// One domain and one target.
+#[derive(Debug, Serialize)]
+pub struct Row {
+    pub domain: String,
+    pub uuid: DomainUuid,
+    pub state: State,
+    /// Why it is so, where that is not plain.
+    pub notes: Vec<String>,
+    pub target: Option<String>,
+    pub head: Option<Head>,
+    /// Age of the head's content in seconds.
+    pub lag_s: Option<i64>,
+    pub last_run: Option<LastRun>,
+    /// What works on the domain right now.
+    pub running: Option<String>,
+    pub overlays: Vec<Overlay>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Head {
+    pub id: PointId,
+    pub generation: Generation,
+    pub frozen_at: Timestamp,
+    pub sealed_at: Timestamp,
+    pub consistency: Consistency,
+}
+
+impl From<&PointView> for Head {
+    fn from(p: &PointView) -> Head {
+        Head {
+            id: p.id.clone(),
+            generation: p.generation,
+            frozen_at: p.frozen_at,
+            sealed_at: p.sealed_at,
+            consistency: p.consistency,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct LastRun {
+    pub run_id: RunId,
+    pub started_at: Timestamp,
+    pub duration_ms: f64,
+    pub outcome: RunOutcome,
+    pub error: Option<String>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct Overlay {
+    pub disk: DiskName,
+    pub path: PathBuf,
+    pub since: Timestamp,
+    pub age_s: i64,
+}
+
+/// Whose word the heads are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HeadFrom {
+    Journal,
+    Target,
+}
+
+impl Row {
+    fn last_run_words(&self) -> &str {
+        match (&self.running, self.last_run.as_ref().map(|r| r.outcome)) {
+            (Some(_), _) => "running",
+            (None, None) => "-",
+            (None, Some(RunOutcome::Sealed)) => "sealed",
+            (None, Some(RunOutcome::CommitPending)) => "commit pending",
+            (None, Some(RunOutcome::Failed)) => "failed",
+        }
+    }
+
+    /// What does not fit into a table.
+    fn remarks(&self) -> impl Iterator<Item = String> {
+        let overlays = self
+            .overlays
+            .iter()
+            .map(|o| format!("disk {} is on {} for {}", o.disk, o.path.display(), render::age(o.age_s)));
+        let running = self.running.iter().map(|what| format!("at work: {what}"));
+        let failed = self.last_run.iter().filter(|_| self.running.is_none());
+        let failed = failed.filter_map(|r| r.error.as_ref().map(|e| format!("last run: {e}")));
+        overlays.chain(running).chain(failed).chain(self.notes.iter().cloned())
+    }
+}
+
+pub fn describe(rows: &[Row], from: HeadFrom) -> String {
+    if rows.is_empty() {
+        return "no domain is known here".to_owned();
+    }
+    let dash = || "-".to_owned();
+    let cells = rows.iter().map(|row| {
+        vec![
+            row.domain.clone(),
+            row.state.words().to_owned(),
+            row.head.as_ref().map_or_else(dash, |h| h.id.to_string()),
+            row.head.as_ref().map_or_else(dash, |h| render::minute(h.frozen_at)),
+            row.lag_s.map_or_else(dash, render::short_age),
+            row.last_run_words().to_owned(),
+            row.target.clone().unwrap_or_else(dash),
+        ]
+    });
+    let frozen = format!("Frozen ({})", render::zone_now());
+    let header = ["Domain", "State", "Head", &frozen, "Lag", "Last run", "Target"];
+    let mut lines = vec![render::table(&header, &[], cells.collect())];
+    let remarks =
+        rows.iter().flat_map(|row| row.remarks().map(|text| render::wrap(&format!(" {}: ", row.domain), &text)));
+    let mut remarks: Vec<String> = remarks.collect();
+    remarks.dedup();
+    if !remarks.is_empty() {
+        lines.push(String::new());
+        lines.extend(remarks);
+    }
+    lines.push(String::new());
+    lines.push(match from {
+        HeadFrom::Journal => " Heads are as this host's journal has them; --to TARGET asks the target.".to_owned(),
+        HeadFrom::Target => " Heads are as the target has them now.".to_owned(),
+    });
+    lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A letter each: phase (- f F c p), stuck, observed, replicated.
+    fn of(text: &str) -> State {
+        let c: Vec<char> = text.chars().collect();
+        let open = match c[0] {
+            'f' => Some(Phase::FreezeIntent),
+            'F' => Some(Phase::Frozen),
+            'c' => Some(Phase::CommitIntent),
+            'p' => Some(Phase::PivotIntent),
+            _ => None,
+        };
+        state(Seen { open, stuck: c[1] == 's', observed: c[2] == 'o', replicated: c[3] == 'r' })
+    }
+
+    #[test]
+    fn the_worse_news_wins() {
+        for (seen, expected) in [
+            ("--or", State::Ok),
+            ("--o-", State::NeverReplicated),
+            ("---r", State::Unknown),
+            ("f-or", State::OnOverlay),
+            ("F---", State::OnOverlay),
+            ("c-or", State::CommitPending),
+            ("p--r", State::CommitPending),
+            ("psor", State::NeedsAttention),
+            ("-sor", State::NeedsAttention),
+        ] {
+            assert_eq!(of(seen), expected, "{seen}");
+        }
+    }
+}

@@ -1,0 +1,446 @@
+//! The program as people and scripts meet it: help, errors, exit codes, JSON. A cleared environment, no libvirt.
+//!
+//! What is printed is compared with tests/fixtures/cli/; `VIRT_REPLICA_BLESS=1 cargo test --test cli` writes those files
+//! anew, for a person to read the difference.
+
+use jiff::Timestamp;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use tempfile::TempDir;
+use virt_replica::block::DiskSize;
+use virt_replica::image::open::{OpenOptions, open_read};
+use virt_replica::image::{Chain, Format, Layer};
+use virt_replica::name::{DiskName, DomainName, DomainUuid, Generation, RunId};
+use virt_replica::replica::store::Store;
+use virt_replica::replica::{BeginDisk, BeginPoint, Consistency, DiskStats, Mode, Replica, SealDisk, SealPoint};
+use virt_replica::replicate::pump::{self, Progress, Shipment};
+
+const UUID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
+const COMMANDS: [&str; 7] = ["sync", "plan", "points", "status", "verify", "doctor", "agent"];
+
+/// The program with nothing in its environment but a time zone.
+fn program() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_virt-replica"));
+    command.env_clear().env("TZ", "UTC").stdin(Stdio::null());
+    command
+}
+
+fn run(args: &[&str]) -> Output {
+    program().args(args).output().expect("the program starts")
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).expect("text")
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).expect("text")
+}
+
+#[track_caller]
+fn expect_code(output: &Output, code: i32) {
+    assert_eq!(output.status.code(), Some(code), "stdout: {}\nstderr: {}", stdout(output), stderr(output));
+}
+
+/// Compares with the recorded text, or records it.
+#[track_caller]
+fn check(fixture: &str, text: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/cli").join(fixture);
+    if std::env::var_os("VIRT_REPLICA_BLESS").is_some() {
+        std::fs::write(&path, text).expect("fixtures can be written");
+    }
+    let recorded = std::fs::read_to_string(&path).unwrap_or_default();
+    assert_eq!(text, recorded, "{} is not what is printed", path.display());
+}
+
+/// A store with one domain of one disk and two points, made at fixed times with made-up figures.
+struct StoreWithPoints {
+    dir: TempDir,
+}
+
+impl StoreWithPoints {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("source.raw");
+        let store = StoreWithPoints { dir };
+        for (seq, fill) in [(1u64, 0xaau8), (2, 0xbb)] {
+            let mut content = vec![fill; 64 << 10];
+            content.resize(1 << 20, 0);
+            std::fs::write(&image, content).unwrap();
+            store.add_point(seq, &image);
+        }
+        store
+    }
+
+    fn root(&self) -> PathBuf {
+        self.dir.path().join("root")
+    }
+
+    fn target(&self) -> String {
+        format!("local:{}", self.root().display())
+    }
+
+    fn add_point(&self, seq: u64, image: &Path) {
+        let frozen_at: Timestamp = format!("2026-01-02T03:0{seq}:05Z").parse().unwrap();
+        let uuid = DomainUuid::new(UUID).unwrap();
+        let disk = DiskName::new("vda").unwrap();
+        let size = DiskSize(1 << 20);
+        let replica = Store::open(&self.root(), &uuid, move || frozen_at).unwrap();
+        let view = replica.describe().unwrap();
+        let head = view.head().and_then(|p| p.disk(&disk)).map(|d| (d.size, d.root));
+        replica
+            .begin(&BeginPoint {
+                uuid: uuid.clone(),
+                name: DomainName::new("web01").unwrap(),
+                run: RunId::from_bits(seq << 32),
+                generation: Generation(1),
+                expected_head: view.head().map(|p| p.id.clone()),
+                disks: vec![BeginDisk { name: disk.clone(), size, fresh: head.is_none(), reserve_bytes: 0 }],
+            })
+            .unwrap();
+        let layer = Layer { path: image.to_owned(), format: Format::Raw, block_device: false, data_file: None };
+        let options = OpenOptions { runtime_dir: self.dir.path().to_owned(), force_share: false, readers: 1 };
+        let opened = open_read(&Chain(vec![layer]), &options).unwrap();
+        let mode = if head.is_some() { Mode::Digest } else { Mode::Full };
+        let shipment =
+            Shipment { uuid, disk: disk.clone(), size, head, mode, reason: String::new(), workers: 1, dirty: None };
+        let shipped = pump::ship(opened.image.as_ref(), &replica, &shipment, &Progress::default(), &|| Ok(())).unwrap();
+        opened.close().unwrap();
+        let stats = DiskStats {
+            mode,
+            reason: "a test wanted it so".into(),
+            bytes_read: 1 << 20,
+            bytes_sent: 1000 * seq,
+            bytes_written: 64 << 10,
+            blocks_changed: 1,
+        };
+        let disks = vec![SealDisk { name: disk, root: shipped.root, stats }];
+        replica.seal(&SealPoint { frozen_at, consistency: Consistency::Crash, disks }).unwrap();
+    }
+
+    /// What was printed, with the directory of this test replaced.
+    fn plain(&self, text: &str) -> String {
+        text.replace(&self.root().display().to_string(), "/ROOT")
+    }
+}
+
+#[test]
+fn help_is_what_was_read_and_approved() {
+    let whole = run(&["--help"]);
+    expect_code(&whole, 0);
+    check("help.txt", &stdout(&whole));
+    for command in COMMANDS {
+        let help = run(&[command, "--help"]);
+        expect_code(&help, 0);
+        check(&format!("help-{command}.txt"), &stdout(&help));
+    }
+    // What a driver starts for itself is nobody's business, but it is there.
+    expect_code(&run(&["deadman", "--help"]), 0);
+    assert!(!stdout(&whole).contains("deadman"));
+}
+
+#[test]
+fn wrong_usage_is_told_with_code_2() {
+    for args in [
+        &[][..],
+        &["nonsense"],
+        &["sync", "web01"],
+        &["sync", "web01", "--to", "/r", "--exclude-disk", "../vda"],
+        &["sync", "web01", "--to", "/r", "--ready-timeout", "90"],
+        &["verify", "web01", "--to", "/r", "--point", "newest"],
+        &["verify", "web01", "--to", "/r", "--point", "000001-00000000", "--against-source"],
+        &["points", "web01", "--to", "host:/srv"],
+        &["points", "web01", "--to", "ssh://-oProxyCommand=x/srv"],
+    ] {
+        expect_code(&run(args), 2);
+    }
+    let scp = run(&["points", "web01", "--to", "host:/srv"]);
+    check("error-scp-like.txt", &stderr(&scp));
+}
+
+/// A script that asked for JSON gets the end in JSON too, in the last line of stderr, whatever went wrong.
+#[test]
+fn the_end_of_a_failed_command_is_told_in_json() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = format!("local:{}", dir.path().display());
+    for (args, code, kind) in [
+        (&["points", "web01", "--json"][..], 2, "usage"),
+        (&["points", "web01", "--json", "--to", "nowhere"], 4, "not_found"),
+        (&["points", "web01", "--json", "--to", &target], 4, "not_found"),
+        (&["points", "web01", "--json", "--to", "x", "--config", "/nonexistent.yaml"], 78, "config"),
+    ] {
+        let output = run(args);
+        expect_code(&output, code);
+        let text = stderr(&output);
+        let end: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap_or_else(|e| panic!("{e}: {text}"));
+        assert_eq!(end["message_type"], "exit_error", "{text}");
+        assert_eq!((&end["code"], &end["kind"]), (&code.into(), &kind.into()), "{text}");
+        assert!(!end["message"].as_str().unwrap().is_empty() && end.get("hint").is_some(), "{text}");
+        assert_eq!(stdout(&output), "");
+    }
+}
+
+#[test]
+fn a_target_may_have_a_name() {
+    let store = StoreWithPoints::new();
+    let config = store.dir.path().join("vr.yaml");
+    let points = |name: &str| run(&["--config", config.to_str().unwrap(), "points", "web01", "--to", name]);
+    std::fs::write(&config, format!("targets:\n  dr1:\n    url: {}\n", store.target())).unwrap();
+    expect_code(&points("dr1"), 0);
+    let unknown = points("dr2");
+    expect_code(&unknown, 4);
+    check("error-unknown-name.txt", &stderr(&unknown));
+    std::fs::write(&config, "targets:\n  dr1:\n    url: ssh://dr1\n    identiy: /k\n").unwrap();
+    let mistake = points("dr1");
+    expect_code(&mistake, 78);
+    check("error-config.txt", &stderr(&mistake).replace(config.to_str().unwrap(), "/CONFIG"));
+}
+
+/// The contract of issue and docs/formats/json.md: names, order, absolute paths.
+#[test]
+fn points_are_listed_oldest_first_also_without_a_source() {
+    let store = StoreWithPoints::new();
+    for domain in ["web01", UUID] {
+        let output = run(&["points", domain, "--to", &store.target(), "--json"]);
+        expect_code(&output, 0);
+        assert_eq!(stdout(&output).lines().count(), 1);
+        let json: Value = serde_json::from_str(&stdout(&output)).unwrap();
+        let points = json["points"].as_array().unwrap();
+        let ids: Vec<&str> = points.iter().map(|p| p["id"].as_str().unwrap()).collect();
+        assert_eq!(ids, ["000001-00000001", "000002-00000002"]);
+        for point in points {
+            for name in ["id", "generation", "frozen_at", "sealed_at", "consistency", "disks"] {
+                assert!(point.get(name).is_some(), "'{name}' is missing in {point}");
+            }
+            for disk in point["disks"].as_array().unwrap() {
+                for name in ["name", "image", "mode", "reason", "bytes_read", "bytes_sent", "bytes_written"] {
+                    assert!(disk.get(name).is_some(), "'{name}' is missing in {disk}");
+                }
+                let image = Path::new(disk["image"].as_str().unwrap());
+                assert!(image.is_absolute() && image.exists(), "{image:?}");
+            }
+        }
+        assert_eq!(points[0]["frozen_at"], "2026-01-02T03:01:05Z");
+        assert_eq!(points[1]["disks"][0]["mode"], "digest");
+    }
+    let output = run(&["points", "web01", "--to", &store.target()]);
+    expect_code(&output, 0);
+    check("points.txt", &store.plain(&stdout(&output)));
+    expect_code(&run(&["points", "web02", "--to", &store.target()]), 4);
+}
+
+#[test]
+fn verify_says_whole_or_damaged_with_code_13() {
+    let store = StoreWithPoints::new();
+    let verify = |more: &[&str]| run(&[&["verify", "web01", "--to", &store.target()], more].concat());
+    let whole = verify(&[]);
+    expect_code(&whole, 0);
+    check("verify.txt", &store.plain(&stdout(&whole)));
+    expect_code(&verify(&["--point", "000001-00000001"]), 0);
+    expect_code(&verify(&["--point", "000009-00000009"]), 4);
+
+    let listed: Value =
+        serde_json::from_str(&stdout(&run(&["points", UUID, "--to", &store.target(), "--json"]))).unwrap();
+    let image = listed["points"][1]["disks"][0]["image"].as_str().unwrap().to_owned();
+    let mut bytes = std::fs::read(&image).unwrap();
+    let at =
+        bytes.windows(4096).position(|w| w.iter().all(|b| *b == 0xbb)).expect("the guest's bytes are in its image");
+    bytes[at + 100] ^= 1;
+    std::fs::write(&image, bytes).unwrap();
+
+    let damaged = verify(&["--json"]);
+    expect_code(&damaged, 13);
+    let text = stdout(&damaged);
+    let end: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    assert_eq!((&end["message_type"], &end["equal"]), (&"verify".into(), &false.into()));
+    assert_eq!((&end["point"], &end["disks"][0]["damaged"][0]), (&"000002-00000002".into(), &0.into()));
+    let for_people = verify(&[]);
+    expect_code(&for_people, 13);
+    check("verify-damaged.txt", &store.plain(&(stdout(&for_people) + &stderr(&for_people))));
+    // The point below it is what it was.
+    expect_code(&verify(&["--point", "000001-00000001"]), 0);
+}
+
+/// `virt-replica points ... | head -1` must not end in a panic, and a full disk must not end in silence.
+#[test]
+fn a_reader_that_goes_away_is_no_error_and_a_full_disk_is() {
+    let store = StoreWithPoints::new();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let target = store.target();
+    let gone = program().args(["points", "web01", "--to", &target]).stdout(writer).output().unwrap();
+    expect_code(&gone, 0);
+    assert_eq!(stderr(&gone), "");
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let full = program().args(["points", "web01", "--to", &target]).stdout(full).output().unwrap();
+    expect_code(&full, 1);
+    assert!(stderr(&full).contains("cannot write the output"), "{}", stderr(&full));
+}
+
+/// stdout belongs to the protocol: whatever the environment says about logs and colours.
+#[test]
+fn the_agent_says_its_banner_first_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("root");
+    let mut agent = program();
+    agent.args(["-vvv", "agent", "--root"]).arg(&root).env("RUST_LOG", "trace");
+    let output = agent.output().unwrap();
+    assert!(stdout(&output).starts_with("virt-replica agent protocol "), "{}", stdout(&output));
+    assert_eq!(stdout(&output).lines().count(), 1);
+    expect_code(&output, 1);
+    assert!(!root.exists(), "an agent that was asked for nothing makes nothing");
+}
+
+#[test]
+fn colours_are_for_terminals_only() {
+    let output = run(&["points", "web01", "--to", "nowhere"]);
+    assert!(!output.stderr.contains(&0x1b), "{}", stderr(&output));
+}
+
+#[cfg(not(feature = "libvirt"))]
+#[test]
+fn a_build_without_libvirt_says_what_it_cannot() {
+    let commands: [&[&str]; 5] = [
+        &["sync", "web01", "--to", "/r"],
+        &["plan", "web01", "--to", "/r"],
+        &["status"],
+        &["doctor"],
+        &["verify", "web01", "--to", "/r", "--against-source"],
+    ];
+    for args in commands {
+        let output = run(args);
+        expect_code(&output, 2);
+        let text = stderr(&output);
+        assert!(text.contains("this build has no libvirt") && text.contains("hint: "), "{text}");
+    }
+}
+
+#[cfg(feature = "libvirt")]
+mod source {
+    use super::*;
+    use virt_replica::replicate::decide::Phase;
+    use virt_replica::replicate::journal::{DiskRecord, Journal, Record};
+    use virt_replica::replicate::report::{Report, RunOutcome};
+
+    /// Where no libvirt can be.
+    const NO_LIBVIRT: &str = "qemu+unix:///system?socket=/nonexistent/socket";
+
+    fn open_record(overlay: &Path) -> Record {
+        let base =
+            Layer { path: "/pool/web01.qcow2".into(), format: Format::Qcow2, block_device: false, data_file: None };
+        Record {
+            format: 1,
+            run: RunId::from_bits(7),
+            domain: DomainName::new("web01").unwrap(),
+            uuid: DomainUuid::new(UUID).unwrap(),
+            instance: Some(3),
+            persistent: true,
+            phase: Phase::CommitIntent,
+            resume_after: false,
+            disks: vec![DiskRecord {
+                name: DiskName::new("vda").unwrap(),
+                base,
+                overlay: overlay.to_owned(),
+                size: DiskSize(1 << 20),
+                base_stamp: None,
+                overlay_id: None,
+                complete_at: None,
+            }],
+            started_at: Timestamp::UNIX_EPOCH,
+            frozen_at: Some(Timestamp::UNIX_EPOCH),
+            point: None,
+        }
+    }
+
+    fn report(store: &StoreWithPoints, outcome: RunOutcome, target: &str) -> Report {
+        let uuid = DomainUuid::new(UUID).unwrap();
+        let view = Store::open(&store.root(), &uuid, Timestamp::now).unwrap().describe().unwrap();
+        let failed = outcome == RunOutcome::Failed;
+        Report {
+            domain: DomainName::new("web01").unwrap(),
+            uuid,
+            target: target.to_owned(),
+            run_id: RunId::from_bits(9),
+            started_at: Timestamp::UNIX_EPOCH,
+            outcome,
+            point: view.head().cloned().filter(|_| !failed),
+            freeze_ms: 1.0,
+            pause_ms: 2.0,
+            duration_ms: 3.0,
+            skipped: Vec::new(),
+            warnings: Vec::new(),
+            error: failed.then(|| "the target is on fire".to_owned()),
+        }
+    }
+
+    /// Status is asked for when things are bad: libvirt down, a commit pending, the last run failed.
+    #[test]
+    fn status_tells_what_the_journal_knows_when_libvirt_is_down() {
+        let store = StoreWithPoints::new();
+        let state = store.dir.path().join("state");
+        let overlay = store.dir.path().join("web01.vda.vr-00000000.qcow2");
+        std::fs::write(&overlay, "").unwrap();
+        let journal = Journal::open(&state, &DomainUuid::new(UUID).unwrap(), "test", Timestamp::UNIX_EPOCH).unwrap();
+        journal.keep_report(&report(&store, RunOutcome::Sealed, "dr1")).unwrap();
+        journal.keep_report(&report(&store, RunOutcome::Failed, "dr1")).unwrap();
+        journal.keep_report(&report(&store, RunOutcome::Failed, "dr2")).unwrap();
+        journal.write(&open_record(&overlay)).unwrap();
+        drop(journal);
+        let status = |more: &[&str]| {
+            let output =
+                run(&[&["status", "--json", "-c", NO_LIBVIRT, "--state-dir", state.to_str().unwrap()], more].concat());
+            expect_code(&output, 0);
+            assert!(stderr(&output).contains("libvirt was not asked"), "{}", stderr(&output));
+            serde_json::from_str::<Value>(&stdout(&output)).unwrap()
+        };
+
+        let json = status(&[]);
+        assert_eq!(json["head_from"], "journal");
+        let rows = json["domains"].as_array().unwrap();
+        assert_eq!(rows.len(), 2, "one for each target: {json}");
+        let dr1 = rows.iter().find(|r| r["target"] == "dr1").unwrap();
+        assert_eq!((&dr1["domain"], &dr1["uuid"]), (&"web01".into(), &UUID.into()));
+        assert_eq!((&dr1["state"], &dr1["running"]), (&"commit_pending".into(), &Value::Null));
+        assert_eq!(dr1["head"]["id"], "000002-00000002", "a failed run does not hide the point before it");
+        assert_eq!(dr1["head"]["frozen_at"], "2026-01-02T03:02:05Z");
+        assert!(dr1["lag_s"].as_i64().unwrap() > 0);
+        assert_eq!(
+            (&dr1["last_run"]["outcome"], &dr1["last_run"]["error"]),
+            (&"failed".into(), &"the target is on fire".into())
+        );
+        assert_eq!(dr1["overlays"][0]["path"], overlay.to_str().unwrap());
+        let dr2 = rows.iter().find(|r| r["target"] == "dr2").unwrap();
+        assert_eq!((&dr2["head"], &dr2["lag_s"]), (&Value::Null, &Value::Null));
+
+        let json = status(&["web01", "--to", &store.target()]);
+        assert_eq!(json["head_from"], "target");
+        assert_eq!(json["domains"][0]["head"]["id"], "000002-00000002");
+        assert_eq!(json["domains"][0]["target"], store.target());
+    }
+
+    #[test]
+    fn status_of_an_unknown_domain_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let args = ["status", "web01", "-c", NO_LIBVIRT, "--state-dir", dir.path().to_str().unwrap()];
+        expect_code(&run(&args), 4);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "status makes nothing");
+    }
+
+    /// Nothing may be touched, here or at the target, by a run that cannot see its domain.
+    #[test]
+    fn a_run_without_libvirt_ends_before_it_begins() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, state) = (dir.path().join("root"), dir.path().join("state"));
+        for command in ["sync", "plan"] {
+            let mut program = program();
+            program.args([command, "web01", "--json", "--to"]).arg(&root).arg("--state-dir").arg(&state);
+            let output = program.env("LIBVIRT_DEFAULT_URI", NO_LIBVIRT).output().unwrap();
+            expect_code(&output, 1);
+            let text = stderr(&output);
+            let end: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+            assert_eq!(end["kind"], "unavailable", "{text}");
+            assert!(!root.exists() && !state.exists());
+        }
+    }
+}
