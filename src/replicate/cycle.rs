@@ -383,11 +383,11 @@ impl Run<'_> {
         let secure = self.request.with_secrets;
         if domain.persistent {
             let xml = self.ports.hypervisor.definition(&domain.uuid, true, secure)?;
-            replica.attach(Attachment::InactiveXml, xml::without_record(&self.without_overlays(xml)?)?.as_bytes())?;
+            replica.attach(Attachment::InactiveXml, self.as_its_owner_wrote(xml)?.as_bytes())?;
         }
         if domain.power != Power::Off {
             let xml = self.ports.hypervisor.definition(&domain.uuid, false, secure)?;
-            replica.attach(Attachment::LiveXml, xml::without_record(&xml)?.as_bytes())?;
+            replica.attach(Attachment::LiveXml, self.as_its_owner_wrote(xml)?.as_bytes())?;
         }
         if let Some(path) = &domain.nvram {
             match std::fs::read(path) {
@@ -400,11 +400,12 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// While we hold the disks, the definition names our overlays; the one to keep names the images themselves.
-    fn without_overlays(&self, xml: String) -> Result<String> {
+    /// While we hold the disks, both definitions name our overlays and carry our record; those to keep name the images
+    /// themselves, and nobody who defines a domain from them inherits a run that was under way.
+    fn as_its_owner_wrote(&self, xml: String) -> Result<String> {
         let Some(record) = self.journal.record()? else { return Ok(xml) };
         let bases: Vec<_> = record.disks.iter().map(|d| (d.name.clone(), d.base.clone())).collect();
-        xml::set_layers(&xml, &bases)
+        xml::without_record(&xml::set_layers(&xml, &bases)?)
     }
 
     fn abandon(&self, replica: &dyn Replica) {
