@@ -63,6 +63,8 @@ pub struct OverlayCapture<'a> {
     options: SettleOptions,
     clock: &'a (dyn Fn() -> Timestamp + Sync),
     record: Record,
+    /// What was planned to stand still, in the record's order.
+    planned: Vec<Chain>,
 }
 
 impl<'a> OverlayCapture<'a> {
@@ -91,7 +93,8 @@ impl<'a> OverlayCapture<'a> {
             frozen_at: None,
             point: None,
         };
-        Self { hypervisor, journal, guard, options, clock, record }
+        let planned = plan.replicated().map(|d| d.chain.clone()).collect();
+        Self { hypervisor, journal, guard, options, clock, record, planned }
     }
 
     /// The steps of the freeze; a failure is cleaned up by the caller through the settle loop.
@@ -135,15 +138,22 @@ impl<'a> OverlayCapture<'a> {
             .as_ref()
             .ok_or_else(|| Error::new(Kind::Interrupted, "the domain ended while it was frozen"))?;
         let mut chains = Vec::new();
-        for (disk, (_, _, disk_seen)) in self.record.disks.iter_mut().zip(&seen.disks) {
+        let planned = self.record.disks.iter_mut().zip(&self.planned);
+        for ((disk, planned), (_, _, disk_seen)) in planned.zip(&seen.disks) {
             let live = domain.disk(&disk.name).and_then(|d| d.live.as_ref());
             let (Some(live), Stand::Ours) = (live, disk_seen.live) else {
                 let what = format!("after the freeze the disk is not on its overlay but {:?}", disk_seen.live);
                 return Err(Error::new(Kind::Conflict, what).disk(&disk.name).path(&disk.overlay));
             };
+            // Libvirt knows less of each layer than the plan does (external data files), but it knows which they are.
+            if !live.0[1..].iter().map(|l| &l.path).eq(planned.0.iter().map(|l| &l.path)) {
+                return Err(Error::new(Kind::Busy, "the disk's chain changed while the run was planned")
+                    .disk(&disk.name)
+                    .hint("run again"));
+            }
             disk.base_stamp = Stamp::of(&disk.base.path)?;
             disk.overlay_id = Stamp::of(&disk.overlay)?.map(|s| s.id);
-            chains.push((disk.name.clone(), Chain(live.0[1..].to_vec())));
+            chains.push((disk.name.clone(), planned.clone()));
         }
         self.record.phase = Phase::Frozen;
         self.record.frozen_at = Some(frozen_at);

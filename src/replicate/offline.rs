@@ -2,6 +2,7 @@
 
 use super::journal::Stamp;
 use crate::error::{Error, Kind, Result};
+use crate::image::qemu_img::ImageInfo;
 use crate::image::{Chain, Format, Layer, qemu_img};
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
@@ -29,9 +30,7 @@ pub fn resolve_chain(top: &Layer) -> Result<Chain> {
         if layer.format == Format::Qcow2 {
             // The domain may be started by anybody while we look, and must not be hindered.
             let info = qemu_img::info(&layer.path, layer.format, true)?;
-            if let Some(file) = info.data_file.filter(|_| layer.data_file.is_none()) {
-                layer.data_file = Some(beside(&layer.path, &file)?);
-            }
+            take_data_file(&mut layer, &info)?;
             next = match info.backing {
                 Some(name) => Some(backing_layer(&layer.path, &name, info.backing_format.as_deref())?),
                 None => None,
@@ -40,6 +39,23 @@ pub fn resolve_chain(top: &Layer) -> Result<Chain> {
         layers.push(layer);
     }
     Ok(Chain(layers))
+}
+
+/// A chain as libvirt reports it, with the external data files of which libvirt before 10.10 does not tell.
+pub fn with_data_files(mut chain: Chain) -> Result<Chain> {
+    for layer in chain.0.iter_mut().filter(|l| l.format == Format::Qcow2 && l.data_file.is_none()) {
+        // A running QEMU holds its locks on it; the name of a data file never changes.
+        let info = qemu_img::info(&layer.path, layer.format, true)?;
+        take_data_file(layer, &info)?;
+    }
+    Ok(chain)
+}
+
+fn take_data_file(layer: &mut Layer, info: &ImageInfo) -> Result<()> {
+    if let Some(file) = info.data_file.as_ref().filter(|_| layer.data_file.is_none()) {
+        layer.data_file = Some(beside(&layer.path, file)?);
+    }
+    Ok(())
 }
 
 fn backing_layer(image: &Path, name: &str, format: Option<&str>) -> Result<Layer> {

@@ -48,7 +48,9 @@ fn disk_facts(
     wanted: Option<&str>,
 ) -> DiskFacts {
     let chain = match (&disk.live, &disk.inactive) {
-        (Some(chain), _) if domain.power != Power::Off => Ok(chain.clone()),
+        (Some(chain), _) if domain.power != Power::Off => {
+            offline::with_data_files(chain.clone()).map_err(|e| e.chain())
+        }
         (_, Some(top)) => observe::resolve(top).map_err(|e| e.chain()),
         _ => Err("no image is known for it".to_owned()),
     };
