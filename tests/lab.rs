@@ -4,11 +4,19 @@
 //! hosts: a test owns its domain, its files and its store, and nothing else (`support` says how it gets the lab for
 //! itself where it must). After each test the domain runs on its own image and no overlay of ours is left.
 
+#[path = "lab/suite/consistency.rs"]
+mod consistency;
+#[path = "lab/suite/contract.rs"]
+mod contract;
 #[path = "lab/suite/domain.rs"]
 #[allow(dead_code, reason = "the vocabulary of the tests, whichever of them are compiled")]
 mod domain;
+#[path = "lab/suite/formats.rs"]
+mod formats;
 #[path = "lab/suite/states.rs"]
 mod states;
 #[path = "lab/suite/support.rs"]
 #[allow(dead_code, reason = "the vocabulary of the tests, whichever of them are compiled")]
 mod support;
+#[path = "lab/suite/targets.rs"]
+mod targets;

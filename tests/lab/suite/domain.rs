@@ -4,7 +4,6 @@
 use crate::support::{Host, Job, PATIENCE, STORE, SyncResult, TARGET, eventually};
 use serde_json::Value;
 use std::path::Path;
-use std::time::Duration;
 
 /// Where overlays of block devices go unless told otherwise.
 pub const IMAGES: &str = "/var/lib/libvirt/images";
@@ -39,7 +38,13 @@ impl Disk {
 
     /// A block device: a loop device over a raw file.
     pub fn device(size: &str) -> Disk {
-        Disk { device: true, ..Disk::raw(size) }
+        Disk::raw(size).as_device()
+    }
+
+    /// The raw file becomes a loop device.
+    pub fn as_device(self) -> Disk {
+        assert_eq!(self.format, "raw", "a loop device shows a file's bytes");
+        Disk { device: true, ..self }
     }
 
     /// With an empty ext4, for the guest that writes lines.
@@ -50,6 +55,12 @@ impl Disk {
     /// Goes on with the image in the hands of `qemu-io` (`write -P 0x11 0 1M`).
     pub fn then(mut self, command: &str) -> Disk {
         self.script += &format!("\nqemu-io -f {} -c '{command}' \"$1\" >&2", self.format);
+        self
+    }
+
+    /// Goes on with a line of the script that made it.
+    pub fn run(mut self, line: &str) -> Disk {
+        self.script += &format!("\n{line} >&2");
         self
     }
 }
@@ -117,7 +128,7 @@ impl Builder {
     /// Defined, started, and not one instruction executed: nothing but the test writes.
     pub fn paused(self) -> Domain {
         let domain = self.off();
-        Host::A.ok(&["virsh", "start", "--paused", &domain.name]);
+        domain.start_paused();
         domain
     }
 
@@ -210,6 +221,10 @@ impl Domain {
         let device = Host::A.output(&["losetup", "--find", "--show", file]);
         self.devices.push(device.clone());
         device
+    }
+
+    pub fn start_paused(&self) {
+        Host::A.ok(&["virsh", "start", "--paused", &self.name]);
     }
 
     /// Defines it (anew) from its XML file.
@@ -342,7 +357,7 @@ impl Domain {
     #[track_caller]
     pub fn compare_with_frozen(&self, point: &Value, disk: usize, frozen: &Reference) {
         let image = image_of(point, &disk_name(disk));
-        Host::B.ok(&["qemu-img", "compare", &image, "-F", "raw", &frozen.file]);
+        Host::B.ok(&["qemu-img", "compare", "-f", "qcow2", "-F", "raw", &image, &frozen.file]);
         Host::B.ok(&["qemu-img", "check", "-q", &image]);
     }
 
@@ -356,23 +371,25 @@ impl Domain {
     }
 
     /// The lines a guest wrote, as they stand in a point after the file system's own recovery.
+    #[track_caller]
     pub fn lines(&self, point: &Value, disk: usize) -> u64 {
-        let image = image_of(point, &disk_name(disk));
-        let lines = Host::B.output(&["/lab/tools/guest", "lines", &image, "qcow2"]);
-        for (at, line) in lines.lines().enumerate() {
-            assert_eq!(line, (at + 1).to_string(), "line {} of {image}", at + 1);
-        }
-        lines.lines().count() as u64
+        lines_in(Host::B, &image_of(point, &disk_name(disk)), "qcow2")
+    }
+
+    /// The same of the domain's own disk, which nobody may have open.
+    #[track_caller]
+    pub fn own_lines(&self, disk: usize) -> u64 {
+        let image = &self.images[disk];
+        lines_in(Host::A, image, if image.ends_with(".qcow2") { "qcow2" } else { "raw" })
     }
 
     /// What the disks are on, by the running domain.
     pub fn live_images(&self) -> Vec<String> {
-        self.blocks(&["domblklist"])
+        self.sources(&self.virsh(&["domblklist"]))
     }
 
-    fn blocks(&self, words: &[&str]) -> Vec<String> {
-        let list = self.virsh(words);
-        let sources = list.lines().filter_map(|l| l.split_whitespace().nth(1).map(str::to_owned));
+    fn sources(&self, domblklist: &str) -> Vec<String> {
+        let sources = domblklist.lines().filter_map(|l| l.split_whitespace().nth(1).map(str::to_owned));
         sources.take(self.images.len()).collect()
     }
 
@@ -380,18 +397,19 @@ impl Domain {
     /// is defined; nothing of ours is left beside them, in the domain, or in our own state.
     #[track_caller]
     pub fn assert_home(&self) {
-        assert_eq!(self.live_images(), self.images, "what runs is not on its own images");
-        let xml = self.virsh(&["dumpxml"]);
-        if !self.state().is_empty()
-            && Host::A.run(&["virsh", "-q", "dominfo", &self.name]).stdout.contains("Persistent:     yes")
-        {
-            assert_eq!(
-                self.blocks(&["domblklist", "--inactive"]),
-                self.images,
-                "the definition is not on its own images"
-            );
+        const MARK: &str = "@@";
+        let name = &self.name;
+        let questions =
+            ["dominfo", "domblklist", "dumpxml", "domblklist --inactive"].map(|q| format!("{q} {name}; echo {MARK}; "));
+        // The last question has no answer for a transient domain, and is not a failure then.
+        let answers = Host::A.run(&["virsh", "-q", &questions.concat()]).stdout;
+        let answers: Vec<&str> = answers.split(MARK).collect();
+        assert!(answers.len() > questions.len(), "{name} has gone: {answers:?}");
+        assert_eq!(self.sources(answers[1]), self.images, "what runs is not on its own images");
+        if answers[0].contains("Persistent:     yes") {
+            assert_eq!(self.sources(answers[3]), self.images, "the definition is not on its own images");
         }
-        assert!(!xml.contains("virt-replica"), "a record is left in the domain: {xml}");
+        assert!(!answers[2].contains("virt-replica"), "a record is left in the domain: {}", answers[2]);
         let left = Host::A.output(&["find", &self.dir, "-name", "*.vr-*"]);
         assert_eq!(left, "", "overlays are left");
         for device in &self.devices {
@@ -445,6 +463,16 @@ impl Drop for Domain {
     }
 }
 
+/// How many lines an image holds; every one of them must be there, in order.
+#[track_caller]
+fn lines_in(host: Host, image: &str, format: &str) -> u64 {
+    let lines = host.output(&["/lab/tools/guest", "lines", image, format]);
+    for (at, line) in lines.lines().enumerate() {
+        assert_eq!(line, (at + 1).to_string(), "line {} of {image}", at + 1);
+    }
+    lines.lines().count() as u64
+}
+
 /// A raw image of what a disk held, seen by both hosts.
 pub struct Reference {
     pub file: String,
@@ -457,6 +485,3 @@ pub fn image_of(point: &Value, disk: &str) -> String {
     let disk = disks.iter().find(|d| d["name"] == disk).unwrap_or_else(|| panic!("no disk {disk} in {point:#}"));
     disk["image"].as_str().expect("an image is a path").to_owned()
 }
-
-/// Long enough to copy a frozen image on a busy machine; every test that waits for it is that much slower.
-pub const HOLD: Duration = Duration::from_secs(3);

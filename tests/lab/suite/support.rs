@@ -65,7 +65,8 @@ pub struct Undo<F: FnMut()>(pub F);
 
 impl<F: FnMut()> Drop for Undo<F> {
     fn drop(&mut self) {
-        (self.0)();
+        // A panic while a failed test unwinds would end the process before its domain is cleaned up.
+        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| (self.0)()));
     }
 }
 
@@ -371,6 +372,12 @@ impl SyncResult {
 
     pub fn mode(&self, disk: &str) -> &str {
         self.disk(disk)["mode"].as_str().expect("a disk has a mode")
+    }
+
+    /// The disk was compared with the head, by whatever means; not sent whole.
+    #[track_caller]
+    pub fn incremental(&self, disk: &str) {
+        assert!(["digest", "bitmap"].contains(&self.mode(disk)), "{:#}", self.disk(disk));
     }
 
     #[track_caller]
