@@ -76,6 +76,8 @@ mod armed {
             if point.hits.fetch_add(1, Ordering::SeqCst) + 1 != point.at {
                 continue;
             }
+            // A test waits for this line: "it sleeps there now".
+            tracing::warn!("failpoint {name}: {:?}", point.act);
             match point.act {
                 Act::Kill => kill_self(),
                 Act::Error => return Err(Error::new(Kind::Io, format!("failpoint {name}"))),

@@ -126,16 +126,16 @@ impl OpenPoint {
 
     pub fn apply(&self, disk: &DiskName, patch_bytes: &[u8]) -> Result<()> {
         self.disk(disk)?.apply(patch_bytes)?;
-        // step 5b
-        crate::failpoint!("5b");
+        // step 5c
+        crate::failpoint!("5c");
         Ok(())
     }
 
     pub fn finish_disk(&self, disk: &DiskName) -> Result<DiskApplied> {
         let applied = self.disk(disk)?.finish()?;
         self.head_images.lock().expect("no code panics with this lock").remove(disk);
-        // step 5c
-        crate::failpoint!("5c");
+        // step 5d
+        crate::failpoint!("5d");
         Ok(applied)
     }
 
@@ -152,8 +152,8 @@ impl OpenPoint {
         self.dir.write_new(name.file_name(), content)?;
         let blake3 = Digest(*blake3::hash(content).as_bytes());
         attached.insert(name, Attached { name, size_bytes: content.len() as u64, blake3 });
-        // step 5d
-        crate::failpoint!("5d");
+        // step 5e
+        crate::failpoint!("5e");
         Ok(())
     }
 
@@ -287,8 +287,8 @@ fn fill(
         let writer = DiskWriter::create(dir, disk, &request.uuid, below(&disk.name), &reservation);
         disks.insert(disk.name.clone(), Mutex::new(writer.map_err(|e| e.disk(&disk.name))?));
     }
-    // step 5a
-    crate::failpoint!("5a");
+    // step 3b
+    crate::failpoint!("3b");
     Ok((reservation, disks))
 }
 

@@ -159,7 +159,7 @@ impl Replica for Store {
         check_head(request, &manifest)?;
         let points = dir.sub_or_create(POINTS_DIR)?;
         sweep(&points, &manifest)?;
-        crate::failpoint!("2a");
+        crate::failpoint!("3a");
         *slot = Some(Arc::new(OpenPoint::begin(lock, dir, points, manifest, request)?));
         Ok(())
     }

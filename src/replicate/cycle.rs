@@ -136,7 +136,8 @@ pub fn run(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBoo
     if let Some(e) = &error {
         report = report.failed(e);
     }
-    journal.keep_report(&report)?; // 8c
+    journal.keep_report(&report)?;
+    failpoint!("8c");
     Ok((report, error))
 }
 
@@ -286,7 +287,7 @@ impl Run<'_> {
             disks.push(shipped.on_disk(name)?);
         }
         self.attach(replica, domain)?;
-        failpoint!("5c");
+        failpoint!("5f");
         capture.confirm()?;
         self.watch.step(6, "seal the point");
         let point = replica.seal(&SealPoint { frozen_at: still.frozen_at, consistency: still.consistency, disks })?;
