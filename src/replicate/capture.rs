@@ -2,7 +2,7 @@
 //! running domain, or nothing but attention for a domain that is off. (Capture by backup is the third to come.)
 
 use super::decide::{Job, Phase, Stand};
-use super::journal::{DiskRecord, Journal, Record, Stamp};
+use super::journal::{DiskRecord, Journal, Record, Stamp, boot_id};
 use super::observe::observe;
 use super::plan::{DiskPlan, Plan};
 use super::settle::{Account, Goal, Outcome, PauseGuard, SettleOptions, Settler, halt_error};
@@ -85,6 +85,7 @@ impl<'a> OverlayCapture<'a> {
             domain: domain.name.clone(),
             uuid: domain.uuid.clone(),
             instance: domain.id,
+            boot: boot_id(),
             persistent: domain.persistent,
             phase: Phase::FreezeIntent,
             resume_after: false,

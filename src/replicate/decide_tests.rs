@@ -313,6 +313,10 @@ impl World {
 
     fn plan_next(&mut self, order: Order) {
         let running = self.qemu.is_some_and(|q| !q.paused);
+        // As `Settler::adopt_instance`: started anew on our overlay, it is the instance to watch.
+        if let (Some(q), Some(r)) = (self.qemu.filter(|q| q.on_ours), self.record.as_mut()) {
+            r.instance = q.instance;
+        }
         self.decided_on = self.overlay;
         self.todo = match self.next_action() {
             Action::StartCommit(_) => vec![Sub::RecordCommit, Sub::StartJob],

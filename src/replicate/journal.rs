@@ -38,6 +38,9 @@ pub struct Record {
     pub uuid: DomainUuid,
     /// libvirt's id of the instance that was frozen.
     pub instance: Option<u32>,
+    /// The boot of this host in which it has that id: libvirt counts anew after each.
+    #[serde(default)]
+    pub boot: Option<String>,
     pub persistent: bool,
     pub phase: Phase,
     /// We paused, or were about to pause, a domain that ran.
@@ -243,6 +246,11 @@ pub fn holder(state: &Path, uuid: &DomainUuid) -> Result<Option<Holder>> {
     Ok(holds.then_some(holder))
 }
 
+/// Which boot of this host it is. `None` where the kernel does not tell.
+pub fn boot_id() -> Option<String> {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(|id| id.trim().to_owned())
+}
+
 /// Domains with state on this host, whether or not libvirt still knows them.
 pub fn known_domains(state: &Path) -> Result<Vec<DomainUuid>> {
     let dir = state.join("domains");
@@ -331,6 +339,7 @@ pub(crate) mod tests {
             domain: DomainName::new("db01").unwrap(),
             uuid: DomainUuid::new("6695eb01-f6a4-8304-79aa-97f2502e193f").unwrap(),
             instance: Some(3),
+            boot: None,
             persistent: true,
             phase,
             resume_after: false,

@@ -3,7 +3,7 @@
 //! Reads only; the moment it describes is over when it returns, which is why acting re-checks what matters.
 
 use super::decide::{DiskFacts, DiskSeen, Job, OverlayFile, Phase, PowerState, Situation, Stand};
-use super::journal::{DiskRecord, Record, Stamp};
+use super::journal::{DiskRecord, Record, Stamp, boot_id};
 use super::offline;
 use crate::block::{BLOCK_LEN, DiskSize};
 use crate::error::{Error, Kind, Result, ResultExt};
@@ -69,7 +69,8 @@ pub fn observe(hypervisor: &dyn Hypervisor, record: &Record) -> Result<Observati
     }
     Ok(Observation {
         power,
-        same_instance: domain.as_ref().is_some_and(|d| d.id.is_some() && d.id == record.instance),
+        same_instance: domain.as_ref().is_some_and(|d| d.id.is_some() && d.id == record.instance)
+            && (record.boot.is_none() || record.boot == boot_id()),
         managed_save: domain.as_ref().is_some_and(|d| d.managed_save),
         domain,
         disks,

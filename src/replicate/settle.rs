@@ -5,8 +5,8 @@
 //!
 //! Step numbers are those of docs/replication.md; a failpoint stands behind each.
 
-use super::decide::{Action, Halt, HaltReason, Phase, PowerState, decide};
-use super::journal::{Journal, Record, Stamp, sync_dir};
+use super::decide::{Action, DiskSeen, Halt, HaltReason, Phase, PowerState, Stand, decide};
+use super::journal::{self, Journal, Record, Stamp, sync_dir};
 use super::observe::{Observation, observe};
 use super::offline;
 use crate::error::{Error, Kind, Result, ResultExt};
@@ -145,7 +145,8 @@ impl<'a> Settler<'a> {
 
     /// Observes, decides, performs once. `Some` ends the loop.
     fn step(&mut self, goal: Goal, give_up_at: Instant) -> Result<Option<Outcome>> {
-        let seen = observe(self.hypervisor, &self.record)?;
+        let mut seen = observe(self.hypervisor, &self.record)?;
+        self.adopt_instance(&mut seen)?;
         if goal == Goal::Released && !seen.held(&self.record) {
             return Ok(Some(Outcome::Reached));
         }
@@ -170,6 +171,20 @@ impl<'a> Settler<'a> {
             other => self.perform(other, &seen)?,
         }
         Ok(None)
+    }
+
+    /// A domain that was started anew while no disk of it had been pivoted is the instance to watch from now on: a pivot
+    /// that is seen in it later happened under our eyes, not before it was started.
+    fn adopt_instance(&mut self, seen: &mut Observation) -> Result<()> {
+        let now = seen.domain.as_ref().and_then(|d| d.id);
+        let untouched = |d: &DiskSeen| matches!(d.live, Stand::Ours | Stand::OursBelow) || !d.overlay.is_there();
+        if now.is_none() || seen.same_instance || !seen.disks.iter().all(|(_, _, d)| untouched(d)) {
+            return Ok(());
+        }
+        (self.record.instance, self.record.boot) = (now, journal::boot_id());
+        self.journal.write(&self.record)?;
+        seen.same_instance = true;
+        Ok(())
     }
 
     fn perform(&mut self, action: Action, seen: &Observation) -> Result<()> {
