@@ -80,6 +80,25 @@ pub fn node_of<'a>(nodes: &'a [Node], layer: &Layer) -> Option<&'a Node> {
     }
 }
 
+/// Names of the nodes that have this file open, those that interpret it before those that only read it: the order in
+/// which they can be closed.
+pub fn nodes_on(nodes: &[Node], file: &Path) -> Vec<String> {
+    let Some(path) = file.to_str() else { return Vec::new() };
+    let on_file = |n: &&Node| {
+        // A node without its backing image is described by its options.
+        let options = n.file.strip_prefix("json:").and_then(|o| serde_json::from_str::<serde_json::Value>(o).ok());
+        n.file == path || options.is_some_and(|o| o["file"]["filename"] == path || o["filename"] == path)
+    };
+    let (protocol, format): (Vec<&Node>, Vec<&Node>) =
+        nodes.iter().filter(on_file).partition(|n| ["file", "host_device"].contains(&n.driver.as_str()));
+    format.into_iter().chain(protocol).filter_map(|n| n.node_name.clone()).collect()
+}
+
+/// Closes a node; QEMU refuses if anything uses it.
+pub fn remove_node(node: &str) -> String {
+    serialise(qmp::blockdev_del { node_name: node.to_owned() })
+}
+
 pub fn query_nodes() -> String {
     serialise(qmp::query_named_block_nodes { flat: Some(true) })
 }
@@ -199,6 +218,19 @@ mod tests {
         assert_eq!(name("/pool/c.raw", Format::Qcow2), None);
         assert_eq!(nodes[0].dirty_bitmaps[0].dirty_bytes, 131072);
         assert!(nodes[0].dirty_bitmaps[1].inconsistent);
+    }
+
+    #[test]
+    fn nodes_are_closed_from_the_top() {
+        let reply_text = r#"{"return":[
+            {"node-name":"libvirt-9-storage","drv":"file","file":"/pool/o.qcow2"},
+            {"node-name":"libvirt-9-format","drv":"qcow2",
+             "file":"json:{\"backing\": null, \"driver\": \"qcow2\", \"file\": {\"driver\": \"file\", \"filename\": \"/pool/o.qcow2\"}}"},
+            {"node-name":"libvirt-8-format","drv":"qcow2","file":"/pool/other.qcow2"}]}"#;
+        let nodes: Vec<Node> = reply(reply_text).unwrap();
+        assert_eq!(nodes_on(&nodes, Path::new("/pool/o.qcow2")), ["libvirt-9-format", "libvirt-9-storage"]);
+        assert_eq!(nodes_on(&nodes, Path::new("/pool/none.qcow2")), [""; 0]);
+        assert_eq!(remove_node("n"), r#"{"execute":"blockdev-del","arguments":{"node-name":"n"}}"#);
     }
 
     #[test]

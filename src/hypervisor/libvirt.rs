@@ -9,6 +9,7 @@
 //!
 //! Tried with libvirt 9.0 and QEMU 7.2 in tests/hypervisor.rs.
 
+use super::bitmap;
 use super::gate::{Call, Failure, Gate, Line, Repeat};
 use super::sys;
 use super::xml::{self, DiskXml, DomainXml};
@@ -325,6 +326,14 @@ impl Hypervisor for LibvirtHypervisor {
             }
             Ok(())
         })
+    }
+
+    fn close_unused(&self, uuid: &DomainUuid, image: &Path) -> Result<()> {
+        for node in bitmap::nodes_on(&self.nodes(uuid)?, image) {
+            bitmap::done(&self.qmp("close an unused image", uuid, bitmap::remove_node(&node))?)
+                .map_err(|e| e.path(image))?;
+        }
+        Ok(())
     }
 
     fn definition(&self, uuid: &DomainUuid, inactive: bool, secure: bool) -> Result<String> {

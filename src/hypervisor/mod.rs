@@ -66,6 +66,10 @@ pub trait Hypervisor: Send + Sync {
     /// Points the persistent definition of these disks at these layers. Live definition and running QEMU are untouched.
     fn redefine(&self, uuid: &DomainUuid, disks: &[(DiskName, Layer)]) -> Result<()>;
 
+    /// Closes an image that the running QEMU has open for nothing: what a libvirtd leaves that dies inside a freeze.
+    /// `Refused` if QEMU uses it; no error if it is not open.
+    fn close_unused(&self, uuid: &DomainUuid, image: &Path) -> Result<()>;
+
     /// The definition to keep with a point; `secure` includes secrets (graphics passwords).
     fn definition(&self, uuid: &DomainUuid, inactive: bool, secure: bool) -> Result<String>;
 }

@@ -73,7 +73,7 @@ impl Tracking for LibvirtHypervisor {
 }
 
 impl LibvirtHypervisor {
-    fn nodes(&self, uuid: &DomainUuid) -> Result<Vec<Node>> {
+    pub(super) fn nodes(&self, uuid: &DomainUuid) -> Result<Vec<Node>> {
         bitmap::reply(&self.qmp("ask for the block nodes", uuid, bitmap::query_nodes())?)
     }
 

@@ -121,7 +121,7 @@ pub struct Situation<'a> {
     /// The record says that we paused, or were about to, a domain that ran.
     pub resume_after: bool,
     pub power: PowerState,
-    /// The QEMU that runs now is the one that was frozen.
+    /// The QEMU that runs now is the one that was frozen, or was since seen running on our overlays.
     pub same_instance: bool,
     pub persistent: bool,
     pub managed_save: bool,
@@ -194,6 +194,9 @@ pub enum HaltReason {
     OursBelowOff,
     /// The domain is gone from here and its storage is shared: it may run on another host.
     MayRunElsewhere,
+    /// libvirtd died inside the freeze: the guest writes to our overlay, libvirt believes in the base. Found in acting,
+    /// never decided: no observation through libvirt shows it.
+    LibvirtLostTrack,
 }
 
 impl HaltReason {
@@ -239,6 +242,10 @@ impl HaltReason {
             HaltReason::MayRunElsewhere => (
                 "the domain is no longer here and its images lie on shared storage; it may run on another host",
                 "run `virt-replica doctor --repair DOMAIN` on the host that has the domain now",
+            ),
+            HaltReason::LibvirtLostTrack => (
+                "libvirtd died inside the freeze and has lost track: the guest writes to our overlay, libvirt believes in the base",
+                "shut the domain down when it suits you, then run `virt-replica doctor --repair`; its definition names the overlay until then, and nothing is lost",
             ),
         }
     }

@@ -94,6 +94,8 @@ pub struct Settler<'a> {
     pub options: SettleOptions,
     pub account: Account,
     paused_at: Option<Instant>,
+    /// What acting has found out and deciding cannot know.
+    lost: Option<Halt>,
 }
 
 /// Failed steps in a row after which the loop gives up with the last error.
@@ -109,7 +111,7 @@ impl<'a> Settler<'a> {
         guard: &'a mut dyn PauseGuard,
         options: SettleOptions,
     ) -> Self {
-        Self { hypervisor, journal, record, guard, options, account: Account::default(), paused_at: None }
+        Self { hypervisor, journal, record, guard, options, account: Account::default(), paused_at: None, lost: None }
     }
 
     /// Runs the loop. Blocks: a commit takes as long as it takes, at most [`SettleOptions::ready_within`]. An error
@@ -145,6 +147,9 @@ impl<'a> Settler<'a> {
 
     /// Observes, decides, performs once. `Some` ends the loop.
     fn step(&mut self, goal: Goal, give_up_at: Instant) -> Result<Option<Outcome>> {
+        if let Some(halt) = self.lost.take() {
+            return Ok(Some(Outcome::Halted(halt)));
+        }
         let mut seen = observe(self.hypervisor, &self.record)?;
         self.adopt_instance(&mut seen)?;
         if goal == Goal::Released && !seen.held(&self.record) {
@@ -266,6 +271,8 @@ impl<'a> Settler<'a> {
     }
 
     fn mark_complete(&mut self, disk: &DiskName, seen: &Observation) -> Result<()> {
+        // A base is complete only if nobody writes to the overlay, whatever libvirt believes.
+        let _lock = self.lock_overlay(disk, seen)?;
         let stamp = self.stamp_seen(disk, seen);
         self.alarm(format!(
             "disk '{disk}': the guest ran on the base while our overlay still had its name (resumed or pivoted by another hand)"
@@ -279,7 +286,7 @@ impl<'a> Settler<'a> {
             let d = self.disk(disk);
             (d.overlay.clone(), if away == Away::Retired { d.retired() } else { d.kept() })
         };
-        let _lock = offline::lock_as_seen(&overlay, self.stamp_seen(disk, seen))?;
+        let _lock = self.lock_overlay(disk, seen)?;
         failpoint!("7g");
         // Step 7h: durable before any instruction of the guest (I3).
         rename_durably(&overlay, &to)?;
@@ -341,10 +348,57 @@ impl<'a> Settler<'a> {
 
     fn discard(&mut self, disk: &DiskName, seen: &Observation) -> Result<()> {
         let overlay = self.disk(disk).overlay.clone();
-        let _lock = offline::lock_as_seen(&overlay, self.stamp_seen(disk, seen))?;
+        let _lock = self.lock_overlay(disk, seen)?;
         remove_if_there(&overlay)?;
         sync_dir(parent(&overlay))?;
         self.note(format!("unused overlay of {disk} removed"));
+        Ok(())
+    }
+
+    /// QEMU's own locks on an overlay that, by libvirt's word, nobody uses; `Busy` if somebody does.
+    ///
+    /// libvirtd may have died inside the freeze, between QEMU's answer and its own notes. Then QEMU has the overlay open
+    /// and libvirt does not know: unused, and it is closed; or the guest writes to it, and the next start would boot the
+    /// base without what was flushed since the freeze.
+    fn lock_overlay(&mut self, disk: &DiskName, seen: &Observation) -> Result<offline::ImageLock> {
+        let (overlay, stamp) = (self.disk(disk).overlay.clone(), self.stamp_seen(disk, seen));
+        let runs = matches!(seen.power, PowerState::Running | PowerState::Paused);
+        match offline::lock_as_seen(&overlay, stamp) {
+            Err(e) if e.kind() == Kind::Busy && runs && self.record.phase == Phase::FreezeIntent => {}
+            other => return other,
+        }
+        match self.hypervisor.close_unused(&self.record.uuid, &overlay) {
+            Ok(()) => return offline::lock_as_seen(&overlay, stamp),
+            Err(e) if e.kind() == Kind::Refused => {}
+            Err(e) => return Err(e.disk(disk)),
+        }
+        self.lost_track(disk)?;
+        Err(Error::new(Kind::Busy, "the guest writes to the overlay").disk(disk).path(&overlay))
+    }
+
+    /// The guest writes to our overlays (the freeze was one transaction) and libvirt believes in the bases: the next step
+    /// halts, and until then the definition names what is true.
+    fn lost_track(&mut self, disk: &DiskName) -> Result<()> {
+        let seen = observe(self.hypervisor, &self.record)?;
+        let believed = |d: &DiskSeen| d.live == Stand::Base && d.overlay.is_there();
+        if !seen.disks.iter().any(|(name, _, d)| name == disk && believed(d)) {
+            return Ok(()); // It moved on meanwhile.
+        }
+        let mut layers = Vec::new();
+        for ((name, _, d), recorded) in seen.disks.iter().zip(&self.record.disks) {
+            if self.record.persistent && believed(d) && d.inactive == Stand::Base {
+                let path = recorded.overlay.clone();
+                layers
+                    .push((name.clone(), Layer { path, format: Format::Qcow2, block_device: false, data_file: None }));
+            }
+        }
+        if !layers.is_empty() {
+            self.hypervisor.redefine(&self.record.uuid, &layers)?;
+            self.alarm(
+                "the guest writes to our overlays and libvirt does not know; its definition names them now".into(),
+            );
+        }
+        self.lost = Some(Halt { disk: Some(disk.clone()), reason: HaltReason::LibvirtLostTrack });
         Ok(())
     }
 
