@@ -335,6 +335,7 @@ mod source {
             domain: DomainName::new("web01").unwrap(),
             uuid: DomainUuid::new(UUID).unwrap(),
             instance: Some(3),
+            boot: None,
             persistent: true,
             phase: Phase::CommitIntent,
             resume_after: false,

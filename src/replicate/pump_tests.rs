@@ -144,13 +144,6 @@ impl Replica for Memory {
                     new[range.start as usize..range.end as usize].copy_from_slice(&whole);
                     blocks += 1;
                 }
-                Item::Pieces { block, digest, mask, bytes } => {
-                    let range = block.bytes(DiskSize(new.len() as u64));
-                    let part = &mut new[range.start as usize..range.end as usize];
-                    mask.scatter(&bytes, part);
-                    assert_eq!(block_digest(part), digest, "the digest is of the whole block afterwards");
-                    blocks += 1;
-                }
                 Item::Zero { first, count } => {
                     let start = first.offset() as usize;
                     let end = (start + count as usize * B).min(new.len());
