@@ -20,3 +20,5 @@ mod states;
 mod support;
 #[path = "lab/suite/targets.rs"]
 mod targets;
+#[path = "lab/suite/verify.rs"]
+mod verify;

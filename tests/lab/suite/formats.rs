@@ -156,7 +156,7 @@ fn overlays_lie_where_they_are_told_to() {
     let vm = lab.domain("overlaydir").disk(filled(Disk::device("32M"))).disk(filled(Disk::raw("32M"))).paused();
     let dir = format!("{}/overlays", vm.dir);
     Host::A.ok(&["mkdir", &dir]);
-    let mut run = vm.start_sync("5c=sleep:1500", &["--overlay-dir", &dir]);
+    let mut run = vm.start_sync("5f=sleep:1500", &["--overlay-dir", &dir]);
     run.wait_step(5);
     assert!(vm.live_images().iter().all(|i| i.starts_with(&dir)), "{:?}", vm.live_images());
     crate::support::SyncResult::of(run.wait(crate::support::PATIENCE)).sealed();

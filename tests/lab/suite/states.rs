@@ -22,7 +22,7 @@ fn replicates_a_writer(name: &str, disk: Disk) {
     let lab = Lab::get();
     let vm = lab.domain(name).guest().disk(disk).running();
     let before = vm.acked();
-    let mut run = vm.start_sync("5c=sleep:2500", &[]);
+    let mut run = vm.start_sync("5f=sleep:2500", &[]);
     run.wait_step(5);
     let frozen = vm.copy_frozen(0);
     let result = SyncResult::of(run.wait(PATIENCE)).sealed();
@@ -99,7 +99,7 @@ fn off_and_started_while_it_is_read() {
 fn off_and_started_after_it_was_read() {
     let lab = Lab::get();
     let vm = lab.domain("startedlate").disk(small()).off();
-    started_at(&vm, "5c=sleep:3000");
+    started_at(&vm, "5f=sleep:3000");
 }
 
 fn started_at(vm: &Domain, failpoint: &str) {
@@ -179,7 +179,7 @@ fn another_block_job_is_refused_and_left_alone() {
 fn a_second_run_at_once_is_refused_and_told_who_has_it() {
     let lab = Lab::get();
     let vm = lab.domain("twice").disk(small()).paused();
-    let mut first = vm.start_sync("5c=sleep:2500", &[]);
+    let mut first = vm.start_sync("5f=sleep:2500", &[]);
     first.wait_step(5);
     let second = vm.sync().exit(11).says(&["sync to ssh://root@192.0.2.2", "(pid "]);
     assert!(second.lines.is_empty() || second.step() == 0, "{:?}", second.lines);
