@@ -135,7 +135,7 @@ mod source {
     use crate::replicate::deadman::{self, Charge, Deadman};
     use crate::replicate::report::Report;
     use crate::replicate::settle::PauseGuard;
-    use crate::replicate::{cycle, doctor, plan, survey};
+    use crate::replicate::{compare, cycle, doctor, plan, survey};
     use std::process::Command;
     use std::sync::atomic::AtomicBool;
 
@@ -184,15 +184,15 @@ mod source {
             self.with_ports(Some(target), |ports| survey::plan_only(ports, request))
         }
 
-        /// Compares the live domain with the head; see [`cycle::compare`].
+        /// Compares the live domain with the head; see [`compare::compare`].
         pub fn compare(
             &self,
             target: &Connection,
             request: &Request,
             watch: &dyn Watch,
             stop: &AtomicBool,
-        ) -> Result<cycle::Comparison> {
-            self.with_ports(Some(target), |ports| cycle::compare(ports, request, watch, stop))
+        ) -> Result<compare::Comparison> {
+            self.with_ports(Some(target), |ports| compare::compare(ports, request, watch, stop))
         }
 
         /// Looks at (and with `repair` mends) one domain; see [`doctor::examine`].

@@ -4,6 +4,7 @@
 //! Acting is thin: [`settle`] performs what was decided, for the normal run and for every recovery alike.
 
 pub mod capture;
+pub mod compare;
 pub mod cycle;
 pub mod deadman;
 pub mod decide;

@@ -1,8 +1,10 @@
 //! Disks of every awkward shape, pumped into a replica in memory that can misbehave.
 
+use super::planner::whole_blocks;
 use super::*;
 use crate::block::digest::{BlockPieces, piece_digests, root_digest};
-use crate::block::extent::{Extent, is_zero, merge};
+use crate::block::extent::{Content, Extent, is_zero, merge};
+use crate::block::tree::TreeShape;
 use crate::name::PointId;
 use crate::patch::{Decoder, Item, Limits};
 use crate::replica::{
@@ -188,6 +190,7 @@ fn shipment(size: usize, head: Option<&[u8]>) -> Shipment {
         head: head.map(|h| (DiskSize(h.len() as u64), root_of(h))),
         mode: if head.is_some() { Mode::Digest } else { Mode::Full },
         dirty: None,
+        compare_only: false,
         reason: "a test".into(),
         workers: 3,
     }
@@ -347,9 +350,9 @@ fn comparing_counts_and_sends_nothing() {
     let mut new = old.clone();
     new[5 * B] ^= 1;
     new[70 * B] ^= 1;
-    let replica = Memory::new(&old, new.len(), Fault::None);
+    let replica = Memory::new(&old, new.len(), Fault::NoPieces);
     let progress = Progress::default();
-    let shipment = shipment(new.len(), Some(&old));
+    let shipment = Shipment { compare_only: true, ..shipment(new.len(), Some(&old)) };
     let (root, differ) = compare(&Disk::new(new.clone()), &replica, &shipment, &progress, &always).unwrap();
     assert_eq!((root, differ), (root_of(&new), 2));
     assert!(*replica.new.lock().unwrap() == old);

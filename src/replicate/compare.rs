@@ -1,0 +1,105 @@
+//! Compares a live domain with its newest point: `verify --against-source`. The same freeze as a run, nothing sent.
+
+use super::capture::{Capture, Still};
+use super::cycle::{Ports, Request, Run, Watch, settle_domain};
+use super::journal::Journal;
+use super::observe;
+use super::plan::{CaptureKind, Plan};
+use super::pump::{self, Shipment};
+use super::report::millis;
+use super::survey::make_plan;
+use crate::error::{Error, Kind, Result, ResultExt};
+use crate::name::{DiskName, DomainUuid};
+use crate::replica::Replica;
+use jiff::Timestamp;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// A live domain compared with its newest point.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Comparison {
+    pub frozen_at: Timestamp,
+    pub disks: Vec<ComparedDisk>,
+    pub freeze_ms: f64,
+    pub pause_ms: f64,
+    pub warnings: Vec<String>,
+}
+
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct ComparedDisk {
+    pub name: DiskName,
+    pub size: crate::block::DiskSize,
+    /// Blocks whose content is not the point's: written since its freeze, or damaged on one side.
+    pub blocks_differ: u64,
+    pub bytes_read: u64,
+    pub equal: bool,
+}
+
+/// Freezes the domain, reads every block and compares it with the head's digests; sends and changes nothing at the
+/// target. The freeze is a full one: recorded, guarded and committed like that of a run.
+pub fn compare(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBool) -> Result<Comparison> {
+    let found = observe::find(ports.hypervisor, &request.domain)?;
+    let what = format!("verify against {}", request.target);
+    let journal = Journal::open(&request.state, &found.uuid, &what, (ports.clock)()).on_domain(&found.name)?;
+    let run = Run { ports, request, watch, stop, journal: &journal };
+    run.compare(&found.uuid).on_domain(&found.name)
+}
+
+impl Run<'_> {
+    fn compare(&self, uuid: &DomainUuid) -> Result<Comparison> {
+        let (_, _, left_open) = settle_domain(self.ports, self.journal, uuid, &self.request.settle)?;
+        if let Some(what) = left_open {
+            return Err(Error::new(Kind::Conflict, format!("an earlier run could not be settled: {what}")));
+        }
+        let domain = self.ports.hypervisor.observe(uuid)?;
+        let replica = (self.ports.replica)(uuid)?;
+        let view = replica.describe()?;
+        if view.head().is_none() {
+            return Err(Error::new(Kind::NotFound, "the target has no point to compare with")
+                .hint("`virt-replica sync DOMAIN --to TARGET` makes the first one"));
+        }
+        let plan = make_plan(self.ports, self.request, &domain, &view)?;
+        if let Some(refusal) = plan.refusal() {
+            return Err(refusal);
+        }
+        let mut guard = match plan.capture {
+            CaptureKind::Overlay => Some((self.ports.guard)(uuid)?),
+            CaptureKind::Off => None,
+        };
+        let mut capture = self.capture(&mut guard, &plan, &domain);
+        let still = capture.freeze()?;
+        let compared = self.compare_disks(replica.as_ref(), &plan, &still, capture.as_ref());
+        let released = capture.release()?;
+        let mut warnings = released.account.alarms;
+        warnings.extend(released.left_open);
+        Ok(Comparison {
+            frozen_at: still.frozen_at,
+            disks: compared?,
+            freeze_ms: still.freeze.map_or(0.0, millis),
+            pause_ms: released.account.pause.map_or(0.0, millis),
+            warnings,
+        })
+    }
+
+    fn compare_disks(
+        &self,
+        replica: &dyn Replica,
+        plan: &Plan,
+        still: &Still,
+        capture: &dyn Capture,
+    ) -> Result<Vec<ComparedDisk>> {
+        let mut disks = Vec::new();
+        for (name, chain) in &still.disks {
+            let compared =
+                self.read_disk(plan, still, capture, name, chain, None, &mut |image, shipment, progress, good| {
+                    let shipment = &Shipment { compare_only: true, ..shipment.clone() };
+                    let (root, blocks_differ) = pump::compare(image, replica, shipment, progress, good)?;
+                    let equal = shipment.head == Some((shipment.size, root));
+                    let bytes_read = progress.read.load(Ordering::Relaxed);
+                    Ok(ComparedDisk { name: name.clone(), size: shipment.size, blocks_differ, bytes_read, equal })
+                });
+            disks.push(compared.on_disk(name)?);
+        }
+        capture.confirm()?;
+        Ok(disks)
+    }
+}
