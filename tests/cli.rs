@@ -103,8 +103,17 @@ impl StoreWithPoints {
         let options = OpenOptions { runtime_dir: self.dir.path().to_owned(), force_share: false, readers: 1 };
         let opened = open_read(&Chain(vec![layer]), &options).unwrap();
         let mode = if head.is_some() { Mode::Digest } else { Mode::Full };
-        let shipment =
-            Shipment { uuid, disk: disk.clone(), size, head, mode, reason: String::new(), workers: 1, dirty: None };
+        let shipment = Shipment {
+            uuid,
+            disk: disk.clone(),
+            size,
+            head,
+            mode,
+            reason: String::new(),
+            workers: 1,
+            dirty: None,
+            compare_only: false,
+        };
         let shipped = pump::ship(opened.image.as_ref(), &replica, &shipment, &Progress::default(), &|| Ok(())).unwrap();
         opened.close().unwrap();
         let stats = DiskStats {

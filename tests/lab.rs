@@ -8,6 +8,14 @@
 mod consistency;
 #[path = "lab/suite/contract.rs"]
 mod contract;
+#[path = "lab/suite/crash.rs"]
+mod crash;
+#[path = "lab/suite/crash_bench.rs"]
+mod crash_bench;
+#[path = "lab/suite/crash_hands.rs"]
+mod crash_hands;
+#[path = "lab/suite/crash_power.rs"]
+mod crash_power;
 #[path = "lab/suite/domain.rs"]
 #[allow(dead_code, reason = "the vocabulary of the tests, whichever of them are compiled")]
 mod domain;

@@ -186,7 +186,7 @@ impl Run<'_> {
             let name = turnover::bitmap_name(&self.request.target, &self.request.run);
             report.warnings.extend(turnover::begin(self.ports.tracking, uuid, &tops(&plan), &name));
         }
-        failpoint!("3b");
+        failpoint!("3c");
 
         let mut guard = match plan.capture {
             CaptureKind::Overlay => Some((self.ports.guard)(uuid)?),
@@ -458,11 +458,10 @@ impl Run<'_> {
         if settled && plan.capture == CaptureKind::Overlay {
             self.retire_bitmaps(report, plan, sealed.is_ok());
         }
-        failpoint!("8d");
+        failpoint!("8b");
         let point = sealed.map_err(|e| self.if_started(plan, e))?;
         report.point = Some(point);
         report.outcome = if left_open.is_some() { RunOutcome::CommitPending } else { RunOutcome::Sealed };
-        failpoint!("8b");
         Ok(())
     }
 }

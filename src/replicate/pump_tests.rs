@@ -2,13 +2,14 @@
 
 use super::planner::whole_blocks;
 use super::*;
+use crate::block::PIECE_LEN;
 use crate::block::digest::{BlockPieces, piece_digests, root_digest};
 use crate::block::extent::{Content, Extent, is_zero, merge};
 use crate::block::tree::TreeShape;
 use crate::name::PointId;
 use crate::patch::{Decoder, Item, Limits};
 use crate::replica::{
-    Attachment, BeginPoint, DiskApplied, PointView, ReplicaView, SealPoint, VerifyReport, check_blocks,
+    Attachment, BeginPoint, DiskApplied, NODES_MAX, PointView, ReplicaView, SealPoint, VerifyReport, check_blocks,
 };
 
 const B: usize = BLOCK_LEN;

@@ -59,7 +59,7 @@ pub fn judge(bitmaps: &[BitmapView], wanted: &str) -> Tracked {
     Tracked::By(wanted.to_owned())
 }
 
-/// Step 3b: the successor starts to record on every layer, before anything is frozen. What cannot be tracked costs the next
+/// Step 3c: the successor starts to record on every layer, before anything is frozen. What cannot be tracked costs the next
 /// run a comparison, not this one its point. Returns what went wrong, in words.
 pub fn begin(tracking: &dyn Tracking, uuid: &DomainUuid, layers: &[Layer], name: &str) -> Vec<String> {
     // A disk whose image is short of space or already holds too many bitmaps must not cost the others theirs.
@@ -72,7 +72,7 @@ pub fn begin(tracking: &dyn Tracking, uuid: &DomainUuid, layers: &[Layer], name:
     problems
 }
 
-/// Step 8a: drops every bitmap of ours for this target but `keep`, and makes sure that they are gone. Runs after the
+/// Step 8b: drops every bitmap of ours for this target but `keep`, and makes sure that they are gone. Runs after the
 /// commit, on the layers the domain runs on again.
 pub fn retire(
     tracking: &dyn Tracking,
