@@ -25,9 +25,9 @@ pub fn bytes(n: u64) -> String {
     format!("{value:.1} {unit}")
 }
 
-/// Bytes per second; nothing sensible can be said of a time too short to measure.
+/// Bytes per second; nothing sensible can be said of no bytes, or of a time too short to measure.
 pub fn rate(n: u64, time: Duration) -> String {
-    if time < Duration::from_millis(1) {
+    if n == 0 || time < Duration::from_millis(1) {
         return "-".to_owned();
     }
     format!("{}/s", bytes((n as f64 / time.as_secs_f64()) as u64))
@@ -212,6 +212,7 @@ mod tests {
     #[test]
     fn rates_of_no_time_are_not_infinite() {
         assert_eq!(rate(1 << 20, Duration::ZERO), "-");
+        assert_eq!(rate(0, Duration::from_secs(1)), "-");
         assert_eq!(rate(1 << 20, Duration::from_millis(500)), "2.0 MiB/s");
     }
 
