@@ -14,6 +14,7 @@ use qapi::{Command, Execute, qmp};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
+use std::borrow::Cow;
 use std::path::Path;
 
 /// Bytes per bit of our bitmaps: a block.
@@ -72,7 +73,9 @@ pub struct Node {
 pub fn node_of<'a>(nodes: &'a [Node], layer: &Layer) -> Option<&'a Node> {
     let path = layer.path.to_str()?;
     let of_driver = |drivers: &[&str]| {
-        nodes.iter().find(|n| n.node_name.is_some() && n.file == path && drivers.contains(&n.driver.as_str()))
+        nodes.iter().find(|n| {
+            n.node_name.is_some() && drivers.contains(&n.driver.as_str()) && file_of(&n.file).as_deref() == Some(path)
+        })
     };
     match layer.format {
         Format::Qcow2 => of_driver(&["qcow2"]),
@@ -80,15 +83,19 @@ pub fn node_of<'a>(nodes: &'a [Node], layer: &Layer) -> Option<&'a Node> {
     }
 }
 
+/// The path in QEMU's name of a node's file. A node whose options differ from what its header says (a backing image
+/// that was changed by a commit) is named by a `json:` description of itself instead.
+fn file_of(name: &str) -> Option<Cow<'_, str>> {
+    let Some(description) = name.strip_prefix("json:") else { return Some(name.into()) };
+    let node: serde_json::Value = serde_json::from_str(description).ok()?;
+    let path = node.get("filename").or_else(|| node.get("file.filename")).or_else(|| node.get("file")?.get("filename"));
+    path?.as_str().map(|p| p.to_owned().into())
+}
+
 /// Names of the nodes that have this file open, those that interpret it before those that only read it: the order in
 /// which they can be closed.
 pub fn nodes_on(nodes: &[Node], file: &Path) -> Vec<String> {
-    let Some(path) = file.to_str() else { return Vec::new() };
-    let on_file = |n: &&Node| {
-        // A node without its backing image is described by its options.
-        let options = n.file.strip_prefix("json:").and_then(|o| serde_json::from_str::<serde_json::Value>(o).ok());
-        n.file == path || options.is_some_and(|o| o["file"]["filename"] == path || o["filename"] == path)
-    };
+    let on_file = |n: &&Node| file.to_str().is_some_and(|path| file_of(&n.file).as_deref() == Some(path));
     let (protocol, format): (Vec<&Node>, Vec<&Node>) =
         nodes.iter().filter(on_file).partition(|n| ["file", "host_device"].contains(&n.driver.as_str()));
     format.into_iter().chain(protocol).filter_map(|n| n.node_name.clone()).collect()
@@ -231,6 +238,16 @@ mod tests {
         assert_eq!(nodes_on(&nodes, Path::new("/pool/o.qcow2")), ["libvirt-9-format", "libvirt-9-storage"]);
         assert_eq!(nodes_on(&nodes, Path::new("/pool/none.qcow2")), [""; 0]);
         assert_eq!(remove_node("n"), r#"{"execute":"blockdev-del","arguments":{"node-name":"n"}}"#);
+    }
+
+    #[test]
+    fn a_node_whose_backing_image_was_changed_describes_itself() {
+        let described = r#"{"return":[{"node-name":"libvirt-1-format","drv":"qcow2",
+            "file":"json:{\"driver\":\"qcow2\",\"file\":{\"driver\":\"file\",\"filename\":\"/pool/a.qcow2\"},\"backing\":{\"driver\":\"raw\",\"file\":{\"driver\":\"file\",\"filename\":\"/pool/gold.raw\"}}}"},
+            {"node-name":"odd","drv":"qcow2","file":"json:{broken"}]}"#;
+        let nodes: Vec<Node> = reply(described).unwrap();
+        assert!(node_of(&nodes, &layer("/pool/a.qcow2", Format::Qcow2)).is_some());
+        assert!(node_of(&nodes, &layer("/pool/gold.raw", Format::Raw)).is_none());
     }
 
     #[test]
