@@ -344,7 +344,7 @@ fn plan_disk(
     let in_head = replica.head().and_then(|p| p.disk(name));
     let (mode, reason) = choose_mode(in_head.map(|d| d.size), size, replica, &facts.tracked, options);
     let bitmap = match &facts.tracked {
-        Tracked::By(bitmap) if mode == Mode::Bitmap => Some(bitmap.clone()),
+        Tracked::By { bitmap, .. } if mode == Mode::Bitmap => Some(bitmap.clone()),
         _ => None,
     };
     plan.disks.push(DiskPlan {
@@ -353,13 +353,26 @@ fn plan_disk(
         mode,
         reason,
         reader: facts.reader.clone(),
-        // What a comparison will find is not known; the store keeps its floor for that.
-        reserve_bytes: if mode == Mode::Full { facts.allocated_bytes.min(size.0) } else { 0 },
+        reserve_bytes: reserve(mode, size, in_head.map(|d| d.size), facts),
         chain,
         bitmap,
         overlay_dir,
         head: in_head.filter(|_| mode != Mode::Full).map(|d| (d.size, d.root)),
     });
+}
+
+/// Most bytes that a run may write at the target, as far as that is known beforehand.
+fn reserve(mode: Mode, size: DiskSize, head_size: Option<DiskSize>, facts: &DiskFacts) -> u64 {
+    match (mode, &facts.tracked) {
+        (Mode::Full, _) => facts.allocated_bytes.min(size.0),
+        // The guest goes on writing until the freeze; the store's floor is for that.
+        (Mode::Bitmap, Tracked::By { dirty_bytes, .. }) => {
+            let grown = head_size.map_or(0, |head| size.0.saturating_sub(head.0));
+            dirty_bytes.saturating_add(grown.min(facts.allocated_bytes)).min(size.0)
+        }
+        // What a comparison will find is not known; the store keeps its floor for that too.
+        _ => 0,
+    }
 }
 
 fn choose_mode(
@@ -385,14 +398,14 @@ fn choose_mode(
         return (Mode::Digest, format!("the disk shrank from {head_size} to {size} bytes: every block is compared"));
     }
     match tracked {
-        Tracked::By(_) if size > head_size => (
+        Tracked::By { .. } if size > head_size => (
             Mode::Bitmap,
             format!(
                 "a dirty bitmap has recorded every change since {}; the disk grew, the new range counts as changed",
                 head.id
             ),
         ),
-        Tracked::By(_) => (Mode::Bitmap, format!("a dirty bitmap has recorded every change since {}", head.id)),
+        Tracked::By { .. } => (Mode::Bitmap, format!("a dirty bitmap has recorded every change since {}", head.id)),
         Tracked::Doubt(why) => (Mode::Digest, format!("{why}: every block is read and compared by digest")),
     }
 }

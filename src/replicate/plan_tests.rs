@@ -139,13 +139,16 @@ fn a_believed_bitmap_is_followed_and_a_doubt_is_compared_with_its_reason() {
     let mut domain = domain("vda vdb vdc");
     domain.disks[2].size = Some(DiskSize(2 << 30));
     let mut facts = facts(&domain);
-    facts[0].tracked = Tracked::By("vr-x-1".into());
+    let by = |dirty_bytes| Tracked::By { bitmap: "vr-x-1".into(), dirty_bytes };
+    facts[0].tracked = by(7 << 20);
     facts[1].tracked = Tracked::Doubt("QEMU ended without saving the dirty bitmap".into());
-    facts[2].tracked = Tracked::By("vr-x-1".into());
+    facts[2].tracked = by(0);
     let options = PlanOptions::default();
     let tracked = plan(&domain, &facts, &replica("vda vdb vdc"), Generation(1), &options);
     assert_eq!(shown(&tracked), "vda=bitmap vdb=digest vdc=bitmap");
     assert_eq!(tracked.disks[0].bitmap.as_deref(), Some("vr-x-1"));
+    let reserved: Vec<u64> = tracked.disks.iter().map(|d| d.reserve_bytes >> 20).collect();
+    assert_eq!(reserved, [7, 0, 100], "what is marked; nothing known; what a grown disk may hold");
     assert!(tracked.disks[1].reason.contains("without saving"), "{}", tracked.disks[1].reason);
     assert!(tracked.disks[2].reason.contains("grew"), "{}", tracked.disks[2].reason);
     domain.disks[0].size = Some(DiskSize(1 << 20));

@@ -29,8 +29,8 @@ pub fn bitmap_name(target: &str, run: &RunId) -> String {
 /// Whether a disk's changes since the head are known.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Tracked {
-    /// This bitmap has recorded every change.
-    By(String),
+    /// This bitmap has recorded every change, so many bytes by now.
+    By { bitmap: String, dirty_bytes: u64 },
     /// They are not, and why: compare by digest.
     Doubt(String),
 }
@@ -56,7 +56,7 @@ pub fn judge(bitmaps: &[BitmapView], wanted: &str) -> Tracked {
     if found.granularity_bytes == 0 || found.granularity_bytes > BLOCK_LEN as u64 * 64 {
         return Tracked::Doubt(format!("the dirty bitmap counts in units of {} bytes", found.granularity_bytes));
     }
-    Tracked::By(wanted.to_owned())
+    Tracked::By { bitmap: wanted.to_owned(), dirty_bytes: found.dirty_bytes }
 }
 
 /// Step 3c: the successor starts to record on every layer, before anything is frozen. What cannot be tracked costs the next
@@ -110,7 +110,8 @@ mod tests {
 
     #[test]
     fn only_a_sound_recording_bitmap_of_the_head_is_believed() {
-        assert_eq!(judge(&[bitmap("vr-a-1", "")], "vr-a-1"), Tracked::By("vr-a-1".into()));
+        let sound = Tracked::By { bitmap: "vr-a-1".into(), dirty_bytes: 0 };
+        assert_eq!(judge(&[bitmap("vr-a-1", "")], "vr-a-1"), sound);
         for flags in ["i", "d", "b", "g", "idbg"] {
             assert!(matches!(judge(&[bitmap("vr-a-1", flags)], "vr-a-1"), Tracked::Doubt(_)), "{flags}");
         }
