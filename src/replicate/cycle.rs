@@ -193,6 +193,10 @@ impl Run<'_> {
             CaptureKind::Off => None,
         };
         let mut capture = self.capture(&mut guard, &plan, &domain);
+        if self.stop.load(Ordering::Relaxed) {
+            self.abandon(replica.as_ref());
+            return Err(stopped().into());
+        }
         self.watch.step(4, "freeze all disks at one instant");
         let still = match capture.freeze() {
             Ok(still) => still,
@@ -370,7 +374,7 @@ impl Run<'_> {
             self.watch.tick();
             failpoint!("5b");
             if self.stop.load(Ordering::Relaxed) {
-                return Err(Error::new(Kind::Interrupted, "stopped by a signal"));
+                return Err(stopped());
             }
             capture.check()
         };
@@ -485,6 +489,10 @@ impl Run<'_> {
 
 /// The ranges to ship of each disk that is planned by bitmap.
 type Marked = BTreeMap<DiskName, Vec<ByteRange>>;
+
+fn stopped() -> Error {
+    Error::new(Kind::Interrupted, "stopped by a signal")
+}
 
 /// The layers that the domain runs on before the freeze and after the commit.
 fn tops(plan: &Plan) -> Vec<Layer> {
