@@ -14,8 +14,12 @@ mod crash;
 mod crash_bench;
 #[path = "lab/suite/crash_hands.rs"]
 mod crash_hands;
+#[path = "lab/suite/crash_machine.rs"]
+mod crash_machine;
 #[path = "lab/suite/crash_power.rs"]
 mod crash_power;
+#[path = "lab/suite/crash_qmp.rs"]
+mod crash_qmp;
 #[path = "lab/suite/domain.rs"]
 #[allow(dead_code, reason = "the vocabulary of the tests, whichever of them are compiled")]
 mod domain;

@@ -1,11 +1,12 @@
 //! kill -9 at every numbered step of a run, of the driver and of the agent, on real libvirt, QEMU and sshd.
 //!
-//! What has to hold afterwards is in `crash_bench`: the guest runs, unheld; the head is the old or the new point, whole;
+//! What has to hold afterwards is in `crash_machine`: the guest runs, unheld; the head is the old or the new point, whole;
 //! one `sync`, or one `doctor --repair`, brings the domain back onto its own images with every write that the guest had
 //! flushed; the next run seals. docs/replication.md lists which number is borne by which test, and
 //! `tests/failpoints.rs` keeps that list true.
 
-use crate::crash_bench::{Driver, HELD_MAX, Lab, Machine, wait_for};
+use crate::crash_bench::{Driver, HELD_MAX, Lab, wait_for};
+use crate::crash_machine::Machine;
 use std::time::{Duration, Instant};
 
 /// Nothing stands on an overlay yet, or the freeze is under way.

@@ -3,7 +3,8 @@
 //! "Everything at once" is what a power cut leaves, short of lost caches: dead-man, driver, QEMU and libvirtd get
 //! SIGKILL in one go. Whoever then starts the domain without asking us must find every flushed write, or no disk at all.
 
-use crate::crash_bench::{Driver, Lab, Machine, wait_for};
+use crate::crash_bench::{Driver, Lab, wait_for};
+use crate::crash_machine::Machine;
 use std::thread::sleep;
 use std::time::Duration;
 
