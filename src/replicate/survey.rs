@@ -76,8 +76,8 @@ fn tracked(ports: &Ports, domain: &DomainView, chain: Option<&Chain>, wanted: Op
     if domain.power == Power::Off {
         return Tracked::Doubt("the domain is off, and changes are tracked by a running QEMU".into());
     }
-    match ports.tracking.bitmaps(&domain.uuid, std::slice::from_ref(chain.top())) {
-        Ok(bitmaps) => turnover::judge(&bitmaps.concat(), wanted),
+    match ports.tracking.bitmaps(&domain.uuid, &chain.0) {
+        Ok(layers) => turnover::judge(&layers, wanted),
         Err(e) => Tracked::Doubt(format!("QEMU's dirty bitmaps cannot be looked at ({})", e.chain())),
     }
 }

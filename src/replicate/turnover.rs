@@ -35,8 +35,15 @@ pub enum Tracked {
     Doubt(String),
 }
 
-/// Judges the bitmaps of the layer that the domain runs on. Pure.
-pub fn judge(bitmaps: &[BitmapView], wanted: &str) -> Tracked {
+/// Judges the bitmaps of a running domain's layers, uppermost first. Pure.
+///
+/// Only a bitmap of the uppermost layer alone is believed. libvirt gives an overlay copies of the bitmaps below it, which
+/// begin empty: where a lower layer has it too, somebody put a snapshot in between, and neither marks everything.
+pub fn judge(layers: &[Vec<BitmapView>], wanted: &str) -> Tracked {
+    let (bitmaps, below) = layers.split_first().map_or((&[][..], &[][..]), |(top, below)| (top.as_slice(), below));
+    if below.iter().flatten().any(|b| b.name == wanted) {
+        return Tracked::Doubt("a snapshot was put above the image that the dirty bitmap was begun on".into());
+    }
     let Some(found) = bitmaps.iter().find(|b| b.name == wanted) else {
         let others = bitmaps.iter().any(|b| b.name.starts_with(PREFIX));
         return Tracked::Doubt(match others {
@@ -111,12 +118,21 @@ mod tests {
     #[test]
     fn only_a_sound_recording_bitmap_of_the_head_is_believed() {
         let sound = Tracked::By { bitmap: "vr-a-1".into(), dirty_bytes: 0 };
-        assert_eq!(judge(&[bitmap("vr-a-1", "")], "vr-a-1"), sound);
+        assert_eq!(judge(&[vec![bitmap("vr-a-1", "")]], "vr-a-1"), sound);
         for flags in ["i", "d", "b", "g", "idbg"] {
-            assert!(matches!(judge(&[bitmap("vr-a-1", flags)], "vr-a-1"), Tracked::Doubt(_)), "{flags}");
+            assert!(matches!(judge(&[vec![bitmap("vr-a-1", flags)]], "vr-a-1"), Tracked::Doubt(_)), "{flags}");
         }
-        assert!(matches!(judge(&[bitmap("vr-a-2", "")], "vr-a-1"), Tracked::Doubt(_)));
+        assert!(matches!(judge(&[vec![bitmap("vr-a-2", "")]], "vr-a-1"), Tracked::Doubt(_)));
         assert!(matches!(judge(&[], "vr-a-1"), Tracked::Doubt(_)));
+    }
+
+    #[test]
+    fn a_bitmap_that_libvirt_copied_into_a_snapshot_is_not_believed() {
+        // The copy begins empty: it knows nothing of what was written between the freeze and the snapshot.
+        let copied = [vec![bitmap("vr-a-1", "")], vec![bitmap("vr-a-1", "")]];
+        assert!(matches!(judge(&copied, "vr-a-1"), Tracked::Doubt(why) if why.contains("snapshot")));
+        let foreign_below = [vec![bitmap("vr-a-1", "")], vec![bitmap("theirs", "")], vec![]];
+        assert!(matches!(judge(&foreign_below, "vr-a-1"), Tracked::By { .. }));
     }
 
     #[test]
