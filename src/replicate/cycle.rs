@@ -21,6 +21,7 @@
 
 use super::capture::{Capture, OffCapture, OverlayCapture, Still, pending};
 use super::journal::{Journal, Record};
+use super::marks::{Marked, tops};
 use super::observe;
 use super::plan::{CaptureKind, Plan, PlanOptions};
 use super::pump::{self, Progress, Shipment};
@@ -33,11 +34,10 @@ use crate::error::{Error, Kind, Result, ResultExt};
 use crate::failpoint;
 use crate::hypervisor::{DomainView, Hypervisor, Power, Tracking, xml};
 use crate::image::open::{OpenOptions, Opened};
-use crate::image::{Chain, Image, Layer};
+use crate::image::{Chain, Image};
 use crate::name::{DiskName, DomainUuid, Generation, RunId};
 use crate::replica::{Attachment, BeginDisk, BeginPoint, Mode, PointView, Replica, SealDisk, SealPoint};
 use jiff::Timestamp;
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -305,37 +305,6 @@ impl Run<'_> {
         Ok(point)
     }
 
-    /// What the dirty bitmaps mark, of the disks planned by bitmap, asked of QEMU while everything stands still. A disk
-    /// whose bitmap cannot be read is compared by digest instead: a tracking doubt never fails a run.
-    fn marked(&self, plan: &mut Plan, still: &Still) -> Marked {
-        let mut marked = Marked::new();
-        for disk in plan.disks.iter_mut().filter(|d| d.mode == Mode::Bitmap) {
-            let Some((_, chain)) = still.disks.iter().find(|(name, _)| *name == disk.name) else { continue };
-            let bitmap = disk.bitmap.clone().expect("planned by bitmap");
-            match self.ports.tracking.dirty(&plan.uuid, &[(chain.top().clone(), bitmap)]) {
-                Ok(mut ranges) if ranges.len() == 1 => {
-                    let mut ranges = ranges.remove(0);
-                    // QEMU marks nothing in a range that a resize added.
-                    if let Some((head_size, _)) = disk.head.filter(|(head_size, _)| *head_size < disk.size) {
-                        ranges.retain(|r| r.start < head_size.0);
-                        if let Some(last) = ranges.last_mut() {
-                            last.end = last.end.min(head_size.0);
-                        }
-                        ranges.push(ByteRange::new(head_size.0, disk.size.0));
-                    }
-                    marked.insert(disk.name.clone(), ranges);
-                }
-                other => {
-                    let why = other.err().map_or("QEMU gave no answer".to_owned(), |e| e.chain());
-                    disk.mode = Mode::Digest;
-                    disk.reason =
-                        format!("the dirty bitmap cannot be read ({why}): every block is read and compared by digest");
-                }
-            }
-        }
-        marked
-    }
-
     /// Opens a frozen image, lets `read` work on it, and closes it however that ended: it must be closed before the
     /// commit starts.
     pub(super) fn read_disk<T>(
@@ -470,33 +439,8 @@ impl Run<'_> {
     }
 }
 
-impl Run<'_> {
-    /// Step 8c: only the bitmap that leads on from the newest point stays; without a new point, the old one (I8).
-    fn retire_bitmaps(&self, report: &mut Report, plan: &Plan, sealed: bool) {
-        let keep = if sealed {
-            Some(turnover::bitmap_name(&self.request.target, &self.request.run))
-        } else {
-            plan.disks.iter().find_map(|d| d.bitmap.clone())
-        };
-        let target = &self.request.target;
-        match turnover::retire(self.ports.tracking, &plan.uuid, &tops(plan), target, keep.as_deref()) {
-            Ok(left) => report.warnings.extend(left),
-            // The domain ended meanwhile: its bitmaps ended with it, or are looked at in the next run.
-            Err(e) => tracing::debug!("superseded bitmaps are left for the next run: {}", e.chain()),
-        }
-    }
-}
-
-/// The ranges to ship of each disk that is planned by bitmap.
-type Marked = BTreeMap<DiskName, Vec<ByteRange>>;
-
 fn stopped() -> Error {
     Error::new(Kind::Interrupted, "stopped by a signal")
-}
-
-/// The layers that the domain runs on before the freeze and after the commit.
-fn tops(plan: &Plan) -> Vec<Layer> {
-    plan.replicated().map(|d| d.chain.top().clone()).collect()
 }
 
 /// Settles one domain from its open record, if it has one. Returns the record that was found, what was done, and what

@@ -10,6 +10,7 @@ pub mod deadman;
 pub mod decide;
 pub mod doctor;
 pub mod journal;
+mod marks;
 pub mod observe;
 pub mod offline;
 pub mod plan;
