@@ -13,7 +13,7 @@
 //!              |
 //!  image  hypervisor  replica  transport      ports: traits, plain views, and their adapters
 //!              |                              (agent and wire stand beside replica)
-//!        patch · wire · manifest · xml        formats: bytes in, values out
+//!  retention · patch · wire · manifest · xml  rules and formats: values or bytes in, values out
 //!              |
 //!       block · name · error                  words
 //! ```
@@ -24,6 +24,7 @@ pub mod name;
 
 pub mod block;
 pub mod patch;
+pub mod retention;
 pub mod wire;
 
 pub mod agent;

@@ -18,6 +18,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("block", &["error"]),
     ("config", &["error", "name", "transport"]),
     ("patch", &["error", "name", "block"]),
+    ("retention", &["error", "name"]),
     ("wire", &["error", "name", "block", "replica"]),
     ("image", &["error", "block"]),
     ("transport", &["error"]),
