@@ -123,6 +123,7 @@ impl StoreWithPoints {
             bytes_sent: 1000 * seq,
             bytes_written: 64 << 10,
             blocks_changed: 1,
+            audit: None,
         };
         let disks = vec![SealDisk { name: disk, root: shipped.root, stats }];
         replica.seal(&SealPoint { frozen_at, consistency: Consistency::Crash, disks }).unwrap();
@@ -379,6 +380,7 @@ mod source {
             pause_ms: 2.0,
             duration_ms: 3.0,
             skipped: Vec::new(),
+            alarms: Vec::new(),
             warnings: Vec::new(),
             error: failed.then(|| "the target is on fire".to_owned()),
         }

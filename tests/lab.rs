@@ -4,6 +4,8 @@
 //! hosts: a test owns its domain, its files and its store, and nothing else (`support` says how it gets the lab for
 //! itself where it must). After each test the domain runs on its own image and no overlay of ours is left.
 
+#[path = "lab/suite/audit.rs"]
+mod audit;
 #[path = "lab/suite/consistency.rs"]
 mod consistency;
 #[path = "lab/suite/contract.rs"]

@@ -12,6 +12,9 @@ use virt_replica::error::{Error, Kind, Result};
 /// Code for "a new point exists, but a disk is still on an overlay".
 pub const COMMIT_PENDING: u8 = 3;
 
+/// Code for "a new point exists, and a dirty bitmap was caught lying on the way to it".
+pub const AUDIT_ALARM: u8 = 14;
+
 /// How a command ended, short of an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {

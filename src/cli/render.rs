@@ -83,6 +83,23 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     Duration::try_from(span).map_err(|_| "it must not be negative".to_owned())
 }
 
+/// A number of bytes as an operator writes it: `512M`, `1G`, `1.5T`; units are powers of 1024.
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
+    let how = || "write it as a number with K, M, G or T behind it: 512M, 1.5G".to_owned();
+    let number = text.trim_end_matches("iB").trim_end_matches(['B', 'b']);
+    let (digits, shift) = match number.char_indices().next_back().map(|(at, c)| (at, c.to_ascii_uppercase())) {
+        Some((at, 'K')) => (&number[..at], 10),
+        Some((at, 'M')) => (&number[..at], 20),
+        Some((at, 'G')) => (&number[..at], 30),
+        Some((at, 'T')) => (&number[..at], 40),
+        _ => (number, 0),
+    };
+    let value: f64 = digits.trim().parse().map_err(|_| how())?;
+    let bytes = value * (1u64 << shift) as f64;
+    // Beyond 2^53 a float no longer counts every byte, and nobody means that much.
+    if !(0.0..9e15).contains(&bytes) { Err(how()) } else { Ok(bytes as u64) }
+}
+
 fn time_in(t: Timestamp, zone: TimeZone) -> String {
     t.to_zoned(zone).strftime("%Y-%m-%d %H:%M:%S %Z").to_string()
 }

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 use virt_replica::error::Result;
 use virt_replica::name::DiskName;
+use virt_replica::replicate::audit::AuditOptions;
 
 #[derive(Debug, Args)]
 pub struct SyncArgs {
@@ -49,6 +50,15 @@ pub struct RunArgs {
     /// Send everything, whatever the target has already
     #[arg(long)]
     full: bool,
+    /// Check the dirty bitmaps: every so many runs have compared a whole disk once; 0 checks nothing
+    #[arg(long, value_name = "RUNS", default_value_t = AuditOptions::default().every_runs)]
+    audit_runs: u32,
+    /// Most to read for that check, per disk and run
+    #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = super::render::parse_bytes)]
+    audit_bytes: u64,
+    /// Most time for that check, per disk and run
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = super::render::parse_duration)]
+    audit_time: Duration,
 }
 
 #[cfg(not(feature = "libvirt"))]
@@ -67,10 +77,11 @@ pub use run::{plan, sync};
 #[cfg(feature = "libvirt")]
 mod run {
     use super::*;
-    use crate::cli::output::{COMMIT_PENDING, Message, print, print_json};
+    use crate::cli::output::{AUDIT_ALARM, COMMIT_PENDING, Message, print, print_json};
     use crate::cli::target::{Target, hang_up};
     use crate::cli::watch::{DiskTime, Watcher};
     use crate::cli::{render, signals, source};
+    use virt_replica::replica::AuditStats;
     use virt_replica::replicate::cycle::Request;
     use virt_replica::replicate::plan::{CaptureKind, Plan, PlanOptions};
     use virt_replica::replicate::report::{Report, RunOutcome};
@@ -84,6 +95,11 @@ mod run {
                 exclude_disks: self.exclude_disks.clone(),
                 full: self.full,
                 compare: self.compare,
+                audit: AuditOptions {
+                    every_runs: self.audit_runs,
+                    bytes_max: self.audit_bytes,
+                    within: self.audit_time,
+                },
                 ..PlanOptions::default()
             };
             let request = source::request(&self.domain, &target, globals, &config, wish)?;
@@ -110,6 +126,8 @@ mod run {
         }
         match error {
             Some(e) => Err(e),
+            // The worse news: a pending commit ends by itself.
+            None if !report.alarms.is_empty() => Ok(Exit::Code(AUDIT_ALARM)),
             None if report.outcome == RunOutcome::CommitPending => Ok(Exit::Code(COMMIT_PENDING)),
             None => Ok(Exit::Done),
         }
@@ -173,6 +191,9 @@ mod run {
                 let names: Vec<&str> = group.iter().map(|d| d.name.as_str()).collect();
                 lines.push(render::wrap(&format!(" {}: ", names.join(", ")), &group[0].stats.reason));
             }
+            for (disk, audit) in point.disks.iter().filter_map(|d| Some((d, d.stats.audit.as_ref()?))) {
+                lines.push(render::wrap(&format!(" {}: ", disk.name), &describe_audit(audit, disk.size.0)));
+            }
         }
         lines.extend(
             report
@@ -180,8 +201,22 @@ mod run {
                 .iter()
                 .map(|s| render::wrap(&format!(" {}: ", s.name), &format!("skipped, it {}", s.reason))),
         );
+        lines.extend(report.alarms.iter().map(|a| render::wrap("ALARM: ", a)));
         lines.extend(report.warnings.iter().map(|w| render::wrap("warning: ", w)));
         lines.join("\n")
+    }
+
+    fn describe_audit(audit: &AuditStats, size_bytes: u64) -> String {
+        let verdict = match audit.lies {
+            0 => "none had changed".to_owned(),
+            n => format!("{n} HAD CHANGED"),
+        };
+        let next = match audit.next_offset {
+            at if at >= size_bytes => "the whole disk has been compared by now".to_owned(),
+            at => format!("the next run goes on at {} %", u128::from(at) * 100 / u128::from(size_bytes)),
+        };
+        let read = render::bytes(audit.bytes_read);
+        format!("audit: {} blocks called clean compared, {verdict} ({read} read; {next})", audit.blocks)
     }
 
     /// The plan for people.
@@ -205,6 +240,10 @@ mod run {
                 lines.push(format!("      {role:6} {} ({})", layer.path.display(), layer.format.as_str()));
             }
             lines.push(render::wrap("      read   ", &disk.reader));
+            if let Some(audit) = &disk.audit {
+                let (from, to) = (render::bytes(audit.from), render::bytes(audit.to));
+                lines.push(format!("      audit  what the bitmap calls clean from {from} to {to}, and a sample"));
+            }
             if disk.reserve_bytes > 0 {
                 lines.push(format!("      room   up to {} at the target", render::bytes(disk.reserve_bytes)));
             }

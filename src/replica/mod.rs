@@ -164,6 +164,24 @@ pub struct DiskStats {
     /// Blocks that differed, zeroed ones included.
     #[serde(default)]
     pub blocks_changed: u64,
+    /// What became of the check on the dirty bitmap; absent where no bitmap was relied on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub audit: Option<AuditStats>,
+}
+
+/// Blocks that a dirty bitmap called clean and that were compared with the head all the same.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct AuditStats {
+    pub blocks: u64,
+    /// Bytes read from the source image for it, beside those in [`DiskStats::bytes_read`].
+    pub bytes_read: u64,
+    /// Of the blocks, those that had changed.
+    pub lies: u64,
+    /// Byte offset of the first of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_lie: Option<u64>,
+    /// Byte offset at which the next run's slice begins. The disk's size: the whole disk has been compared.
+    pub next_offset: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash, Serialize, Deserialize)]

@@ -40,7 +40,7 @@ pub fn compare(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &Atomi
     let found = observe::find(ports.hypervisor, &request.domain)?;
     let what = format!("verify against {}", request.target);
     let journal = Journal::open(&request.state, &found.uuid, &what, (ports.clock)()).on_domain(&found.name)?;
-    let run = Run { ports, request, watch, stop, journal: &journal };
+    let run = Run::new(ports, request, watch, stop, &journal);
     run.compare(&found.uuid).on_domain(&found.name)
 }
 

@@ -36,8 +36,9 @@ use crate::hypervisor::{DomainView, Hypervisor, Power, Tracking, xml};
 use crate::image::open::{OpenOptions, Opened};
 use crate::image::{Chain, Image};
 use crate::name::{DiskName, DomainUuid, Generation, RunId};
-use crate::replica::{Attachment, BeginDisk, BeginPoint, Mode, PointView, Replica, SealDisk, SealPoint};
+use crate::replica::{Attachment, BeginDisk, BeginPoint, DiskStats, Mode, PointView, Replica, SealDisk, SealPoint};
 use jiff::Timestamp;
+use std::cell::RefCell;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -110,10 +111,11 @@ pub fn run(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBoo
         pause_ms: 0.0,
         duration_ms: 0.0,
         skipped: Vec::new(),
+        alarms: Vec::new(),
         warnings: Vec::new(),
         error: None,
     };
-    let run = Run { ports, request, watch, stop, journal: &journal };
+    let run = Run::new(ports, request, watch, stop, &journal);
     let mut result = run.eight_steps(&found.uuid, &mut report);
     for _ in 1..STARTS_MAX {
         match &result {
@@ -125,6 +127,7 @@ pub fn run(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBoo
         }
     }
     report.duration_ms = millis(started.elapsed());
+    report.alarms = run.alarms.take();
     let error = match result {
         Ok(()) => None,
         Err(Retry::StartedMeanwhile) => {
@@ -160,9 +163,27 @@ pub(super) struct Run<'a> {
     pub(super) watch: &'a dyn Watch,
     pub(super) stop: &'a AtomicBool,
     pub(super) journal: &'a Journal,
+    /// What must not be lost, however the run ends.
+    alarms: RefCell<Vec<String>>,
 }
 
-impl Run<'_> {
+impl<'a> Run<'a> {
+    pub(super) fn new(
+        ports: &'a Ports<'a>,
+        request: &'a Request,
+        watch: &'a dyn Watch,
+        stop: &'a AtomicBool,
+        journal: &'a Journal,
+    ) -> Self {
+        Self { ports, request, watch, stop, journal, alarms: RefCell::default() }
+    }
+
+    /// Something that an operator must learn of: said at once, and kept for the report, whether or not a point is made.
+    pub(super) fn alarm(&self, text: String) {
+        self.watch.warn(&text);
+        self.alarms.borrow_mut().push(text);
+    }
+
     fn eight_steps(&self, uuid: &DomainUuid, report: &mut Report) -> Result<(), Retry> {
         self.watch.step(1, "settle what an earlier run left");
         self.settle(uuid, report)?;
@@ -286,8 +307,10 @@ impl Run<'_> {
             let dirty = dirty.get(name).cloned();
             let shipped =
                 self.read_disk(plan, still, capture, name, chain, dirty, &mut |image, shipment, progress, good| {
-                    let shipped = pump::ship(image, replica, shipment, progress, good)?;
-                    Ok(SealDisk { name: name.clone(), root: shipped.root, stats: shipped.stats })
+                    let audit = plan.disk(name).and_then(|d| d.audit.as_ref());
+                    let (shipment, audit) = self.audited(image, replica, shipment, audit, good)?;
+                    let shipped = pump::ship(image, replica, &shipment, progress, good)?;
+                    Ok(SealDisk { name: name.clone(), root: shipped.root, stats: DiskStats { audit, ..shipped.stats } })
                 });
             disks.push(shipped.on_disk(name)?);
         }
@@ -317,7 +340,7 @@ impl Run<'_> {
         dirty: Option<Vec<ByteRange>>,
         read: &mut dyn FnMut(&dyn Image, &Shipment, &Progress, pump::StillGood) -> Result<T>,
     ) -> Result<T> {
-        let planned = plan.disks.iter().find(|d| &d.name == name).expect("what was frozen was planned");
+        let planned = plan.disk(name).expect("what was frozen was planned");
         let options = OpenOptions { force_share: still.may_start, ..self.request.open.clone() };
         let opened = (self.ports.open_image)(chain, &options)?;
         if opened.image.size() != planned.size {

@@ -3,6 +3,7 @@
 //! Deciding is pure: [`plan`] says what a run will do, [`decide`] what the next step is, from a record and an observation.
 //! Acting is thin: [`settle`] performs what was decided, for the normal run and for every recovery alike.
 
+pub mod audit;
 pub mod capture;
 pub mod compare;
 pub mod cycle;

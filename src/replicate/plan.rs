@@ -1,5 +1,6 @@
 //! What a run will do, per disk and with its reason, or why it will not: decided from plain views, touching nothing.
 
+use super::audit::{self, AuditOptions, AuditPlan};
 use super::capture::OVERLAY_MARK;
 use super::turnover::Tracked;
 use crate::block::DiskSize;
@@ -32,6 +33,10 @@ pub struct Plan {
 }
 
 impl Plan {
+    pub fn disk(&self, name: &DiskName) -> Option<&DiskPlan> {
+        self.disks.iter().find(|d| &d.name == name)
+    }
+
     pub fn replicated(&self) -> impl Iterator<Item = &DiskPlan> {
         self.disks.iter()
     }
@@ -73,6 +78,9 @@ pub struct DiskPlan {
     /// The bitmap whose marks are shipped, in mode `bitmap`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bitmap: Option<String>,
+    /// What is compared although the bitmap calls it clean, beside a random sample.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit: Option<AuditPlan>,
     #[serde(skip)]
     pub overlay_dir: PathBuf,
     #[serde(skip)]
@@ -215,6 +223,7 @@ pub struct PlanOptions {
     pub full: bool,
     /// Read everything and compare, whatever a bitmap says.
     pub compare: bool,
+    pub audit: AuditOptions,
 }
 
 /// What was found out about a disk beyond libvirt's view; gathered by the caller, so that planning stays pure.
@@ -347,6 +356,9 @@ fn plan_disk(
         Tracked::By { bitmap, .. } if mode == Mode::Bitmap => Some(bitmap.clone()),
         _ => None,
     };
+    // The head remembers where the last audit ended; a run that compared everything begins a new round.
+    let cursor = in_head.and_then(|d| d.stats.audit.as_ref()).filter(|a| a.lies == 0).map_or(0, |a| a.next_offset);
+    let audit = (mode == Mode::Bitmap).then(|| audit::plan(cursor, size, &options.audit)).flatten();
     plan.disks.push(DiskPlan {
         name: name.clone(),
         size,
@@ -356,6 +368,7 @@ fn plan_disk(
         reserve_bytes: reserve(mode, size, in_head.map(|d| d.size), facts),
         chain,
         bitmap,
+        audit,
         overlay_dir,
         head: in_head.filter(|_| mode != Mode::Full).map(|d| (d.size, d.root)),
     });

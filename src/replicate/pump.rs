@@ -11,6 +11,7 @@
 mod planner;
 
 use self::planner::{Planner, expect_nodes};
+pub(super) use self::planner::suspects;
 use crate::block::digest::{BlockPieces, Digest, block_digest, node_digest, piece_digests};
 use crate::block::tree::RootBuilder;
 use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, FANOUT, GROUP_LEN, GroupIndex};
@@ -113,6 +114,7 @@ pub fn ship(
         bytes_sent: progress.sent.load(Ordering::Relaxed),
         bytes_written: applied.bytes_written,
         blocks_changed: applied.blocks_changed,
+        audit: None,
     };
     Ok(Shipped { root, stats })
 }
@@ -418,4 +420,4 @@ fn flush_zeros(encoder: &RecordEncoder, run: Option<Range<u64>>, out: &mut Vec<u
 
 #[cfg(test)]
 #[path = "pump_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -15,14 +15,14 @@ use crate::replica::{
 const B: usize = BLOCK_LEN;
 
 /// A disk in memory. Runs of zero sectors are holes, as a file system would have them.
-struct Disk {
+pub(in crate::replicate) struct Disk {
     bytes: Vec<u8>,
     reads: AtomicU64,
-    fail_at: Option<u64>,
+    pub(in crate::replicate) fail_at: Option<u64>,
 }
 
 impl Disk {
-    fn new(bytes: Vec<u8>) -> Disk {
+    pub(in crate::replicate) fn new(bytes: Vec<u8>) -> Disk {
         Disk { bytes, reads: AtomicU64::new(0), fail_at: None }
     }
 }
@@ -52,7 +52,7 @@ impl Image for Disk {
 }
 
 /// The head's content, and the stream that was sent.
-struct Memory {
+pub(in crate::replicate) struct Memory {
     head: Vec<u8>,
     new: Mutex<Vec<u8>>,
     decoder: Mutex<Decoder>,
@@ -61,7 +61,7 @@ struct Memory {
 }
 
 #[derive(Clone, Copy, PartialEq)]
-enum Fault {
+pub(in crate::replicate) enum Fault {
     None,
     TooFewNodes,
     NoPieces,
@@ -70,7 +70,7 @@ enum Fault {
 }
 
 impl Memory {
-    fn new(head: &[u8], size: usize, fault: Fault) -> Memory {
+    pub(in crate::replicate) fn new(head: &[u8], size: usize, fault: Fault) -> Memory {
         let mut new = head.to_vec();
         new.resize(size, 0);
         Memory {
@@ -197,7 +197,7 @@ fn shipment(size: usize, head: Option<&[u8]>) -> Shipment {
     }
 }
 
-fn always() -> Result<()> {
+pub(in crate::replicate) fn always() -> Result<()> {
     Ok(())
 }
 
@@ -214,7 +214,7 @@ fn shipped(old: Option<&[u8]>, new: &[u8]) -> u64 {
     progress.changed_blocks.load(Ordering::Relaxed)
 }
 
-fn pattern(len: usize, seed: u8) -> Vec<u8> {
+pub(in crate::replicate) fn pattern(len: usize, seed: u8) -> Vec<u8> {
     (0..len).map(|i| (i / 7 % 251) as u8 ^ seed | 1).collect()
 }
 

@@ -28,6 +28,9 @@ pub struct Report {
     pub pause_ms: f64,
     pub duration_ms: f64,
     pub skipped: Vec<Skipped>,
+    /// A dirty bitmap that lied: what to look into, although the run put it right.
+    #[serde(default)]
+    pub alarms: Vec<String>,
     /// What an operator should know although the run went on.
     pub warnings: Vec<String>,
     pub error: Option<String>,
@@ -94,6 +97,7 @@ mod tests {
             pause_ms: 2.25,
             duration_ms: 1000.0,
             skipped: Vec::new(),
+            alarms: Vec::new(),
             warnings: Vec::new(),
             error: None,
         }

@@ -1,7 +1,7 @@
 //! Gathers what `status` shows, from libvirt, the journal and the target. Reads only.
 
 use super::StatusArgs;
-use super::view::{Head, HeadFrom, LastRun, Overlay, Row, Seen, describe, state};
+use super::view::{Alarm, Head, HeadFrom, LastRun, Overlay, Row, Seen, describe, state};
 use crate::cli::Globals;
 use crate::cli::output::{Exit, Output, print, print_json};
 use crate::cli::progress::say;
@@ -175,8 +175,14 @@ fn row(
     if site.is_some() && domain.view.is_none() {
         notes.push("libvirt does not know it (any more)".to_owned());
     }
-    let seen =
-        Seen { open: record.map(|r| r.phase), stuck, observed: domain.view.is_some(), replicated: head.is_some() };
+    let seen = Seen {
+        open: record.map(|r| r.phase),
+        stuck,
+        observed: domain.view.is_some(),
+        replicated: head.is_some(),
+        alarmed: reports().next_back().is_some_and(|r| !r.alarms.is_empty()),
+    };
+    let alarms = reports().flat_map(|r| r.alarms.iter().map(|a| Alarm { at: r.started_at, message: a.clone() }));
     let age = |t: Timestamp| now.duration_since(t).as_secs();
     Ok(Row {
         domain: domain.name(record),
@@ -195,6 +201,7 @@ fn row(
         }),
         running: running.map(|h| format!("{} (pid {})", h.what, h.pid)),
         overlays: record.map_or_else(Vec::new, |r| overlays(r, age)),
+        alarms: alarms.collect(),
     })
 }
 

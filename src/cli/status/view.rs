@@ -45,6 +45,8 @@ pub struct Seen {
     pub observed: bool,
     /// A point was sealed, ever.
     pub replicated: bool,
+    /// The newest run found that a dirty bitmap had lied.
+    pub alarmed: bool,
 }
 
 /// Pure. The worse news wins.
@@ -53,6 +55,7 @@ pub fn state(seen: Seen) -> State {
         Seen { stuck: true, .. } => State::NeedsAttention,
         Seen { open: Some(Phase::CommitIntent | Phase::PivotIntent), .. } => State::CommitPending,
         Seen { open: Some(_), .. } => State::OnOverlay,
+        Seen { alarmed: true, .. } => State::NeedsAttention,
         Seen { observed: false, .. } => State::Unknown,
         Seen { replicated: false, .. } => State::NeverReplicated,
         Seen { .. } => State::Ok,
@@ -75,6 +78,14 @@ pub struct Row {
     /// What works on the domain right now.
     pub running: Option<String>,
     pub overlays: Vec<Overlay>,
+    /// Dirty bitmaps that lied, newest last, as far as the journal's tail goes.
+    pub alarms: Vec<Alarm>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct Alarm {
+    pub at: Timestamp,
+    pub message: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -143,7 +154,8 @@ impl Row {
         let running = self.running.iter().map(|what| format!("at work: {what}"));
         let failed = self.last_run.iter().filter(|_| self.running.is_none());
         let failed = failed.filter_map(|r| r.error.as_ref().map(|e| format!("last run: {e}")));
-        overlays.chain(running).chain(failed).chain(self.notes.iter().cloned())
+        let alarms = self.alarms.iter().rev().take(1).map(|a| format!("ALARM of {}: {}", render::time(a.at), a.message));
+        overlays.chain(alarms).chain(running).chain(failed).chain(self.notes.iter().cloned())
     }
 }
 
@@ -186,7 +198,7 @@ pub fn describe(rows: &[Row], from: HeadFrom) -> String {
 mod tests {
     use super::*;
 
-    /// A letter each: phase (- f F c p), stuck, observed, replicated.
+    /// A letter each: phase (- f F c p), stuck, observed, replicated, alarmed.
     fn of(text: &str) -> State {
         let c: Vec<char> = text.chars().collect();
         let open = match c[0] {
@@ -196,7 +208,13 @@ mod tests {
             'p' => Some(Phase::PivotIntent),
             _ => None,
         };
-        state(Seen { open, stuck: c[1] == 's', observed: c[2] == 'o', replicated: c[3] == 'r' })
+        state(Seen {
+            open,
+            stuck: c[1] == 's',
+            observed: c[2] == 'o',
+            replicated: c[3] == 'r',
+            alarmed: c.get(4) == Some(&'a'),
+        })
     }
 
     #[test]
@@ -211,6 +229,8 @@ mod tests {
             ("p--r", State::CommitPending),
             ("psor", State::NeedsAttention),
             ("-sor", State::NeedsAttention),
+            ("--ora", State::NeedsAttention),
+            ("c-ora", State::CommitPending),
         ] {
             assert_eq!(of(seen), expected, "{seen}");
         }
