@@ -45,7 +45,8 @@ mod examine {
     use virt_replica::replicate::settle::SettleOptions;
     use virt_replica::site::Site;
 
-    /// Examines domains, and mends them on request. Exit code 1 if anything is left to be done.
+    /// Examines domains, and mends them on request. Exit code 1 if anything is left to be done, 11 if another program
+    /// is at work on what was to be mended.
     pub fn doctor(args: &DoctorArgs, globals: &Globals, output: Output) -> Result<Exit> {
         let site = source::connect(globals)?;
         let options = SettleOptions { ready_within: args.ready_timeout, ..SettleOptions::default() };
@@ -59,8 +60,15 @@ mod examine {
             true => print_json(&json!({ "domains": findings }))?,
             false => print(&describe(&findings, args.domain.is_some()))?,
         }
-        let open = |f: &Finding| matches!(f.health, Health::Repairable | Health::NeedsPerson);
-        Ok(if findings.iter().any(open) { Exit::Code(1) } else { Exit::Done })
+        let any = |wanted: &[Health]| findings.iter().any(|f| wanted.contains(&f.health));
+        Ok(if any(&[Health::Repairable, Health::NeedsPerson]) {
+            Exit::Code(1)
+        } else if args.repair && any(&[Health::Busy]) {
+            // Asked to mend and did not: whoever scripts it must not take that for done.
+            Exit::Code(Kind::Busy.exit_code())
+        } else {
+            Exit::Done
+        })
     }
 
     /// One domain that cannot be examined must not hide the others.

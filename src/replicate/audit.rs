@@ -253,11 +253,8 @@ impl Auditor<'_> {
         let range = group.bytes(self.size);
         // The first dirty range that ends behind the group's start: the list may be long.
         let first = self.dirty.partition_point(|r| r.end <= range.start);
-        let inside: Vec<ByteRange> = self.dirty[first..]
-            .iter()
-            .take_while(|r| r.start < range.end)
-            .filter_map(|r| r.intersect(range))
-            .collect();
+        let inside: Vec<ByteRange> =
+            self.dirty[first..].iter().take_while(|r| r.start < range.end).filter_map(|r| r.intersect(range)).collect();
         !suspects(group, &inside) & all_blocks(group, self.size)
     }
 

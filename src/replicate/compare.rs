@@ -39,7 +39,8 @@ pub struct ComparedDisk {
 pub fn compare(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBool) -> Result<Comparison> {
     let found = observe::find(ports.hypervisor, &request.domain)?;
     let what = format!("verify against {}", request.target);
-    let journal = Journal::open(&request.state, &found.uuid, &what, (ports.clock)()).on_domain(&found.name)?;
+    let journal =
+        Journal::open_after_deadman(&request.state, &found.uuid, &what, (ports.clock)()).on_domain(&found.name)?;
     let run = Run::new(ports, request, watch, stop, &journal);
     run.compare(&found.uuid).on_domain(&found.name)
 }

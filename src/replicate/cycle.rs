@@ -98,7 +98,8 @@ pub fn run(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBoo
     let started = Instant::now();
     let found = observe::find(ports.hypervisor, &request.domain)?;
     let what = format!("sync to {}", request.target);
-    let journal = Journal::open(&request.state, &found.uuid, &what, (ports.clock)()).on_domain(&found.name)?;
+    let journal =
+        Journal::open_after_deadman(&request.state, &found.uuid, &what, (ports.clock)()).on_domain(&found.name)?;
     let mut report = Report {
         domain: found.name.clone(),
         uuid: found.uuid.clone(),

@@ -15,7 +15,7 @@
 //! was pivoted before it resumes (I3). A driver that is still alive when the deadline passes is killed first: two hands
 //! on one domain are worse than none.
 
-use super::journal::Journal;
+use super::journal::{DEADMAN, Journal};
 use super::settle::{Goal, Outcome, PauseGuard, SettleOptions, Settler, Unguarded};
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::Hypervisor;
@@ -206,7 +206,7 @@ fn release(charge: &Charge) -> Result<()> {
 
 fn try_release(charge: &Charge) -> Result<()> {
     // Whoever else holds the lock is settling the domain, which lets the guest go first of all; look again after it.
-    let journal = Journal::open(charge.state, &charge.uuid, "dead-man", Timestamp::now())?;
+    let journal = Journal::open(charge.state, &charge.uuid, DEADMAN, Timestamp::now())?;
     let Some(record) = journal.record()? else { return Ok(()) };
     let mut guard = Unguarded;
     let mut settler = Settler::new(charge.hypervisor, &journal, record, &mut guard, SettleOptions::default());

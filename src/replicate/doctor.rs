@@ -58,7 +58,8 @@ pub fn examine(ports: &Ports, state: &Path, uuid: &DomainUuid, repair: Option<&S
         return Ok(finding);
     };
     // Whoever holds the lock is at work: what is there now is on its way somewhere else.
-    let journal = match Journal::open(state, uuid, "doctor", (ports.clock)()) {
+    let open = if repair.is_some() { Journal::open_after_deadman } else { Journal::open };
+    let journal = match open(state, uuid, "doctor", (ports.clock)()) {
         Ok(journal) => journal,
         Err(e) if e.kind() == Kind::Busy => {
             finding.health = Health::Busy;

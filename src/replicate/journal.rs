@@ -18,12 +18,17 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// Largest record or report that is read, in bytes.
 const DOCUMENT_MAX: u64 = 4 << 20;
 
 /// How much of a history is looked at, in bytes: hundreds of runs.
 const HISTORY_TAIL: u64 = 256 << 10;
+
+/// How the dead-man calls itself when it holds a domain's lock, and how long it is waited for.
+pub const DEADMAN: &str = "dead-man";
+const DEADMAN_WITHIN: Duration = Duration::from_secs(20);
 
 /// Where this host keeps its own state.
 pub const STATE_DIR: &str = "/var/lib/virt-replica/source";
@@ -164,6 +169,22 @@ impl Journal {
             .and_then(|_| file.write_all(&text))
             .map_err(|e| Error::io("cannot write the domain's lock", &path, e))?;
         Ok(Journal { dir, _lock: file })
+    }
+
+    /// As [`Journal::open`], and waits while it is the dead-man who holds the lock: after a crash it lets the guest go, which
+    /// takes a moment, and nobody should be turned away for that.
+    pub fn open_after_deadman(state: &Path, uuid: &DomainUuid, what: &str, now: Timestamp) -> Result<Journal> {
+        let give_up_at = Instant::now() + DEADMAN_WITHIN;
+        loop {
+            let opened = Self::open(state, uuid, what, now);
+            let deadman = || holder(state, uuid).is_ok_and(|h| h.is_none_or(|h| h.what == DEADMAN));
+            match opened {
+                Err(e) if e.kind() == Kind::Busy && deadman() && Instant::now() < give_up_at => {
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+                other => return other,
+            }
+        }
     }
 
     pub fn record(&self) -> Result<Option<Record>> {

@@ -10,8 +10,8 @@
 
 mod planner;
 
-use self::planner::{Planner, expect_nodes};
 pub(super) use self::planner::suspects;
+use self::planner::{Planner, expect_nodes};
 use crate::block::digest::{BlockPieces, Digest, block_digest, node_digest, piece_digests};
 use crate::block::tree::RootBuilder;
 use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, FANOUT, GROUP_LEN, GroupIndex};

@@ -154,7 +154,8 @@ impl Row {
         let running = self.running.iter().map(|what| format!("at work: {what}"));
         let failed = self.last_run.iter().filter(|_| self.running.is_none());
         let failed = failed.filter_map(|r| r.error.as_ref().map(|e| format!("last run: {e}")));
-        let alarms = self.alarms.iter().rev().take(1).map(|a| format!("ALARM of {}: {}", render::time(a.at), a.message));
+        let alarms =
+            self.alarms.iter().rev().take(1).map(|a| format!("ALARM of {}: {}", render::time(a.at), a.message));
         overlays.chain(alarms).chain(running).chain(failed).chain(self.notes.iter().cloned())
     }
 }

@@ -8,7 +8,7 @@ use serde_json::Value;
 fn write_behind_qemus_back(vm: &Domain, image: &str, offset_bytes: u64) {
     let script = "printf 'nobody told the bitmap' | dd of=\"$1\" bs=1 seek=\"$2\" conv=notrunc,fsync status=none";
     Host::A.script(script, &[image, &offset_bytes.to_string()]);
-    assert_eq!(vm.live_images(), [image], "the domain runs on the image that was written to");
+    assert!(vm.live_images().contains(&image.to_owned()), "the domain runs on the image that was written to");
 }
 
 fn status(vm: &Domain) -> Value {

@@ -60,8 +60,26 @@ impl Lab {
         String::from_utf8_lossy(&done.stdout).into_owned()
     }
 
+    /// However it ends. A `virsh` that lost its libvirtd to a crash (see tests/lab/lib/keep-libvirtd.sh) asks again; one that
+    /// finds it killed by the test does not.
     pub fn try_exec(&self, host: &str, args: &[&str]) -> Output {
-        self.command(&[&["exec", host], args].concat()).output().unwrap()
+        let run = || self.command(&[&["exec", host], args].concat()).output().unwrap();
+        let lost = |done: &Output| {
+            let said = String::from_utf8_lossy(&done.stderr);
+            !done.status.success() && LIBVIRTD_LOST.iter().any(|words| said.contains(words))
+        };
+        let mut done = run();
+        for _ in 0..50 {
+            if args.first() != Some(&"virsh") || !lost(&done) {
+                break;
+            }
+            sleep(Duration::from_millis(100));
+            if !self.path(host, "/var/log/libvirt/crashes").exists() {
+                break;
+            }
+            done = run();
+        }
+        done
     }
 
     pub fn exec(&self, host: &str, args: &[&str]) -> String {
@@ -105,6 +123,10 @@ impl Lab {
         fs::read_to_string(self.path("b", "/tmp/agent.err")).unwrap_or_default()
     }
 }
+
+/// What virsh says when there is no libvirtd, or none any more.
+const LIBVIRTD_LOST: [&str; 3] =
+    ["failed to connect to the hypervisor", "client socket is closed", "End of file while reading data"];
 
 impl Drop for Lab {
     fn drop(&mut self) {
