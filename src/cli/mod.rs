@@ -46,7 +46,8 @@ struct Cli {
 const EXIT_CODES: &str = "\
 Exit codes: 0 done; 1 failed; 2 wrong usage; 3 replicated, but a disk is still on an overlay;
 4 no such domain, point or target; 11 something else works on it; 12 keys or host keys;
-13 stored data is not what it was; 78 wrong configuration; 130 interrupted.";
+13 stored data is not what it was; 14 replicated, but a dirty bitmap had lied;
+78 wrong configuration; 130 interrupted.";
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Global options")]

@@ -327,17 +327,7 @@ fn plan_disk(
         plan.conflicts.push(Conflict::SizeUnknown { disk: name.clone() });
         return;
     };
-    if is_our_overlay(&chain.top().path) {
-        plan.conflicts.push(Conflict::StrayOverlay { disk: name.clone(), overlay: chain.top().path.clone() });
-    } else if let (Power::Running | Power::Paused, Some(defined)) = (domain.power, &disk.inactive) {
-        if defined.path != chain.top().path {
-            plan.conflicts.push(Conflict::DefinitionDiffers {
-                disk: name.clone(),
-                live: chain.top().path.clone(),
-                defined: defined.path.clone(),
-            });
-        }
-    }
+    plan.conflicts.extend(chain_conflict(domain, disk, &chain));
     let overlay_dir = overlay_dir(chain.top(), options);
     if plan.capture == CaptureKind::Overlay {
         match facts.overlay_free_bytes {
@@ -372,6 +362,16 @@ fn plan_disk(
         overlay_dir,
         head: in_head.filter(|_| mode != Mode::Full).map(|d| (d.size, d.root)),
     });
+}
+
+/// What is wrong with the chain a disk stands on.
+fn chain_conflict(domain: &DomainView, disk: &DiskView, chain: &Chain) -> Option<Conflict> {
+    let top = &chain.top().path;
+    if is_our_overlay(top) {
+        return Some(Conflict::StrayOverlay { disk: disk.name.clone(), overlay: top.clone() });
+    }
+    let defined = disk.inactive.as_ref().filter(|d| domain.power != Power::Off && d.path != *top)?;
+    Some(Conflict::DefinitionDiffers { disk: disk.name.clone(), live: top.clone(), defined: defined.path.clone() })
 }
 
 /// Most bytes that a run may write at the target, as far as that is known beforehand.
