@@ -19,7 +19,9 @@ use crate::error::{Error, Kind, Result};
 use std::io::{ErrorKind, Read, Write};
 
 mod merged;
+mod without;
 pub use merged::MergedChanges;
+pub use without::Without;
 
 const BANNER: Banner = Banner { what: "changes", version: 1 };
 

@@ -2,11 +2,12 @@
 //!
 //! Three adapters stand behind it: [`raw`] (in process), [`qcow2`] (in process, `imago`, where it understands the image
 //! completely) and [`nbd`] (through a `qemu-nbd` child, for all the rest). [`open`] chooses and says why; [`qemu_img`] calls
-//! that program. Beneath them `blockdev` describes chains to QEMU's tools and `program` runs those.
+//! that program; [`locks`] keeps QEMU out of an image. Beneath them `blockdev` describes chains to QEMU's tools and `program` runs those.
 //!
 //! Formats are never probed: a layer's format is what libvirt or our own manifest recorded.
 
 mod blockdev;
+pub mod locks;
 pub mod nbd;
 pub mod open;
 mod program;

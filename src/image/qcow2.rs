@@ -12,6 +12,7 @@
 //! Format: QEMU's docs/interop/qcow2.txt.
 
 pub mod header;
+mod rebase;
 
 use super::raw::{self, Poison};
 use super::{Chain, Cover, Format, Image, ImageMut, Layer, within};
@@ -33,6 +34,7 @@ const CLUSTER_LEN: usize = BLOCK_LEN;
 const OWN_DEPTH_MAX: usize = 4096;
 
 pub use header::Header;
+pub use rebase::rebase;
 
 /// A chain read in process. Every qcow2 layer is understood completely; the lowest may be raw.
 pub struct Qcow2Image {
@@ -99,19 +101,32 @@ pub fn create(path: &Path, size: DiskSize, backing: Option<(&str, Format)>) -> R
 ///
 /// The caller holds the store's lock; nothing else may have the image open.
 pub fn open_write(path: &Path) -> Result<Qcow2Writer> {
-    let layer = own_layer(path.to_owned(), Format::Qcow2);
-    let file = raw::open_file(&layer, true)?;
+    let (file, header) = open_own(path)?;
+    let below = own_chain_below(path, header)?;
+    writer(path, file, &below)
+}
+
+/// As [`open_write`], with `below` under it, uppermost first, whatever its header names: for who is about to change that.
+pub fn open_write_over(path: &Path, below: &[Layer]) -> Result<Qcow2Writer> {
+    writer(path, open_own(path)?.0, below)
+}
+
+fn open_own(path: &Path) -> Result<(File, Header)> {
+    let file = raw::open_file(&own_layer(path.to_owned(), Format::Qcow2), true)?;
     let header = understood(&file, path)?;
     if header.autoclear() != 0 {
         // Opening would clear those bits and so condemn what they vouch for, such as bitmaps.
         return Err(Error::new(Kind::Refused, "the image has features our store never uses").path(path));
     }
+    Ok((file, header))
+}
+
+fn writer(path: &Path, file: File, below: &[Layer]) -> Result<Qcow2Writer> {
     let mut files = Files::default();
     let storage = files.add(file, path, true)?;
     let mut image = open_qcow2(storage, true, path)?;
-    let below = own_chain_below(path, header)?;
     if !below.is_empty() {
-        let (backing, mut backing_files) = open_layers(&below)?;
+        let (backing, mut backing_files) = open_layers(below)?;
         image.set_backing(Some(backing));
         // `imago` lists the lowest storage first, and so do we.
         backing_files.0.append(&mut files.0);
@@ -135,6 +150,17 @@ pub fn own_chain(path: &Path) -> Result<Chain> {
 impl Qcow2Writer {
     fn access(&self) -> Result<RwLockReadGuard<'_, FormatAccess<Storage>>> {
         self.access.read().map_err(|_| self.panicked())
+    }
+
+    /// Makes the data written so far durable before any table that leads to it is written to the file: behind this, and
+    /// the [`ImageMut::sync`] after it, a power cut leaves no cluster whose content did not arrive. As far as the tables
+    /// touched fit into `imago`'s cache; it writes them when it needs the room.
+    pub fn sync_data(&self) -> Result<()> {
+        self.poison.check(&self.path)?;
+        // Our own image is the uppermost, and stands last.
+        let (file, _) = self.files.0.last().expect("a writer has a file");
+        let synced = file.sync_data().map_err(|e| Error::io("cannot make the image durable", &self.path, e));
+        self.poison.guard(synced)
     }
 
     fn panicked(&self) -> Error {

@@ -315,3 +315,28 @@ fn golden_list() {
     assert_eq!((header.size, header.from_root, trailer.to_root), (size_of(8), Some(FROM), TO));
     assert_eq!(text(runs.into_iter().map(Ok), 8).unwrap(), "12.000.4");
 }
+
+#[test]
+fn what_others_name_is_left_out() {
+    for (runs, others, left) in [
+        ("11.00022", "........", "11.00022"),
+        ("11.00022", "11111111", "........"),
+        ("11100022", ".0..3..1", "1.10.02."),
+        ("111.2222", "...0....", "111.2222"),
+        ("00000000", "1......1", ".000000."),
+        (".1.1.1.1", "1.1.1.1.", ".1.1.1.1"),
+        ("........", "12121212", "........"),
+    ] {
+        let reader = |blocks: &str| ChangesReader::new(std::io::Cursor::new(list(blocks, Some(FROM), TO))).unwrap();
+        let found = Without::new(reader(runs), reader(others));
+        assert_eq!(text(found, runs.len()).unwrap(), left, "{runs} without {others}");
+    }
+    let mut broken = list("1111", Some(FROM), TO);
+    let at = broken.len() - 40;
+    broken[at] ^= 1;
+    let found = Without::new(
+        ChangesReader::new(std::io::Cursor::new(list("2222", Some(FROM), TO))).unwrap(),
+        ChangesReader::new(std::io::Cursor::new(broken)).unwrap(),
+    );
+    assert_eq!(text(found, 4).unwrap(), "....", "damage that was not reached is not met");
+}

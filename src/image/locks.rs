@@ -1,0 +1,106 @@
+//! QEMU's own locks on an image: who holds them keeps every QEMU program out, and who cannot get them knows that one is in.
+//!
+//! QEMU locks single bytes of the file by open-file-description locks: 100.. for what it does with the image, 200.. for
+//! what it does not let others do. Whoever has the whole range excludes them all. The kernel frees it with the file.
+
+use crate::error::{Error, Kind, Result};
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+/// First byte of the range, and its length.
+const RANGE: (i64, i64) = (100, 200);
+
+/// Held until dropped: no QEMU program opens the image, not even to read it.
+#[derive(Debug)]
+pub struct QemuLock {
+    _file: File,
+}
+
+impl QemuLock {
+    /// `None` if a QEMU program has the image open. The file must be writable for us. Does not wait.
+    pub fn take(path: &Path) -> Result<Option<QemuLock>> {
+        let cannot = |e| Error::io("cannot lock the image", path, e);
+        let file = OpenOptions::new().read(true).write(true).open(path).map_err(cannot)?;
+        let mut range = range();
+        match fcntl(&file, libc::F_OFD_SETLK, &mut range) {
+            Ok(()) => Ok(Some(QemuLock { _file: file })),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(None),
+            Err(e) => Err(cannot(e)),
+        }
+    }
+}
+
+/// Whether a QEMU program has the image open right now. Takes nothing; an image that is not there is not open.
+pub fn is_open_in_qemu(path: &Path) -> Result<bool> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+        Err(e) => return Err(Error::io("cannot look for locks on the image", path, e)),
+    };
+    let mut range = range();
+    fcntl(&file, libc::F_OFD_GETLK, &mut range)
+        .map_err(|e| Error::new(Kind::Io, "cannot look for locks on the image").path(path).source(e))?;
+    Ok(range.l_type != libc::F_UNLCK as i16)
+}
+
+fn range() -> libc::flock {
+    libc::flock {
+        l_type: libc::F_WRLCK as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: RANGE.0,
+        l_len: RANGE.1,
+        l_pid: 0,
+    }
+}
+
+fn fcntl(file: &File, command: i32, range: &mut libc::flock) -> std::io::Result<()> {
+    // SAFETY: both commands read and write one `flock`, which the caller owns; the descriptor is open.
+    match unsafe { libc::fcntl(file.as_raw_fd(), command, range) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{BufRead, BufReader, Write};
+    use std::process::{Command, Stdio};
+
+    #[test]
+    fn what_we_hold_no_qemu_opens_and_the_other_way_round() {
+        let t = tempfile::tempdir().unwrap();
+        let path = t.path().join("a.qcow2");
+        let image = path.to_str().unwrap();
+        let done = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2", image, "1M"]).status().unwrap();
+        assert!(done.success());
+        assert!(!is_open_in_qemu(&path).unwrap() && !is_open_in_qemu(&t.path().join("none")).unwrap());
+        let info = || Command::new("qemu-img").args(["info", image]).output().unwrap().status.success();
+        let held = QemuLock::take(&path).unwrap().unwrap();
+        assert!(QemuLock::take(&path).unwrap().is_none() && is_open_in_qemu(&path).unwrap() && !info());
+        drop(held);
+        assert!(info() && !is_open_in_qemu(&path).unwrap());
+
+        // A reader that stays: qemu-io waits for commands.
+        let mut reader = Command::new("qemu-io")
+            .args(["-r", "-f", "qcow2", image])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut input = reader.stdin.take().unwrap();
+        input.write_all(b"read 0 512\n").unwrap();
+        input.flush().unwrap();
+        let mut said = String::new();
+        let mut output = BufReader::new(reader.stdout.take().unwrap());
+        while !said.contains("read 512/512") {
+            said.clear();
+            assert!(output.read_line(&mut said).unwrap() > 0, "qemu-io reads and says so");
+        }
+        assert!(is_open_in_qemu(&path).unwrap() && QemuLock::take(&path).unwrap().is_none());
+        drop(input);
+        reader.wait().unwrap();
+        assert!(!is_open_in_qemu(&path).unwrap());
+    }
+}
