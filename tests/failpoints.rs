@@ -38,16 +38,19 @@ fn in_source() -> BTreeMap<String, Vec<String>> {
     found
 }
 
-/// Number -> who, tests; the rows of the table of steps.
+/// Number -> who, tests; the rows of the tables of steps: of a run, and of a prune.
 fn in_docs() -> BTreeMap<String, (String, Vec<String>)> {
     let text = fs::read_to_string(root().join("docs/replication.md")).unwrap();
-    let section = text.split("## Every step and its failpoint").nth(1).expect("the table of steps");
-    let section = section.split("\n## ").next().unwrap();
+    let section = |title: &str| {
+        let section = text.split(title).nth(1).unwrap_or_else(|| panic!("there is no section {title:?}"));
+        section.split("\n## ").next().unwrap().to_owned()
+    };
+    let sections = section("## Every step and its failpoint") + &section("## Removing points");
     let mut rows = BTreeMap::new();
-    for line in section.lines() {
+    for line in sections.lines() {
         let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
         let [number, who, _, _, tests] = cells[..] else { continue };
-        if !number.starts_with(|c: char| c.is_ascii_digit()) {
+        if !number.trim_start_matches('p').starts_with(|c: char| c.is_ascii_digit()) {
             continue;
         }
         let tests = tests.split(", ").map(|t| t.trim_matches('`').to_owned()).collect();
@@ -57,12 +60,12 @@ fn in_docs() -> BTreeMap<String, (String, Vec<String>)> {
     rows
 }
 
-/// Test -> its file, for all crash tests of the lab.
+/// Test -> its file, for all crash tests of the lab, and those of a prune.
 fn crash_tests() -> BTreeMap<String, String> {
-    let mut files = Vec::new();
+    let mut files = vec![root().join("tests/replica_prune_crash.rs")];
     rust_files(root().join("tests/lab/suite"), &mut files);
     let mut tests = BTreeMap::new();
-    for path in files.iter().filter(|p| p.file_name().unwrap().to_string_lossy().starts_with("crash")) {
+    for path in files.iter().filter(|p| p.file_name().unwrap().to_string_lossy().contains("crash")) {
         let text = fs::read_to_string(path).unwrap();
         for rest in text.split("#[test]\nfn ").skip(1) {
             tests.insert(rest.split('(').next().unwrap().to_owned(), text.clone());

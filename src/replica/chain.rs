@@ -1,32 +1,113 @@
 //! What a disk at a point is made of: the chain of its images and the merged list of its digests; and the head's digest
 //! file, which is made from them.
 //!
-//! Everything follows the manifest: what an image's header says of its backing image is compared, never believed.
+//! Everything follows the manifest: what an image's header says of its backing image is compared, never believed. In one
+//! place there is a choice between two answers that the manifest both knows: whether the links below a point are folded
+//! into it already is said by the header of its image, and by the root that its change list starts from.
 
 use super::digests::{Binding, DigestFile, Opened};
 use super::files::Dir;
 use super::manifest::{self, Manifest, Point, changes_file, image_file};
 use crate::block::changes::{ChangesReader, MergedChanges};
 use crate::error::{Error, Kind, Result};
+use crate::image::qcow2::Header;
 use crate::image::{Chain, Format, Layer};
 use crate::name::{DiskName, PointId};
 use std::fs::File;
 use std::io::BufReader;
+use std::path::PathBuf;
 
 /// A change list, read from its file.
-type List = ChangesReader<BufReader<File>>;
+pub(super) type List = ChangesReader<BufReader<File>>;
+
+/// The points and links whose images make up `disk` at `point`, uppermost first: those of the manifest, without the links
+/// that are folded already.
+pub(super) fn image_links<'m>(
+    points: &Dir,
+    manifest: &'m Manifest,
+    point: &PointId,
+    disk: &DiskName,
+) -> Result<Vec<&'m Point>> {
+    effective(manifest, point, disk, |upper, below| {
+        let (file, path) = open_image(points, upper, disk)?;
+        let backing = Header::read(&file, &path)?.backing;
+        let is = |below: Option<&Point>| match (below, &backing) {
+            (Some(below), Some(name)) => *name == manifest::backing_reference(&below.id, disk),
+            (None, None) => true,
+            _ => false,
+        };
+        below.iter().position(|b| is(*b)).ok_or_else(|| {
+            Error::new(Kind::Corrupt, "the image's header names another backing image than the manifest").path(path)
+        })
+    })
+}
+
+/// As [`image_links`], of the change lists.
+pub(super) fn list_links<'m>(
+    points: &Dir,
+    manifest: &'m Manifest,
+    point: &PointId,
+    disk: &DiskName,
+) -> Result<Vec<&'m Point>> {
+    effective(manifest, point, disk, |upper, below| {
+        let from_root = changes(points, upper, disk)?.header().from_root;
+        let root = |below: Option<&Point>| below.and_then(|b| b.disk(disk)).map(|d| d.root);
+        // The nearest that fits: if the links changed nothing in the end, it does not matter whether they are passed by.
+        below.iter().position(|b| root(*b) == from_root).ok_or_else(|| {
+            Error::new(Kind::Corrupt, "the change list starts from no state that the manifest knows")
+                .point(&upper.id)
+                .disk(disk)
+        })
+    })
+}
+
+/// Walks the recorded chain, passing by the links that `choose` says are folded: it gets a point with links below it, and
+/// what may lie below it now, the links first, then the first point (`None`: nothing), and picks one.
+fn effective<'m>(
+    manifest: &'m Manifest,
+    point: &PointId,
+    disk: &DiskName,
+    choose: impl Fn(&Point, &[Option<&Point>]) -> Result<usize>,
+) -> Result<Vec<&'m Point>> {
+    let recorded = manifest.chain(point, disk)?;
+    let mut chain = vec![recorded[0]];
+    let mut at = 0;
+    while at + 1 < recorded.len() {
+        let links = recorded[at + 1..].iter().take_while(|p| manifest.is_link(&p.id)).count();
+        let step = if links == 0 {
+            0
+        } else {
+            let end = at + 1 + links;
+            let mut below: Vec<Option<&Point>> = recorded[at + 1..end].iter().map(|p| Some(*p)).collect();
+            below.push(recorded.get(end).copied());
+            choose(recorded[at], &below)?
+        };
+        at += 1 + step;
+        chain.extend(recorded.get(at).copied());
+    }
+    Ok(chain)
+}
 
 /// The images of `disk` at `point`, uppermost first, by absolute paths under `points`. Each is seen to be a file of ours.
 pub(super) fn images(points: &Dir, manifest: &Manifest, point: &PointId, disk: &DiskName) -> Result<Chain> {
-    let mut layers = Vec::new();
-    for link in manifest.chain(point, disk)? {
-        let dir = point_dir(points, &link.id)?;
-        let name = image_file(disk);
-        let path = dir.join(&name);
-        dir.open(&name)?.ok_or_else(|| gone(&link.id, disk).path(&path))?;
-        layers.push(Layer { path, format: Format::Qcow2, block_device: false, data_file: None });
-    }
-    Ok(Chain(layers))
+    layers(points, &image_links(points, manifest, point, disk)?, disk)
+}
+
+/// The images of `disk` of these points.
+pub(super) fn layers(points: &Dir, chain: &[&Point], disk: &DiskName) -> Result<Chain> {
+    let layer = |link: &&Point| {
+        let path = open_image(points, link, disk)?.1;
+        Ok(Layer { path, format: Format::Qcow2, block_device: false, data_file: None })
+    };
+    chain.iter().map(layer).collect::<Result<Vec<Layer>>>().map(Chain)
+}
+
+fn open_image(points: &Dir, point: &Point, disk: &DiskName) -> Result<(File, PathBuf)> {
+    let dir = point_dir(points, &point.id)?;
+    let name = image_file(disk);
+    let path = dir.join(&name);
+    let file = dir.open(&name)?.ok_or_else(|| gone(&point.id, disk).path(&path))?;
+    Ok((file, path))
 }
 
 /// The content of `disk` at `point` as its change lists tell it, in ascending order: whatever is in no run is zero.
@@ -37,10 +118,7 @@ pub(super) fn merged(
     point: &PointId,
     disk: &DiskName,
 ) -> Result<MergedChanges<BufReader<File>>> {
-    // The chain is uppermost first, the lists are laid over each other from the oldest on.
-    let chain = manifest.chain(point, disk)?;
-    let lists: Result<Vec<List>> = chain.iter().rev().map(|link| changes(points, link, disk)).collect();
-    let merged = MergedChanges::new(lists?)?;
+    let merged = merged_of(points, &list_links(points, manifest, point, disk)?, disk)?;
     if merged.header().from_root.is_some() {
         let what = "the oldest change list of the chain does not start from nothing";
         return Err(Error::new(Kind::Corrupt, what).disk(disk).point(point));
@@ -48,8 +126,15 @@ pub(super) fn merged(
     Ok(merged)
 }
 
+/// The lists of these points, uppermost first and one upon the other, as one.
+pub(super) fn merged_of(points: &Dir, chain: &[&Point], disk: &DiskName) -> Result<MergedChanges<BufReader<File>>> {
+    // They are laid over each other from the oldest on.
+    let lists: Result<Vec<List>> = chain.iter().rev().map(|link| changes(points, link, disk)).collect();
+    MergedChanges::new(lists?)
+}
+
 /// The list of what `point` itself changed on `disk`.
-fn changes(points: &Dir, point: &Point, disk: &DiskName) -> Result<List> {
+pub(super) fn changes(points: &Dir, point: &Point, disk: &DiskName) -> Result<List> {
     let dir = point_dir(points, &point.id)?;
     let name = changes_file(disk);
     let file = dir.open(&name)?.ok_or_else(|| gone(&point.id, disk).path(dir.join(&name)))?;
@@ -60,7 +145,7 @@ fn changes(points: &Dir, point: &Point, disk: &DiskName) -> Result<List> {
     Ok(list)
 }
 
-fn point_dir(points: &Dir, id: &PointId) -> Result<Dir> {
+pub(super) fn point_dir(points: &Dir, id: &PointId) -> Result<Dir> {
     let gone = || Error::new(Kind::Corrupt, "the point's directory is gone").path(points.join(id.as_str())).point(id);
     points.sub(id.as_str())?.ok_or_else(gone)
 }
@@ -75,7 +160,7 @@ fn bindings(manifest: &Manifest, disk: &DiskName) -> Option<(Binding, Option<Bin
     let bind = |point: &Point, d: &manifest::Disk| Binding { point: point.id.clone(), size: d.size, root: d.root };
     let head = manifest.head()?;
     let record = head.disk(disk)?;
-    let below = record.backing.as_ref().and_then(|id| manifest.point(id)).and_then(|p| Some(bind(p, p.disk(disk)?)));
+    let below = record.backing.as_ref().and_then(|id| manifest.named(id)).and_then(|p| Some(bind(p, p.disk(disk)?)));
     Some((bind(head, record), below))
 }
 

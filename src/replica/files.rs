@@ -207,6 +207,19 @@ impl Dir {
             .map_err(|e| Error::io("cannot rename the file", self.join(from), e.into()))
     }
 
+    /// As [`Dir::rename`], into another directory of the same store. Durable after [`Dir::sync`] of both.
+    pub fn rename_into(&self, from: &str, other: &Dir, to: &str) -> Result<()> {
+        rustix::fs::renameat(&self.fd, from, &other.fd, to)
+            .map_err(|e| Error::io("cannot rename the file", self.join(from), e.into()))
+    }
+
+    /// Makes a sealed file writable for its owner again.
+    pub fn unseal_file(&self, name: &str) -> Result<()> {
+        let file = self.open(name)?.ok_or_else(|| self.vanished(name))?;
+        rustix::fs::fchmod(&file, Mode::from_raw_mode(FILE_MODE))
+            .map_err(|e| Error::io("cannot set the mode", self.join(name), e.into()))
+    }
+
     /// Makes a finished file, durable already, read-only. The mode itself is not worth a sync: a crash that loses it loses
     /// no data.
     pub fn seal_file(&self, name: &str) -> Result<()> {

@@ -24,7 +24,7 @@ pub struct WriterLock {
 #[derive(Debug, Serialize, Deserialize)]
 struct Holder {
     pid: u32,
-    /// The run that holds it; none while a replica is only repaired.
+    /// The run that holds it; none while a replica is only pruned or repaired.
     run: Option<RunId>,
     since: Timestamp,
 }
@@ -54,7 +54,7 @@ fn busy(dir: &Dir) -> Error {
     let holder = dir.read(LOCK_FILE, LOCK_MAX).ok().flatten().and_then(|c| serde_json::from_slice::<Holder>(&c).ok());
     let who = match holder {
         Some(Holder { pid, run: Some(run), since }) => format!("run {run}, process {pid}, since {since}"),
-        Some(Holder { pid, run: None, since }) => format!("a repair, process {pid}, since {since}"),
+        Some(Holder { pid, run: None, since }) => format!("a prune or a repair, process {pid}, since {since}"),
         None => "a process that has not yet said who it is".to_owned(),
     };
     Error::new(Kind::Busy, format!("the replica is being written by {who}"))

@@ -3,10 +3,14 @@
 //! Owns the layout: no other file of the store spells a name, and every name is made from checked ids, so that a peer
 //! names nothing (I21). Paths are derived, never stored: a manifest cannot point outside its directory.
 //!
-//! Invariants, checked by [`Manifest::parse`] and kept by [`Manifest::push`]
-//! - points ascend by sequence, ids are unique;
-//! - a disk's backing image is that of the point just below, which has that disk;
-//! - no point is of a younger generation than the manifest.
+//! A removed point whose images the point above still reads through is a *link*: it does not exist as a point, and its files
+//! stay until they are folded into the point above (`fold.rs`).
+//!
+//! Invariants, checked by [`Manifest::parse`] and kept by every method
+//! - points ascend by sequence, ids are unique, links included;
+//! - a disk's backing image is that of the point or link just below, which has that disk;
+//! - no point is of a younger generation than the manifest;
+//! - the head is a point.
 //!
 //! A reader ignores fields it does not know and refuses a version it does not know.
 //! Format: docs/formats/replica.md.
@@ -23,8 +27,12 @@ use std::path::Path;
 /// First field of every manifest, so that `head -2` tells what the file is.
 const FORMAT: &str = "virt-replica manifest";
 
-/// The version this program writes, and the newest it reads. 1: the first.
+/// The version this program writes where there are no links. 1: the first.
 pub const VERSION: u32 = 1;
+
+/// The version of a manifest with links, and the newest this program reads. A program that does not know them would take
+/// their files for remains of an unsealed point, and remove them.
+const VERSION_WITH_LINKS: u32 = 2;
 
 /// Largest manifest read or written, in bytes: tens of thousands of points.
 pub const MANIFEST_MAX: usize = 64 << 20;
@@ -41,6 +49,8 @@ pub const MANIFEST_FILE: &str = "manifest.json";
 pub const LOCK_FILE: &str = "lock";
 pub const POINTS_DIR: &str = "points";
 pub const DIGESTS_DIR: &str = "digests";
+/// Who uses which point.
+pub const LEASES_DIR: &str = "leases";
 /// Holds disk space for an open point; gone before it is sealed.
 pub const RESERVATION_FILE: &str = "reservation";
 
@@ -52,6 +62,11 @@ pub fn image_file(disk: &DiskName) -> String {
 /// Of the list of blocks a point changed on a disk, in the point's directory.
 pub fn changes_file(disk: &DiskName) -> String {
     format!("{disk}.changes")
+}
+
+/// Of the list that takes the place of [`changes_file`] when links were folded into the point.
+pub fn folded_changes_file(disk: &DiskName) -> String {
+    format!("{disk}.changes.new")
 }
 
 /// Of the head's digests of a disk, in [`DIGESTS_DIR`].
@@ -73,6 +88,9 @@ pub struct Manifest {
     pub generation: Generation,
     /// Oldest first.
     points: Vec<Point>,
+    /// Removed points that are still read through, oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    links: Vec<Point>,
 }
 
 /// A sealed point as the manifest records it.
@@ -87,6 +105,17 @@ pub struct Point {
     pub disks: Vec<Disk>,
     #[serde(default)]
     pub attachments: Vec<Attached>,
+    /// Not to be removed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pinned: Option<Pinned>,
+}
+
+/// That a point is not to be removed, and why.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Pinned {
+    pub since: Timestamp,
+    /// An operator's words; may be empty.
+    pub reason: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -120,7 +149,8 @@ struct Preamble {
 impl Manifest {
     /// Of a domain that has no point yet. Exists in memory only: a manifest is first written by the first seal.
     pub fn new(uuid: DomainUuid, name: DomainName, generation: Generation) -> Self {
-        Self { format: FORMAT.to_owned(), version: VERSION, uuid, name, generation, points: Vec::new() }
+        let (points, links) = (Vec::new(), Vec::new());
+        Self { format: FORMAT.to_owned(), version: VERSION, uuid, name, generation, points, links }
     }
 
     /// Reads and checks a manifest. [`Kind::Protocol`] for another program's version, [`Kind::Corrupt`] for the rest.
@@ -133,10 +163,13 @@ impl Manifest {
         if preamble.format != FORMAT {
             return Err(corrupt(format!("this is not a {FORMAT}")));
         }
-        if preamble.version != VERSION {
+        if !(VERSION..=VERSION_WITH_LINKS).contains(&preamble.version) {
             return Err(Error::new(
                 Kind::Protocol,
-                format!("the manifest has version {}, this program reads version {VERSION}", preamble.version),
+                format!(
+                    "the manifest has version {}, this program reads versions {VERSION} and {VERSION_WITH_LINKS}",
+                    preamble.version
+                ),
             )
             .hint("use the version of virt-replica that wrote the replica, or a newer one"));
         }
@@ -147,7 +180,10 @@ impl Manifest {
 
     /// The document as written. Indented: somebody may have to read it on a bad day.
     pub fn to_json(&self) -> Result<Vec<u8>> {
-        let mut json = serde_json::to_vec_pretty(self).map_err(|e| corrupt("cannot write the manifest").source(e))?;
+        let version = if self.links.is_empty() { VERSION } else { VERSION_WITH_LINKS };
+        let document = Self { version, ..self.clone() };
+        let mut json =
+            serde_json::to_vec_pretty(&document).map_err(|e| corrupt("cannot write the manifest").source(e))?;
         json.push(b'\n');
         if json.len() > MANIFEST_MAX {
             return Err(Error::new(Kind::Refused, "the manifest has no room for another point")
@@ -169,6 +205,31 @@ impl Manifest {
         self.points.iter().find(|p| &p.id == id)
     }
 
+    pub fn point_mut(&mut self, id: &PointId) -> Option<&mut Point> {
+        self.points.iter_mut().find(|p| &p.id == id)
+    }
+
+    /// Removed points that are still read through, oldest first.
+    pub fn links(&self) -> &[Point] {
+        &self.links
+    }
+
+    pub fn is_link(&self, id: &PointId) -> bool {
+        self.links.iter().any(|p| &p.id == id)
+    }
+
+    /// The point or link of this id: whose directory holds files that somebody needs.
+    pub fn named(&self, id: &PointId) -> Option<&Point> {
+        self.point(id).or_else(|| self.links.iter().find(|p| &p.id == id))
+    }
+
+    /// Points and links, oldest first.
+    fn all(&self) -> Vec<&Point> {
+        let mut all: Vec<&Point> = self.points.iter().chain(&self.links).collect();
+        all.sort_by_key(|p| p.id.seq());
+        all
+    }
+
     /// The head's record of a disk, if it has it.
     pub fn head_disk(&self, disk: &DiskName) -> Option<&Disk> {
         self.head()?.disk(disk)
@@ -181,17 +242,65 @@ impl Manifest {
         self.check()
     }
 
+    /// Makes links of these points: from now on they do not exist. [`Kind::Refused`] for the head, [`Kind::NotFound`] for
+    /// what is no point; then nothing was changed.
+    pub fn remove(&mut self, ids: &[PointId]) -> Result<()> {
+        for id in ids {
+            if self.point(id).is_none() {
+                return Err(Error::new(Kind::NotFound, "the replica has no such point").point(id));
+            }
+            if self.head().is_some_and(|head| head.id == *id) {
+                return Err(Error::new(Kind::Refused, "the newest point is never removed").point(id));
+            }
+        }
+        let gone = self.points.extract_if(.., |p| ids.contains(&p.id));
+        self.links.extend(gone);
+        self.links.sort_by_key(|p| p.id.seq());
+        self.check()
+    }
+
+    /// Each unbroken row of links, with the point above it: (point, links uppermost first).
+    pub fn rows(&self) -> Vec<(&Point, Vec<&Point>)> {
+        let mut rows = Vec::new();
+        let mut row: Vec<&Point> = Vec::new();
+        for point in self.all() {
+            if self.is_link(&point.id) {
+                row.insert(0, point);
+            } else if !row.is_empty() {
+                rows.push((point, std::mem::take(&mut row)));
+            }
+        }
+        rows
+    }
+
+    /// Takes note that the row of links below `above` was folded into it: nobody reads through them any more.
+    pub fn folded(&mut self, above: &PointId) -> Result<()> {
+        let row = self.rows().into_iter().find(|(point, _)| &point.id == above);
+        let gone: Vec<PointId> = row.map(|(_, links)| links.iter().map(|l| l.id.clone()).collect()).unwrap_or_default();
+        let below = |disk: &Disk| -> Option<PointId> {
+            let chain = disk.backing.as_ref().map(|id| self.chain(id, &disk.name)).transpose().ok()??;
+            chain.into_iter().map(|p| &p.id).find(|id| !gone.contains(id)).cloned()
+        };
+        let point = self.point(above).ok_or_else(|| corrupt("links without a point above them"))?;
+        let backing: Vec<Option<PointId>> = point.disks.iter().map(below).collect();
+        let point = self.point_mut(above).expect("it was there a line above");
+        point.disks.iter_mut().zip(backing).for_each(|(disk, backing)| disk.backing = backing);
+        self.links.retain(|l| !gone.contains(&l.id));
+        self.check()
+    }
+
     /// Sequence of the next point.
     pub fn next_seq(&self) -> u64 {
         self.head().map_or(1, |p| p.id.seq() + 1)
     }
 
-    /// The points whose images make up a disk at `point`, the point itself first, the base last. Never empty.
+    /// The points and links that a disk at `point` is recorded to consist of, the point itself first, the base last. Never
+    /// empty. Some of the links may be folded already: `chain.rs` knows.
     pub fn chain(&self, point: &PointId, disk: &DiskName) -> Result<Vec<&Point>> {
         let mut chain = Vec::new();
         let mut next = Some(point);
         while let Some(id) = next {
-            let link = self.point(id).and_then(|p| Some((p, p.disk(disk)?)));
+            let link = self.named(id).and_then(|p| Some((p, p.disk(disk)?)));
             let (point, record) = link.ok_or_else(|| {
                 Error::new(Kind::NotFound, "the replica has no such disk in this point").disk(disk).point(id)
             })?;
@@ -202,8 +311,12 @@ impl Manifest {
     }
 
     fn check(&self) -> Result<()> {
+        let ascend = |points: &[Point]| points.is_sorted_by(|a, b| a.id.seq() < b.id.seq());
+        if !ascend(&self.points) || !ascend(&self.links) {
+            return Err(corrupt("the manifest contradicts itself: points do not ascend"));
+        }
         let mut below: Option<&Point> = None;
-        for point in &self.points {
+        for point in self.all() {
             point
                 .check(below)
                 .map_err(|why| corrupt(format!("the manifest contradicts itself: {why}")).point(&point.id))?;
@@ -214,7 +327,12 @@ impl Manifest {
             }
             below = Some(point);
         }
-        Ok(())
+        match (self.head(), self.links.last()) {
+            (head, Some(link)) if head.is_none_or(|h| h.id.seq() < link.id.seq()) => {
+                Err(corrupt("the manifest contradicts itself: the newest point is removed").point(&link.id))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -312,6 +430,7 @@ mod tests {
             run: run(seq),
             disks: disks.split(' ').map(disk).collect(),
             attachments: vec![],
+            pinned: None,
         }
     }
 
@@ -335,9 +454,9 @@ mod tests {
 
     #[test]
     fn a_future_version_is_refused_for_its_number() {
-        let e = Manifest::parse(br#"{"format":"virt-replica manifest","version":2,"points":"elsewhere"}"#).unwrap_err();
+        let e = Manifest::parse(br#"{"format":"virt-replica manifest","version":3,"points":"elsewhere"}"#).unwrap_err();
         assert_eq!(e.kind(), Kind::Protocol);
-        assert!(e.to_string().contains("version 2"), "{e}");
+        assert!(e.to_string().contains("version 3"), "{e}");
     }
 
     #[test]
@@ -380,5 +499,60 @@ mod tests {
         assert_eq!(m.next_seq(), 4);
         let e = m.chain(&m.head().unwrap().id, &DiskName::new("vdc").unwrap()).unwrap_err();
         assert_eq!(e.kind(), Kind::NotFound);
+    }
+
+    fn ids(seqs: &[u64]) -> Vec<PointId> {
+        seqs.iter().map(|seq| PointId::from_parts(*seq, &run(*seq))).collect()
+    }
+
+    fn seqs<'a>(points: impl IntoIterator<Item = &'a Point>) -> Vec<u64> {
+        points.into_iter().map(|p| p.id.seq()).collect()
+    }
+
+    #[test]
+    fn a_removed_point_is_a_link_until_it_is_folded() {
+        let mut m = manifest(&[(1, "vda vdb"), (2, "vda<1 vdb"), (3, "vda<2 vdb<2"), (4, "vda<3 vdb<3")]).unwrap();
+        m.remove(&ids(&[1, 2])).unwrap();
+        assert_eq!((seqs(m.points()), seqs(m.links())), (vec![3, 4], vec![1, 2]));
+        let json = m.to_json().unwrap();
+        assert!(String::from_utf8_lossy(&json).contains("\"version\": 2"), "an older program must not touch it");
+        let mut m = Manifest::parse(&json).unwrap();
+        let rows = m.rows();
+        assert_eq!((rows.len(), rows[0].0.id.seq(), seqs(rows[0].1.iter().copied())), (1, 3, vec![2, 1]));
+        let vda = DiskName::new("vda").unwrap();
+        assert_eq!(seqs(m.chain(&ids(&[4])[0], &vda).unwrap()), [4, 3, 2, 1]);
+        m.folded(&ids(&[3])[0]).unwrap();
+        assert!(m.links().is_empty() && m.point(&ids(&[3])[0]).unwrap().disks.iter().all(|d| d.backing.is_none()));
+        assert!(String::from_utf8_lossy(&m.to_json().unwrap()).contains("\"version\": 1"));
+        assert_eq!(seqs(m.chain(&ids(&[4])[0], &vda).unwrap()), [4, 3]);
+    }
+
+    #[test]
+    fn a_row_in_the_middle_is_folded_onto_what_lies_below() {
+        let mut m = manifest(&[(1, "vda"), (2, "vda<1"), (3, "vda<2"), (4, "vda<3"), (5, "vda<4")]).unwrap();
+        m.remove(&ids(&[2, 4])).unwrap();
+        assert_eq!(m.rows().iter().map(|(p, l)| (p.id.seq(), l.len())).collect::<Vec<_>>(), [(3, 1), (5, 1)]);
+        m.folded(&ids(&[5])[0]).unwrap();
+        assert_eq!(m.head_disk(&DiskName::new("vda").unwrap()).unwrap().backing, Some(ids(&[3])[0].clone()));
+        // A point that becomes a link before what lies below it is folded joins that row.
+        m.remove(&ids(&[3])).unwrap();
+        assert_eq!(m.rows().iter().map(|(p, l)| (p.id.seq(), l.len())).collect::<Vec<_>>(), [(5, 2)]);
+    }
+
+    #[test]
+    fn the_head_and_what_is_not_there_are_not_removed() {
+        let mut m = manifest(&[(1, "vda"), (2, "vda<1")]).unwrap();
+        let before = m.clone();
+        assert_eq!(m.remove(&ids(&[1, 2])).unwrap_err().kind(), Kind::Refused);
+        assert_eq!(m.remove(&ids(&[1, 7])).unwrap_err().kind(), Kind::NotFound);
+        assert_eq!(m, before);
+        // Not even by a manifest that was written by hand.
+        m.remove(&ids(&[1])).unwrap();
+        let json = String::from_utf8(m.to_json().unwrap()).unwrap();
+        let mut value: serde_json::Value = serde_json::from_str(&json).unwrap();
+        let points = value["points"].take();
+        value["points"] = value["links"].take();
+        value["links"] = points;
+        assert_eq!(Manifest::parse(value.to_string().as_bytes()).unwrap_err().kind(), Kind::Corrupt);
     }
 }

@@ -7,13 +7,18 @@
 mod chain;
 mod digests;
 mod disk;
+mod export;
 mod files;
+mod fold;
 mod head;
+mod lease;
 mod lock;
 pub mod manifest;
 mod point;
+mod prune;
 mod reserve;
 pub mod store;
+pub mod upkeep;
 mod verify;
 
 use crate::block::digest::{BlockPieces, Digest};

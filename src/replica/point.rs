@@ -15,7 +15,7 @@ use super::head::{HeadImage, NO_PIECES};
 use super::lock::WriterLock;
 use super::manifest::{self, Attached, MANIFEST_FILE, Manifest, Point};
 use super::reserve::Reservation;
-use super::store::Clock;
+use super::store::{self, Clock};
 use super::{ATTACHMENT_MAX, Attachment, BeginPoint, DiskApplied, PointView, SealPoint};
 use crate::block::BlockIndex;
 use crate::block::digest::{BlockPieces, Digest};
@@ -173,6 +173,7 @@ impl OpenPoint {
             run: self.request.run.clone(),
             disks,
             attachments,
+            pinned: None,
         };
         let view = point.view(self.points.path());
         let manifest = self.publish(point)?;
@@ -249,11 +250,9 @@ impl OpenPoint {
         let mut manifest = self.manifest.clone();
         manifest.name = self.request.name.clone();
         manifest.push(point)?;
-        let temporary = format!("{MANIFEST_FILE}.new");
-        self.replica.remove_all(&temporary)?;
-        self.replica.write_new(&temporary, &manifest.to_json()?)?;
+        let temporary = store::write_aside(&self.replica, &manifest)?;
         crate::failpoint!("6d.written");
-        self.replica.rename(&temporary, MANIFEST_FILE)?;
+        self.replica.rename(temporary, MANIFEST_FILE)?;
         crate::failpoint!("6d.renamed");
         self.replica.sync()?;
         crate::failpoint!("6d");

@@ -15,6 +15,7 @@
 use super::chain;
 use super::digests::DigestFile;
 use super::files::{Dir, Space};
+use super::lease;
 use super::lock::WriterLock;
 use super::manifest::{self, MANIFEST_FILE, MANIFEST_MAX, Manifest, POINTS_DIR, REPLICAS_DIR};
 use super::point::OpenPoint;
@@ -30,16 +31,33 @@ use jiff::Timestamp;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 /// Tells the time of this host; an argument, so that tests own it.
 pub(super) type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
 
+/// What the host of a store demands, whoever asks.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Points sealed less long ago are not removed.
+    pub min_age: Duration,
+    /// Images of a disk from which on every run is advised to prune.
+    pub depth_max: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { min_age: Duration::ZERO, depth_max: 64 }
+    }
+}
+
 /// The replica of one domain in a store on this host.
 pub struct Store {
     root: PathBuf,
-    uuid: DomainUuid,
-    clock: Clock,
-    open: Mutex<Option<Arc<OpenPoint>>>,
+    pub(super) uuid: DomainUuid,
+    pub(super) clock: Clock,
+    pub(super) limits: Limits,
+    pub(super) open: Mutex<Option<Arc<OpenPoint>>>,
 }
 
 impl Store {
@@ -51,7 +69,13 @@ impl Store {
         clock: impl Fn() -> Timestamp + Send + Sync + 'static,
     ) -> Result<Store> {
         let root = std::path::absolute(root).map_err(|e| Error::io("this cannot be the root of a store", root, e))?;
-        Ok(Store { root, uuid: uuid.clone(), clock: Arc::new(clock), open: Mutex::new(None) })
+        let (clock, limits) = (Arc::new(clock), Limits::default());
+        Ok(Store { root, uuid: uuid.clone(), clock, limits, open: Mutex::new(None) })
+    }
+
+    /// With what this host demands.
+    pub fn with_limits(self, limits: Limits) -> Store {
+        Store { limits, ..self }
     }
 
     /// Absolute path of the replica's directory.
@@ -59,7 +83,7 @@ impl Store {
         self.root.join(REPLICAS_DIR).join(self.uuid.as_str())
     }
 
-    fn replica_dir(&self) -> Result<Option<Dir>> {
+    pub(super) fn replica_dir(&self) -> Result<Option<Dir>> {
         let Some(root) = Dir::open_root(&self.root)? else { return Ok(None) };
         let Some(replicas) = root.sub(REPLICAS_DIR)? else { return Ok(None) };
         replicas.sub(self.uuid.as_str())
@@ -114,10 +138,25 @@ pub(super) fn read_manifest(dir: &Dir, uuid: &DomainUuid) -> Result<Option<Manif
     Ok(Some(manifest))
 }
 
+/// Writes the manifest into a new file, synced, and gives its name: to be renamed to [`MANIFEST_FILE`].
+pub(super) fn write_aside(dir: &Dir, manifest: &Manifest) -> Result<&'static str> {
+    let name = const { concat!("manifest.json", ".new") };
+    dir.remove_all(name)?;
+    dir.write_new(name, &manifest.to_json()?)?;
+    Ok(name)
+}
+
+/// Replaces the manifest: what it says holds, durably, when this returns.
+pub(super) fn publish(dir: &Dir, manifest: &Manifest) -> Result<()> {
+    let name = write_aside(dir, manifest)?;
+    dir.rename(name, MANIFEST_FILE)?;
+    dir.sync()
+}
+
 /// Directories of points that `manifest` does not name, by name. Whatever is not named like a point is not ours.
 fn unnamed(points: &Dir, manifest: Option<&Manifest>) -> Result<Vec<PointId>> {
     let ids = points.entries()?.into_iter().filter_map(|name| PointId::new(name).ok());
-    Ok(ids.filter(|id| manifest.is_none_or(|m| m.point(id).is_none())).collect())
+    Ok(ids.filter(|id| manifest.is_none_or(|m| m.named(id).is_none())).collect())
 }
 
 impl Replica for Store {
@@ -136,8 +175,9 @@ impl Replica for Store {
         let points = dir.sub(POINTS_DIR)?;
         let present = points.as_ref().map(|p| unnamed(p, None)).transpose()?.unwrap_or_default();
         let manifest = read_manifest(&dir, &self.uuid)?;
-        let named = |id: &PointId| manifest.as_ref().is_some_and(|m| m.point(id).is_some());
-        view.open_point = present.into_iter().filter(|id| !named(id)).max_by_key(PointId::seq);
+        // What is left of a removed point is no open one.
+        let head = manifest.as_ref().and_then(Manifest::head).map_or(0, |p| p.id.seq());
+        view.open_point = present.into_iter().filter(|id| id.seq() > head).max_by_key(PointId::seq);
         if let Some(manifest) = &manifest {
             let points_dir = path.join(POINTS_DIR);
             view.generation = manifest.generation;
@@ -154,11 +194,12 @@ impl Replica for Store {
         let root = Dir::create_root(&self.root)?;
         let dir = root.sub_or_create(REPLICAS_DIR)?.sub_or_create(self.uuid.as_str())?;
         let lock = WriterLock::take(&dir, Some(&request.run), (self.clock)())?;
-        let manifest = read_manifest(&dir, &self.uuid)?
+        let mut manifest = read_manifest(&dir, &self.uuid)?
             .unwrap_or_else(|| Manifest::new(self.uuid.clone(), request.name.clone(), Generation(1)));
         check_head(request, &manifest)?;
         let points = dir.sub_or_create(POINTS_DIR)?;
         sweep(&points, &manifest)?;
+        self.fold_left_over(&dir, &points, &mut manifest)?;
         crate::failpoint!("3a");
         *slot = Some(Arc::new(OpenPoint::begin(lock, dir, points, manifest, request)?));
         Ok(())
@@ -229,11 +270,57 @@ impl Replica for Store {
     }
 
     fn verify(&self, point: &PointId, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport> {
+        let mut reading = self.read(point, "verify")?;
+        let clock = self.clock.clone();
+        let lease = &mut reading.lease;
+        let mut and_renew = |done, total| {
+            // A reader whose lease cannot be prolonged goes on: what it needs is open.
+            drop(lease.as_mut().map(|l| l.renew(clock())));
+            progress(done, total);
+        };
+        let (points, manifest) = (&reading.points, &reading.manifest);
+        let report = verify::verify(points, manifest, manifest.point(point).expect("read says so"), &mut and_renew);
+        reading.release();
+        report
+    }
+}
+
+/// A point that is read: it stays, with its images as they are, until it is released.
+pub(super) struct Reading {
+    pub points: Dir,
+    pub manifest: Manifest,
+    /// `None` where nothing can be written, so that nobody can prune either.
+    pub lease: Option<lease::Holder>,
+}
+
+impl Reading {
+    pub fn release(self) {
+        if let Some(lease) = self.lease {
+            lease.release();
+        }
+    }
+}
+
+impl Store {
+    /// Leases a point for reading. [`Kind::NotFound`] if there is no such point.
+    pub(super) fn read(&self, point: &PointId, purpose: &str) -> Result<Reading> {
         let missing = || Error::new(Kind::NotFound, "the replica has no such point").point(point).path(self.path());
         let dir = self.replica_dir()?.ok_or_else(missing)?;
-        let manifest = read_manifest(&dir, &self.uuid)?.ok_or_else(missing)?;
-        let points = dir.sub(POINTS_DIR)?.ok_or_else(missing)?;
-        verify::verify(&points, &manifest, manifest.point(point).ok_or_else(missing)?, progress)
+        let find = || -> Result<(Dir, Manifest)> {
+            let manifest = read_manifest(&dir, &self.uuid)?.ok_or_else(missing)?;
+            manifest.point(point).ok_or_else(missing)?;
+            Ok((dir.sub(POINTS_DIR)?.ok_or_else(missing)?, manifest))
+        };
+        match lease::Leases::take(&dir, point, purpose, (self.clock)(), find) {
+            Ok((lease, (points, manifest))) => Ok(Reading { points, manifest, lease: Some(lease) }),
+            // A file system that is full or read-only: reading what is there matters more, and nothing is folded there.
+            Err(e) if matches!(e.kind(), Kind::Space | Kind::Io) => {
+                tracing::warn!(%point, error = %e.chain(), "the point is read without a lease");
+                let (points, manifest) = find()?;
+                Ok(Reading { points, manifest, lease: None })
+            }
+            Err(e) => Err(e),
+        }
     }
 }
 
@@ -300,6 +387,14 @@ fn check_head(request: &BeginPoint, manifest: &Manifest) -> Result<()> {
         .hint("run again: the next run asks for the head first"));
     }
     Ok(())
+}
+
+/// Removes what is left of removed points. An open point, which lies above the head, stays. The caller holds the lock.
+pub(super) fn sweep_below_head(points: &Dir, manifest: &Manifest) -> Result<()> {
+    let head = manifest.head().map_or(0, |p| p.id.seq());
+    let rubbish: Vec<PointId> = unnamed(points, Some(manifest))?.into_iter().filter(|id| id.seq() < head).collect();
+    rubbish.iter().try_for_each(|id| points.remove_all(id.as_str()))?;
+    if rubbish.is_empty() { Ok(()) } else { points.sync() }
 }
 
 /// Removes the directories that the manifest does not name. The caller holds the lock.
