@@ -130,6 +130,7 @@ pub fn find_replica(client: &AgentClient, name_or_uuid: &str) -> Result<(DomainU
 mod source {
     use super::*;
     use crate::hypervisor::libvirt::LibvirtHypervisor;
+    use crate::hypervisor::stored::StoredBitmaps;
     use crate::image::open;
     use crate::replicate::cycle::{Ports, Request, Watch};
     use crate::replicate::deadman::{self, Charge, Deadman};
@@ -222,6 +223,7 @@ mod source {
             f(&Ports {
                 hypervisor: &self.hypervisor,
                 tracking: &self.hypervisor,
+                stored: &StoredBitmaps::new(runtime_dir()),
                 replica: &replica,
                 guard: &guard,
                 open_image: &open::open_read,

@@ -124,6 +124,7 @@ impl StoreWithPoints {
             bytes_written: 64 << 10,
             blocks_changed: 1,
             audit: None,
+            tracking_doubt: false,
         };
         let disks = vec![SealDisk { name: disk, root: shipped.root, stats }];
         replica.seal(&SealPoint { frozen_at, consistency: Consistency::Crash, disks }).unwrap();

@@ -6,6 +6,12 @@
 
 #[path = "lab/suite/audit.rs"]
 mod audit;
+#[path = "lab/suite/bitmaps.rs"]
+mod bitmaps;
+#[path = "lab/suite/bitmaps_hands.rs"]
+mod bitmaps_hands;
+#[path = "lab/suite/bitmaps_off.rs"]
+mod bitmaps_off;
 #[path = "lab/suite/consistency.rs"]
 mod consistency;
 #[path = "lab/suite/contract.rs"]
@@ -34,5 +40,7 @@ mod states;
 mod support;
 #[path = "lab/suite/targets.rs"]
 mod targets;
+#[path = "lab/suite/tracked.rs"]
+mod tracked;
 #[path = "lab/suite/verify.rs"]
 mod verify;

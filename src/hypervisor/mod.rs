@@ -11,6 +11,7 @@ mod bitmap;
 pub mod gate;
 #[cfg(feature = "libvirt")]
 pub mod libvirt;
+pub mod stored;
 #[cfg(feature = "libvirt")]
 mod sys;
 #[cfg(feature = "libvirt")]
@@ -74,21 +75,22 @@ pub trait Hypervisor: Send + Sync {
     fn definition(&self, uuid: &DomainUuid, inactive: bool, secure: bool) -> Result<String>;
 }
 
-/// Dirty bitmaps of running domains: QEMU's own record of what the guest changed. A bitmap is a hint (I7); whoever
-/// relies on one has looked at its state in the same run.
+/// Dirty bitmaps: QEMU's own record of what the guest changed, in a running domain or in the images of one that is off
+/// ([`stored`]). A bitmap is a hint (I7); whoever relies on one has looked at its state in the same run.
 pub trait Tracking: Send + Sync {
-    /// The bitmaps of each layer's node in the running QEMU, in the order of `layers`; nothing for a layer it does not have.
+    /// The bitmaps of each layer, in the order of `layers`; nothing for a layer that the running QEMU does not have, or that
+    /// keeps none.
     fn bitmaps(&self, uuid: &DomainUuid, layers: &[Layer]) -> Result<Vec<Vec<BitmapView>>>;
 
     /// Adds an empty, recording bitmap of one block a bit to every layer, all or none. Persistent on qcow2, where it is
-    /// saved with the image; elsewhere it lives as long as the QEMU process.
+    /// saved with the image; elsewhere it lives as long as the QEMU process. A name that is there already is refused.
     fn add_bitmap(&self, uuid: &DomainUuid, layers: &[Layer], name: &str) -> Result<()>;
 
     /// Removes a bitmap; no error if it is not there.
     fn remove_bitmap(&self, uuid: &DomainUuid, layer: &Layer, name: &str) -> Result<()>;
 
-    /// What each bitmap marks as changed, in order, within the layer's size: answered by the running QEMU. The layers must
-    /// stand still (frozen). Uses QEMU's one NBD server: `Refused` while another program does.
+    /// What each bitmap marks as changed, in order, within the layer's size. The layers must stand still (frozen, or off).
+    /// Of a running domain it uses QEMU's one NBD server: `Refused` while another program does.
     fn dirty(&self, uuid: &DomainUuid, wanted: &[(Layer, String)]) -> Result<Vec<Vec<ByteRange>>>;
 }
 

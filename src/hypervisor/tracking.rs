@@ -9,7 +9,7 @@ use super::{BitmapView, Hypervisor, Tracking};
 use crate::block::ByteRange;
 use crate::error::{Error, Kind, Result};
 use crate::image::nbd::{NbdImage, bitmap_context};
-use crate::image::{Format, Image, Layer};
+use crate::image::{Format, Image, Layer, qemu_img};
 use crate::name::DomainUuid;
 use std::path::PathBuf;
 
@@ -31,7 +31,9 @@ impl Tracking for LibvirtHypervisor {
         let nodes = self.nodes(uuid)?;
         let mut targets = Vec::with_capacity(layers.len());
         for layer in layers {
-            targets.push((node_name(&nodes, layer)?.to_owned(), layer.format == Format::Qcow2));
+            // Version 2 of qcow2 has no place for bitmaps: there, too, one lives as long as the process.
+            let persistent = layer.format == Format::Qcow2 && qemu_img::keeps_bitmaps(layer)?;
+            targets.push((node_name(&nodes, layer)?.to_owned(), persistent));
         }
         bitmap::done(&self.qmp("add dirty bitmaps", uuid, bitmap::add(&targets, name))?)?;
         // QEMU has said yes to bitmaps that were not there afterwards: what counts is what it reports.

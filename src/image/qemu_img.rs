@@ -1,4 +1,5 @@
-//! Typed calls of `qemu-img`: looking at an image, checking it, committing an overlay offline, rebasing, comparing.
+//! Typed calls of `qemu-img`: looking at an image, checking it, committing an overlay offline, rebasing, comparing, and
+//! its bitmaps.
 //!
 //! Images are described whole (see `blockdev`) with explicit formats, so that no header opens a file; output is parsed
 //! from JSON and tolerantly, because its fields come and go with QEMU's versions. The program is `qemu-img`, or what
@@ -8,7 +9,7 @@ use super::blockdev::{self, Access};
 use super::program::{self, Finished};
 use super::qcow2::Header;
 use super::{Chain, Format, Layer, raw};
-use crate::block::DiskSize;
+use crate::block::{BLOCK_LEN, DiskSize};
 use crate::error::{Error, Kind, Result};
 use serde::Deserialize;
 use std::path::Path;
@@ -185,6 +186,38 @@ pub fn compare(one: &Chain, other: &Chain) -> Result<bool> {
         Some(1) => Ok(false),
         _ => Err(done.error(Kind::Refused, "qemu-img cannot compare the images").path(&one.top().path)),
     }
+}
+
+/// Whether a layer can keep a bitmap from one QEMU to the next: qcow2 from version 3 on. Reads the header.
+pub fn keeps_bitmaps(layer: &Layer) -> Result<bool> {
+    Ok(header_of(layer)?.is_some_and(|h| h.version >= 3))
+}
+
+/// Whether a qcow2 layer holds internal snapshots. Reads the header.
+pub fn holds_snapshots(layer: &Layer) -> Result<bool> {
+    Ok(header_of(layer)?.is_some_and(|h| h.snapshots != 0))
+}
+
+/// Adds an empty bitmap of one block a bit to an image that nobody has open; every QEMU that opens the image for writing
+/// records in it from then on. `Refused` if a QEMU has the image, or the name is there. Durable when it returns.
+pub fn add_bitmap(layer: &Layer, name: &str) -> Result<()> {
+    let granularity = BLOCK_LEN.to_string();
+    edit_bitmap(layer, &["--add", "-g", &granularity], name, "qemu-img cannot add a dirty bitmap")
+}
+
+/// Removes a bitmap, a sound one or not, from an image that nobody has open. Durable when it returns.
+pub fn remove_bitmap(layer: &Layer, name: &str) -> Result<()> {
+    edit_bitmap(layer, &["--remove"], name, "qemu-img cannot remove a dirty bitmap")
+}
+
+fn edit_bitmap(layer: &Layer, verb: &[&str], name: &str, failed: &'static str) -> Result<()> {
+    agrees_on_data_file(layer)?;
+    let mut command = qemu_img("bitmap");
+    // What lies below the image is not opened; its name stays in the header as it is.
+    command.args(verb).arg("--").arg(blockdev::describe(std::slice::from_ref(layer), Access::Write)?).arg(name);
+    let done = program::run(command, Some(LOOK_MAX))?;
+    succeeded(&done, failed, &layer.path)?;
+    fsync(&layer.path)
 }
 
 fn qemu_img(verb: &str) -> Command {

@@ -169,6 +169,9 @@ pub struct DiskStats {
     /// Blocks that differed, zeroed ones included.
     #[serde(default)]
     pub blocks_changed: u64,
+    /// Compared by digest because the dirty bitmap that should have told the changes was not there or not believed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub tracking_doubt: bool,
     /// What became of the check on the dirty bitmap; absent where no bitmap was relied on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub audit: Option<AuditStats>,

@@ -21,14 +21,13 @@
 
 use super::capture::{Capture, OffCapture, OverlayCapture, Still, pending};
 use super::journal::{Journal, Record};
-use super::marks::{Marked, tops};
+use super::marks::{Marked, doubted_again, unless_cut};
 use super::observe;
 use super::plan::{CaptureKind, Plan, PlanOptions};
 use super::pump::{self, Progress, Shipment};
 use super::report::{Report, RunOutcome, millis};
 use super::settle::{Account, Goal, Outcome, PauseGuard, SettleOptions, Settler, halt_error};
 use super::survey::make_plan;
-use super::turnover;
 use crate::block::ByteRange;
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::failpoint;
@@ -47,7 +46,10 @@ use std::time::Instant;
 /// The world as a run sees it: ports only. Adapters are chosen in `site`.
 pub struct Ports<'a> {
     pub hypervisor: &'a dyn Hypervisor,
+    /// The bitmaps of a running domain.
     pub tracking: &'a dyn Tracking,
+    /// Those that lie in the images of a domain that is off.
+    pub stored: &'a dyn Tracking,
     /// Connects to the replica of a domain on the target.
     pub replica: &'a dyn Fn(&DomainUuid) -> Result<Box<dyn Replica>>,
     /// Starts a dead-man for a domain.
@@ -204,10 +206,7 @@ impl<'a> Run<'a> {
         }
         replica.begin(&self.begin_request(&domain, &plan))?;
         failpoint!("3");
-        if plan.capture == CaptureKind::Overlay {
-            let name = turnover::bitmap_name(&self.request.target, &self.request.run);
-            report.warnings.extend(turnover::begin(self.ports.tracking, uuid, &tops(&plan), &name));
-        }
+        let untracked = self.begin_bitmaps(&plan);
         failpoint!("3c");
 
         let mut guard = match plan.capture {
@@ -229,6 +228,7 @@ impl<'a> Run<'a> {
         };
         report.freeze_ms = still.freeze.map_or(0.0, millis);
         let dirty = self.marked(&mut plan, &still);
+        report.warnings.extend(untracked);
 
         // Whatever becomes of the point, the domain goes back onto its own images.
         let sealed = self.ship_and_seal(replica.as_ref(), &domain, &plan, &still, &dirty, capture.as_ref());
@@ -306,12 +306,16 @@ impl<'a> Run<'a> {
         let mut disks = Vec::new();
         for (name, chain) in &still.disks {
             let dirty = dirty.get(name).cloned();
+            let planned = plan.disk(name);
             let shipped =
                 self.read_disk(plan, still, capture, name, chain, dirty, &mut |image, shipment, progress, good| {
-                    let audit = plan.disk(name).and_then(|d| d.audit.as_ref());
-                    let (shipment, audit) = self.audited(image, replica, shipment, audit, good)?;
+                    let shipment = unless_cut(image, replica, shipment)?;
+                    let audit = planned.and_then(|d| d.audit.as_ref());
+                    let (shipment, audit) = self.audited(image, replica, &shipment, audit, good)?;
+                    let tracking_doubt = planned.is_some_and(|d| d.tracking_doubt || d.mode != shipment.mode);
                     let shipped = pump::ship(image, replica, &shipment, progress, good)?;
-                    Ok(SealDisk { name: name.clone(), root: shipped.root, stats: DiskStats { audit, ..shipped.stats } })
+                    let stats = DiskStats { audit, tracking_doubt, ..shipped.stats };
+                    Ok(SealDisk { name: name.clone(), root: shipped.root, stats })
                 });
             disks.push(shipped.on_disk(name)?);
         }
@@ -452,11 +456,12 @@ impl<'a> Run<'a> {
             self.watch.warn(what);
             report.warnings.push(what.clone());
         }
-        if settled && plan.capture == CaptureKind::Overlay {
+        if settled {
             self.retire_bitmaps(report, plan, sealed.is_ok());
         }
         failpoint!("8b");
         let point = sealed.map_err(|e| self.if_started(plan, e))?;
+        report.warnings.extend(doubted_again(plan, &point));
         report.point = Some(point);
         report.outcome = if left_open.is_some() { RunOutcome::CommitPending } else { RunOutcome::Sealed };
         Ok(())

@@ -4,32 +4,89 @@
 
 use super::capture::Still;
 use super::cycle::Run;
-use super::plan::Plan;
+use super::offline;
+use super::plan::{CaptureKind, Plan, compared};
+use super::pump::Shipment;
 use super::report::Report;
+use super::tail;
 use super::turnover;
 use crate::block::ByteRange;
-use crate::image::Layer;
+use crate::error::Result;
+use crate::hypervisor::{Power, Tracking};
+use crate::image::{Image, Layer};
 use crate::name::DiskName;
-use crate::replica::Mode;
+use crate::replica::{Mode, PointDisk, PointView, Replica};
 use std::collections::BTreeMap;
 
 /// The ranges to ship of each disk that is planned by bitmap.
 pub(super) type Marked = BTreeMap<DiskName, Vec<ByteRange>>;
 
-/// The layers that the domain runs on before the freeze and after the commit.
-pub(super) fn tops(plan: &Plan) -> Vec<Layer> {
-    plan.replicated().map(|d| d.chain.top().clone()).collect()
+/// Where a domain's bitmaps are: in the running QEMU, or in the images of one that is off.
+struct Shelf<'a> {
+    tracking: &'a dyn Tracking,
+    /// The layers that the domain runs on before the freeze and after the commit, as far as they can keep a bitmap.
+    tops: Vec<Layer>,
+    below: Vec<Layer>,
+}
+
+/// What is to be shipped; but a disk by bitmap whose end was cut off since the head and grown again is compared by digest.
+pub(super) fn unless_cut(image: &dyn Image, replica: &dyn Replica, shipment: &Shipment) -> Result<Shipment> {
+    let shipment = shipment.clone();
+    let (Some(dirty), Some((head_size, _)), Mode::Bitmap) = (&shipment.dirty, shipment.head, shipment.mode) else {
+        return Ok(shipment);
+    };
+    if tail::stands(image, replica, &shipment.disk, head_size, dirty)? {
+        return Ok(shipment);
+    }
+    let reason = compared("the end of the disk is not as the dirty bitmap says (shrunk and grown again?)");
+    Ok(Shipment { mode: Mode::Digest, dirty: None, reason, ..shipment })
+}
+
+/// The disks of a new point whose tracking was in doubt for the second time in a row, in words.
+pub(super) fn doubted_again(plan: &Plan, point: &PointView) -> Vec<String> {
+    let again = |disk: &PointDisk| {
+        let planned = plan.disk(&disk.name).filter(|_| disk.stats.tracking_doubt)?;
+        turnover::doubted_again(&disk.name, &planned.head_stats, &disk.stats.reason)
+    };
+    point.disks.iter().filter_map(again).collect()
 }
 
 impl Run<'_> {
-    /// What the dirty bitmaps mark, of the disks planned by bitmap, asked of QEMU while everything stands still. A disk
-    /// whose bitmap cannot be read is compared by digest instead: a tracking doubt never fails a run.
+    /// Where the bitmaps of the plan's disks are now; `None` if the domain has gone.
+    fn shelf(&self, plan: &Plan) -> Option<Shelf<'_>> {
+        let off = self.ports.hypervisor.observe(&plan.uuid).ok()?.power == Power::Off;
+        let keeps = |layer: &&Layer| !off || offline::keeps_no_bitmap(layer).is_none();
+        let chains = || plan.replicated().map(|d| d.chain.0.as_slice());
+        Some(Shelf {
+            tracking: if off { self.ports.stored } else { self.ports.tracking },
+            tops: chains().filter_map(|c| c.first()).filter(keeps).cloned().collect(),
+            below: chains().filter_map(|c| c.get(1..)).flatten().filter(keeps).cloned().collect(),
+        })
+    }
+
+    /// Step 3c: this run's own bitmap on every disk. Returns what is not tracked from here on, in words.
+    pub(super) fn begin_bitmaps(&self, plan: &Plan) -> Vec<String> {
+        let name = |layer: &Layer| self.successor(layer);
+        // A domain that has gone since it was planned: the freeze finds out, and says so.
+        let Some(shelf) = self.shelf(plan) else { return Vec::new() };
+        let layers: Vec<Layer> =
+            shelf.tops.into_iter().filter(|layer| offline::must_not_be_tracked(layer).is_none()).collect();
+        turnover::begin(shelf.tracking, &plan.uuid, &layers, &name)
+    }
+
+    fn successor(&self, layer: &Layer) -> String {
+        turnover::bitmap_name(&self.request.target, &self.request.run, &turnover::identity(layer))
+    }
+
+    /// What the dirty bitmaps mark, of the disks planned by bitmap, asked while everything stands still. A disk whose
+    /// bitmap cannot be read is compared by digest instead: a tracking doubt never fails a run.
     pub(super) fn marked(&self, plan: &mut Plan, still: &Still) -> Marked {
         let mut marked = Marked::new();
+        let tracking = if plan.capture == CaptureKind::Off { self.ports.stored } else { self.ports.tracking };
         for disk in plan.disks.iter_mut().filter(|d| d.mode == Mode::Bitmap) {
             let Some((_, chain)) = still.disks.iter().find(|(name, _)| *name == disk.name) else { continue };
             let bitmap = disk.bitmap.clone().expect("planned by bitmap");
-            match self.ports.tracking.dirty(&plan.uuid, &[(chain.top().clone(), bitmap)]) {
+            match tracking.dirty(&plan.uuid, &[(chain.top().clone(), bitmap)]) {
                 Ok(mut ranges) if ranges.len() == 1 => {
                     let mut ranges = ranges.remove(0);
                     // QEMU marks nothing in a range that a resize added.
@@ -44,26 +101,32 @@ impl Run<'_> {
                 }
                 other => {
                     let why = other.err().map_or("QEMU gave no answer".to_owned(), |e| e.chain());
-                    disk.mode = Mode::Digest;
-                    disk.reason =
-                        format!("the dirty bitmap cannot be read ({why}): every block is read and compared by digest");
+                    disk.doubt(&format!("the dirty bitmap cannot be read ({why})"));
                 }
             }
         }
         marked
     }
 
-    /// Step 8c: only the bitmap that leads on from the newest point stays; without a new point, the old one (I8).
+    /// Step 8b: only the bitmaps that lead on from the newest point stay (I8). Without a new point these are the old ones,
+    /// and our own as well: a seal whose answer was lost may have made the point, and the next run will know.
     pub(super) fn retire_bitmaps(&self, report: &mut Report, plan: &Plan, sealed: bool) {
-        let keep = if sealed {
-            Some(turnover::bitmap_name(&self.request.target, &self.request.run))
-        } else {
-            plan.disks.iter().find_map(|d| d.bitmap.clone())
-        };
         let target = &self.request.target;
-        match turnover::retire(self.ports.tracking, &plan.uuid, &tops(plan), target, keep.as_deref()) {
+        let keep = |layer: &Layer| {
+            if offline::must_not_be_tracked(layer).is_some() {
+                return Vec::new();
+            }
+            let head = plan.head_run.as_ref().filter(|_| !sealed);
+            let old = head.map(|run| turnover::bitmap_name(target, run, &turnover::identity(layer)));
+            old.into_iter().chain([self.successor(layer)]).collect()
+        };
+        let Some(shelf) = self.shelf(plan) else { return };
+        if sealed {
+            turnover::sweep(shelf.tracking, &plan.uuid, &shelf.below, target);
+        }
+        match turnover::retire(shelf.tracking, &plan.uuid, &shelf.tops, target, &keep) {
             Ok(left) => report.warnings.extend(left),
-            // The domain ended meanwhile: its bitmaps ended with it, or are looked at in the next run.
+            // The domain ended or was started meanwhile: its bitmaps are looked at in the next run.
             Err(e) => tracing::debug!("superseded bitmaps are left for the next run: {}", e.chain()),
         }
     }

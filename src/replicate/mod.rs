@@ -19,4 +19,5 @@ pub mod pump;
 pub mod report;
 pub mod settle;
 pub mod survey;
+mod tail;
 pub mod turnover;

@@ -77,6 +77,29 @@ fn backing_layer(image: &Path, name: &str, format: Option<&str>) -> Result<Layer
     Ok(Layer { block_device: is_block_device(&path), path, format, data_file: None })
 }
 
+/// Why no bitmap of ours may be on this image although it could, as a sentence: its owner comes first. QEMU goes back to no
+/// internal snapshot while a bitmap is there, and libvirt has ended the domain by the time it is told so.
+pub fn must_not_be_tracked(layer: &Layer) -> Option<String> {
+    let held = layer.format == Format::Qcow2 && qemu_img::holds_snapshots(layer).unwrap_or(false);
+    held.then(|| "the image holds internal snapshots, and QEMU goes back to none while a dirty bitmap is there".into())
+}
+
+/// Why nothing can tell what changes in this image from one QEMU to the next, as a sentence; `None`: a bitmap in it can.
+pub fn keeps_no_bitmap(layer: &Layer) -> Option<String> {
+    if layer.format == Format::Raw {
+        return Some("the domain is off, and a raw image keeps no dirty bitmap".into());
+    }
+    // Another host may run the domain from it: what is said of the image here may be stale, and writing to it may harm.
+    if on_shared_storage(&layer.path) {
+        return Some("the domain is off, and its image lies on shared storage".into());
+    }
+    match qemu_img::keeps_bitmaps(layer) {
+        Ok(true) => None,
+        Ok(false) => Some("the domain is off, and an image of qcow2 version 2 keeps no dirty bitmap".into()),
+        Err(e) => Some(format!("the domain is off, and its image cannot be looked at ({})", e.chain())),
+    }
+}
+
 /// A file named in an image's header, as QEMU finds it: relative to the image.
 fn beside(image: &Path, name: &str) -> Result<PathBuf> {
     if name.starts_with("json:") || name.contains("://") {

@@ -2,14 +2,14 @@
 
 use super::audit::{self, AuditOptions, AuditPlan};
 use super::capture::OVERLAY_MARK;
-use super::turnover::Tracked;
+use super::turnover::{self, Tracked};
 use crate::block::DiskSize;
 use crate::block::digest::Digest;
 use crate::error::{Error, Kind};
 use crate::hypervisor::{DiskKind, DiskView, DomainView, Power};
 use crate::image::{Chain, Layer};
-use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId};
-use crate::replica::{Mode, ReplicaView};
+use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
+use crate::replica::{DiskStats, Mode, ReplicaView};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -24,6 +24,9 @@ pub struct Plan {
     pub generation: Generation,
     /// The head the patches start from.
     pub head: Option<PointId>,
+    /// The run that made it, whose bitmaps lead on from it.
+    #[serde(skip)]
+    pub head_run: Option<RunId>,
     pub disks: Vec<DiskPlan>,
     pub skipped: Vec<Skipped>,
     /// Why the run would not begin. Empty: it would.
@@ -85,6 +88,26 @@ pub struct DiskPlan {
     pub overlay_dir: PathBuf,
     #[serde(skip)]
     pub head: Option<(DiskSize, Digest)>,
+    /// Compared by digest because its tracking is in doubt.
+    #[serde(skip)]
+    pub tracking_doubt: bool,
+    /// How the head's copy of it came about.
+    #[serde(skip)]
+    pub head_stats: DiskStats,
+}
+
+impl DiskPlan {
+    /// Compares by digest after all, because its tracking is in doubt.
+    pub fn doubt(&mut self, why: &str) {
+        self.mode = Mode::Digest;
+        self.tracking_doubt = true;
+        self.reason = compared(why);
+    }
+
+    /// What an operator is told where that is the second time in a row.
+    pub fn doubted_again(&self) -> Option<String> {
+        turnover::doubted_again(&self.name, &self.head_stats, &self.reason).filter(|_| self.tracking_doubt)
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, serde::Deserialize)]
@@ -257,6 +280,7 @@ pub fn plan(
         capture,
         generation: our_generation,
         head: replica.head().map(|p| p.id.clone()),
+        head_run: replica.head().map(|p| p.run.clone()),
         disks: Vec::new(),
         skipped: Vec::new(),
         conflicts: Vec::new(),
@@ -330,18 +354,10 @@ fn plan_disk(
     plan.conflicts.extend(chain_conflict(domain, disk, &chain));
     let overlay_dir = overlay_dir(chain.top(), options);
     if plan.capture == CaptureKind::Overlay {
-        match facts.overlay_free_bytes {
-            None => plan.conflicts.push(Conflict::NoOverlayDir { disk: name.clone(), dir: overlay_dir.clone() }),
-            Some(free_bytes) if free_bytes < OVERLAY_SPACE_MIN => plan.conflicts.push(Conflict::NoOverlaySpace {
-                disk: name.clone(),
-                dir: overlay_dir.clone(),
-                free_bytes,
-            }),
-            Some(_) => {}
-        }
+        plan.conflicts.extend(no_room(name, &overlay_dir, facts.overlay_free_bytes));
     }
     let in_head = replica.head().and_then(|p| p.disk(name));
-    let (mode, reason) = choose_mode(in_head.map(|d| d.size), size, replica, &facts.tracked, options);
+    let (mode, reason, tracking_doubt) = choose_mode(in_head.map(|d| d.size), size, replica, &facts.tracked, options);
     let bitmap = match &facts.tracked {
         Tracked::By { bitmap, .. } if mode == Mode::Bitmap => Some(bitmap.clone()),
         _ => None,
@@ -349,7 +365,7 @@ fn plan_disk(
     // The head remembers where the last audit ended; a run that compared everything begins a new round.
     let cursor = in_head.and_then(|d| d.stats.audit.as_ref()).filter(|a| a.lies == 0).map_or(0, |a| a.next_offset);
     let audit = (mode == Mode::Bitmap).then(|| audit::plan(cursor, size, &options.audit)).flatten();
-    plan.disks.push(DiskPlan {
+    let planned = DiskPlan {
         name: name.clone(),
         size,
         mode,
@@ -361,7 +377,21 @@ fn plan_disk(
         audit,
         overlay_dir,
         head: in_head.filter(|_| mode != Mode::Full).map(|d| (d.size, d.root)),
-    });
+        tracking_doubt,
+        head_stats: in_head.map(|d| d.stats.clone()).unwrap_or_default(),
+    };
+    plan.notes.extend(planned.doubted_again());
+    plan.disks.push(planned);
+}
+
+/// Why no overlay can lie in `dir`.
+fn no_room(disk: &DiskName, dir: &Path, free_bytes: Option<u64>) -> Option<Conflict> {
+    let (disk, dir) = (disk.clone(), dir.to_owned());
+    match free_bytes {
+        None => Some(Conflict::NoOverlayDir { disk, dir }),
+        Some(free_bytes) if free_bytes < OVERLAY_SPACE_MIN => Some(Conflict::NoOverlaySpace { disk, dir, free_bytes }),
+        Some(_) => None,
+    }
 }
 
 /// What is wrong with the chain a disk stands on.
@@ -388,38 +418,46 @@ fn reserve(mode: Mode, size: DiskSize, head_size: Option<DiskSize>, facts: &Disk
     }
 }
 
+/// The reason of a comparison by digest that a bitmap would have saved.
+pub(super) fn compared(why: &str) -> String {
+    format!("{why}: every block is read and compared by digest")
+}
+
+/// The mode, its reason, and whether a doubt about the tracking is that reason.
 fn choose_mode(
     in_head: Option<DiskSize>,
     size: DiskSize,
     replica: &ReplicaView,
     tracked: &Tracked,
     options: &PlanOptions,
-) -> (Mode, String) {
+) -> (Mode, String, bool) {
+    let sure = |mode, reason: String| (mode, reason, false);
     if options.full {
-        return (Mode::Full, "asked for by the operator".into());
+        return sure(Mode::Full, "asked for by the operator".into());
     }
     let Some(head) = replica.head() else {
-        return (Mode::Full, "the target has no point of this domain".into());
+        return sure(Mode::Full, "the target has no point of this domain".into());
     };
     let Some(head_size) = in_head else {
-        return (Mode::Full, "the newest point does not have this disk".into());
+        return sure(Mode::Full, "the newest point does not have this disk".into());
     };
     if options.compare {
-        return (Mode::Digest, "asked for by the operator: every block is read and compared".into());
+        return sure(Mode::Digest, "asked for by the operator: every block is read and compared".into());
     }
     if size < head_size {
-        return (Mode::Digest, format!("the disk shrank from {head_size} to {size} bytes: every block is compared"));
+        return sure(
+            Mode::Digest,
+            format!("the disk shrank from {head_size} to {size} bytes: every block is compared"),
+        );
     }
+    let recorded = format!("a dirty bitmap has recorded every change since {}", head.id);
     match tracked {
-        Tracked::By { .. } if size > head_size => (
-            Mode::Bitmap,
-            format!(
-                "a dirty bitmap has recorded every change since {}; the disk grew, the new range counts as changed",
-                head.id
-            ),
-        ),
-        Tracked::By { .. } => (Mode::Bitmap, format!("a dirty bitmap has recorded every change since {}", head.id)),
-        Tracked::Doubt(why) => (Mode::Digest, format!("{why}: every block is read and compared by digest")),
+        Tracked::By { .. } if size > head_size => {
+            sure(Mode::Bitmap, format!("{recorded}; the disk grew, the new range counts as changed"))
+        }
+        Tracked::By { .. } => sure(Mode::Bitmap, recorded),
+        Tracked::Untracked(why) => sure(Mode::Digest, compared(why)),
+        Tracked::Doubt(why) => (Mode::Digest, compared(why), true),
     }
 }
 

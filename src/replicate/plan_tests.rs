@@ -116,6 +116,50 @@ fn shown(plan: &Plan) -> String {
     words.join(" ")
 }
 
+/// The plan of a domain whose disk the head has by `mode`, with or without a doubt, and which is tracked as `tracked` now.
+fn tracked_as(before: DiskStats, tracked: Tracked, options: &PlanOptions) -> Plan {
+    let domain = domain("vda");
+    let mut facts = facts(&domain);
+    facts[0].tracked = tracked;
+    let mut replica = replica("vda");
+    replica.points[0].disks[0].stats = before;
+    plan(&domain, &facts, &replica, Generation(1), options)
+}
+
+#[test]
+fn two_doubts_in_a_row_are_told_and_what_was_asked_for_is_none() {
+    let doubted =
+        DiskStats { mode: Mode::Digest, tracking_doubt: true, reason: "first".into(), ..DiskStats::default() };
+    let doubt = || Tracked::Doubt("second".into());
+    let as_usual = PlanOptions::default();
+    let told = |plan: Plan| plan.disks[0].doubted_again();
+    let both = told(tracked_as(doubted.clone(), doubt(), &as_usual)).expect("twice");
+    assert!(both.contains("first") && both.contains("second"), "{both}");
+    assert_eq!(tracked_as(doubted.clone(), doubt(), &as_usual).notes, [both]);
+
+    let known = Tracked::By { bitmap: "b".into(), dirty_bytes: 0 };
+    let raw_and_off = Tracked::Untracked("a raw image".into());
+    let (compare, full) =
+        (PlanOptions { compare: true, ..as_usual.clone() }, PlanOptions { full: true, ..as_usual.clone() });
+    assert_eq!(told(tracked_as(DiskStats::default(), doubt(), &as_usual)), None, "only once");
+    assert_eq!(told(tracked_as(doubted.clone(), known, &as_usual)), None, "tracked again");
+    assert_eq!(told(tracked_as(doubted.clone(), raw_and_off, &as_usual)), None, "cannot be tracked");
+    assert_eq!(told(tracked_as(doubted.clone(), doubt(), &compare)), None, "asked for");
+    assert_eq!(told(tracked_as(doubted, doubt(), &full)), None, "asked for");
+}
+
+/// The bitmap that turns out to be unreadable at the freeze is a doubt like any other.
+#[test]
+fn a_doubt_that_comes_after_the_plan_counts_too() {
+    let known = Tracked::By { bitmap: "b".into(), dirty_bytes: 0 };
+    let doubted = DiskStats { tracking_doubt: true, reason: "first".into(), ..DiskStats::default() };
+    let mut plan = tracked_as(doubted, known, &PlanOptions::default());
+    assert_eq!(plan.disks[0].mode, Mode::Bitmap);
+    plan.disks[0].doubt("it cannot be read");
+    assert_eq!((plan.disks[0].mode, plan.disks[0].tracking_doubt), (Mode::Digest, true));
+    assert!(plan.disks[0].doubted_again().is_some_and(|w| w.contains("first") && w.contains("it cannot be read")));
+}
+
 #[test]
 fn the_first_run_is_full_and_later_ones_compare() {
     let first = planned("vda vdb", "");

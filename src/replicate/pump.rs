@@ -115,6 +115,7 @@ pub fn ship(
         bytes_written: applied.bytes_written,
         blocks_changed: applied.blocks_changed,
         audit: None,
+        tracking_doubt: false,
     };
     Ok(Shipped { root, stats })
 }

@@ -11,6 +11,7 @@ use super::turnover::{self, Tracked};
 use crate::error::Result;
 use crate::hypervisor::{DiskKind, DiskView, DomainView, Power};
 use crate::image::{Chain, qemu_img};
+use crate::name::RunId;
 use crate::replica::ReplicaView;
 use std::path::Path;
 
@@ -30,12 +31,12 @@ pub fn plan_only(ports: &Ports, request: &Request) -> Result<Plan> {
 
 /// Gathers what planning needs to know beyond the views, and plans. Touches nothing.
 pub fn make_plan(ports: &Ports, request: &Request, domain: &DomainView, replica: &ReplicaView) -> Result<Plan> {
-    let wanted = replica.head().map(|p| turnover::bitmap_name(&request.target, &p.run));
+    let head = replica.head().map(|p| &p.run);
     let facts: Vec<DiskFacts> = domain
         .disks
         .iter()
         .filter(|d| d.kind == DiskKind::Image)
-        .map(|disk| disk_facts(ports, request, domain, disk, wanted.as_deref()))
+        .map(|disk| disk_facts(ports, request, domain, disk, head))
         .collect();
     Ok(plan(domain, &facts, replica, request.generation, &request.plan))
 }
@@ -45,7 +46,7 @@ fn disk_facts(
     request: &Request,
     domain: &DomainView,
     disk: &DiskView,
-    wanted: Option<&str>,
+    head: Option<&RunId>,
 ) -> DiskFacts {
     let chain = match (&disk.live, &disk.inactive) {
         (Some(chain), _) if domain.power != Power::Off => {
@@ -64,21 +65,45 @@ fn disk_facts(
         Ok(chain) => (allocated(chain), free_bytes(&overlay_dir(chain.top(), &request.plan))),
         Err(_) => (0, None),
     };
-    let tracked = tracked(ports, domain, chain.as_ref().ok(), wanted);
+    let tracked = tracked(ports, request, domain, chain.as_ref().ok(), head);
     DiskFacts { name: disk.name.clone(), chain, allocated_bytes, reader, overlay_free_bytes, tracked }
 }
 
-/// Whether a bitmap of the running QEMU leads on from the head.
-fn tracked(ports: &Ports, domain: &DomainView, chain: Option<&Chain>, wanted: Option<&str>) -> Tracked {
-    let (Some(chain), Some(wanted)) = (chain, wanted) else {
-        return Tracked::Doubt("there is no newest point to lead on from".into());
+/// Whether a bitmap of the running QEMU, or of the image of a domain that is off, leads on from the head.
+fn tracked(
+    ports: &Ports,
+    request: &Request,
+    domain: &DomainView,
+    chain: Option<&Chain>,
+    head: Option<&RunId>,
+) -> Tracked {
+    let (Some(chain), Some(head)) = (chain, head) else {
+        return Tracked::Untracked("there is no newest point to lead on from".into());
     };
-    if domain.power == Power::Off {
-        return Tracked::Doubt("the domain is off, and changes are tracked by a running QEMU".into());
+    if let Some(why) = offline::must_not_be_tracked(chain.top()) {
+        return Tracked::Untracked(why);
     }
-    match ports.tracking.bitmaps(&domain.uuid, &chain.0) {
-        Ok(layers) => turnover::judge(&layers, wanted),
-        Err(e) => Tracked::Doubt(format!("QEMU's dirty bitmaps cannot be looked at ({})", e.chain())),
+    let off = domain.power == Power::Off;
+    if let Some(why) = offline::keeps_no_bitmap(chain.top()).filter(|_| off) {
+        return Tracked::Untracked(why);
+    }
+    let wanted = turnover::bitmap_name(&request.target, head, &turnover::identity(chain.top()));
+    let tracking = if off { ports.stored } else { ports.tracking };
+    let judged = match tracking.bitmaps(&domain.uuid, &chain.0) {
+        Ok(layers) => turnover::judge(&layers, &wanted),
+        Err(e) => Tracked::Doubt(format!("its dirty bitmaps cannot be looked at ({})", e.chain())),
+    };
+    match judged {
+        // How much a stored bitmap marks is known only when it is read.
+        Tracked::By { bitmap, .. } if off => {
+            match tracking.dirty(&domain.uuid, &[(chain.top().clone(), bitmap.clone())]) {
+                Ok(ranges) => {
+                    Tracked::By { bitmap, dirty_bytes: ranges.iter().flatten().map(|range| range.len()).sum() }
+                }
+                Err(e) => Tracked::Doubt(format!("the dirty bitmap cannot be read ({})", e.chain())),
+            }
+        }
+        judged => judged,
     }
 }
 
