@@ -62,10 +62,15 @@ fn in_docs() -> BTreeMap<String, (String, Vec<String>)> {
 
 /// Test -> its file, for all crash tests of the lab, and those of a prune.
 fn crash_tests() -> BTreeMap<String, String> {
+    lab_tests("crash")
+}
+
+/// Test -> its file, of all files of tests with this word in their names.
+fn lab_tests(word: &str) -> BTreeMap<String, String> {
     let mut files = vec![root().join("tests/replica_prune_crash.rs")];
     rust_files(root().join("tests/lab/suite"), &mut files);
     let mut tests = BTreeMap::new();
-    for path in files.iter().filter(|p| p.file_name().unwrap().to_string_lossy().contains("crash")) {
+    for path in files.iter().filter(|p| p.file_name().unwrap().to_string_lossy().contains(word)) {
         let text = fs::read_to_string(path).unwrap();
         for rest in text.split("#[test]\nfn ").skip(1) {
             tests.insert(rest.split('(').next().unwrap().to_owned(), text.clone());
@@ -97,15 +102,19 @@ fn every_failpoint_has_a_row_and_a_test_and_every_row_a_failpoint() {
 /// The other tests that the page names exist.
 #[test]
 fn every_test_that_the_page_names_exists() {
+    named_tests_exist("## Other deaths, other hands", &crash_tests(), 10);
+    named_tests_exist("## What tells the changes", &lab_tests("bitmaps"), 20);
+}
+
+fn named_tests_exist(heading: &str, tests: &BTreeMap<String, String>, at_least: usize) {
     let text = fs::read_to_string(root().join("docs/replication.md")).unwrap();
-    let section = text.split("## Other deaths, other hands").nth(1).expect("the table of faults");
-    let tests = crash_tests();
+    let section = text.split(heading).nth(1).expect("the table of faults");
     let mut named = 0;
     for line in section.split("\n## ").next().unwrap().lines().filter(|l| l.starts_with("| ")).skip(1) {
         for test in line.rsplit("| ").next().unwrap().trim_end_matches(" |").split(", ") {
-            assert!(tests.contains_key(test.trim_matches('`')), "there is no crash test {test}");
+            assert!(tests.contains_key(test.trim_matches('`')), "{heading}: there is no test {test}");
             named += 1;
         }
     }
-    assert!(named > 10, "only {named} tests named");
+    assert!(named > at_least, "{heading}: only {named} tests named");
 }

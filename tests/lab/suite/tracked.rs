@@ -4,7 +4,7 @@
 //! old places, a part of a block, zeros, a discard. Whatever was done between two runs, the head has to equal the disks
 //! bit for bit, by whichever mode it was made, and one bitmap of ours for each disk and target is left.
 
-use crate::domain::{Disk, Domain};
+use crate::domain::{Builder, Disk, Domain};
 use crate::support::{Host, Lab, SyncResult};
 use serde_json::{Value, json};
 
@@ -34,8 +34,13 @@ impl Tracked {
     }
 
     pub fn with(lab: &Lab, name: &str, disks: &[Disk]) -> Tracked {
-        let domain = disks.iter().fold(lab.domain(name), |domain, disk| domain.disk(disk.clone()));
+        Tracked::of(disks.iter().fold(lab.domain(name), |domain, disk| domain.disk(disk.clone())), |_| ())
+    }
+
+    /// A domain that was built otherwise; `edit` says what the test knows better.
+    pub fn of(domain: Builder, edit: impl Fn(&mut Domain)) -> Tracked {
         let mut tracked = Tracked { vm: domain.running(), ticks: 0, size: SIZE };
+        edit(&mut tracked.vm);
         tracked.write();
         tracked.vm.sync().sealed();
         tracked
