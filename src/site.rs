@@ -1,12 +1,12 @@
 //! The only file that names concrete adapters: from a hypervisor's URI and a target's name to ready-made ports.
 
 use crate::agent::client::AgentClient;
-use crate::agent::{ReplicaOpener, ServeOptions, serve_stdio};
+use crate::agent::{ReplicaOpener, ServeOptions, Served, serve_stdio};
 use crate::error::{Error, Kind, Result};
 use crate::image::open::OpenOptions;
 use crate::name::{DomainName, DomainUuid};
 use crate::replica::Replica;
-use crate::replica::store::{self, Store};
+use crate::replica::store::{self, Limits, Store};
 use crate::transport::Transport;
 use crate::transport::local::LocalTransport;
 use crate::transport::ssh::{SshOptions, SshTransport};
@@ -81,17 +81,19 @@ impl Connection {
 }
 
 /// Runs the agent for the store at `root` on this process's stdin and stdout, until the client's end or its silence.
-pub fn serve_agent(root: &Path) -> Result<()> {
-    serve_stdio(&LocalStores { root: root.to_owned() }, ServeOptions::default())
+/// `limits` are what this host demands, whoever asks.
+pub fn serve_agent(root: &Path, limits: Limits) -> Result<()> {
+    serve_stdio(&LocalStores { root: root.to_owned(), limits }, ServeOptions::default())
 }
 
 struct LocalStores {
     root: PathBuf,
+    limits: Limits,
 }
 
 impl ReplicaOpener for LocalStores {
-    fn open(&self, uuid: &DomainUuid) -> Result<Box<dyn Replica>> {
-        Ok(Box::new(Store::open(&self.root, uuid, Timestamp::now)?))
+    fn open(&self, uuid: &DomainUuid) -> Result<Box<dyn Served>> {
+        Ok(Box::new(Store::open(&self.root, uuid, Timestamp::now)?.with_limits(self.limits)))
     }
 
     fn find(&self, name: &str) -> Result<Vec<(DomainUuid, DomainName)>> {

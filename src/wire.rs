@@ -9,6 +9,8 @@
 //!
 //! Format and sequence: docs/formats/wire.md. Fixtures: tests/fixtures/formats/v1/wire-*.
 
+pub mod upkeep;
+
 use crate::block::BlockIndex;
 use crate::block::digest::{BLOCK_PIECES, BlockPieces, Digest, PieceDigest};
 use crate::error::{Error, Kind, Result, printable};
@@ -164,12 +166,14 @@ pub enum FrameKind {
     End = 0x86,
     /// Digests of pieces, see [`encode_pieces`].
     Pieces = 0x87,
+    /// Bytes of a stream.
+    Data = 0x88,
 }
 
 impl FrameKind {
     fn from_byte(byte: u8) -> Option<FrameKind> {
         use FrameKind::*;
-        [Request, Apply, Attach, Release, Bye, Ping, Reply, Nodes, Error, Progress, Failed, End, Pieces]
+        [Request, Apply, Attach, Release, Bye, Ping, Reply, Nodes, Error, Progress, Failed, End, Pieces, Data]
             .into_iter()
             .find(|kind| *kind as u8 == byte)
     }
@@ -178,7 +182,7 @@ impl FrameKind {
         use FrameKind::*;
         match self {
             Request => REQUEST_MAX,
-            Apply | Attach | Reply | Nodes | Pieces | Error | Failed => PAYLOAD_MAX,
+            Apply | Attach | Reply | Nodes | Pieces | Data | Error | Failed => PAYLOAD_MAX,
             Progress => 4 << 10,
             Release => 4,
             Bye | Ping | End => 0,
@@ -363,6 +367,10 @@ pub enum Request {
         replica: Handle,
         point: PointId,
     },
+    Upkeep {
+        replica: Handle,
+        ask: upkeep::Ask,
+    },
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -377,6 +385,7 @@ pub enum Reply {
     Seal { point: PointView },
     Abandon {},
     Verify { report: VerifyReport },
+    Upkeep { told: upkeep::Told },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -16,11 +16,12 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use virt_replica::agent::client::{AgentClient, ClientOptions};
-use virt_replica::agent::{ReplicaOpener, ServeOptions, serve};
+use virt_replica::agent::{ReplicaOpener, ServeOptions, Served, serve};
 use virt_replica::block::digest::{BLOCK_PIECES, BlockPieces, Digest, PieceDigest};
 use virt_replica::block::{BlockIndex, DiskSize};
 use virt_replica::error::{Error, Kind, Result};
 use virt_replica::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
+use virt_replica::replica::upkeep::{Holds, Kept, PatchStream, PruneReport, Upkeep};
 use virt_replica::replica::*;
 use virt_replica::transport::pipe::{PipeReader, PipeWriter};
 use virt_replica::transport::{Channel, Closer, Transport};
@@ -50,6 +51,10 @@ struct Fake {
     /// `apply` and `seal` take this long.
     delay: Mutex<Duration>,
     points: AtomicUsize,
+    /// What was asked to be pinned or removed.
+    asked: Mutex<Vec<String>>,
+    /// Streams that are read.
+    streams: AtomicUsize,
 }
 
 struct FakeReplica(Arc<Fake>);
@@ -63,7 +68,7 @@ impl Drop for FakeReplica {
 struct FakeOpener(Arc<Fake>);
 
 impl ReplicaOpener for FakeOpener {
-    fn open(&self, wanted: &DomainUuid) -> Result<Box<dyn Replica>> {
+    fn open(&self, wanted: &DomainUuid) -> Result<Box<dyn Served>> {
         if *wanted != uuid() {
             return Err(Error::new(Kind::Busy, "held by run 17").hint("wait for it").domain(wanted));
         }
@@ -175,6 +180,64 @@ impl Replica for FakeReplica {
             progress(done, 4);
         }
         Ok(VerifyReport { point: point.clone(), disks: vec![], damaged_attachments: vec![] })
+    }
+}
+
+impl Upkeep for FakeReplica {
+    fn holds(&self) -> Result<Holds> {
+        Ok(Holds {
+            now: jiff::Timestamp::UNIX_EPOCH,
+            min_age_s: 7,
+            pins: vec![],
+            leases: vec![],
+            links: vec![point(1).id],
+            depth: 3,
+            depth_max: 64,
+        })
+    }
+
+    fn prune(&self, remove: &[PointId], progress: &mut dyn FnMut(u64, u64)) -> Result<PruneReport> {
+        self.0.asked.lock().unwrap().push(format!("remove {}", remove.len()));
+        if remove.contains(&point(9).id) {
+            return Err(Error::new(Kind::Refused, "the newest point is never removed").point(&point(9).id));
+        }
+        for done in 0..3 {
+            std::thread::sleep(Duration::from_millis(300));
+            progress(done, 3);
+        }
+        let kept = vec![Kept { point: point(2).id, why: "pinned".into() }];
+        Ok(PruneReport { removed: remove.to_vec(), kept, bytes_copied: 5, ..PruneReport::default() })
+    }
+
+    fn pin(&self, point: &PointId, reason: Option<&str>) -> Result<()> {
+        self.0.asked.lock().unwrap().push(format!("pin {} {reason:?}", point.seq()));
+        Ok(())
+    }
+
+    fn export(&self, point: &PointId, _: &DiskName) -> Result<Box<dyn PatchStream>> {
+        self.0.streams.fetch_add(1, Ordering::SeqCst);
+        Ok(Box::new(FakeStream(Arc::clone(&self.0), point.seq() as u8)))
+    }
+}
+
+/// As many chunks as the point has for a number, then the end; of point 200 an error.
+struct FakeStream(Arc<Fake>, u8);
+
+impl PatchStream for FakeStream {
+    fn next_chunk(&mut self) -> Result<Vec<u8>> {
+        match self.1 {
+            0 => Ok(vec![]),
+            200 => Err(Error::new(Kind::Corrupt, "rotten").offset(7)),
+            n => {
+                self.1 = n - 1;
+                Ok(vec![n; 600_000])
+            }
+        }
+    }
+
+    fn close(self: Box<Self>) -> Result<()> {
+        self.0.streams.fetch_sub(1, Ordering::SeqCst);
+        Ok(())
     }
 }
 
@@ -320,6 +383,56 @@ fn a_whole_run_through_the_trait() {
     client.close().unwrap();
     client.close().unwrap();
     assert_eq!(client.find("x").unwrap_err().kind(), Kind::Usage);
+}
+
+#[test]
+fn points_are_kept_and_removed_through_the_trait() {
+    let fake = Arc::new(Fake::default());
+    let client = session(&fake);
+    let replica = client.open(&uuid()).unwrap();
+    let holds = replica.holds().unwrap();
+    assert_eq!((holds.min_age_s, holds.links, holds.depth), (7, vec![point(1).id], 3));
+    let mut heard = 0;
+    let report = replica.prune(&[point(1).id], &mut |_, _| heard += 1).unwrap();
+    assert_eq!((report.removed, report.kept[0].why.as_str(), report.bytes_copied), (vec![point(1).id], "pinned", 5));
+    assert!(heard > 0, "progress travels");
+    let refused = replica.prune(&[point(9).id], &mut |_, _| {}).unwrap_err();
+    assert_eq!((refused.kind(), refused.context().point.clone()), (Kind::Refused, Some(point(9).id.to_string())));
+    replica.pin(&point(2).id, Some("why")).unwrap();
+    replica.pin(&point(2).id, None).unwrap();
+    assert_eq!(*fake.asked.lock().unwrap(), ["remove 1", "remove 1", "pin 2 Some(\"why\")", "pin 2 None"]);
+    client.close().unwrap();
+}
+
+#[test]
+fn a_stream_is_read_ahead_and_ends_with_its_reader() {
+    let fake = Arc::new(Fake::default());
+    let client = session(&fake);
+    let replica = client.open(&uuid()).unwrap();
+    let mut stream = replica.export(&point(9).id, &disk("vda")).unwrap();
+    for n in (1..=9).rev() {
+        assert_eq!(stream.next_chunk().unwrap(), vec![n; 600_000]);
+    }
+    assert!(stream.next_chunk().unwrap().is_empty() && stream.next_chunk().unwrap().is_empty());
+    stream.close().unwrap();
+    assert_eq!(fake.streams.load(Ordering::SeqCst), 0);
+
+    let mut stream = replica.export(&point(200).id, &disk("vda")).unwrap();
+    let e = stream.next_chunk().unwrap_err();
+    assert_eq!((e.kind(), e.context().offset_bytes), (Kind::Corrupt, Some(7)));
+    // Closed in the middle, and not closed at all: the agent lets go of the point.
+    stream.close().unwrap();
+    let mut stream = replica.export(&point(100).id, &disk("vda")).unwrap();
+    stream.next_chunk().unwrap();
+    stream.close().unwrap();
+    for _ in 0..16 {
+        drop(replica.export(&point(5).id, &disk("vda")).unwrap());
+    }
+    assert_eq!(replica.export(&point(5).id, &disk("vda")).err().unwrap().kind(), Kind::Refused);
+    assert_eq!(fake.streams.load(Ordering::SeqCst), 16);
+    drop(replica);
+    eventually("the streams end with the replica", || fake.streams.load(Ordering::SeqCst) == 0);
+    client.close().unwrap();
 }
 
 #[test]

@@ -17,7 +17,8 @@ use virt_replica::replica::{BeginDisk, BeginPoint, Consistency, DiskStats, Mode,
 use virt_replica::replicate::pump::{self, Progress, Shipment};
 
 const UUID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
-const COMMANDS: [&str; 7] = ["sync", "plan", "points", "status", "verify", "doctor", "agent"];
+const COMMANDS: [&str; 11] =
+    ["sync", "plan", "points", "status", "verify", "prune", "pin", "unpin", "export", "doctor", "agent"];
 
 /// The program with nothing in its environment but a time zone.
 fn program() -> Command {
@@ -161,6 +162,12 @@ fn wrong_usage_is_told_with_code_2() {
         &["sync", "web01", "--to", "/r", "--ready-timeout", "90"],
         &["verify", "web01", "--to", "/r", "--point", "newest"],
         &["verify", "web01", "--to", "/r", "--point", "000001-00000000", "--against-source"],
+        &["prune", "web01", "--to", "/r"],
+        &["prune", "web01", "--to", "/r", "--keep", "last=0"],
+        &["prune", "web01", "--to", "/r", "--keep", "last=1", "--point", "000001-00000000"],
+        &["sync", "web01", "--to", "/r", "--keep", "always"],
+        &["export", "web01", "--to", "/r"],
+        &["agent", "--min-age", "7"],
         &["points", "web01", "--to", "host:/srv"],
         &["points", "web01", "--to", "ssh://-oProxyCommand=x/srv"],
     ] {
@@ -271,6 +278,99 @@ fn verify_says_whole_or_damaged_with_code_13() {
     check("verify-damaged.txt", &store.plain(&(stdout(&for_people) + &stderr(&for_people))));
     // The point below it is what it was.
     expect_code(&verify(&["--point", "000001-00000001"]), 0);
+}
+
+/// What a dry run says is what happens, and what is held stays.
+#[test]
+fn points_are_pruned_as_was_said() {
+    let store = StoreWithPoints::new();
+    let target = store.target();
+    let prune = |more: &[&str]| run(&[&["prune", "web01", "--to", &target], more].concat());
+    let json = |output: &Output| -> Value {
+        expect_code(output, 0);
+        serde_json::from_str(stdout(output).lines().last().unwrap()).unwrap()
+    };
+    let ids = || -> Vec<String> {
+        let listed = json(&run(&["points", "web01", "--to", &target, "--json"]));
+        listed["points"].as_array().unwrap().iter().map(|p| p["id"].as_str().unwrap().to_owned()).collect()
+    };
+    let thought = prune(&["--keep", "last=1", "--dry-run"]);
+    expect_code(&thought, 0);
+    check("prune-dry-run.txt", &store.plain(&stdout(&thought)));
+    assert_eq!(ids().len(), 2, "a dry run removes nothing");
+
+    expect_code(&run(&["pin", "web01", "000001-00000001", "--to", &target, "--reason", "before the upgrade"]), 0);
+    expect_code(&run(&["pin", "web01", "000009-00000009", "--to", &target]), 4);
+    let listed = run(&["points", "web01", "--to", &target]);
+    check("points-pinned.txt", &store.plain(&stdout(&listed)));
+    let pinned = prune(&["--keep", "last=1"]);
+    expect_code(&pinned, 0);
+    check("prune-pinned.txt", &store.plain(&stdout(&pinned)));
+    assert_eq!(ids().len(), 2);
+    expect_code(&run(&["unpin", "web01", "000001-00000001", "--to", &target]), 0);
+
+    let end = json(&prune(&["--point", "000001-00000001", "--json"]));
+    assert_eq!((&end["message_type"], &end["dry_run"]), (&"prune".into(), &false.into()));
+    assert_eq!(end["points"][0]["action"], "remove");
+    assert_eq!(end["points"][1]["reasons"], serde_json::json!(["head", "not_named"]));
+    assert_eq!(
+        (&end["removed"], &end["folded"]),
+        (&serde_json::json!(["000001-00000001"]), &serde_json::json!(["000001-00000001"]))
+    );
+    assert_eq!(ids(), ["000002-00000002"]);
+    expect_code(&run(&["verify", "web01", "--to", &target]), 0);
+    expect_code(&prune(&["--point", "000001-00000001"]), 4);
+    // The newest one stays whatever is asked for.
+    expect_code(&prune(&["--point", "000002-00000002"]), 1);
+    assert_eq!(ids(), ["000002-00000002"]);
+}
+
+#[test]
+fn a_disk_of_a_point_is_handed_out_as_a_file() {
+    let store = StoreWithPoints::new();
+    let target = store.target();
+    let file = store.dir.path().join("out.img");
+    let path = file.to_str().unwrap();
+    let export = |more: &[&str]| run(&[&["export", "web01", "--to", &target, "--output", path], more].concat());
+    let first = export(&["--point", "000001-00000001"]);
+    expect_code(&first, 0);
+    check("export.txt", &stdout(&first).replace(path, "/OUT"));
+    let content = std::fs::read(&file).unwrap();
+    assert!(content.len() == 1 << 20 && content[..64 << 10].iter().all(|b| *b == 0xaa));
+    assert!(content[64 << 10..].iter().all(|b| *b == 0));
+    use std::os::unix::fs::MetadataExt;
+    assert!(std::fs::metadata(&file).unwrap().blocks() * 512 < 256 << 10, "sparse");
+
+    // What is there is not replaced unasked.
+    expect_code(&export(&[]), 1);
+    assert_eq!(std::fs::read(&file).unwrap(), content);
+    expect_code(&export(&["--force", "--format", "qcow2", "--disk", "vda", "--json"]), 0);
+    let raw = store.dir.path().join("raw.img");
+    let convert = ["convert", "-f", "qcow2", "-O", "raw", path, raw.to_str().unwrap()];
+    let done = Command::new("qemu-img").args(convert).status().unwrap();
+    let content = std::fs::read(&raw).unwrap();
+    assert!(done.success() && content.len() == 1 << 20 && content[..64 << 10].iter().all(|b| *b == 0xbb));
+    expect_code(&export(&["--force", "--disk", "vdb"]), 4);
+    expect_code(&export(&["--force", "--point", "000009-00000009"]), 4);
+
+    // Damage is not handed out as the point, and nothing half done is left.
+    let image = std::fs::read_dir(store.root().join("replicas").join(UUID).join("points/000002-00000002"))
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .find(|p| p.extension().is_some_and(|e| e == "qcow2"))
+        .unwrap();
+    let mut bytes = std::fs::read(&image).unwrap();
+    let at = bytes.windows(4096).position(|w| w.iter().all(|b| *b == 0xbb)).unwrap();
+    bytes[at + 9] ^= 1;
+    std::fs::write(&image, bytes).unwrap();
+    let other = store.dir.path().join("other.img");
+    expect_code(&run(&["export", "web01", "--to", &target, "--output", other.to_str().unwrap()]), 13);
+    let left: Vec<String> = std::fs::read_dir(store.dir.path())
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .filter(|n| n.contains("other") || n.contains(".part"))
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
 }
 
 /// `virt-replica points ... | head -1` must not end in a panic, and a full disk must not end in silence.

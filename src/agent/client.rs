@@ -500,7 +500,7 @@ impl Shared {
                     let error: WireError = decode("error", &payload)?;
                     return Err(error.into_error(None));
                 }
-                FrameKind::Reply | FrameKind::Nodes | FrameKind::Pieces | FrameKind::Error => {
+                FrameKind::Reply | FrameKind::Nodes | FrameKind::Pieces | FrameKind::Data | FrameKind::Error => {
                     self.take_answer(head, &payload)?;
                 }
                 FrameKind::Progress => {

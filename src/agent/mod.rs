@@ -10,10 +10,13 @@
 pub mod client;
 mod patience;
 pub mod remote;
+mod remote_upkeep;
+mod upkeep;
 
 use crate::block::BlockIndex;
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, DomainName, DomainUuid};
+use crate::replica::upkeep::Upkeep;
 use crate::replica::{ATTACHMENT_MAX, Attachment, BeginPoint, NODES_MAX, Replica, check_blocks};
 use crate::transport::pipe::{PipeReader, PipeWriter};
 use crate::wire::{
@@ -29,10 +32,15 @@ use std::os::fd::AsFd;
 use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+/// What an agent serves: a replica, and the keeping of its points.
+pub trait Served: Replica + Upkeep {}
+
+impl<T: Replica + Upkeep> Served for T {}
+
 /// Where the agent's replicas come from.
 pub trait ReplicaOpener {
     /// The replica of this domain, which need not exist yet.
-    fn open(&self, uuid: &DomainUuid) -> Result<Box<dyn Replica>>;
+    fn open(&self, uuid: &DomainUuid) -> Result<Box<dyn Served>>;
 
     /// Domains with this name, or all of them for an empty one. Names are not unique over time; UUIDs are.
     fn find(&self, name: &str) -> Result<Vec<(DomainUuid, DomainName)>>;
@@ -98,8 +106,10 @@ pub fn serve(
         // Also when a replica panics: the scope waits for the second thread.
         let _stop = StopOnDrop(&stop);
         scope.spawn(|| keep_alive(&output, &stop, options.ping_interval));
-        let mut session = Session { opener, output: &output, replicas: BTreeMap::new(), opened: 0, incoming: None };
+        let (replicas, streams) = (BTreeMap::new(), upkeep::Streams::default());
+        let mut session = Session { opener, output: &output, replicas, opened: 0, incoming: None, streams };
         let ended = session.run(&mut input);
+        session.streams.close_all(None);
         if let Err(error) = &ended {
             // The locks first: saying why may take as long as the silence that brought us here. It is best effort,
             // since a client that is gone is the commonest reason.
@@ -175,7 +185,7 @@ fn cannot_answer(error: std::io::Error) -> Error {
 /// An opened replica and what the stream of patches needs to know about it.
 struct Opened {
     uuid: DomainUuid,
-    replica: Box<dyn Replica>,
+    replica: Box<dyn Served>,
     /// The disks of the point being written, in the order of `begin`: what the number in an `Apply` frame means.
     disks: Vec<DiskName>,
     /// Why patches are no longer applied; told again to whoever builds on them.
@@ -197,6 +207,7 @@ struct Session<'a, W> {
     replicas: BTreeMap<Handle, Opened>,
     opened: u32,
     incoming: Option<Incoming>,
+    streams: upkeep::Streams,
 }
 
 /// An answer to a request: a message, or the request's failure, which the session survives.
@@ -229,11 +240,14 @@ impl<W: Write> Session<'_, W> {
                     }
                 }
                 FrameKind::Release => {
-                    self.replicas.remove(&Handle::from_bytes(&payload)?);
+                    let handle = Handle::from_bytes(&payload)?;
+                    self.streams.close_all(Some(handle));
+                    self.replicas.remove(&handle);
                 }
                 FrameKind::Ping => {}
                 // The replicas go first: who has read `End` may rely on their locks being free.
                 FrameKind::Bye => {
+                    self.streams.close_all(None);
                     self.replicas.clear();
                     return self.send(FrameKind::End, 0, &[]);
                 }
@@ -281,6 +295,7 @@ impl<W: Write> Session<'_, W> {
                 };
                 Reply::Verify { report: self.at(replica)?.replica.verify(&point, &mut progress)? }.into()
             }
+            Request::Upkeep { replica, ask } => self.upkeep(id, replica, ask)?,
         })
     }
 

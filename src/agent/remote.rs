@@ -32,6 +32,10 @@ impl RemoteReplica {
         Self { client, handle, disks: RwLock::default() }
     }
 
+    pub(super) fn session(&self) -> (&Arc<AgentClient>, Handle) {
+        (&self.client, self.handle)
+    }
+
     fn shared(&self) -> &Shared {
         &self.client.shared
     }

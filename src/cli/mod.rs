@@ -4,11 +4,14 @@
 //! steps, progress, warnings and errors go to stderr.
 
 mod doctor;
+mod export;
 // A build without libvirt prints less than it could.
 #[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
 mod output;
+mod pin;
 mod points;
 mod progress;
+mod prune;
 #[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
 mod render;
 mod serve;
@@ -110,6 +113,14 @@ enum Command {
     Status(status::StatusArgs),
     /// Read a point again and compare it with its digests, or the source with its newest point
     Verify(verify::VerifyArgs),
+    /// Remove points that are not to be kept any longer
+    Prune(prune::PruneArgs),
+    /// Keep a point from being removed
+    Pin(pin::PinArgs),
+    /// Let a pinned point be removed again
+    Unpin(pin::UnpinArgs),
+    /// Hand out a disk of a point as a file
+    Export(export::ExportArgs),
     /// Explain what is left of a run that was cut short, and mend it on request
     Doctor(doctor::DoctorArgs),
     /// Serve the store of this host to a source, over stdin and stdout (started over ssh)
@@ -128,6 +139,10 @@ impl Command {
             Command::Points(args) => args.json,
             Command::Status(args) => args.json,
             Command::Verify(args) => args.json,
+            Command::Prune(args) => args.json,
+            Command::Export(args) => args.json,
+            Command::Pin(args) => args.json,
+            Command::Unpin(args) => args.json,
             Command::Doctor(args) => args.json,
             Command::Agent(_) | Command::Deadman(_) => false,
         }
@@ -148,6 +163,10 @@ pub fn main() -> ExitCode {
         Command::Points(args) => points::points(args, &cli.globals, output),
         Command::Status(args) => status::status(args, &cli.globals, output),
         Command::Verify(args) => verify::verify(args, &cli.globals, output),
+        Command::Prune(args) => prune::prune(args, &cli.globals, output),
+        Command::Pin(args) => pin::pin(args, &cli.globals),
+        Command::Unpin(args) => pin::unpin(args, &cli.globals),
+        Command::Export(args) => export::export(args, &cli.globals, output),
         Command::Doctor(args) => doctor::doctor(args, &cli.globals, output),
         Command::Agent(args) => serve::agent(args),
         Command::Deadman(args) => serve::deadman(args, &cli.globals),

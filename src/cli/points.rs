@@ -8,6 +8,7 @@ use clap::Args;
 use serde_json::json;
 use virt_replica::error::Result;
 use virt_replica::name::{DomainName, DomainUuid};
+use virt_replica::replica::upkeep::{Holds, Upkeep as _};
 use virt_replica::replica::{PointView, Replica as _, ReplicaView};
 use virt_replica::site::{self, Connection};
 use virt_replica::transport::target::TargetUrl;
@@ -29,30 +30,40 @@ pub fn points(args: &PointsArgs, globals: &Globals, output: Output) -> Result<Ex
     let connection = target.connection();
     let found = find(&connection, &args.domain);
     hang_up(connection);
-    let (uuid, name, view) = found?;
+    let (uuid, name, view, holds) = found?;
     match output.json {
         true => print_json(&json!({
             "domain": name, "uuid": uuid, "target": target.url.to_string(), "generation": view.generation, "path": view.path,
-            "points": view.points,
+            "points": view.points, "pins": holds.pins, "leases": holds.leases, "links": holds.links, "depth": holds.depth,
         }))?,
-        false => print(&describe(&name, &target.url, &view))?,
+        false => print(&describe(&name, &target.url, &view, &holds))?,
     }
     Ok(Exit::Done)
 }
 
-fn find(connection: &Connection, domain: &str) -> Result<(DomainUuid, DomainName, ReplicaView)> {
+fn find(connection: &Connection, domain: &str) -> Result<(DomainUuid, DomainName, ReplicaView, Holds)> {
     let client = connection.client()?;
     let (uuid, name) = site::find_replica(&client, domain)?;
-    let view = client.open(&uuid)?.describe()?;
-    Ok((uuid, name, view))
+    let replica = client.open(&uuid)?;
+    Ok((uuid, name, replica.describe()?, replica.holds()?))
 }
 
-fn describe(name: &DomainName, target: &TargetUrl, view: &ReplicaView) -> String {
+fn describe(name: &DomainName, target: &TargetUrl, view: &ReplicaView, holds: &Holds) -> String {
     let Some(head) = view.head() else { return format!("{name} has no point on {target}") };
     let rows = view.points.iter().flat_map(point_rows).collect();
     let mut lines = vec![render::table(&["Point", "Frozen at", "State", "Disk", "Mode", "Sent"], &[5], rows)];
     lines.push(format!("\n Images of the head, {}, generation {}:", head.id, head.generation));
     lines.extend(head.disks.iter().map(|d| format!(" {}  {}", d.name, d.image.display())));
+    let held = holds.pins.iter().map(|p| match p.reason.as_str() {
+        "" => format!(" Pinned: {}", p.point),
+        reason => format!(" Pinned: {} ({reason})", p.point),
+    });
+    let used = holds.leases.iter().map(|l| format!(" In use: {} ({}, {})", l.point, l.purpose, l.owner));
+    let held: Vec<String> = held.chain(used).collect();
+    if !held.is_empty() {
+        lines.push(String::new());
+        lines.extend(held);
+    }
     lines.join("\n")
 }
 

@@ -100,6 +100,19 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
     if !(0.0..9e15).contains(&bytes) { Err(how()) } else { Ok(bytes as u64) }
 }
 
+/// [`parse_duration`], and `7d` and `2w`: days of 24 hours.
+pub fn parse_age(text: &str) -> Result<Duration, String> {
+    const HOUR: u64 = 3600;
+    let long = |unit: char, hours: u64| {
+        let count: u64 = text.trim().strip_suffix(unit)?.trim_end().parse().ok()?;
+        count.checked_mul(hours * HOUR).map(Duration::from_secs)
+    };
+    match long('d', 24).or_else(|| long('w', 7 * 24)) {
+        Some(age) => Ok(age),
+        None => parse_duration(text).map_err(|_| "write it with its unit: 12h, 7d, 2w".to_owned()),
+    }
+}
+
 fn time_in(t: Timestamp, zone: TimeZone) -> String {
     t.to_zoned(zone).strftime("%Y-%m-%d %H:%M:%S %Z").to_string()
 }
@@ -157,6 +170,15 @@ pub fn table(header: &[&str], right: &[usize], rows: Vec<Vec<String>>) -> String
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn ages_may_be_days() {
+        let hours = |text| super::parse_age(text).map(|age| age.as_secs() / 3600);
+        assert_eq!([hours("7d"), hours("2w"), hours("12h"), hours("0s")], [Ok(168), Ok(336), Ok(12), Ok(0)]);
+        for bad in ["", "7", "d", "-1d", "1.5d", "99999999999999999d"] {
+            assert!(hours(bad).is_err(), "{bad}");
+        }
+    }
+
     use super::*;
 
     #[test]

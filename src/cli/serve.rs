@@ -4,8 +4,10 @@ use super::Globals;
 use super::output::Exit;
 use clap::Args;
 use std::path::PathBuf;
+use std::time::Duration;
 use virt_replica::error::Result;
 use virt_replica::name::DomainUuid;
+use virt_replica::replica::store::Limits;
 use virt_replica::site;
 use virt_replica::transport::target::ROOT_DEFAULT;
 
@@ -14,6 +16,12 @@ pub struct AgentArgs {
     /// Directory of the store
     #[arg(long, value_name = "DIR", default_value = ROOT_DEFAULT)]
     root: PathBuf,
+    /// Remove no point younger than this, whatever a client asks for (7d, 12h)
+    #[arg(long, value_name = "AGE", default_value = "0s", value_parser = super::render::parse_age)]
+    min_age: Duration,
+    /// Advise to prune from this many images of a disk on
+    #[arg(long, value_name = "COUNT", default_value_t = Limits::default().depth_max)]
+    max_depth: u64,
 }
 
 #[derive(Debug, Args)]
@@ -25,7 +33,7 @@ pub struct DeadmanArgs {
 pub fn agent(args: &AgentArgs) -> Result<Exit> {
     // Its client decides when it ends: an interrupt for the client's whole process group is not meant for it.
     ignore_interrupts();
-    site::serve_agent(&args.root)?;
+    site::serve_agent(&args.root, Limits { min_age: args.min_age, depth_max: args.max_depth })?;
     Ok(Exit::Done)
 }
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 use virt_replica::error::Result;
 use virt_replica::name::DiskName;
 use virt_replica::replicate::audit::AuditOptions;
+use virt_replica::retention::Keep;
 
 #[derive(Debug, Args)]
 pub struct SyncArgs {
@@ -17,6 +18,9 @@ pub struct SyncArgs {
     /// Keep secrets (graphics passwords) in the definition that travels with the point
     #[arg(long)]
     with_secrets: bool,
+    /// Afterwards remove the points that these rules do not keep: last=3,hourly=24,daily=7,weekly=4,monthly=12
+    #[arg(long, value_name = "RULES")]
+    keep: Option<Keep>,
     /// How long a commit may take to become ready before it is left to the next run
     #[arg(long, value_name = "TIME", default_value = "1h", value_parser = super::render::parse_duration)]
     ready_timeout: Duration,
@@ -80,7 +84,7 @@ mod run {
     use crate::cli::output::{AUDIT_ALARM, COMMIT_PENDING, Message, print, print_json};
     use crate::cli::target::{Target, hang_up};
     use crate::cli::watch::{DiskTime, Watcher};
-    use crate::cli::{render, signals, source};
+    use crate::cli::{prune, render, signals, source};
     use virt_replica::replica::AuditStats;
     use virt_replica::replicate::cycle::Request;
     use virt_replica::replicate::plan::{CaptureKind, Plan, PlanOptions};
@@ -118,6 +122,13 @@ mod run {
         let watcher = Watcher::new(output);
         let result = site.sync(&connection, &request, &watcher, stop);
         let times = watcher.finish();
+        // Its point is sealed, and its report is kept: whatever becomes of older points, this run has been one.
+        let result = result.map(|(mut report, error)| {
+            if report.point.is_some() {
+                report.warnings.extend(prune::after_run(&connection, &report, args.keep, output));
+            }
+            (report, error)
+        });
         hang_up(connection);
         let (report, error) = result?;
         match output.json {

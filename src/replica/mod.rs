@@ -16,6 +16,7 @@ mod lock;
 pub mod manifest;
 mod point;
 mod prune;
+pub mod receive;
 mod reserve;
 pub mod store;
 pub mod upkeep;

@@ -1,0 +1,109 @@
+//! The other host's points, as seen from here: every method of [`Upkeep`] is one message to the agent. A stream is read
+//! ahead, so that the way there and back does not bound its rate.
+
+use super::client::AgentClient;
+use super::remote::RemoteReplica;
+use crate::error::Result;
+use crate::name::{DiskName, PointId};
+use crate::replica::upkeep::{Holds, PatchStream, PruneReport, Upkeep};
+use crate::wire::upkeep::{Ask, StreamId, Told};
+use crate::wire::{FrameKind, Handle, Reply, Request, protocol};
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+/// Chunks asked for ahead: at most some 2 MiB on their way.
+const AHEAD: usize = 4;
+
+fn ask(client: &AgentClient, replica: Handle, ask: Ask, progress: &mut dyn FnMut(u64, u64)) -> Result<Told> {
+    let id = client.shared.ask(&Request::Upkeep { replica, ask })?;
+    match client.shared.reply(id, progress)? {
+        Reply::Upkeep { told } => Ok(told),
+        other => Err(client.shared.other_reply("upkeep", &other)),
+    }
+}
+
+impl RemoteReplica {
+    fn told<T>(
+        &self,
+        ask_for: Ask,
+        progress: &mut dyn FnMut(u64, u64),
+        take: impl FnOnce(Told) -> Option<T>,
+    ) -> Result<T> {
+        let (client, handle) = self.session();
+        let told = ask(client, handle, ask_for, progress)?;
+        take(told).ok_or_else(|| client.shared.at_host(protocol("the answer is to another question")))
+    }
+}
+
+impl Upkeep for RemoteReplica {
+    fn holds(&self) -> Result<Holds> {
+        self.told(Ask::Holds {}, &mut |_, _| {}, |told| match told {
+            Told::Holds { holds } => Some(holds),
+            _ => None,
+        })
+    }
+
+    fn prune(&self, remove: &[PointId], progress: &mut dyn FnMut(u64, u64)) -> Result<PruneReport> {
+        self.told(Ask::Prune { remove: remove.to_vec() }, progress, |told| match told {
+            Told::Prune { report } => Some(report),
+            _ => None,
+        })
+    }
+
+    fn pin(&self, point: &PointId, reason: Option<&str>) -> Result<()> {
+        let ask = Ask::Pin { point: point.clone(), reason: reason.map(str::to_owned) };
+        self.told(ask, &mut |_, _| {}, |told| matches!(told, Told::Pin {}).then_some(()))
+    }
+
+    fn export(&self, point: &PointId, disk: &DiskName) -> Result<Box<dyn PatchStream>> {
+        let ask = Ask::Export { point: point.clone(), disk: disk.clone() };
+        let stream = self.told(ask, &mut |_, _| {}, |told| match told {
+            Told::Export { stream } => Some(stream),
+            _ => None,
+        })?;
+        let (client, handle) = self.session();
+        let (client, asked) = (Arc::clone(client), VecDeque::new());
+        Ok(Box::new(RemoteStream { client, handle, stream, asked, ended: false }))
+    }
+}
+
+struct RemoteStream {
+    client: Arc<AgentClient>,
+    handle: Handle,
+    stream: StreamId,
+    /// Requests for chunks, in their order.
+    asked: VecDeque<u64>,
+    ended: bool,
+}
+
+impl RemoteStream {
+    fn answer(&mut self) -> Result<Option<Vec<u8>>> {
+        let shared = &self.client.shared;
+        let Some(id) = self.asked.pop_front() else { return Ok(None) };
+        match shared.answer(id, &mut |_, _| {})? {
+            (FrameKind::Data, bytes) => Ok(Some(bytes)),
+            (kind, _) => Err(shared.at_host(protocol(format!("a {kind:?} frame instead of data")))),
+        }
+    }
+}
+
+impl PatchStream for RemoteStream {
+    fn next_chunk(&mut self) -> Result<Vec<u8>> {
+        while !self.ended && self.asked.len() < AHEAD {
+            let ask = Ask::Chunk { stream: self.stream };
+            self.asked.push_back(self.client.shared.ask(&Request::Upkeep { replica: self.handle, ask })?);
+        }
+        let bytes = self.answer()?.unwrap_or_default();
+        self.ended |= bytes.is_empty();
+        Ok(bytes)
+    }
+
+    fn close(mut self: Box<Self>) -> Result<()> {
+        // What was asked for ahead comes before the answer to this.
+        while self.answer().ok().flatten().is_some() {}
+        match ask(&self.client, self.handle, Ask::Close { stream: self.stream }, &mut |_, _| {})? {
+            Told::Close {} => Ok(()),
+            _ => Err(self.client.shared.at_host(protocol("the answer is to another question"))),
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! The agent's side of what is done with points that exist. It obeys or refuses: what may be removed is the store's to say.
+
+use super::{Answer, Opened, Session};
+use crate::error::{Error, Kind, Result};
+use crate::replica::upkeep::PatchStream;
+use crate::wire::upkeep::{Ask, StreamId, Told};
+use crate::wire::{BULK_MAX, FrameKind, Handle, Progress, Reply, encode, protocol};
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::time::Instant;
+
+/// Streams that one session may have open.
+const STREAMS_MAX: usize = 16;
+
+/// The patch streams of a session. They hold leases: whoever drops this without [`Streams::close_all`] leaves them to expire.
+#[derive(Default)]
+pub(super) struct Streams {
+    open: BTreeMap<StreamId, (Handle, Box<dyn PatchStream>)>,
+    opened: StreamId,
+}
+
+impl Streams {
+    fn add(&mut self, of: Handle, stream: Box<dyn PatchStream>) -> Result<StreamId> {
+        let id = self.opened;
+        self.opened = id.checked_add(1).ok_or_else(|| protocol("a session without end"))?;
+        self.open.insert(id, (of, stream));
+        Ok(id)
+    }
+
+    /// Ends the streams of one replica, or all of them.
+    pub(super) fn close_all(&mut self, of: Option<Handle>) {
+        let ending: Vec<StreamId> =
+            self.open.iter().filter(|(_, (handle, _))| of.is_none_or(|of| *handle == of)).map(|(id, _)| *id).collect();
+        for (_, stream) in ending.iter().filter_map(|id| self.open.remove(id)) {
+            if let Err(e) = stream.close() {
+                tracing::debug!("a stream did not end in order: {}", e.chain());
+            }
+        }
+    }
+}
+
+impl<W: Write> Session<'_, W> {
+    pub(super) fn upkeep(&mut self, id: u64, handle: Handle, ask: Ask) -> Result<Answer> {
+        let told = match ask {
+            Ask::Holds {} => Told::Holds { holds: self.at(handle)?.replica.holds()? },
+            Ask::Prune { remove } => {
+                let output = self.output;
+                let mut last = Instant::now();
+                let mut progress = |done_bytes, total_bytes| {
+                    if last.elapsed() >= super::PROGRESS_INTERVAL {
+                        last = Instant::now();
+                        // A client that is gone is noticed by the answer.
+                        let _ = output.send(FrameKind::Progress, id, &encode(&Progress { done_bytes, total_bytes }));
+                    }
+                };
+                Told::Prune { report: self.at(handle)?.replica.prune(&remove, &mut progress)? }
+            }
+            Ask::Pin { point, reason } => {
+                self.at(handle)?.replica.pin(&point, reason.as_deref())?;
+                Told::Pin {}
+            }
+            Ask::Export { point, disk } => {
+                if self.streams.open.len() >= STREAMS_MAX {
+                    return Err(Error::new(
+                        Kind::Refused,
+                        format!("one session may export {STREAMS_MAX} disks at once"),
+                    ));
+                }
+                let Opened { replica, .. } = self.at(handle)?;
+                let stream = replica.export(&point, &disk)?;
+                Told::Export { stream: self.streams.add(handle, stream)? }
+            }
+            Ask::Chunk { stream } => return self.chunk(stream),
+            Ask::Close { stream } => {
+                let (_, stream) = self.streams.open.remove(&stream).ok_or_else(|| no_stream(stream))?;
+                stream.close()?;
+                Told::Close {}
+            }
+        };
+        Ok(Reply::Upkeep { told }.into())
+    }
+
+    fn chunk(&mut self, id: StreamId) -> Result<Answer> {
+        let (_, stream) = self.streams.open.get_mut(&id).ok_or_else(|| no_stream(id))?;
+        let bytes = stream.next_chunk()?;
+        if bytes.len() > BULK_MAX {
+            return Err(Error::new(Kind::Corrupt, format!("the store gave a chunk of {} bytes", bytes.len())));
+        }
+        Ok(Answer::Message(FrameKind::Data, bytes))
+    }
+}
+
+fn no_stream(id: StreamId) -> Error {
+    protocol(format!("stream {id} is not open"))
+}
