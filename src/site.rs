@@ -4,7 +4,8 @@ use crate::agent::client::AgentClient;
 use crate::agent::{ReplicaOpener, ServeOptions, Served, serve_stdio};
 use crate::error::{Error, Kind, Result};
 use crate::image::open::OpenOptions;
-use crate::name::{DomainName, DomainUuid};
+use crate::image::qemu_nbd::QemuNbd;
+use crate::name::{DiskName, DomainName, DomainUuid, PointId};
 use crate::replica::Replica;
 use crate::replica::store::{self, Limits, Store};
 use crate::transport::Transport;
@@ -13,7 +14,9 @@ use crate::transport::ssh::{SshOptions, SshTransport};
 use crate::transport::target::TargetUrl;
 use jiff::Timestamp;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 #[cfg(feature = "libvirt")]
 pub use source::{Site, SiteOptions};
@@ -102,6 +105,35 @@ impl ReplicaOpener for LocalStores {
     }
 }
 
+/// Serves a disk of a point in the store at `root` on this host over NBD, read-only, on a unix socket, until `stop` is
+/// set or the server ends. Blocks. The point is leased meanwhile. `ready` is told when it serves.
+pub fn serve_nbd(
+    root: &Path,
+    uuid: &DomainUuid,
+    point: &PointId,
+    disk: &DiskName,
+    socket: &Path,
+    ready: &dyn Fn() -> Result<()>,
+    stop: &AtomicBool,
+) -> Result<()> {
+    let store = Store::open(root, uuid, Timestamp::now)?;
+    let mut held = store.hold(point, "nbd")?;
+    let served = held.images(disk).and_then(|images| QemuNbd::start_at(&images, socket)).and_then(|mut server| {
+        let mut serving = ready();
+        while serving.is_ok() && !stop.load(Ordering::Relaxed) {
+            if !server.is_running()? {
+                serving = Err(Error::new(Kind::Interrupted, "qemu-nbd ended").path(socket));
+                break;
+            }
+            serving = held.renew();
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        serving.and(server.stop())
+    });
+    held.release();
+    served
+}
+
 /// The UUID of a replica by its domain's name or UUID, for a target whose source may be gone.
 pub fn find_replica(client: &AgentClient, name_or_uuid: &str) -> Result<(DomainUuid, DomainName)> {
     let all = client.find("")?;
@@ -140,7 +172,6 @@ mod source {
     use crate::replicate::settle::PauseGuard;
     use crate::replicate::{compare, cycle, doctor, plan, survey};
     use std::process::Command;
-    use std::sync::atomic::AtomicBool;
 
     #[derive(Debug, Clone)]
     pub struct SiteOptions {

@@ -167,6 +167,7 @@ fn wrong_usage_is_told_with_code_2() {
         &["prune", "web01", "--to", "/r", "--keep", "last=1", "--point", "000001-00000000"],
         &["sync", "web01", "--to", "/r", "--keep", "always"],
         &["export", "web01", "--to", "/r"],
+        &["export", "web01", "--to", "/r", "--output", "/o", "--nbd", "/s"],
         &["agent", "--min-age", "7"],
         &["points", "web01", "--to", "host:/srv"],
         &["points", "web01", "--to", "ssh://-oProxyCommand=x/srv"],
@@ -371,6 +372,42 @@ fn a_disk_of_a_point_is_handed_out_as_a_file() {
         .filter(|n| n.contains("other") || n.contains(".part"))
         .collect();
     assert!(left.is_empty(), "{left:?}");
+}
+
+/// Over NBD on the host of the store: QEMU reads it, the point is leased, and all of it ends with the command.
+#[test]
+fn a_disk_of_a_point_is_served_over_nbd() {
+    use std::io::{BufRead, BufReader};
+    let store = StoreWithPoints::new();
+    let target = store.target();
+    let socket = store.dir.path().join("s");
+    let args = ["export", "web01", "--to", &target, "--point", "000001-00000001", "--json", "--nbd"];
+    let path = std::env::var_os("PATH").unwrap();
+    let mut server =
+        program().env("PATH", path).args(args).arg(&socket).stdout(Stdio::piped()).spawn().expect("it starts");
+    let mut line = String::new();
+    BufReader::new(server.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let said: Value = serde_json::from_str(&line).unwrap();
+    assert_eq!((&said["message_type"], &said["size"]), (&"nbd".into(), &(1 << 20).into()));
+    let raw = store.dir.path().join("raw.img");
+    let url = format!("nbd+unix:///?socket={}", socket.display());
+    let convert = ["convert", "-f", "raw", "-O", "raw", &url, raw.to_str().unwrap()];
+    assert!(Command::new("qemu-img").args(convert).status().unwrap().success());
+    assert!(std::fs::read(&raw).unwrap()[..64 << 10].iter().all(|b| *b == 0xaa));
+    let listed = |what: &str| -> Value {
+        let output = run(&["points", "web01", "--to", &target, "--json"]);
+        let json: Value = serde_json::from_str(&stdout(&output)).unwrap();
+        json[what].clone()
+    };
+    assert!(listed("leases").as_array().unwrap().iter().any(|l| l["purpose"] == "nbd"), "{}", listed("leases"));
+    let pruned = run(&["prune", "web01", "--to", &target, "--point", "000001-00000001"]);
+    expect_code(&pruned, 0);
+    assert!(stdout(&pruned).contains("in use"), "{}", stdout(&pruned));
+    rustix::process::kill_process(rustix::process::Pid::from_child(&server), rustix::process::Signal::INT).unwrap();
+    assert!(server.wait().unwrap().success());
+    assert!(!socket.exists() && listed("leases").as_array().unwrap().is_empty(), "{}", listed("leases"));
+    // Elsewhere there is no qemu-nbd of ours.
+    expect_code(&run(&["export", "web01", "--to", "ssh://nowhere", "--nbd", "/tmp/s"]), 2);
 }
 
 /// `virt-replica points ... | head -1` must not end in a panic, and a full disk must not end in silence.

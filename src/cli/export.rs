@@ -1,8 +1,8 @@
-//! `export`: a disk of a point, as a file on this host.
+//! `export`: a disk of a point, as a file on this host, or over NBD on the host of the store.
 
 use super::output::{Exit, Message, Output, print};
 use super::progress::bar;
-use super::target::{TargetArgs, hang_up};
+use super::target::{Target, TargetArgs, hang_up};
 use super::{Globals, render};
 use clap::{Args, ValueEnum};
 use serde_json::json;
@@ -18,6 +18,7 @@ use virt_replica::replica::receive::{self, receive_file};
 use virt_replica::replica::upkeep::Upkeep as _;
 use virt_replica::replica::{PointDisk, Replica as _};
 use virt_replica::site;
+use virt_replica::transport::target::TargetUrl;
 
 /// A script hears of progress at most this often.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
@@ -35,14 +36,17 @@ pub struct ExportArgs {
     #[arg(long, value_name = "DISK")]
     disk: Option<DiskName>,
     /// Write this file, here
-    #[arg(long, value_name = "FILE")]
-    output: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "nbd")]
+    output: Option<PathBuf>,
     /// Of that file
-    #[arg(long, default_value = "raw")]
+    #[arg(long, default_value = "raw", conflicts_with = "nbd")]
     format: ExportFormat,
     /// Replace the file if it is there
-    #[arg(long)]
+    #[arg(long, conflicts_with = "nbd")]
     force: bool,
+    /// Serve it read-only on this unix socket until interrupted; only for a store on this host (--to /root)
+    #[arg(long, value_name = "SOCKET", conflicts_with = "output")]
+    nbd: Option<PathBuf>,
     /// Print JSON for scripts
     #[arg(long)]
     pub json: bool,
@@ -64,15 +68,18 @@ struct Found {
 
 pub fn export(args: &ExportArgs, globals: &Globals, output: Output) -> Result<Exit> {
     let target = args.target.resolve(globals)?;
+    let Some(path) = &args.output else {
+        return serve(args, &target, output);
+    };
     let connection = target.connection();
     let exported = connection.client().and_then(|client| {
         let found = find(&client, args)?;
-        let bytes = to_file(&client, &found, args, output).map_err(|e| e.domain(&found.name))?;
+        let bytes = to_file(&client, &found, path, args, output).map_err(|e| e.domain(&found.name))?;
         Ok((found, bytes))
     });
     hang_up(connection);
     let (found, bytes) = exported?;
-    let path = std::path::absolute(&args.output).unwrap_or_else(|_| args.output.clone());
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
     if output.json {
         let body = json!({
             "domain": found.name, "uuid": found.uuid, "target": target.url.to_string(), "point": found.point,
@@ -82,6 +89,38 @@ pub fn export(args: &ExportArgs, globals: &Globals, output: Output) -> Result<Ex
     } else {
         print(&describe(&found, &path, bytes))?;
     }
+    Ok(Exit::Done)
+}
+
+fn serve(args: &ExportArgs, target: &Target, output: Output) -> Result<Exit> {
+    let socket = args.nbd.as_deref().expect("one of the two is there, says the grammar");
+    let TargetUrl::Local { root } = &target.url else {
+        return Err(Error::new(Kind::Usage, "NBD is served on the host of the store only")
+            .hint("run this on the target with `--to ROOT`, or export into a file with --output"));
+    };
+    let connection = target.connection();
+    let found = connection.client().and_then(|client| find(&client, args));
+    hang_up(connection);
+    let found = found?;
+    let stop = super::signals::listen_saying("ending the server (again: at once)", "ended at once")?;
+    let ready = || match output.json {
+        true => {
+            let body = json!({
+                "domain": found.name, "uuid": found.uuid, "target": target.url.to_string(), "point": found.point,
+                "disk": found.disk.name, "socket": socket, "size": found.disk.size,
+            });
+            Message { message_type: "nbd", body }.print()
+        }
+        false => print(&format!(
+            "{} of point {} of {} is served on {} until this is interrupted",
+            found.disk.name,
+            found.point,
+            found.name,
+            socket.display()
+        )),
+    };
+    site::serve_nbd(root, &found.uuid, &found.point, &found.disk.name, socket, &ready, stop)
+        .map_err(|e| e.domain(&found.name).point(&found.point))?;
     Ok(Exit::Done)
 }
 
@@ -125,12 +164,12 @@ fn find(client: &Arc<AgentClient>, args: &ExportArgs) -> Result<Found> {
     Ok(Found { uuid, name, point: point.id.clone(), disk: disk.clone() })
 }
 
-fn to_file(client: &Arc<AgentClient>, found: &Found, args: &ExportArgs, output: Output) -> Result<u64> {
+fn to_file(client: &Arc<AgentClient>, found: &Found, path: &Path, args: &ExportArgs, output: Output) -> Result<u64> {
     let format = match args.format {
         ExportFormat::Raw => Format::Raw,
         ExportFormat::Qcow2 => Format::Qcow2,
     };
-    let into = receive::Output { path: args.output.clone(), format, force: args.force };
+    let into = receive::Output { path: path.to_owned(), format, force: args.force };
     // Held as long as the stream: that ends with it.
     let replica = client.open(&found.uuid)?;
     let mut stream = replica.export(&found.point, &found.disk.name)?;

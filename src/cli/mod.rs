@@ -15,7 +15,6 @@ mod prune;
 #[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
 mod render;
 mod serve;
-#[cfg(feature = "libvirt")]
 mod signals;
 #[cfg(feature = "libvirt")]
 mod source;
@@ -119,7 +118,7 @@ enum Command {
     Pin(pin::PinArgs),
     /// Let a pinned point be removed again
     Unpin(pin::UnpinArgs),
-    /// Hand out a disk of a point as a file
+    /// Hand out a disk of a point: as a file, or over NBD on the target itself
     Export(export::ExportArgs),
     /// Explain what is left of a run that was cut short, and mend it on request
     Doctor(doctor::DoctorArgs),

@@ -10,7 +10,16 @@ use virt_replica::error::{Error, Result};
 static STOP: AtomicBool = AtomicBool::new(false);
 
 /// Listens from now on; the flag is set by the first signal.
+#[cfg(feature = "libvirt")]
 pub fn listen() -> Result<&'static AtomicBool> {
+    listen_saying(
+        "stopping in order: the domain goes back onto its own images (again: at once)",
+        "ended at once; the next run, or `virt-replica doctor`, puts the domain right",
+    )
+}
+
+/// As [`listen`], with other words for the first signal and for the second.
+pub fn listen_saying(first: &'static str, second: &'static str) -> Result<&'static AtomicBool> {
     let fail = |e| Error::from_io("cannot listen for signals", e);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(fail)?;
     // Registered before this returns: a signal that comes early must not take the default, and lethal, way.
@@ -28,10 +37,10 @@ pub fn listen() -> Result<&'static AtomicBool> {
                     _ = hup.recv() => {}
                 }
                 if STOP.swap(true, Ordering::Relaxed) {
-                    progress::say("ended at once; the next run, or `virt-replica doctor`, puts the domain right");
+                    progress::say(second);
                     std::process::exit(130);
                 }
-                progress::say("stopping in order: the domain goes back onto its own images (again: at once)");
+                progress::say(first);
             }
         });
     });

@@ -52,6 +52,25 @@ impl QemuNbd {
             return Err(Error::new(Kind::Config, "the path of the runtime directory is too long for a socket")
                 .path(serve.runtime_dir));
         }
+        Self::spawn(serve, socket, Some(dir))
+    }
+
+    /// As [`QemuNbd::start`], on a socket where the operator wants it, in a directory that exists. Whoever may connect to
+    /// it reads the disk. [`Kind::Conflict`] if something is there already.
+    pub fn start_at(chain: &Chain, socket: &Path) -> Result<Self> {
+        if socket.as_os_str().len() > SOCKET_PATH_MAX {
+            return Err(Error::new(Kind::Usage, "the path is too long for a socket").path(socket));
+        }
+        match std::fs::symlink_metadata(socket) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) => return Err(Error::io("cannot look at the place of the socket", socket, e)),
+            Ok(_) => return Err(Error::new(Kind::Conflict, "something is there already").path(socket)),
+        }
+        let serve = Serve { chain, runtime_dir: Path::new(""), force_share: false, connections: 16, bitmap: None };
+        Self::spawn(&serve, socket.to_owned(), None)
+    }
+
+    fn spawn(serve: &Serve<'_>, socket: PathBuf, dir: Option<TempDir>) -> Result<Self> {
         let access = if serve.force_share { Access::ReadUnlocked } else { Access::Read };
         let image = blockdev::describe(&serve.chain.0, access)?;
         let mut command = program::command("QEMU_NBD", "qemu-nbd");
@@ -72,7 +91,7 @@ impl QemuNbd {
                 return Err(e);
             }
         };
-        let mut server = Self { child, dir: Some(dir), socket, complaints };
+        let mut server = Self { child, dir, socket, complaints };
         server.wait_until_it_serves(serve.chain.top())?;
         Ok(server)
     }
@@ -86,9 +105,17 @@ impl QemuNbd {
         self.child.id()
     }
 
+    /// Whether the child still runs.
+    pub fn is_running(&mut self) -> Result<bool> {
+        let ended = self.child.try_wait().map_err(|e| Error::from_io("cannot wait for qemu-nbd", e))?;
+        Ok(ended.is_none())
+    }
+
     /// Removes the socket and its directory. Connections that exist go on, new ones are impossible, and nothing is left
     /// on the disk should we be killed.
     pub fn close_the_door(&mut self) {
+        // Gone already where qemu-nbd could tidy up itself.
+        let _ = std::fs::remove_file(&self.socket);
         if let Some(dir) = self.dir.take() {
             let path = dir.path().to_owned();
             if let Err(e) = dir.close() {

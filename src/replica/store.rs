@@ -301,7 +301,36 @@ impl Reading {
     }
 }
 
+/// A point that stays as it is while somebody else, such as a QEMU program, reads its images.
+pub struct HeldPoint {
+    reading: Reading,
+    point: PointId,
+    clock: Clock,
+}
+
+impl HeldPoint {
+    /// The images of a disk, uppermost first.
+    pub fn images(&self, disk: &DiskName) -> Result<crate::image::Chain> {
+        chain::images(&self.reading.points, &self.reading.manifest, &self.point, disk)
+    }
+
+    /// Prolongs the lease; to be called every minute.
+    pub fn renew(&mut self) -> Result<()> {
+        let now = (self.clock)();
+        self.reading.lease.as_mut().map_or(Ok(()), |lease| lease.renew(now))
+    }
+
+    pub fn release(self) {
+        self.reading.release();
+    }
+}
+
 impl Store {
+    /// Leases a point for `purpose`.
+    pub fn hold(&self, point: &PointId, purpose: &str) -> Result<HeldPoint> {
+        Ok(HeldPoint { reading: self.read(point, purpose)?, point: point.clone(), clock: self.clock.clone() })
+    }
+
     /// Leases a point for reading. [`Kind::NotFound`] if there is no such point.
     pub(super) fn read(&self, point: &PointId, purpose: &str) -> Result<Reading> {
         let missing = || Error::new(Kind::NotFound, "the replica has no such point").point(point).path(self.path());
