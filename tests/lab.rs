@@ -33,6 +33,8 @@ mod crash_qmp;
 mod domain;
 #[path = "lab/suite/formats.rs"]
 mod formats;
+#[path = "lab/suite/points.rs"]
+mod points;
 #[path = "lab/suite/states.rs"]
 mod states;
 #[path = "lab/suite/support.rs"]

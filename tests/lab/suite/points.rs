@@ -1,0 +1,98 @@
+//! Points come and go while replication goes on: retention, pins, exports, a store that removes nothing young.
+
+use crate::domain::{Disk, Domain};
+use crate::support::{Host, Lab, PATIENCE, SyncResult};
+use serde_json::Value;
+
+fn small() -> Disk {
+    Disk::qcow2("32M").then("write -P 0x11 1M 3M")
+}
+
+fn ids(vm: &Domain) -> Vec<String> {
+    vm.points().iter().map(|p| p["id"].as_str().unwrap().to_owned()).collect()
+}
+
+fn sequences(vm: &Domain) -> Vec<u64> {
+    ids(vm).iter().map(|id| id.split('-').next().unwrap().parse().unwrap()).collect()
+}
+
+/// Every run prunes; what is left can be read, exported, and compared with what the guest had at that freeze.
+#[test]
+fn points_are_pruned_by_every_run_and_exported_over_ssh() {
+    let lab = Lab::get();
+    let vm = lab.domain("points").disk(small()).disk(Disk::raw("8M").then("write -P 0x22 1M 1M")).paused();
+    let kept = |n: u64, disk: &str| format!("{}/{n}-{disk}", vm.shared());
+    for n in 1..=6 {
+        vm.write(0, &format!("-P {n} {n}M 256k"));
+        vm.write(1, &format!("-z {n}M 64k"));
+        let result = vm.sync_with("", &["--keep", "last=3"]).sealed();
+        // It is paused: this is what it had at the freeze. Before the run QEMU might have kept tables to itself.
+        for (disk, name) in ["vda", "vdb"].iter().enumerate() {
+            Host::A.ok(&["cp", "--sparse=always", &vm.copy(disk).file, &kept(n, name)]);
+        }
+        vm.assert_home();
+        if n == 2 {
+            Host::A.virt_replica(&["pin", &vm.name, result.id(), "--to", &vm.to, "--reason", "before"]).success();
+        }
+    }
+    assert_eq!(sequences(&vm), [2, 4, 5, 6], "three newest and the pinned one");
+    vm.compare_with_head();
+    let out = format!("{}/out", vm.shared());
+    for (id, n) in ids(&vm).iter().zip(sequences(&vm)) {
+        Host::A.virt_replica(&["verify", &vm.name, "--to", &vm.to, "--point", id]).success();
+        for disk in ["vda", "vdb"] {
+            let words =
+                ["export", &vm.name, "--to", &vm.to, "--point", id, "--disk", disk, "--output", &out, "--force"];
+            Host::A.virt_replica(&words).success();
+            Host::A.ok(&["cmp", &out, &kept(n, disk)]);
+        }
+    }
+    // On the host of the store, without a source.
+    let local = ["export", &vm.name, "--to", "local:/var/lib/virt-replica", "--disk", "vda", "--output", &out];
+    Host::B.virt_replica(&[&local[..], &["--force", "--format", "qcow2"]].concat()).success();
+    Host::B.ok(&["qemu-img", "check", "-q", &out]);
+    // And by hand.
+    let pruned = Host::A.json(&["prune", &vm.name, "--to", &vm.to, "--keep", "last=1", "--json"]);
+    assert_eq!(pruned["removed"].as_array().unwrap().len(), 2, "{pruned:#}");
+    assert_eq!(sequences(&vm), [2, 6]);
+    vm.write(0, "-P 0x77 9M 64k");
+    vm.sync().sealed().incremental("vda");
+    vm.compare_with_head();
+}
+
+/// A key that may start just this agent cannot remove what is young; and nobody prunes beside a run.
+#[test]
+fn young_points_and_a_run_under_way_are_safe_from_a_prune() {
+    let lab = Lab::get();
+    let vm = lab.domain("floor").disk(small()).paused();
+    vm.sync().sealed();
+    vm.write(0, "-P 0x33 2M 64k");
+    vm.sync().sealed();
+    // What sshd does with `command="virt-replica agent --min-age 7d"`: the client's own command is not run.
+    let shared = vm.shared();
+    let script = r#"mkdir -p "$1"; printf '#!/bin/sh\nexec virt-replica agent --min-age 7d\n' >"$1/agent"; chmod 755 "$1/agent""#;
+    Host::B.script(script, &[&shared]);
+    let own_key = r#"
+        ssh-keygen -q -t ed25519 -N '' -f "$1/key"
+        printf 'restrict,command="%s/agent" %s\n' "$1" "$(cat "$1/key.pub")""#;
+    let line = Host::A.script(own_key, &[&shared]);
+    let keys = "/root/.ssh/authorized_keys";
+    Host::B.script("printf '%s\\n' \"$1\" >>\"$2\"", &[&line, keys]);
+    let key = format!("{shared}/key");
+    let with_key = ["--identity", key.as_str()];
+    let refused = Host::A.virt_replica(
+        &[&["prune", &vm.name, "--to", &vm.to, "--point", &ids(&vm)[0], "--json"][..], &with_key].concat(),
+    );
+    Host::B.script("grep -vF \"$1\" \"$2\" >\"$2.new\"; cat \"$2.new\" >\"$2\"; rm \"$2.new\"", &[&line, keys]);
+    let said: Value = serde_json::from_str(refused.success().stdout.lines().last().unwrap()).unwrap();
+    assert_eq!(said["points"][0]["action"], "keep", "{said:#}");
+    assert!(said["points"][0]["reasons"][0]["young"].as_u64().unwrap() > 6 * 86_400, "{said:#}");
+    assert_eq!(ids(&vm).len(), 2);
+
+    let mut run = vm.start_sync("5f=sleep:2500", &[]);
+    run.wait_step(5);
+    Host::A.virt_replica(&["prune", &vm.name, "--to", &vm.to, "--keep", "last=1"]).exit(11).says(&["run"]);
+    SyncResult::of(run.wait(PATIENCE)).sealed();
+    assert_eq!(ids(&vm).len(), 3);
+    vm.assert_home();
+}
