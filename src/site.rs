@@ -6,7 +6,6 @@ use crate::error::{Error, Kind, Result};
 use crate::image::open::OpenOptions;
 use crate::image::qemu_nbd::QemuNbd;
 use crate::name::{DiskName, DomainName, DomainUuid, PointId};
-use crate::replica::Replica;
 use crate::replica::store::{self, Limits, Store};
 use crate::transport::Transport;
 use crate::transport::local::LocalTransport;
@@ -166,6 +165,7 @@ mod source {
     use crate::hypervisor::libvirt::LibvirtHypervisor;
     use crate::hypervisor::stored::StoredBitmaps;
     use crate::image::open;
+    use crate::replica::Replica;
     use crate::replicate::cycle::{Ports, Request, Watch};
     use crate::replicate::deadman::{self, Charge, Deadman};
     use crate::replicate::report::Report;
