@@ -2,11 +2,14 @@
 
 use crate::agent::client::AgentClient;
 use crate::agent::{ReplicaOpener, ServeOptions, Served, serve_stdio};
+use crate::block::DiskSize;
 use crate::error::{Error, Kind, Result};
-use crate::image::open::OpenOptions;
+use crate::image::Layer;
+use crate::image::open::{self, OpenOptions};
 use crate::image::qemu_nbd::QemuNbd;
 use crate::name::{DiskName, DomainName, DomainUuid, PointId};
 use crate::replica::store::{self, Limits, Store};
+use crate::replicate::offline;
 use crate::transport::Transport;
 use crate::transport::local::LocalTransport;
 use crate::transport::ssh::{SshOptions, SshTransport};
@@ -132,6 +135,26 @@ pub fn serve_nbd(
     held.release();
     served
 }
+
+/// Adopts the image at `top`, with all below it, as the seed of a disk in the store at `root` of this host. Returns its size
+/// and the bytes of data copied. Blocks as long as the storage needs.
+pub fn seed(
+    root: &Path,
+    uuid: &DomainUuid,
+    disk: &DiskName,
+    top: &Layer,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<(DiskSize, u64)> {
+    let opened = open::open_read(&offline::resolve_chain(top)?, &open_options(1))?;
+    let size = opened.image.size();
+    let copied = Store::open(root, uuid, Timestamp::now)?.adopt(disk, opened.image.as_ref(), progress);
+    let closed = opened.close();
+    let copied = copied?;
+    closed?;
+    Ok((size, copied))
+}
+
+pub use crate::replicate::offline::is_block_device;
 
 /// The UUID of a replica by its domain's name or UUID, for a target whose source may be gone.
 pub fn find_replica(client: &AgentClient, name_or_uuid: &str) -> Result<(DomainUuid, DomainName)> {

@@ -15,7 +15,7 @@ use crate::block::BlockIndex;
 use crate::block::digest::{BLOCK_PIECES, BlockPieces, Digest, PieceDigest};
 use crate::error::{Error, Kind, Result, printable};
 use crate::name::{DiskName, DomainName, DomainUuid, PointId};
-use crate::replica::{Attachment, BeginPoint, DiskApplied, PointView, ReplicaView, SealPoint, VerifyReport};
+use crate::replica::{Attachment, BeginPoint, Begun, DiskApplied, PointView, ReplicaView, SealPoint, VerifyReport};
 use serde::{Deserialize, Deserializer, Serialize};
 use std::borrow::Cow;
 use std::fmt;
@@ -379,7 +379,7 @@ pub enum Reply {
     Open { replica: Handle },
     Find { found: Vec<(DomainUuid, DomainName)> },
     Describe { view: ReplicaView },
-    Begin {},
+    Begin { begun: Option<Begun> },
     FinishDisk { applied: DiskApplied },
     Attach {},
     Seal { point: PointView },

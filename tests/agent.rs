@@ -125,12 +125,13 @@ impl Replica for FakeReplica {
             free_bytes: 1 << 40,
             path: "/srv".into(),
             open_point: None,
+            seeds: Vec::new(),
         })
     }
 
-    fn begin(&self, _: &BeginPoint) -> Result<()> {
+    fn begin(&self, _: &BeginPoint) -> Result<Begun> {
         self.0.applied.lock().unwrap().clear();
-        Ok(())
+        Ok(Begun::default())
     }
 
     fn nodes(&self, _: &DiskName, level: u8, range: Range<u64>) -> Result<Vec<Digest>> {
@@ -250,7 +251,13 @@ fn begin_request(disks: &[&str]) -> BeginPoint {
         expected_head: None,
         disks: disks
             .iter()
-            .map(|name| BeginDisk { name: disk(name), size: DiskSize(1 << 30), fresh: true, reserve_bytes: 0 })
+            .map(|name| BeginDisk {
+                name: disk(name),
+                size: DiskSize(1 << 30),
+                fresh: true,
+                reserve_bytes: 0,
+                resume: false,
+            })
             .collect(),
     }
 }
@@ -684,7 +691,7 @@ fn an_agent_that_freezes_is_dead_for_everybody() {
         output.write_all(wire::Banner::ours().line(Role::Agent).as_bytes()).unwrap();
         let open = wire::encode(&wire::Reply::Open { replica: wire::Handle(0) });
         // Answers the first two requests unread: open and begin.
-        for (id, answer) in [(1, open), (2, wire::encode(&wire::Reply::Begin {}))] {
+        for (id, answer) in [(1, open), (2, wire::encode(&wire::Reply::Begin { begun: None }))] {
             std::thread::sleep(Duration::from_millis(100));
             let head = Head { kind: FrameKind::Reply, more: false, id };
             wire::write_frame(&mut output, head, &[], &answer).unwrap();

@@ -97,7 +97,13 @@ impl StoreWithPoints {
                 run: RunId::from_bits(seq << 32),
                 generation: Generation(1),
                 expected_head: view.head().map(|p| p.id.clone()),
-                disks: vec![BeginDisk { name: disk.clone(), size, fresh: head.is_none(), reserve_bytes: 0 }],
+                disks: vec![BeginDisk {
+                    name: disk.clone(),
+                    size,
+                    fresh: head.is_none(),
+                    reserve_bytes: 0,
+                    resume: false,
+                }],
             })
             .unwrap();
         let layer = Layer { path: image.to_owned(), format: Format::Raw, block_device: false, data_file: None };

@@ -35,6 +35,8 @@ mod domain;
 mod formats;
 #[path = "lab/suite/points.rs"]
 mod points;
+#[path = "lab/suite/seeds.rs"]
+mod seeds;
 #[path = "lab/suite/states.rs"]
 mod states;
 #[path = "lab/suite/support.rs"]

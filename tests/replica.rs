@@ -367,6 +367,7 @@ fn what_a_peer_asks_for_is_bounded() {
             size: DiskSize(512),
             fresh: false,
             reserve_bytes: 0,
+            resume: false,
         })
         .collect();
     assert_eq!(store.begin(&request).unwrap_err().kind(), Kind::Usage);

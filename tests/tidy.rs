@@ -26,7 +26,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("replica", &["error", "failpoint", "name", "block", "patch", "image"]),
     ("agent", &["error", "failpoint", "name", "block", "wire", "transport", "replica"]),
     ("replicate", &["error", "failpoint", "name", "block", "patch", "image", "hypervisor", "replica"]),
-    ("site", &["error", "name", "image", "transport", "hypervisor", "replica", "agent", "replicate", "config"]),
+    (
+        "site",
+        &["error", "name", "block", "image", "transport", "hypervisor", "replica", "agent", "replicate", "config"],
+    ),
 ];
 
 /// Adapters: named by `site` alone, and by the folder they stand in.

@@ -17,7 +17,7 @@ use crate::block::BlockIndex;
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, DomainName, DomainUuid};
 use crate::replica::upkeep::Upkeep;
-use crate::replica::{ATTACHMENT_MAX, Attachment, BeginPoint, NODES_MAX, Replica, check_blocks};
+use crate::replica::{ATTACHMENT_MAX, Attachment, BeginPoint, Begun, NODES_MAX, Replica, check_blocks};
 use crate::transport::pipe::{PipeReader, PipeWriter};
 use crate::wire::{
     BULK_MAX, Banner, Failed, FrameKind, Handle, Head, PROTOCOL, Progress, REPLY_MAX, Reply, Request, Role,
@@ -109,11 +109,10 @@ pub fn serve(
         let (replicas, streams) = (BTreeMap::new(), upkeep::Streams::default());
         let mut session = Session { opener, output: &output, replicas, opened: 0, incoming: None, streams };
         let ended = session.run(&mut input);
-        session.streams.close_all(None);
+        // The locks first: saying why may take as long as the silence that brought us here. It is best effort, since a
+        // client that is gone is the commonest reason.
+        session.close();
         if let Err(error) = &ended {
-            // The locks first: saying why may take as long as the silence that brought us here. It is best effort,
-            // since a client that is gone is the commonest reason.
-            session.replicas.clear();
             let _ = session.send(FrameKind::Error, 0, &encode(&WireError::from(error)));
         }
         ended
@@ -192,6 +191,18 @@ struct Opened {
     failed: Option<WireError>,
 }
 
+impl Opened {
+    /// Gives up a point that nobody is going to seal any more, in order: what arrived of a first copy is worth keeping.
+    fn close(self) {
+        if self.disks.is_empty() {
+            return;
+        }
+        if let Err(e) = self.replica.abandon() {
+            tracing::warn!(domain = %self.uuid, error = %e.chain(), "an open point was left behind; the next run removes it");
+        }
+    }
+}
+
 /// An attachment on its way in.
 struct Incoming {
     id: u64,
@@ -242,13 +253,12 @@ impl<W: Write> Session<'_, W> {
                 FrameKind::Release => {
                     let handle = Handle::from_bytes(&payload)?;
                     self.streams.close_all(Some(handle));
-                    self.replicas.remove(&handle);
+                    self.replicas.remove(&handle).into_iter().for_each(Opened::close);
                 }
                 FrameKind::Ping => {}
                 // The replicas go first: who has read `End` may rely on their locks being free.
                 FrameKind::Bye => {
-                    self.streams.close_all(None);
-                    self.replicas.clear();
+                    self.close();
                     return self.send(FrameKind::End, 0, &[]);
                 }
                 other => return Err(protocol(format!("a {other:?} frame is not for an agent"))),
@@ -257,16 +267,19 @@ impl<W: Write> Session<'_, W> {
         Err(Error::new(Kind::Unavailable, "the client ended without a goodbye"))
     }
 
+    /// Ends with every replica, and so frees their locks.
+    fn close(&mut self) {
+        self.streams.close_all(None);
+        std::mem::take(&mut self.replicas).into_values().for_each(Opened::close);
+    }
+
     fn request(&mut self, id: u64, payload: &[u8]) -> Result<Answer> {
         let request: Request = decode("request", payload)?;
         Ok(match request {
             Request::Open { uuid } => Reply::Open { replica: self.open(uuid)? }.into(),
             Request::Find { name } => Reply::Find { found: self.opener.find(&name)? }.into(),
             Request::Describe { replica } => Reply::Describe { view: self.at(replica)?.replica.describe()? }.into(),
-            Request::Begin { replica, request } => {
-                self.begin(replica, &request)?;
-                Reply::Begin {}.into()
-            }
+            Request::Begin { replica, request } => Reply::Begin { begun: Some(self.begin(replica, &request)?) }.into(),
             Request::Nodes { replica, disk, level, start, end } => self.nodes(replica, &disk, level, start..end)?,
             Request::Pieces { replica, disk, blocks } => self.pieces(replica, &disk, &blocks)?,
             Request::FinishDisk { replica, disk } => {
@@ -274,7 +287,10 @@ impl<W: Write> Session<'_, W> {
             }
             Request::Attach { replica, name, length } => self.expect_attachment(id, replica, name, length)?,
             Request::Seal { replica, request } => {
-                Reply::Seal { point: self.sound(replica)?.replica.seal(&request)? }.into()
+                let opened = self.sound(replica)?;
+                let point = opened.replica.seal(&request)?;
+                opened.disks = Vec::new();
+                Reply::Seal { point }.into()
             }
             Request::Abandon { replica } => {
                 let opened = self.at(replica)?;
@@ -310,16 +326,16 @@ impl<W: Write> Session<'_, W> {
         Ok(handle)
     }
 
-    fn begin(&mut self, handle: Handle, request: &BeginPoint) -> Result<()> {
+    fn begin(&mut self, handle: Handle, request: &BeginPoint) -> Result<Begun> {
         let opened = self.at(handle)?;
         if request.uuid != opened.uuid {
             let what = format!("this replica is of domain {}, not {}", opened.uuid, request.uuid);
             return Err(Error::new(Kind::Refused, what));
         }
-        opened.replica.begin(request)?;
+        let begun = opened.replica.begin(request)?;
         opened.disks = request.disks.iter().map(|disk| disk.name.clone()).collect();
         opened.failed = None;
-        Ok(())
+        Ok(begun)
     }
 
     fn nodes(&mut self, handle: Handle, disk: &DiskName, level: u8, range: Range<u64>) -> Result<Answer> {

@@ -11,7 +11,7 @@ use crate::block::digest::{BlockPieces, Digest};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, PointId};
 use crate::replica::{
-    ATTACHMENT_MAX, Attachment, BeginPoint, DiskApplied, NODES_MAX, PointView, Replica, ReplicaView, SealPoint,
+    ATTACHMENT_MAX, Attachment, BeginPoint, Begun, DiskApplied, NODES_MAX, PointView, Replica, ReplicaView, SealPoint,
     VerifyReport, check_blocks,
 };
 use crate::wire::{BULK_MAX, FrameKind, Handle, Head, Reply, Request, Stream, decode_nodes, decode_pieces, protocol};
@@ -58,11 +58,11 @@ impl Replica for RemoteReplica {
         }
     }
 
-    fn begin(&self, request: &BeginPoint) -> Result<()> {
+    fn begin(&self, request: &BeginPoint) -> Result<Begun> {
         match self.shared().call(&Request::Begin { replica: self.handle, request: request.clone() })? {
-            Reply::Begin {} => {
+            Reply::Begin { begun } => {
                 self.set_disks(request.disks.iter().map(|disk| disk.name.clone()).collect());
-                Ok(())
+                Ok(begun.unwrap_or_default())
             }
             other => self.unexpected("begin", other),
         }

@@ -14,6 +14,7 @@ mod progress;
 mod prune;
 #[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
 mod render;
+mod seed;
 mod serve;
 mod signals;
 #[cfg(feature = "libvirt")]
@@ -122,6 +123,8 @@ enum Command {
     Export(export::ExportArgs),
     /// Explain what is left of a run that was cut short, and mend it on request
     Doctor(doctor::DoctorArgs),
+    /// On a target: take over a copy of a disk that is here already, before the first run
+    Seed(seed::SeedArgs),
     /// Serve the store of this host to a source, over stdin and stdout (started over ssh)
     Agent(serve::AgentArgs),
     /// Let a guest go if its driver dies (started by the driver)
@@ -143,6 +146,7 @@ impl Command {
             Command::Pin(args) => args.json,
             Command::Unpin(args) => args.json,
             Command::Doctor(args) => args.json,
+            Command::Seed(args) => args.json,
             Command::Agent(_) | Command::Deadman(_) => false,
         }
     }
@@ -167,6 +171,7 @@ pub fn main() -> ExitCode {
         Command::Unpin(args) => pin::unpin(args, &cli.globals),
         Command::Export(args) => export::export(args, &cli.globals, output),
         Command::Doctor(args) => doctor::doctor(args, &cli.globals, output),
+        Command::Seed(args) => seed::seed(args, output),
         Command::Agent(args) => serve::agent(args),
         Command::Deadman(args) => serve::deadman(args, &cli.globals),
     };

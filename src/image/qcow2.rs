@@ -11,6 +11,7 @@
 //!
 //! Format: QEMU's docs/interop/qcow2.txt.
 
+pub mod check;
 pub mod header;
 mod rebase;
 

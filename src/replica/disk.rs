@@ -6,14 +6,15 @@
 //!   is neither written nor listed, so repeated and superfluous records cost nothing.
 //! - The patch applies to the head's root of this disk or to nothing (I13).
 
-use super::BeginDisk;
-use super::DiskApplied;
 use super::digests::DigestFile;
 use super::files::Dir;
-use super::manifest::{DISK_SIZE_MAX, backing_reference, changes_file, image_file};
+use super::head::NO_PIECES;
+use super::manifest::{DISK_SIZE_MAX, backing_reference, changes_file, image_file, seed_patch_file};
 use super::reserve::Reservation;
+use super::seed::{Seed, write_whole_list};
+use super::{BeginDisk, DiskApplied, SeedView};
 use crate::block::changes::{ChangesHeader, ChangesWriter};
-use crate::block::digest::{Digest, block_digest};
+use crate::block::digest::{BlockPieces, Digest, block_digest, piece_digests};
 use crate::block::tree::{ChangedNode, NodeSource, TreeUpdate, ZeroNodes};
 use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize};
 use crate::error::{Error, Kind, Result};
@@ -36,12 +37,27 @@ const SECTOR_LEN: u64 = 512;
 type Nodes = Box<dyn FnMut(u8, Range<u64>) -> Result<Vec<Digest>> + Send>;
 type Emit = Box<dyn FnMut(ChangedNode) -> Result<()> + Send>;
 
+/// What a disk of an open point is built on.
+pub(super) enum Start {
+    Nothing,
+    Head(PointId, Arc<DigestFile>),
+    Seed(Seed),
+}
+
+struct SeedBelow {
+    view: SeedView,
+    digests: Arc<DigestFile>,
+    list: File,
+}
+
 pub(super) struct DiskWriter {
     name: DiskName,
     domain: DomainUuid,
     size: DiskSize,
-    /// The head this builds on; `None`: from nothing.
+    /// The head this builds on; `None`: from a seed or from nothing.
     below: Option<(PointId, Arc<DigestFile>)>,
+    /// The seed that the image was: its digests and its list.
+    seed: Option<SeedBelow>,
     /// `None` once it is durable and closed.
     image: Option<Qcow2Writer>,
     decoder: Decoder,
@@ -52,6 +68,8 @@ pub(super) struct DiskWriter {
     /// `None` once the list is ended.
     list: Option<ChangesWriter<BufWriter<File>>>,
     list_file: File,
+    /// The list file of the point itself, where `list` is only what the patch changed of a seed.
+    whole_list: Option<File>,
     reservation: Arc<Reservation>,
     bytes_written: u64,
     blocks_changed: u64,
@@ -64,16 +82,28 @@ impl DiskWriter {
         dir: &Dir,
         disk: &BeginDisk,
         domain: &DomainUuid,
-        below: Option<(PointId, Arc<DigestFile>)>,
+        start: Start,
         reservation: &Arc<Reservation>,
     ) -> Result<Self> {
-        let reference = below.as_ref().map(|(point, _)| backing_reference(point, &disk.name));
-        let image_size = DiskSize(disk.size.0.next_multiple_of(SECTOR_LEN));
-        let path = dir.join(&image_file(&disk.name));
-        let image = qcow2::create(&path, image_size, reference.as_deref().map(|r| (r, Format::Qcow2)))?;
-        let list_file = dir.create(&changes_file(&disk.name))?;
+        let (image, below, seed) = match start {
+            Start::Seed(seed) => {
+                let view = seed.view(&disk.name);
+                (seed.image, None, Some(SeedBelow { view, digests: seed.digests, list: seed.list }))
+            }
+            Start::Head(point, head) => {
+                let reference = backing_reference(&point, &disk.name);
+                (create_image(dir, disk, Some(&reference))?, Some((point, head)), None)
+            }
+            Start::Nothing => (create_image(dir, disk, None)?, None, None),
+        };
+        let changes = dir.create(&changes_file(&disk.name))?;
+        let (list_file, whole_list) = match &seed {
+            Some(_) => (dir.create(&seed_patch_file(&disk.name))?, Some(changes)),
+            None => (changes, None),
+        };
         let at = |e| Error::io("cannot write the change list", dir.join(&changes_file(&disk.name)), e);
-        let header = ChangesHeader { size: disk.size, from_root: below.as_ref().map(|(_, head)| head.root()) };
+        let from = below.as_ref().map(|(_, head)| head).or(seed.as_ref().map(|s| &s.digests)).cloned();
+        let header = ChangesHeader { size: disk.size, from_root: from.as_ref().map(|digests| digests.root()) };
         let list = ChangesWriter::new(BufWriter::new(list_file.try_clone().map_err(at)?), &header)?;
         let (sender, changed) = mpsc::channel();
         let emit: Emit = Box::new(move |node| {
@@ -83,11 +113,10 @@ impl DiskWriter {
             }
             Ok(())
         });
-        let (nodes, size_from): (Nodes, _) = match &below {
-            Some((_, head)) => {
-                let head = head.clone();
-                let size_from = head.size();
-                (Box::new(move |level, range| head.nodes(level, range)), size_from)
+        let (nodes, size_from): (Nodes, _) = match from {
+            Some(digests) => {
+                let size_from = digests.size();
+                (Box::new(move |level, range| digests.nodes(level, range)), size_from)
             }
             None => (Box::new(|level, range| ZeroNodes.nodes(level, range)), disk.size),
         };
@@ -96,12 +125,14 @@ impl DiskWriter {
             domain: domain.clone(),
             size: disk.size,
             below,
+            seed,
             image: Some(image),
             decoder: Decoder::new(Limits { size_max: DiskSize(DISK_SIZE_MAX) })?,
             tree: Some(TreeUpdate::new(nodes, size_from, disk.size, emit)?),
             changed,
             list: Some(list),
             list_file,
+            whole_list,
             reservation: reservation.clone(),
             bytes_written: 0,
             blocks_changed: 0,
@@ -112,6 +143,34 @@ impl DiskWriter {
     /// The point whose image of this disk lies below.
     pub fn backing(&self) -> Option<&PointId> {
         self.below.as_ref().map(|(point, _)| point)
+    }
+
+    /// What the patch leads on from: the head's digests, or the seed's.
+    pub fn from(&self) -> Option<&Arc<DigestFile>> {
+        self.below.as_ref().map(|(_, head)| head).or(self.seed.as_ref().map(|s| &s.digests))
+    }
+
+    pub fn is_seeded(&self) -> bool {
+        self.seed.is_some()
+    }
+
+    /// The seed that the image was when it was taken.
+    pub fn seed_view(&self) -> Option<&SeedView> {
+        self.seed.as_ref().map(|s| &s.view)
+    }
+
+    /// Digests of the pieces of blocks of the seed, which no patch has touched yet: a block comes once.
+    pub fn seed_pieces(&self, blocks: &[BlockIndex]) -> Result<Vec<BlockPieces>> {
+        let of = |block: &BlockIndex| match block.0 < self.size.blocks() {
+            true => Ok(piece_digests(&self.head_block(*block)?)),
+            false => Ok(NO_PIECES),
+        };
+        blocks.iter().map(of).collect()
+    }
+
+    /// Whether the image stands alone and holds something: worth keeping if its point is never sealed.
+    pub fn is_worth_keeping(&self) -> bool {
+        self.below.is_none() && (self.seed.is_some() || self.bytes_written > 0)
     }
 
     /// Set once the disk is finished.
@@ -161,6 +220,10 @@ impl DiskWriter {
                 .hint("run again; the digests that both sides compared with are made anew"));
         }
         self.list.take().ok_or_else(|| self.failed())?.finish(root)?;
+        if let (Some(seed), Some(whole)) = (&self.seed, self.whole_list.take()) {
+            write_whole_list(&seed.list, &self.list_file, &whole, self.size, root)?;
+            self.list_file = whole;
+        }
         let applied = DiskApplied { root, bytes_written: self.bytes_written, blocks_changed: self.blocks_changed };
         self.applied = Some(applied.clone());
         Ok(applied)
@@ -185,7 +248,7 @@ impl DiskWriter {
         if header.size != self.size {
             return conflict(format!("the patch is for {} bytes, the point was begun with {}", header.size, self.size));
         }
-        let head = self.below.as_ref().map(|(_, file)| (file.root(), file.size()));
+        let head = self.from().map(|file| (file.root(), file.size()));
         if header.from_root.map(|root| (root, header.size_from)) == head {
             return Ok(());
         }
@@ -306,4 +369,9 @@ impl DiskWriter {
     fn failed(&self) -> Error {
         Error::new(Kind::Usage, "the disk was closed by an earlier call")
     }
+}
+
+fn create_image(dir: &Dir, disk: &BeginDisk, backing: Option<&str>) -> Result<Qcow2Writer> {
+    let size = DiskSize(disk.size.0.next_multiple_of(SECTOR_LEN));
+    qcow2::create(&dir.join(&image_file(&disk.name)), size, backing.map(|name| (name, Format::Qcow2)))
 }

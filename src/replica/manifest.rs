@@ -51,6 +51,8 @@ pub const POINTS_DIR: &str = "points";
 pub const DIGESTS_DIR: &str = "digests";
 /// Who uses which point.
 pub const LEASES_DIR: &str = "leases";
+/// Copies of disks that are in no point, by the names of their images.
+pub const SEEDS_DIR: &str = "seeds";
 /// Holds disk space for an open point; gone before it is sealed.
 pub const RESERVATION_FILE: &str = "reservation";
 
@@ -67,6 +69,16 @@ pub fn changes_file(disk: &DiskName) -> String {
 /// Of the list that takes the place of [`changes_file`] when links were folded into the point.
 pub fn folded_changes_file(disk: &DiskName) -> String {
     format!("{disk}.changes.new")
+}
+
+/// Of all blocks of a seed, in the directory of the open point that is built on it; gone before that is sealed.
+pub fn seed_list_file(disk: &DiskName) -> String {
+    format!("{disk}.seed")
+}
+
+/// Of what the patch changed of a seed, there too.
+pub fn seed_patch_file(disk: &DiskName) -> String {
+    format!("{disk}.patch")
 }
 
 /// Of the head's digests of a disk, in [`DIGESTS_DIR`].

@@ -18,6 +18,7 @@ mod point;
 mod prune;
 pub mod receive;
 mod reserve;
+mod seed;
 pub mod store;
 pub mod upkeep;
 mod verify;
@@ -40,7 +41,9 @@ pub trait Replica: Send + Sync {
     /// Opens an unnamed point above the head, throwing away any earlier unsealed one, and reserves space.
     /// Refuses when the head is not `expected_head`, the generation is older, or the space is not there.
     /// Takes the replica's lock: one writer at a time.
-    fn begin(&self, request: &BeginPoint) -> Result<()>;
+    ///
+    /// A disk that the head lacks may start from a seed, if `request` allows: it is read whole first, which takes its time.
+    fn begin(&self, request: &BeginPoint) -> Result<Begun>;
 
     /// Nodes of the head's digest tree of a disk: level 0 are block digests, level 1 group digests, and so on.
     /// Beyond the head's size everything is zero. At most [`NODES_MAX`] in one call.
@@ -110,6 +113,9 @@ pub struct ReplicaView {
     pub path: PathBuf,
     /// An unsealed point left by a broken run, if any.
     pub open_point: Option<PointId>,
+    /// Disks of which a copy is there that is in no point, with the bytes that it occupies.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub seeds: Vec<(DiskName, u64)>,
 }
 
 impl ReplicaView {
@@ -268,6 +274,27 @@ pub struct BeginDisk {
     pub fresh: bool,
     /// Most bytes of guest data this run expects to write; reserved.
     pub reserve_bytes: u64,
+    /// The run can start from a seed, if there is one and the head does not have this disk.
+    #[serde(default)]
+    pub resume: bool,
+}
+
+/// What a point was begun with.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Begun {
+    /// Disks that start from a seed: their patch leads on from it, and [`Replica::nodes`] and [`Replica::pieces`] answer for it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub seeds: Vec<SeedView>,
+}
+
+/// A copy of a disk at the target that is in no point, as it was found when it was read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeedView {
+    pub name: DiskName,
+    pub size: DiskSize,
+    pub root: Digest,
+    /// Bytes of blocks that are not zero.
+    pub data_bytes: u64,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -9,14 +9,15 @@
 
 use super::chain;
 use super::digests::DigestFile;
-use super::disk::DiskWriter;
+use super::disk::{DiskWriter, Start};
 use super::files::Dir;
 use super::head::{HeadImage, NO_PIECES};
 use super::lock::WriterLock;
-use super::manifest::{self, Attached, MANIFEST_FILE, Manifest, Point};
+use super::manifest::{self, Attached, MANIFEST_FILE, Manifest, Point, digests_file, seed_list_file, seed_patch_file};
 use super::reserve::Reservation;
+use super::seed::{self, Seed};
 use super::store::{self, Clock};
-use super::{ATTACHMENT_MAX, Attachment, BeginPoint, DiskApplied, PointView, SealPoint};
+use super::{ATTACHMENT_MAX, Attachment, BeginPoint, Begun, DiskApplied, PointView, SealPoint};
 use crate::block::BlockIndex;
 use crate::block::digest::{BlockPieces, Digest};
 use crate::error::{Context, Error, Kind, Result};
@@ -51,8 +52,7 @@ impl OpenPoint {
         manifest: Manifest,
         request: &BeginPoint,
     ) -> Result<Self> {
-        let need_bytes = Reservation::check(points.space()?, &request.disks)?;
-        let reserve_bytes = if request.disks.iter().any(|d| d.reserve_bytes > 0) { need_bytes } else { 0 };
+        let reserve_bytes = reserve_bytes(&replica, &points, request)?;
         let mut heads = BTreeMap::new();
         for disk in request.disks.iter().filter(|d| !d.fresh) {
             let head = chain::mend_head_digests(&replica, &manifest, &disk.name).map_err(|e| e.disk(&disk.name))?;
@@ -60,9 +60,14 @@ impl OpenPoint {
         }
         let id = PointId::from_parts(manifest.next_seq(), &request.run);
         let dir = points.sub_or_create(id.as_str())?;
-        let below =
-            |name: &DiskName| heads.get(name).and_then(|file| Some((manifest.head()?.id.clone(), file.clone())));
-        let filled = fill(&dir, request, reserve_bytes, below);
+        let filled = take_seeds(&replica, &dir, &id, request, &manifest).and_then(|mut seeds| {
+            let start = |name: &DiskName| match (heads.get(name), seeds.remove(name)) {
+                (Some(file), _) => Start::Head(manifest.head().expect("it has digests").id.clone(), file.clone()),
+                (None, Some(seed)) => Start::Seed(seed),
+                (None, None) => Start::Nothing,
+            };
+            fill(&dir, request, reserve_bytes, start)
+        });
         let (reservation, disks) = filled.inspect_err(|_| {
             // What was reserved is missing elsewhere until the next run.
             if let Err(e) = points.remove_all(id.as_str()) {
@@ -86,8 +91,34 @@ impl OpenPoint {
         })
     }
 
-    /// The head's digests of a disk; `None` if the head does not have it.
+    /// What the source has to know of what is there.
+    pub fn begun(&self) -> Begun {
+        let seeds = self.disks.values().filter_map(|disk| disk.lock().ok().and_then(|disk| disk.seed_view().cloned()));
+        Begun { seeds: seeds.collect() }
+    }
+
+    /// Makes seeds of the images that stand alone and hold something, because this point is not going to be sealed. The
+    /// next first copy starts from them. What cannot be closed in order is not kept.
+    pub fn keep_seeds(&self) {
+        for name in self.disks.keys().filter(|name| self.manifest.head_disk(name).is_none()) {
+            let kept = self.disk(name).and_then(|mut disk| {
+                if !disk.is_worth_keeping() {
+                    return Ok(());
+                }
+                disk.sync_image()?;
+                seed::keep(&self.replica, &self.dir, name)
+            });
+            if let Err(e) = kept {
+                tracing::info!(disk = %name, error = %e.chain(), "what arrived of the disk is not kept");
+            }
+        }
+    }
+
+    /// The digests that a disk's patch leads on from: the head's, or a seed's. `None`: it starts from nothing.
     pub fn head_digests(&self, disk: &DiskName) -> Result<Option<Arc<DigestFile>>> {
+        if let Some(writer) = self.disks.get(disk).and_then(|d| d.lock().ok()).filter(|w| w.is_seeded()) {
+            return Ok(writer.from().cloned());
+        }
         match self.heads.get(disk) {
             Some(file) => Ok(Some(file.clone())),
             // Of a disk that starts afresh, or is not part of this run.
@@ -99,6 +130,12 @@ impl OpenPoint {
     pub fn pieces(&self, disk: &DiskName, blocks: &[BlockIndex]) -> Result<Vec<BlockPieces>> {
         if !self.disks.contains_key(disk) {
             return Err(Error::new(Kind::Usage, "the open point has no such disk"));
+        }
+        if !self.heads.contains_key(disk) {
+            let writer = self.disk(disk)?;
+            if writer.is_seeded() {
+                return writer.seed_pieces(blocks);
+            }
         }
         match self.head_image(disk)? {
             Some(image) => image.pieces(blocks),
@@ -233,6 +270,9 @@ impl OpenPoint {
     /// Step 6c: attachments, modes, and every name from the files up to the replica.
     fn seal_names(&self) -> Result<()> {
         for name in self.disks.keys() {
+            for made_for_seeds in [seed_list_file(name), seed_patch_file(name), digests_file(name)] {
+                self.dir.remove(&made_for_seeds)?;
+            }
             self.dir.seal_file(&manifest::image_file(name))?;
             self.dir.seal_file(&manifest::changes_file(name))?;
         }
@@ -271,19 +311,58 @@ impl OpenPoint {
 }
 
 type Disks = BTreeMap<DiskName, Mutex<DiskWriter>>;
-type Below = (PointId, Arc<DigestFile>);
+
+/// Bytes to reserve; [`Kind::Space`] if they are not there. What a seed holds is there already.
+fn reserve_bytes(replica: &Dir, points: &Dir, request: &BeginPoint) -> Result<u64> {
+    let seeds = seed::list(replica)?;
+    let mut disks = request.disks.clone();
+    for disk in disks.iter_mut().filter(|d| d.resume) {
+        let there = seeds.iter().find(|(name, _)| *name == disk.name).map_or(0, |(_, bytes)| *bytes);
+        disk.reserve_bytes = disk.reserve_bytes.saturating_sub(there);
+    }
+    let need_bytes = Reservation::check(points.space()?, &disks)?;
+    Ok(if disks.iter().any(|d| d.reserve_bytes > 0) { need_bytes } else { 0 })
+}
+
+/// Takes the seeds of the disks that can start from one. On an error those that were taken are put back: nothing was
+/// written to them.
+fn take_seeds(
+    replica: &Dir,
+    point: &Dir,
+    id: &PointId,
+    request: &BeginPoint,
+    manifest: &Manifest,
+) -> Result<BTreeMap<DiskName, Seed>> {
+    let mut taken = BTreeMap::new();
+    let wanted = request.disks.iter().filter(|d| d.resume && manifest.head_disk(&d.name).is_none());
+    for disk in wanted {
+        match seed::take(replica, point, id, disk) {
+            Ok(found) => taken.extend(found.map(|seed| (disk.name.clone(), seed))),
+            Err(e) => {
+                let names: Vec<DiskName> = taken.into_keys().chain([disk.name.clone()]).collect();
+                for name in names {
+                    if let Err(e) = seed::keep(replica, point, &name) {
+                        tracing::warn!(disk = %name, error = %e.chain(), "the seed cannot be put back");
+                    }
+                }
+                return Err(e.disk(&disk.name));
+            }
+        }
+    }
+    Ok(taken)
+}
 
 /// Reserves the space and creates the images in a new point's directory.
 fn fill(
     dir: &Dir,
     request: &BeginPoint,
     reserve_bytes: u64,
-    below: impl Fn(&DiskName) -> Option<Below>,
+    mut start: impl FnMut(&DiskName) -> Start,
 ) -> Result<(Arc<Reservation>, Disks)> {
     let reservation = Arc::new(Reservation::hold(dir, reserve_bytes)?);
     let mut disks = Disks::new();
     for disk in &request.disks {
-        let writer = DiskWriter::create(dir, disk, &request.uuid, below(&disk.name), &reservation);
+        let writer = DiskWriter::create(dir, disk, &request.uuid, start(&disk.name), &reservation);
         disks.insert(disk.name.clone(), Mutex::new(writer.map_err(|e| e.disk(&disk.name))?));
     }
     // step 3b

@@ -116,7 +116,13 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     fn disk(size: u64, reserve_bytes: u64) -> BeginDisk {
-        BeginDisk { name: DiskName::new("vda").unwrap(), size: DiskSize(size), fresh: false, reserve_bytes }
+        BeginDisk {
+            name: DiskName::new("vda").unwrap(),
+            size: DiskSize(size),
+            fresh: false,
+            reserve_bytes,
+            resume: false,
+        }
     }
 
     fn held(dir: &Dir) -> u64 {

@@ -19,13 +19,15 @@ use super::lease;
 use super::lock::WriterLock;
 use super::manifest::{self, MANIFEST_FILE, MANIFEST_MAX, Manifest, POINTS_DIR, REPLICAS_DIR};
 use super::point::OpenPoint;
+use super::seed;
 use super::{
-    Attachment, BeginPoint, DiskApplied, NODES_MAX, PointView, Replica, ReplicaView, SealPoint, VerifyReport,
+    Attachment, BeginPoint, Begun, DiskApplied, NODES_MAX, PointView, Replica, ReplicaView, SealPoint, VerifyReport,
     check_blocks, verify,
 };
 use crate::block::BlockIndex;
 use crate::block::digest::{BlockPieces, Digest};
 use crate::error::{Error, Kind, Result};
+use crate::image::Image;
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId};
 use jiff::Timestamp;
 use std::ops::Range;
@@ -169,6 +171,7 @@ impl Replica for Store {
             free_bytes: Space::at(&path)?.free_bytes,
             path: path.clone(),
             open_point: None,
+            seeds: Vec::new(),
         };
         let Some(dir) = self.replica_dir()? else { return Ok(view) };
         // First the directories, then the manifest: a point that is sealed in between is named, not open.
@@ -178,6 +181,7 @@ impl Replica for Store {
         // What is left of a removed point is no open one.
         let head = manifest.as_ref().and_then(Manifest::head).map_or(0, |p| p.id.seq());
         view.open_point = present.into_iter().filter(|id| id.seq() > head).max_by_key(PointId::seq);
+        view.seeds = seed::list(&dir)?;
         if let Some(manifest) = &manifest {
             let points_dir = path.join(POINTS_DIR);
             view.generation = manifest.generation;
@@ -186,7 +190,7 @@ impl Replica for Store {
         Ok(view)
     }
 
-    fn begin(&self, request: &BeginPoint) -> Result<()> {
+    fn begin(&self, request: &BeginPoint) -> Result<Begun> {
         check_request(request, &self.uuid)?;
         let mut slot = self.open.lock().expect("no code panics with this lock");
         // The lock of an earlier attempt of ours is freed before it is asked for again.
@@ -200,9 +204,12 @@ impl Replica for Store {
         let points = dir.sub_or_create(POINTS_DIR)?;
         sweep(&points, &manifest)?;
         self.fold_left_over(&dir, &points, &mut manifest)?;
+        seed::sweep(&dir, &manifest)?;
         crate::failpoint!("3a");
-        *slot = Some(Arc::new(OpenPoint::begin(lock, dir, points, manifest, request)?));
-        Ok(())
+        let open = OpenPoint::begin(lock, dir, points, manifest, request)?;
+        let begun = open.begun();
+        *slot = Some(Arc::new(open));
+        Ok(begun)
     }
 
     fn nodes(&self, disk: &DiskName, level: u8, range: Range<u64>) -> Result<Vec<Digest>> {
@@ -250,10 +257,13 @@ impl Replica for Store {
         Ok(view)
     }
 
-    /// Also cleans up after a writer that died, if nobody else writes now.
+    /// Also cleans up after a writer that died, if nobody else writes now. What arrived of a disk that the head does not
+    /// have becomes a seed.
     fn abandon(&self) -> Result<()> {
         let mut slot = self.open.lock().expect("no code panics with this lock");
-        *slot = None;
+        if let Some(open) = slot.take() {
+            open.keep_seeds();
+        }
         let Some(dir) = self.replica_dir()? else { return Ok(()) };
         let Some(points) = dir.sub(POINTS_DIR)? else { return Ok(()) };
         let _lock = match WriterLock::take(&dir, None, (self.clock)()) {
@@ -354,6 +364,26 @@ impl Store {
 }
 
 impl Store {
+    /// Adopts a copy of a disk, from wherever it came: it becomes the disk's seed, from which the first copy of that disk
+    /// starts. The image itself is only read. `progress` is told bytes done and all. Returns the bytes of data copied;
+    /// durable then. [`Kind::Conflict`] if the head has the disk already.
+    pub fn adopt(&self, disk: &DiskName, image: &dyn Image, progress: &mut dyn FnMut(u64, u64)) -> Result<u64> {
+        let root = Dir::create_root(&self.root)?;
+        let dir = root.sub_or_create(REPLICAS_DIR)?.sub_or_create(self.uuid.as_str())?;
+        let _lock = WriterLock::take(&dir, None, (self.clock)())?;
+        let head = read_manifest(&dir, &self.uuid)?.and_then(|m| m.head().cloned());
+        if let Some(head) = head.filter(|p| p.disk(disk).is_some()) {
+            let what = format!("point {} has this disk: there is nothing to seed", head.id);
+            return Err(Error::new(Kind::Conflict, what)
+                .disk(disk)
+                .hint("the next run sends only what changed anyway"));
+        }
+        if image.size().0 > manifest::DISK_SIZE_MAX {
+            return Err(Error::new(Kind::Usage, "the image is larger than any disk").disk(disk));
+        }
+        seed::adopt(&dir, disk, image, progress).map_err(|e| e.disk(disk))
+    }
+
     /// Without an open point: read where it is sound, mended under the lock where it is not.
     fn head_digests_unlocked(&self, disk: &DiskName) -> Result<Option<Arc<DigestFile>>> {
         let Some(dir) = self.replica_dir()? else { return Ok(None) };

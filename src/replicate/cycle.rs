@@ -204,7 +204,8 @@ impl<'a> Run<'a> {
         if let Some(refusal) = plan.refusal() {
             return Err(refusal.into());
         }
-        replica.begin(&self.begin_request(&domain, &plan))?;
+        let begun = replica.begin(&self.begin_request(&domain, &plan))?;
+        plan.start_from(&begun.seeds);
         failpoint!("3");
         let untracked = self.begin_bitmaps(&plan);
         failpoint!("3c");
@@ -215,14 +216,14 @@ impl<'a> Run<'a> {
         };
         let mut capture = self.capture(&mut guard, &plan, &domain);
         if self.stop.load(Ordering::Relaxed) {
-            self.abandon(replica.as_ref());
+            abandon(replica.as_ref());
             return Err(stopped().into());
         }
         self.watch.step(4, "freeze all disks at one instant");
         let still = match capture.freeze() {
             Ok(still) => still,
             Err(e) => {
-                self.abandon(replica.as_ref());
+                abandon(replica.as_ref());
                 return Err(self.if_started(&plan, e));
             }
         };
@@ -232,12 +233,15 @@ impl<'a> Run<'a> {
 
         // Whatever becomes of the point, the domain goes back onto its own images.
         let sealed = self.ship_and_seal(replica.as_ref(), &domain, &plan, &still, &dirty, capture.as_ref());
-        if sealed.is_err() {
-            self.abandon(replica.as_ref());
-        }
-        drop(replica);
         self.watch.step(7, "commit the overlays");
-        let released = capture.release();
+        let released = std::thread::scope(|scope| {
+            // The target may have much to put in order before it has given up a point: the guest does not wait for that.
+            if sealed.is_err() {
+                scope.spawn(|| abandon(replica.as_ref()));
+            }
+            capture.release()
+        });
+        drop(replica);
         self.conclude(report, &plan, sealed, released)
     }
 
@@ -287,6 +291,7 @@ impl<'a> Run<'a> {
                     size: d.size,
                     fresh: d.head.is_none(),
                     reserve_bytes: d.reserve_bytes,
+                    resume: d.head.is_none() && !self.request.plan.full,
                 })
                 .collect(),
         }
@@ -412,13 +417,6 @@ impl<'a> Run<'a> {
         xml::without_record(&xml::set_layers(&xml, &bases)?)
     }
 
-    fn abandon(&self, replica: &dyn Replica) {
-        if let Err(e) = replica.abandon() {
-            // It is rubbish by definition; the next run throws it away.
-            tracing::debug!("cannot abandon the open point: {}", e.chain());
-        }
-    }
-
     fn if_started(&self, plan: &Plan, e: Error) -> Retry {
         if plan.capture == CaptureKind::Off && e.kind() == Kind::Interrupted && !self.stop.load(Ordering::Relaxed) {
             Retry::StartedMeanwhile
@@ -465,6 +463,13 @@ impl<'a> Run<'a> {
         report.point = Some(point);
         report.outcome = if left_open.is_some() { RunOutcome::CommitPending } else { RunOutcome::Sealed };
         Ok(())
+    }
+}
+
+fn abandon(replica: &dyn Replica) {
+    if let Err(e) = replica.abandon() {
+        // It is rubbish by definition; the next run throws it away.
+        tracing::debug!("cannot abandon the open point: {}", e.chain());
     }
 }
 

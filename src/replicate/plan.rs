@@ -9,7 +9,7 @@ use crate::error::{Error, Kind};
 use crate::hypervisor::{DiskKind, DiskView, DomainView, Power};
 use crate::image::{Chain, Layer};
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
-use crate::replica::{DiskStats, Mode, ReplicaView};
+use crate::replica::{DiskStats, Mode, ReplicaView, SeedView};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -42,6 +42,19 @@ impl Plan {
 
     pub fn replicated(&self) -> impl Iterator<Item = &DiskPlan> {
         self.disks.iter()
+    }
+
+    /// Disks that turn out to start from a seed are compared with it.
+    pub fn start_from(&mut self, seeds: &[SeedView]) {
+        for disk in &mut self.disks {
+            let Some(seed) = seeds.iter().find(|s| s.name == disk.name) else { continue };
+            disk.mode = Mode::Digest;
+            disk.head = Some((seed.size, seed.root));
+            disk.reason = format!(
+                "the newest point does not have this disk, but the target has {} MiB of a copy: every block is compared with that",
+                seed.data_bytes >> 20
+            );
+        }
     }
 
     /// The first conflict as the error a run ends with.
@@ -357,7 +370,12 @@ fn plan_disk(
         plan.conflicts.extend(no_room(name, &overlay_dir, facts.overlay_free_bytes));
     }
     let in_head = replica.head().and_then(|p| p.disk(name));
-    let (mode, reason, tracking_doubt) = choose_mode(in_head.map(|d| d.size), size, replica, &facts.tracked, options);
+    let (mode, mut reason, tracking_doubt) =
+        choose_mode(in_head.map(|d| d.size), size, replica, &facts.tracked, options);
+    let seed_bytes = seed_bytes(name, mode, replica, options);
+    if seed_bytes > 0 {
+        reason += &format!("; {} MiB of a copy are there to start from", seed_bytes >> 20);
+    }
     let bitmap = match &facts.tracked {
         Tracked::By { bitmap, .. } if mode == Mode::Bitmap => Some(bitmap.clone()),
         _ => None,
@@ -371,7 +389,7 @@ fn plan_disk(
         mode,
         reason,
         reader: facts.reader.clone(),
-        reserve_bytes: reserve(mode, size, in_head.map(|d| d.size), facts),
+        reserve_bytes: reserve(mode, size, in_head.map(|d| d.size), facts).saturating_sub(seed_bytes),
         chain,
         bitmap,
         audit,
@@ -402,6 +420,12 @@ fn chain_conflict(domain: &DomainView, disk: &DiskView, chain: &Chain) -> Option
     }
     let defined = disk.inactive.as_ref().filter(|d| domain.power != Power::Off && d.path != *top)?;
     Some(Conflict::DefinitionDiffers { disk: disk.name.clone(), live: top.clone(), defined: defined.path.clone() })
+}
+
+/// Bytes of a copy that a first copy of this disk can start from.
+fn seed_bytes(name: &DiskName, mode: Mode, replica: &ReplicaView, options: &PlanOptions) -> u64 {
+    let usable = mode == Mode::Full && !options.full;
+    replica.seeds.iter().find(|(disk, _)| usable && disk == name).map_or(0, |(_, bytes)| *bytes)
 }
 
 /// Most bytes that a run may write at the target, as far as that is known beforehand.

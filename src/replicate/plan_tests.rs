@@ -101,6 +101,7 @@ fn replica(disks: &str) -> ReplicaView {
         free_bytes: 1 << 40,
         path: "/r".into(),
         open_point: None,
+        seeds: Vec::new(),
     }
 }
 

@@ -9,7 +9,8 @@ use crate::block::tree::TreeShape;
 use crate::name::PointId;
 use crate::patch::{Decoder, Item, Limits};
 use crate::replica::{
-    Attachment, BeginPoint, DiskApplied, NODES_MAX, PointView, ReplicaView, SealPoint, VerifyReport, check_blocks,
+    Attachment, BeginPoint, Begun, DiskApplied, NODES_MAX, PointView, ReplicaView, SealPoint, VerifyReport,
+    check_blocks,
 };
 
 const B: usize = BLOCK_LEN;
@@ -99,7 +100,7 @@ impl Replica for Memory {
     fn describe(&self) -> Result<ReplicaView> {
         unreachable!("the pump does not ask")
     }
-    fn begin(&self, _: &BeginPoint) -> Result<()> {
+    fn begin(&self, _: &BeginPoint) -> Result<Begun> {
         unreachable!("the pump does not begin")
     }
 
@@ -510,7 +511,7 @@ impl Replica for SparseHead {
     fn describe(&self) -> Result<ReplicaView> {
         unreachable!()
     }
-    fn begin(&self, _: &BeginPoint) -> Result<()> {
+    fn begin(&self, _: &BeginPoint) -> Result<Begun> {
         unreachable!()
     }
     fn nodes(&self, _: &DiskName, level: u8, range: Range<u64>) -> Result<Vec<Digest>> {

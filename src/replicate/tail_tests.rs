@@ -4,7 +4,7 @@ use super::*;
 use crate::block::digest::{BlockPieces, node_digest};
 use crate::block::extent::{Content, Extent};
 use crate::name::PointId;
-use crate::replica::{Attachment, BeginPoint, DiskApplied, PointView, ReplicaView, SealPoint, VerifyReport};
+use crate::replica::{Attachment, BeginPoint, Begun, DiskApplied, PointView, ReplicaView, SealPoint, VerifyReport};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 const B: u64 = BLOCK_LEN as u64;
@@ -54,7 +54,7 @@ impl Replica for Head {
     fn describe(&self) -> Result<ReplicaView> {
         unreachable!()
     }
-    fn begin(&self, _: &BeginPoint) -> Result<()> {
+    fn begin(&self, _: &BeginPoint) -> Result<Begun> {
         unreachable!()
     }
     fn pieces(&self, _: &DiskName, _: &[BlockIndex]) -> Result<Vec<BlockPieces>> {

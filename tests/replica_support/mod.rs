@@ -125,6 +125,7 @@ pub fn begin(run: u64, expected_head: Option<PointId>, disks: &[(&str, usize, bo
         size: DiskSize(*size as u64),
         fresh: *fresh,
         reserve_bytes: 0,
+        resume: false,
     };
     BeginPoint {
         uuid: uuid(),
