@@ -270,13 +270,13 @@ fn disks_come_and_go_between_runs() {
     assert_eq!(names(&vm.sync().sealed()), ["vda:full"]);
     vm.redefine(|_| with_vdb.clone());
     let added = vm.sync().sealed();
-    assert_eq!(names(&added), ["vda:digest", "vdb:full"]);
+    assert_eq!(names(&added), ["vda:bitmap", "vdb:full"]);
     assert!(added.disk("vdb")["reason"].as_str().unwrap().contains("does not have this disk"));
     vm.compare_with_head();
     vm.redefine(|_| without_vdb.clone());
-    assert_eq!(names(&vm.sync().sealed()), ["vda:digest"]);
+    assert_eq!(names(&vm.sync().sealed()), ["vda:bitmap"]);
     vm.redefine(|_| with_vdb.clone());
-    assert_eq!(names(&vm.sync().sealed()), ["vda:digest", "vdb:full"]);
+    assert_eq!(names(&vm.sync().sealed()), ["vda:bitmap", "vdb:full"]);
     vm.compare_with_head();
 }
 
