@@ -7,6 +7,7 @@ use crate::error::{Error, Kind, Result};
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// First byte of the range, and its length.
 const RANGE: (i64, i64) = (100, 200);
@@ -18,7 +19,8 @@ pub struct QemuLock {
 }
 
 impl QemuLock {
-    /// `None` if a QEMU program has the image open. The file must be writable for us. Does not wait.
+    /// `None` if a QEMU program has the image open; `NotFound` if there is no such file. It must be writable for us.
+    /// Does not wait.
     pub fn take(path: &Path) -> Result<Option<QemuLock>> {
         let cannot = |e| Error::io("cannot lock the image", path, e);
         let file = OpenOptions::new().read(true).write(true).open(path).map_err(cannot)?;
@@ -27,6 +29,18 @@ impl QemuLock {
             Ok(()) => Ok(Some(QemuLock { _file: file })),
             Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(None),
             Err(e) => Err(cannot(e)),
+        }
+    }
+
+    /// As [`QemuLock::take`], waiting up to `patience` for a QEMU that is just closing the image.
+    pub fn take_within(path: &Path, patience: Duration) -> Result<Option<QemuLock>> {
+        let start = Instant::now();
+        loop {
+            match Self::take(path)? {
+                Some(lock) => return Ok(Some(lock)),
+                None if start.elapsed() >= patience => return Ok(None),
+                None => std::thread::sleep(Duration::from_millis(5)),
+            }
         }
     }
 }
@@ -75,7 +89,9 @@ mod tests {
         let image = path.to_str().unwrap();
         let done = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2", image, "1M"]).status().unwrap();
         assert!(done.success());
-        assert!(!is_open_in_qemu(&path).unwrap() && !is_open_in_qemu(&t.path().join("none")).unwrap());
+        let none = t.path().join("none");
+        assert!(!is_open_in_qemu(&path).unwrap() && !is_open_in_qemu(&none).unwrap());
+        assert_eq!(QemuLock::take(&none).unwrap_err().kind(), Kind::NotFound);
         let info = || Command::new("qemu-img").args(["info", image]).output().unwrap().status.success();
         let held = QemuLock::take(&path).unwrap().unwrap();
         assert!(QemuLock::take(&path).unwrap().is_none() && is_open_in_qemu(&path).unwrap() && !info());

@@ -2,19 +2,14 @@
 
 use super::journal::Stamp;
 use crate::error::{Error, Kind, Result};
+use crate::image::locks::QemuLock;
 use crate::image::qemu_img::ImageInfo;
 use crate::image::{Chain, Format, Layer, qemu_img};
-use std::fs::{File, OpenOptions};
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Deepest chain that is followed; a loop of backing files ends here.
 const DEPTH_MAX: usize = 256;
-
-/// First and last byte of the range QEMU puts its open-file-description locks into: 100.. for the permissions it uses,
-/// 200.. for those it does not share (QEMU, block/file-posix.c).
-const QEMU_LOCK_RANGE: (i64, i64) = (100, 300);
 
 /// The chain below `top`, by the backing files recorded in the images. Domains define these images, so their headers are
 /// believed as libvirt believes them; a format that is not recorded is refused, never probed.
@@ -116,55 +111,9 @@ pub fn is_block_device(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device())
 }
 
-/// QEMU's locks on an image, held: no QEMU can open it while this lives. Dropping it lets go.
-#[derive(Debug)]
-pub struct ImageLock {
-    _file: File,
-}
-
-impl ImageLock {
-    /// `None` if a QEMU (or qemu-img, qemu-nbd) has the image open. `NotFound` if there is no such file.
-    pub fn take(path: &Path) -> Result<Option<ImageLock>> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(path)
-            .map_err(|e| Error::io("cannot open the image to lock it", path, e))?;
-        let range = libc::flock {
-            l_type: libc::F_WRLCK as i16,
-            l_whence: libc::SEEK_SET as i16,
-            l_start: QEMU_LOCK_RANGE.0,
-            l_len: QEMU_LOCK_RANGE.1 - QEMU_LOCK_RANGE.0 + 1,
-            l_pid: 0,
-        };
-        // SAFETY: fcntl with F_OFD_SETLK reads one `flock`, which lives on this stack frame; the descriptor is open.
-        let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &range) };
-        if result == 0 {
-            return Ok(Some(ImageLock { _file: file }));
-        }
-        let error = std::io::Error::last_os_error();
-        match error.raw_os_error() {
-            Some(libc::EAGAIN) | Some(libc::EACCES) => Ok(None),
-            _ => Err(Error::io("cannot lock the image", path, error)),
-        }
-    }
-
-    /// As [`ImageLock::take`], waiting up to `patience` for a QEMU that is just closing the image.
-    pub fn take_within(path: &Path, patience: Duration) -> Result<Option<ImageLock>> {
-        let start = Instant::now();
-        loop {
-            match Self::take(path)? {
-                Some(lock) => return Ok(Some(lock)),
-                None if start.elapsed() >= patience => return Ok(None),
-                None => std::thread::sleep(Duration::from_millis(5)),
-            }
-        }
-    }
-}
-
 /// Locks an image that must be exactly as it was when `seen`; `Busy` if it is in use or has changed since.
-pub fn lock_as_seen(path: &Path, seen: Option<Stamp>) -> Result<ImageLock> {
-    let lock = ImageLock::take_within(path, Duration::from_secs(1))?.ok_or_else(|| {
+pub fn lock_as_seen(path: &Path, seen: Option<Stamp>) -> Result<QemuLock> {
+    let lock = QemuLock::take_within(path, Duration::from_secs(1))?.ok_or_else(|| {
         Error::new(Kind::Busy, "a QEMU program has the image open").path(path).hint("`fuser -v FILE` names it")
     })?;
     if Stamp::of(path)? != seen {
@@ -193,19 +142,6 @@ pub fn on_shared_storage(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn two_hands_cannot_hold_an_image() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("a.qcow2");
-        std::fs::write(&path, b"x").unwrap();
-        let first = ImageLock::take(&path).unwrap();
-        assert!(first.is_some());
-        assert!(ImageLock::take(&path).unwrap().is_none());
-        drop(first);
-        assert!(ImageLock::take(&path).unwrap().is_some());
-        assert_eq!(ImageLock::take(&dir.path().join("none")).unwrap_err().kind(), Kind::NotFound);
-    }
 
     #[test]
     fn an_image_that_changed_is_not_locked() {

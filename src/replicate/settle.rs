@@ -12,6 +12,7 @@ use super::offline;
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::failpoint;
 use crate::hypervisor::Hypervisor;
+use crate::image::locks::QemuLock;
 use crate::image::{Chain, Format, Layer, qemu_img};
 use crate::name::DiskName;
 use std::fs;
@@ -360,7 +361,7 @@ impl<'a> Settler<'a> {
     /// libvirtd may have died inside the freeze, between QEMU's answer and its own notes. Then QEMU has the overlay open
     /// and libvirt does not know: unused, and it is closed; or the guest writes to it, and the next start would boot the
     /// base without what was flushed since the freeze.
-    fn lock_overlay(&mut self, disk: &DiskName, seen: &Observation) -> Result<offline::ImageLock> {
+    fn lock_overlay(&mut self, disk: &DiskName, seen: &Observation) -> Result<QemuLock> {
         let (overlay, stamp) = (self.disk(disk).overlay.clone(), self.stamp_seen(disk, seen));
         let runs = matches!(seen.power, PowerState::Running | PowerState::Paused);
         match offline::lock_as_seen(&overlay, stamp) {
