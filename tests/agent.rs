@@ -110,7 +110,7 @@ fn node(n: u64) -> Digest {
 /// The digest of a piece is its block's number and its own, and some are zero.
 fn pieces_of(block: BlockIndex) -> BlockPieces {
     let mut pieces = [PieceDigest::ZERO; BLOCK_PIECES];
-    for (n, piece) in (1..).zip(&mut pieces).filter(|(n, _)| (block.0 % 3 + n) % 3 != 0) {
+    for (n, piece) in (1..).zip(&mut pieces).filter(|(n, _)| !(block.0 % 3 + n).is_multiple_of(3)) {
         piece.0[..8].copy_from_slice(&block.0.to_le_bytes());
         piece.0[8..].copy_from_slice(&n.to_le_bytes());
     }

@@ -184,10 +184,10 @@ pub fn serve(input: impl Read + Send + 'static, mut output: impl Write, charge: 
 }
 
 fn kill_driver(charge: &Charge) {
-    if let Some(driver) = &charge.driver {
-        if let Err(e) = rustix::process::pidfd_send_signal(driver, rustix::process::Signal::KILL) {
-            tracing::error!("cannot end the driver: {e}");
-        }
+    if let Some(driver) = &charge.driver
+        && let Err(e) = rustix::process::pidfd_send_signal(driver, rustix::process::Signal::KILL)
+    {
+        tracing::error!("cannot end the driver: {e}");
     }
 }
 

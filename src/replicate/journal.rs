@@ -406,7 +406,7 @@ pub(crate) mod tests {
         assert_eq!(journal.record().unwrap(), None);
         journal.write(&written).unwrap();
         assert_eq!(peek(state.path(), &written.uuid).unwrap(), Some(written.clone()));
-        assert_eq!(known_domains(state.path()).unwrap(), [written.uuid.clone()]);
+        assert_eq!(known_domains(state.path()).unwrap(), std::slice::from_ref(&written.uuid));
         journal.close().unwrap();
         journal.close().unwrap();
         assert_eq!(journal.record().unwrap(), None);

@@ -421,11 +421,11 @@ impl<'a> Settler<'a> {
     /// The loop ends with an error: at least the guest must not be held, if that is safe.
     fn release_after_failure(&mut self) {
         let Ok(seen) = observe(self.hypervisor, &self.record) else { return };
-        if seen.held(&self.record) && matches!(decide(&seen.situation(&self.record)), Action::Resume | Action::Pivot(_))
+        if seen.held(&self.record)
+            && matches!(decide(&seen.situation(&self.record)), Action::Resume | Action::Pivot(_))
+            && let Err(e) = self.resume()
         {
-            if let Err(e) = self.resume() {
-                tracing::error!(domain = %self.record.domain, "cannot resume the guest: {}", e.chain());
-            }
+            tracing::error!(domain = %self.record.domain, "cannot resume the guest: {}", e.chain());
         }
     }
 

@@ -22,7 +22,7 @@ impl Image for Disk {
     }
 
     fn read_at(&self, offset_bytes: u64, buf: &mut [u8]) -> Result<()> {
-        assert!(offset_bytes % B == 0 && buf.len() as u64 == B, "one whole block is read");
+        assert!(offset_bytes.is_multiple_of(B) && buf.len() as u64 == B, "one whole block is read");
         buf.fill(self.0[(offset_bytes / B) as usize]);
         Ok(())
     }

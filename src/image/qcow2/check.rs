@@ -80,7 +80,7 @@ impl Used {
 
     fn take(&mut self, offset: u64, what: &str) -> Result<()> {
         let wrong = |why: &str| Err(Error::new(Kind::Corrupt, format!("{what} {why}")).offset(offset));
-        if offset % CLUSTER != 0 {
+        if !offset.is_multiple_of(CLUSTER) {
             return wrong("does not begin with a cluster");
         }
         if offset >= self.len {

@@ -74,13 +74,13 @@ fn snapshot(tracked: &Tracked, disks: &[usize]) -> Vec<String> {
     let mut words =
         vec!["snapshot-create-as".to_owned(), "theirs".into(), "--disk-only".into(), "--no-metadata".into()];
     let mut files = tracked.vm.images.clone();
-    for disk in 0..tracked.vm.images.len() {
+    for (disk, file) in files.iter_mut().enumerate() {
         let name = crate::tracked::disk_name(disk);
         words.push("--diskspec".into());
         match disks.contains(&disk) {
             true => {
-                files[disk] = format!("{}/{name}.theirs.qcow2", tracked.vm.dir);
-                words.push(format!("{name},file={}", files[disk]));
+                *file = format!("{}/{name}.theirs.qcow2", tracked.vm.dir);
+                words.push(format!("{name},file={file}"));
             }
             false => words.push(format!("{name},snapshot=no")),
         }

@@ -220,7 +220,8 @@ fn agent_killed() {
 fn session_killed_in_mid_ship() {
     let lab = Lab::up();
     let mut machine = Machine::replicated(&lab, "ssh");
-    let kills: [(&str, &dyn Fn(&Driver)); 3] = [
+    type Kill<'a> = &'a dyn Fn(&Driver);
+    let kills: [(&str, Kill); 3] = [
         // A host of the lab has its own process ids: there is no other agent, session or master in sight.
         ("the agent", &|_| drop(lab.sh("b", "kill -9 $(pgrep -x virt-replica)"))),
         ("the sshd session", &|_| drop(lab.sh("b", "kill -9 $(pgrep -P $(cat /run/sshd.pid))"))),

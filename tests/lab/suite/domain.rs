@@ -38,11 +38,11 @@ impl Disk {
 
     /// A block device: a loop device over a raw file.
     pub fn device(size: &str) -> Disk {
-        Disk::raw(size).as_device()
+        Disk::raw(size).on_a_device()
     }
 
     /// The raw file becomes a loop device.
-    pub fn as_device(self) -> Disk {
+    pub fn on_a_device(self) -> Disk {
         assert_eq!(self.format, "raw", "a loop device shows a file's bytes");
         Disk { device: true, ..self }
     }
@@ -65,13 +65,16 @@ impl Disk {
     }
 }
 
+/// What a builder does to the XML; the second argument is the directory of the images.
+type Edit = Box<dyn Fn(String, &str) -> String>;
+
 /// A domain to come.
 pub struct Builder {
     name: String,
     disks: Vec<Disk>,
     guest: bool,
     delay: &'static str,
-    edits: Vec<Box<dyn Fn(String, &str) -> String>>,
+    edits: Vec<Edit>,
 }
 
 impl Builder {

@@ -18,7 +18,7 @@ fn a_first_copy_that_was_cut_off_goes_on() {
     let mut run = Job::start(Host::A.command(&["virt-replica", "sync", &vm.name, "--to", &vm.to, "--json"]));
     run.wait_line(PATIENCE, "60 % sent", |line| {
         let line: Value = serde_json::from_str(line).unwrap_or_default();
-        line["bytes_sent"].as_u64().is_some_and(|sent| sent >= DATA_MIB * 6 / 10 << 20)
+        line["bytes_sent"].as_u64().is_some_and(|sent| sent >= (DATA_MIB * 6 / 10) << 20)
     });
     // The lab is this test's alone: every ssh on host a is this run's.
     Host::A.ok(&["pkill", "-KILL", "-x", "ssh"]);
@@ -30,7 +30,7 @@ fn a_first_copy_that_was_cut_off_goes_on() {
         let done = Host::B.run(&["du", "-B1", &seed]);
         done.stdout.split_whitespace().next()?.parse::<u64>().ok()
     });
-    assert!(kept > DATA_MIB * 4 / 10 << 20, "{kept} bytes of {DATA_MIB} MiB are kept");
+    assert!(kept > (DATA_MIB * 4 / 10) << 20, "{kept} bytes of {DATA_MIB} MiB are kept");
 
     vm.write(0, "-P 0x77 5M 64k");
     let plan = vm.plan();
@@ -39,7 +39,7 @@ fn a_first_copy_that_was_cut_off_goes_on() {
     assert_eq!(second.mode("vda"), "digest");
     let sent = second.bytes("vda", "bytes_sent");
     assert!(sent + kept < (DATA_MIB + 4) << 20, "{kept} bytes were there, {sent} were sent again");
-    assert!(sent < DATA_MIB * 6 / 10 << 20, "{sent} bytes");
+    assert!(sent < (DATA_MIB * 6 / 10) << 20, "{sent} bytes");
     vm.compare_with_head();
     vm.assert_home();
     Host::B.script("test ! -e \"$1\"", &[&seed]);

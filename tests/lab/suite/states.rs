@@ -49,7 +49,7 @@ fn running_on_qcow2() {
 
 #[test]
 fn running_on_a_block_device() {
-    replicates_a_writer("rundevice", Disk::ext4("32M", "raw").as_device());
+    replicates_a_writer("rundevice", Disk::ext4("32M", "raw").on_a_device());
 }
 
 #[test]
@@ -198,7 +198,7 @@ fn an_overlay_of_ours_without_a_record_is_refused() {
     let diskspec = format!("vda,file={stray}");
     vm.virsh(&["snapshot-create-as", "--disk-only", "--no-metadata", "--diskspec", &diskspec]);
     refused(&vm, vm.sync(), 1, &["vr-0123abcd", "no record", "virsh blockcommit"]);
-    assert_eq!(vm.live_images(), [stray.clone()], "it was left alone");
+    assert_eq!(vm.live_images(), std::slice::from_ref(&stray), "it was left alone");
     // The advice is right: after it the domain is replicated again.
     vm.virsh(&["blockcommit", "vda", "--active", "--shallow", "--pivot", "--wait"]);
     Host::A.ok(&["rm", &stray]);
