@@ -16,6 +16,8 @@ mod bitmaps_off;
 mod consistency;
 #[path = "lab/suite/contract.rs"]
 mod contract;
+#[path = "lab/suite/cost.rs"]
+mod cost;
 #[path = "lab/suite/crash.rs"]
 mod crash;
 #[path = "lab/suite/crash_bench.rs"]
@@ -35,6 +37,8 @@ mod domain;
 mod formats;
 #[path = "lab/suite/points.rs"]
 mod points;
+#[path = "lab/suite/room.rs"]
+mod room;
 #[path = "lab/suite/seeds.rs"]
 mod seeds;
 #[path = "lab/suite/states.rs"]

@@ -45,6 +45,9 @@ pub struct RunArgs {
     /// Lay the overlays of all disks into this directory instead of beside their images
     #[arg(long, value_name = "DIR")]
     overlay_dir: Option<PathBuf>,
+    /// Keep this much free where overlays lie, beside what they are expected to grow to
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = super::render::parse_bytes)]
+    min_free_source: u64,
     /// Leave this disk out (vdb); may be given more than once
     #[arg(long = "exclude-disk", value_name = "DISK")]
     exclude_disks: Vec<DiskName>,
@@ -87,6 +90,7 @@ mod run {
     use crate::cli::{prune, render, signals, source};
     use virt_replica::replica::AuditStats;
     use virt_replica::replicate::cycle::Request;
+    use virt_replica::replicate::forecast::SpaceOptions;
     use virt_replica::replicate::plan::{CaptureKind, Plan, PlanOptions};
     use virt_replica::replicate::report::{Report, RunOutcome};
 
@@ -104,6 +108,7 @@ mod run {
                     bytes_max: self.audit_bytes,
                     within: self.audit_time,
                 },
+                space: SpaceOptions { min_free_source_bytes: self.min_free_source },
                 ..PlanOptions::default()
             };
             let request = source::request(&self.domain, &target, globals, &config, wish)?;
@@ -255,8 +260,12 @@ mod run {
                 let (from, to) = (render::bytes(audit.from), render::bytes(audit.to));
                 lines.push(format!("      audit  what the bitmap calls clean from {from} to {to}, and a sample"));
             }
-            if disk.reserve_bytes > 0 {
-                lines.push(format!("      room   up to {} at the target", render::bytes(disk.reserve_bytes)));
+            let target =
+                (disk.reserve_bytes > 0).then(|| format!("up to {} at the target", render::bytes(disk.reserve_bytes)));
+            let source = disk.overlay_bytes.map(|b| format!("about {} for its overlay", render::bytes(b)));
+            let room: Vec<String> = target.into_iter().chain(source).collect();
+            if !room.is_empty() {
+                lines.push(format!("      room   {}", room.join(", ")));
             }
         }
         if !plan.skipped.is_empty() {

@@ -244,7 +244,7 @@ fn new_disk_record(disk: &DiskPlan, run: &RunId) -> DiskRecord {
 }
 
 /// `DIR/STEM.vr-RUN.qcow2`: a human sees whose it is, AppArmor sees an image's suffix, and no two runs meet.
-fn overlay_path(disk: &DiskPlan, run: &RunId) -> PathBuf {
+pub(super) fn overlay_path(disk: &DiskPlan, run: &RunId) -> PathBuf {
     let stem = disk.chain.top().path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
     // Block devices of different domains share names like "dm-3"; the disk's own name keeps two of one domain apart.
     let name = format!("{stem}.{}{OVERLAY_MARK}{}.qcow2", disk.name, &run.as_str()[..8]);

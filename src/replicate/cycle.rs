@@ -26,6 +26,7 @@ use super::observe;
 use super::plan::{CaptureKind, Plan, PlanOptions};
 use super::pump::{self, Progress, Shipment};
 use super::report::{Report, RunOutcome, millis};
+use super::room::RoomWatch;
 use super::settle::{Account, Goal, Outcome, PauseGuard, SettleOptions, Settler, halt_error};
 use super::survey::make_plan;
 use crate::block::ByteRange;
@@ -372,12 +373,14 @@ impl<'a> Run<'a> {
         };
         let progress = Arc::new(Progress::default());
         self.watch.disk(name, planned.size.0, planned.mode, &progress);
+        let room = RoomWatch::new(plan, &self.request.run, &self.request.plan.space);
         let still_good = || {
             self.watch.tick();
             failpoint!("5b");
             if self.stop.load(Ordering::Relaxed) {
                 return Err(stopped());
             }
+            room.check()?;
             capture.check()
         };
         let result = read(opened.image.as_ref(), &shipment, &progress, &still_good);

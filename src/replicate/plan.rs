@@ -2,6 +2,7 @@
 
 use super::audit::{self, AuditOptions, AuditPlan};
 use super::capture::OVERLAY_MARK;
+use super::forecast::{Room, SpaceOptions};
 use super::turnover::{self, Tracked};
 use crate::block::DiskSize;
 use crate::block::digest::Digest;
@@ -13,7 +14,7 @@ use crate::replica::{DiskStats, Mode, ReplicaView, SeedView};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
-/// Least space for an overlay to grow into, in bytes, or the freeze is not begun.
+/// Space that is kept free where overlays lie unless told otherwise, in bytes, or the freeze is not begun.
 pub const OVERLAY_SPACE_MIN: u64 = 256 << 20;
 
 #[derive(Debug, Clone, Serialize)]
@@ -27,6 +28,9 @@ pub struct Plan {
     /// The run that made it, whose bitmaps lead on from it.
     #[serde(skip)]
     pub head_run: Option<RunId>,
+    /// Seconds that the disks will stand still, as far as that can be foreseen; absent where nothing is frozen.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hold_s: Option<u64>,
     pub disks: Vec<DiskPlan>,
     pub skipped: Vec<Skipped>,
     /// Why the run would not begin. Empty: it would.
@@ -89,6 +93,12 @@ pub struct DiskPlan {
     pub reader: String,
     /// Most bytes that will be written at the target, as far as it can be known: reserved there.
     pub reserve_bytes: u64,
+    /// What its overlay is expected to grow to; absent where nobody has seen yet how fast the guest writes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overlay_bytes: Option<u64>,
+    /// Most that its commit can add to the image on the overlay's own file system.
+    #[serde(skip)]
+    pub commit_bytes_max: u64,
     /// What is read: the chain as it stands now, uppermost first.
     pub chain: Chain,
     /// The bitmap whose marks are shipped, in mode `bitmap`.
@@ -149,8 +159,8 @@ pub enum Conflict {
     NoDisks,
     /// An image's size is not known: libvirt cannot look at it.
     SizeUnknown { disk: DiskName },
-    /// The overlay would have no room to grow.
-    NoOverlaySpace { disk: DiskName, dir: PathBuf, free_bytes: u64 },
+    /// The overlays of a file system would have no room to grow: this disk's, and others beside it.
+    NoOverlaySpace { disk: DiskName, dir: PathBuf, free_bytes: u64, growth_bytes: u64, floor_bytes: u64, hold_s: u64 },
     /// A block device's overlay needs a directory that is not there.
     NoOverlayDir { disk: DiskName, dir: PathBuf },
     /// The target has less room than this run may need.
@@ -199,7 +209,9 @@ impl Conflict {
             }
             Conflict::NoDisks => "see the reasons of the skipped disks".into(),
             Conflict::SizeUnknown { .. } => "check that libvirt can open the image: virsh domblkinfo DOMAIN DISK".into(),
-            Conflict::NoOverlaySpace { .. } => "free space there, or choose another directory with --overlay-dir".into(),
+            Conflict::NoOverlaySpace { .. } => {
+                "free space there, choose another directory with --overlay-dir, or keep less free with --min-free-source".into()
+            }
             Conflict::NoOverlayDir { .. } => {
                 "overlays of block devices need a directory with room: create it, or choose one with --overlay-dir".into()
             }
@@ -226,12 +238,14 @@ impl std::fmt::Display for Conflict {
             }
             Conflict::NoDisks => write!(f, "no disk is left to replicate"),
             Conflict::SizeUnknown { .. } => write!(f, "its size is not known"),
-            Conflict::NoOverlaySpace { dir, free_bytes, .. } => write!(
+            Conflict::NoOverlaySpace { dir, free_bytes, growth_bytes, floor_bytes, hold_s, .. } => write!(
                 f,
-                "its overlay would lie in {}, where only {} MiB are free of the {} it needs at least",
+                "its overlay would lie in {}, where {} MiB are free: what the guest writes in the {hold_s} s that the run may \
+                 take needs about {} MiB, and {} MiB are to stay free",
                 dir.display(),
                 free_bytes >> 20,
-                OVERLAY_SPACE_MIN >> 20
+                growth_bytes.div_ceil(1 << 20),
+                floor_bytes.div_ceil(1 << 20)
             ),
             Conflict::NoOverlayDir { dir, .. } => {
                 write!(f, "it is a block device, and the directory for its overlay, {}, is not there", dir.display())
@@ -260,6 +274,7 @@ pub struct PlanOptions {
     /// Read everything and compare, whatever a bitmap says.
     pub compare: bool,
     pub audit: AuditOptions,
+    pub space: SpaceOptions,
 }
 
 /// What was found out about a disk beyond libvirt's view; gathered by the caller, so that planning stays pure.
@@ -272,13 +287,13 @@ pub struct DiskFacts {
     pub allocated_bytes: u64,
     /// How the image will be read.
     pub reader: String,
-    /// Free bytes where the overlay would lie; `None` if there is no such directory.
-    pub overlay_free_bytes: Option<u64>,
+    /// Where the overlay would lie; `None` if there is no such directory.
+    pub overlay_room: Option<Room>,
     /// Whether the changes since the head are known.
     pub tracked: Tracked,
 }
 
-/// Plans a run. Pure.
+/// Plans a run. Pure. Whether its overlays will have room is [`forecast`](super::forecast)'s.
 pub fn plan(
     domain: &DomainView,
     facts: &[DiskFacts],
@@ -294,6 +309,7 @@ pub fn plan(
         generation: our_generation,
         head: replica.head().map(|p| p.id.clone()),
         head_run: replica.head().map(|p| p.run.clone()),
+        hold_s: None,
         disks: Vec::new(),
         skipped: Vec::new(),
         conflicts: Vec::new(),
@@ -366,8 +382,8 @@ fn plan_disk(
     };
     plan.conflicts.extend(chain_conflict(domain, disk, &chain));
     let overlay_dir = overlay_dir(chain.top(), options);
-    if plan.capture == CaptureKind::Overlay {
-        plan.conflicts.extend(no_room(name, &overlay_dir, facts.overlay_free_bytes));
+    if plan.capture == CaptureKind::Overlay && facts.overlay_room.is_none() {
+        plan.conflicts.push(Conflict::NoOverlayDir { disk: name.clone(), dir: overlay_dir.clone() });
     }
     let in_head = replica.head().and_then(|p| p.disk(name));
     let (mode, mut reason, tracking_doubt) =
@@ -390,6 +406,8 @@ fn plan_disk(
         reason,
         reader: facts.reader.clone(),
         reserve_bytes: reserve(mode, size, in_head.map(|d| d.size), facts).saturating_sub(seed_bytes),
+        overlay_bytes: None,
+        commit_bytes_max: 0,
         chain,
         bitmap,
         audit,
@@ -400,16 +418,6 @@ fn plan_disk(
     };
     plan.notes.extend(planned.doubted_again());
     plan.disks.push(planned);
-}
-
-/// Why no overlay can lie in `dir`.
-fn no_room(disk: &DiskName, dir: &Path, free_bytes: Option<u64>) -> Option<Conflict> {
-    let (disk, dir) = (disk.clone(), dir.to_owned());
-    match free_bytes {
-        None => Some(Conflict::NoOverlayDir { disk, dir }),
-        Some(free_bytes) if free_bytes < OVERLAY_SPACE_MIN => Some(Conflict::NoOverlaySpace { disk, dir, free_bytes }),
-        Some(_) => None,
-    }
 }
 
 /// What is wrong with the chain a disk stands on.

@@ -66,7 +66,7 @@ fn facts(domain: &DomainView) -> Vec<DiskFacts> {
             chain: Ok(d.live.clone().unwrap()),
             allocated_bytes: 100 << 20,
             reader: "in process".into(),
-            overlay_free_bytes: Some(10 << 30),
+            overlay_room: Some(Room { file_system: 1, free_bytes: 10 << 30, beside_image: true }),
             tracked: Tracked::Doubt("no dirty bitmap is kept".into()),
         })
         .collect()
@@ -246,14 +246,14 @@ fn a_replica_of_a_later_generation_is_not_written_to() {
 }
 
 #[test]
-fn no_room_for_an_overlay_or_a_copy_is_found_before_the_freeze() {
+fn no_directory_for_an_overlay_and_no_room_for_a_copy_are_found_before_the_freeze() {
     let domain = domain("vda");
     let mut cramped = facts(&domain);
-    cramped[0].overlay_free_bytes = Some(OVERLAY_SPACE_MIN - 1);
+    cramped[0].overlay_room = None;
     let options = PlanOptions::default();
     let plan_ = plan(&domain, &cramped, &replica(""), Generation(1), &options);
-    assert!(matches!(plan_.conflicts[..], [Conflict::NoOverlaySpace { .. }]));
-    assert_eq!(plan_.refusal().unwrap().kind(), Kind::Space);
+    assert!(matches!(plan_.conflicts[..], [Conflict::NoOverlayDir { .. }]));
+    assert_eq!(plan_.refusal().unwrap().kind(), Kind::Usage);
     let mut full_target = replica("");
     full_target.free_bytes = (100 << 20) - 1;
     let plan_ = plan(&domain, &facts(&domain), &full_target, Generation(1), &options);
@@ -265,7 +265,7 @@ fn a_domain_that_is_off_needs_no_overlay_and_so_no_room_for_one() {
     let mut off = domain("vda");
     off.power = Power::Off;
     let mut cramped = facts(&off);
-    cramped[0].overlay_free_bytes = None;
+    cramped[0].overlay_room = None;
     let plan = plan(&off, &cramped, &replica(""), Generation(1), &PlanOptions::default());
     assert_eq!((plan.capture, plan.conflicts.len()), (CaptureKind::Off, 0));
 }

@@ -3,16 +3,20 @@
 //! Reads headers and file systems; touches nothing. Deciding is [`plan`](super::plan)'s.
 
 use super::cycle::{Ports, Request};
+use super::forecast::{self, Room};
 use super::journal;
 use super::observe;
 use super::offline;
 use super::plan::{Conflict, DiskFacts, Plan, overlay_dir, plan};
+use super::report::Report;
+use super::room::free_bytes;
 use super::turnover::{self, Tracked};
 use crate::error::Result;
 use crate::hypervisor::{DiskKind, DiskView, DomainView, Power};
 use crate::image::{Chain, qemu_img};
 use crate::name::RunId;
 use crate::replica::ReplicaView;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 /// Steps 2 and 3 alone: what a run would do. Touches nothing, here or there.
@@ -38,7 +42,16 @@ pub fn make_plan(ports: &Ports, request: &Request, domain: &DomainView, replica:
         .filter(|d| d.kind == DiskKind::Image)
         .map(|disk| disk_facts(ports, request, domain, disk, head))
         .collect();
-    Ok(plan(domain, &facts, replica, request.generation, &request.plan))
+    let mut plan = plan(domain, &facts, replica, request.generation, &request.plan);
+    forecast::foresee(&mut plan, &facts, replica, &past(request, domain), (ports.clock)(), &request.plan.space);
+    Ok(plan)
+}
+
+/// The last runs of this domain to this target. They are a help to guess, and no more: without them there is a default.
+fn past(request: &Request, domain: &DomainView) -> Vec<Report> {
+    let mut past = journal::recent_reports::<Report>(&request.state, &domain.uuid).unwrap_or_default();
+    past.retain(|report| report.target == request.target);
+    past
 }
 
 fn disk_facts(
@@ -61,12 +74,12 @@ fn disk_facts(
         Some(Err(e)) => (String::new(), Err(e.chain())),
         None => (String::new(), chain),
     };
-    let (allocated_bytes, overlay_free_bytes) = match &chain {
-        Ok(chain) => (allocated(chain), free_bytes(&overlay_dir(chain.top(), &request.plan))),
+    let (allocated_bytes, overlay_room) = match &chain {
+        Ok(chain) => (allocated(chain), room(&overlay_dir(chain.top(), &request.plan), &chain.top().path)),
         Err(_) => (0, None),
     };
     let tracked = tracked(ports, request, domain, chain.as_ref().ok(), head);
-    DiskFacts { name: disk.name.clone(), chain, allocated_bytes, reader, overlay_free_bytes, tracked }
+    DiskFacts { name: disk.name.clone(), chain, allocated_bytes, reader, overlay_room, tracked }
 }
 
 /// Whether a bitmap of the running QEMU, or of the image of a domain that is off, leads on from the head.
@@ -120,7 +133,8 @@ fn allocated(chain: &Chain) -> u64 {
         .sum()
 }
 
-fn free_bytes(dir: &Path) -> Option<u64> {
-    let s = rustix::fs::statvfs(dir).ok()?;
-    Some(s.f_bavail.saturating_mul(s.f_frsize))
+fn room(dir: &Path, image: &Path) -> Option<Room> {
+    let device = |path: &Path| std::fs::metadata(path).ok().map(|m| m.dev());
+    let file_system = device(dir)?;
+    Some(Room { file_system, free_bytes: free_bytes(dir)?, beside_image: device(image) == Some(file_system) })
 }

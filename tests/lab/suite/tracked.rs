@@ -46,6 +46,11 @@ impl Tracked {
         tracked
     }
 
+    /// A domain whose story the test tells alone, point and all.
+    pub fn around(vm: Domain) -> Tracked {
+        Tracked { vm, ticks: 0, size: SIZE }
+    }
+
     /// `qemu-io` commands on the live devices, in one go.
     pub fn hmp(&self, commands: &[(usize, String)]) {
         let mut line = String::new();

@@ -1,0 +1,100 @@
+//! Room at the source, watched: a guest that writes faster than was foreseen must never meet a full file system.
+//!
+//! While the disks stand still the file systems of their overlays are asked now and then. When one comes near its end, the
+//! run is cut short: no point is made, and the overlays are committed at once, while there still is room for what the
+//! guest writes meanwhile.
+
+use super::capture::overlay_path;
+use super::forecast::SpaceOptions;
+use super::plan::{CaptureKind, Plan};
+use crate::error::{Error, Kind, Result};
+use crate::name::{DiskName, RunId};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+/// The file systems are asked this often; one call for each disk.
+const ASK_EVERY: Duration = Duration::from_millis(200);
+
+/// This part of the floor is for what the guest writes while the overlays are committed.
+const CRITICAL_PART: u64 = 4;
+
+/// Least of it: a floor set to nothing still leaves the guest a moment.
+const CRITICAL_MIN: u64 = 8 << 20;
+
+/// The room of one run's overlays.
+pub(super) struct RoomWatch {
+    overlays: Vec<Overlay>,
+    critical_bytes: u64,
+    asked: Mutex<Option<Instant>>,
+}
+
+struct Overlay {
+    disk: DiskName,
+    dir: PathBuf,
+    path: PathBuf,
+    /// Most that its commit can add to an image beside it.
+    commit_bytes_max: u64,
+}
+
+impl RoomWatch {
+    pub fn new(plan: &Plan, run: &RunId, options: &SpaceOptions) -> Self {
+        let on_overlays = plan.capture != CaptureKind::Off;
+        let overlays = plan.replicated().filter(|_| on_overlays).map(|disk| Overlay {
+            disk: disk.name.clone(),
+            dir: disk.overlay_dir.clone(),
+            path: overlay_path(disk, run),
+            commit_bytes_max: disk.commit_bytes_max,
+        });
+        let critical_bytes = (options.min_free_source_bytes / CRITICAL_PART).max(CRITICAL_MIN);
+        Self { overlays: overlays.collect(), critical_bytes, asked: Mutex::new(None) }
+    }
+
+    /// `Space` when the overlays have to be committed now. Cheap; asked many times while reading.
+    pub fn check(&self) -> Result<()> {
+        {
+            let mut asked = self.asked.lock().expect("nothing panics while it is held");
+            if asked.is_some_and(|at| at.elapsed() < ASK_EVERY) {
+                return Ok(());
+            }
+            *asked = Some(Instant::now());
+        }
+        // Overlays on one file system are committed one beside the other: to each, its room is that of all.
+        let commit_bytes: u64 = self.overlays.iter().map(|o| occupied(&o.path).min(o.commit_bytes_max)).sum();
+        for overlay in &self.overlays {
+            let Some(free_bytes) = free_bytes(&overlay.dir) else { continue };
+            let own = if overlay.commit_bytes_max > 0 { commit_bytes } else { 0 };
+            if free_bytes < self.critical_bytes.saturating_add(own) {
+                return Err(cut_short(overlay, free_bytes));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn cut_short(overlay: &Overlay, free_bytes: u64) -> Error {
+    let grown = occupied(&overlay.path) >> 20;
+    Error::new(
+        Kind::Space,
+        format!(
+            "the guest writes faster than was foreseen: its overlay has grown to {grown} MiB and {} MiB are left in {}; \
+             the run was cut short, and the overlay is committed at once",
+            free_bytes >> 20,
+            overlay.dir.display()
+        ),
+    )
+    .disk(&overlay.disk)
+    .hint("free space there, choose a larger file system with --overlay-dir, or run when the guest writes less")
+}
+
+/// Free bytes for an unprivileged writer, as QEMU is one; `None` where there is no such directory.
+pub(super) fn free_bytes(dir: &Path) -> Option<u64> {
+    let s = rustix::fs::statvfs(dir).ok()?;
+    Some(s.f_bavail.saturating_mul(s.f_frsize))
+}
+
+/// Bytes that a file takes on its file system; one that cannot be looked at takes none.
+fn occupied(path: &Path) -> u64 {
+    std::fs::metadata(path).map_or(0, |m| m.blocks().saturating_mul(512))
+}
