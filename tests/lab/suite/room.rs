@@ -46,9 +46,10 @@ fn a_source_that_fills_up_gets_its_overlay_committed_at_once() {
     let dir = format!("/srv/overlays-{}", vm.name);
     lab.tool(&["small-fs", "a", &dir, "64M"]);
     let _undo = Undo(|| drop(lab.tool(&["small-fs", "a", &dir, "off"])));
-    // Compared whole, in 24 groups: a quarter of a minute if nobody cuts it short.
+    // Compared whole, in 24 groups, and each takes its time: most of a minute if nobody cuts it short.
     let limits = ["--overlay-dir", &dir, "--min-free-source", "24M", "--compare"];
-    let mut run = vm.start_sync("5b=sleep:1000", &limits);
+    let slow: Vec<String> = (1..=24).map(|hit| format!("5b=sleep:2000@{hit}")).collect();
+    let mut run = vm.start_sync(&slow.join(","), &limits);
     run.wait_step(5);
     assert!(vm.live_images()[0].starts_with(&dir), "the domain is on its overlay");
     for at in 0..12 {
