@@ -1,6 +1,7 @@
 //! Two ways to make a domain's disks stand still while they are read, behind one trait: an overlay over each disk of a
 //! running domain, or nothing but attention for a domain that is off. (Capture by backup is the third to come.)
 
+use super::cycle::Ports;
 use super::decide::{Job, Phase, Stand};
 use super::journal::{DiskRecord, Journal, Record, Stamp, boot_id};
 use super::observe::observe;
@@ -69,11 +70,10 @@ pub struct OverlayCapture<'a> {
 
 impl<'a> OverlayCapture<'a> {
     pub fn new(
-        hypervisor: &'a dyn Hypervisor,
+        ports: &'a Ports<'a>,
         journal: &'a Journal,
         guard: &'a mut dyn PauseGuard,
         options: SettleOptions,
-        clock: &'a (dyn Fn() -> Timestamp + Sync),
         plan: &Plan,
         domain: &DomainView,
         run: &RunId,
@@ -90,12 +90,12 @@ impl<'a> OverlayCapture<'a> {
             phase: Phase::FreezeIntent,
             resume_after: false,
             disks,
-            started_at: clock(),
+            started_at: (ports.clock)(),
             frozen_at: None,
             point: None,
         };
         let planned = plan.replicated().map(|d| d.chain.clone()).collect();
-        Self { hypervisor, journal, guard, options, clock, record, planned }
+        Self { hypervisor: ports.hypervisor, journal, guard, options, clock: ports.clock, record, planned }
     }
 
     /// The steps of the freeze; a failure is cleaned up by the caller through the settle loop.

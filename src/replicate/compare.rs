@@ -89,15 +89,15 @@ impl Run<'_> {
         capture: &dyn Capture,
     ) -> Result<Vec<ComparedDisk>> {
         let mut disks = Vec::new();
-        for (name, chain) in &still.disks {
-            let compared =
-                self.read_disk(plan, still, capture, name, chain, None, &mut |image, shipment, progress, good| {
-                    let shipment = &Shipment { compare_only: true, ..shipment.clone() };
-                    let (root, blocks_differ) = pump::compare(image, replica, shipment, progress, good)?;
-                    let equal = shipment.head == Some((shipment.size, root));
-                    let bytes_read = progress.read.load(Ordering::Relaxed);
-                    Ok(ComparedDisk { name: name.clone(), size: shipment.size, blocks_differ, bytes_read, equal })
-                });
+        for disk in &still.disks {
+            let name = &disk.0;
+            let compared = self.read_disk(plan, still, capture, disk, None, &mut |image, shipment, progress, good| {
+                let shipment = &Shipment { compare_only: true, ..shipment.clone() };
+                let (root, blocks_differ) = pump::compare(image, replica, shipment, progress, good)?;
+                let equal = shipment.head == Some((shipment.size, root));
+                let bytes_read = progress.read.load(Ordering::Relaxed);
+                Ok(ComparedDisk { name: name.clone(), size: shipment.size, blocks_differ, bytes_read, equal })
+            });
             disks.push(compared.on_disk(name)?);
         }
         capture.confirm()?;

@@ -148,6 +148,9 @@ pub fn run(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBoo
     Ok((report, error))
 }
 
+/// What is done with a frozen image while it is open.
+type ReadDisk<'a, T> = &'a mut dyn FnMut(&dyn Image, &Shipment, &Progress, pump::StillGood) -> Result<T>;
+
 /// How a run may end short of a point.
 enum Retry {
     StartedMeanwhile,
@@ -254,11 +257,10 @@ impl<'a> Run<'a> {
     ) -> Box<dyn Capture + 'c> {
         match guard.as_mut() {
             Some(guard) => Box::new(OverlayCapture::new(
-                self.ports.hypervisor,
+                self.ports,
                 self.journal,
                 guard.as_mut(),
                 self.request.settle.clone(),
-                self.ports.clock,
                 plan,
                 domain,
                 &self.request.run,
@@ -310,19 +312,19 @@ impl<'a> Run<'a> {
     ) -> Result<PointView> {
         self.watch.step(5, "read, compare, send");
         let mut disks = Vec::new();
-        for (name, chain) in &still.disks {
+        for disk in &still.disks {
+            let name = &disk.0;
             let dirty = dirty.get(name).cloned();
             let planned = plan.disk(name);
-            let shipped =
-                self.read_disk(plan, still, capture, name, chain, dirty, &mut |image, shipment, progress, good| {
-                    let shipment = unless_cut(image, replica, shipment)?;
-                    let audit = planned.and_then(|d| d.audit.as_ref());
-                    let (shipment, audit) = self.audited(image, replica, &shipment, audit, good)?;
-                    let tracking_doubt = planned.is_some_and(|d| d.tracking_doubt || d.mode != shipment.mode);
-                    let shipped = pump::ship(image, replica, &shipment, progress, good)?;
-                    let stats = DiskStats { audit, tracking_doubt, ..shipped.stats };
-                    Ok(SealDisk { name: name.clone(), root: shipped.root, stats })
-                });
+            let shipped = self.read_disk(plan, still, capture, disk, dirty, &mut |image, shipment, progress, good| {
+                let shipment = unless_cut(image, replica, shipment)?;
+                let audit = planned.and_then(|d| d.audit.as_ref());
+                let (shipment, audit) = self.audited(image, replica, &shipment, audit, good)?;
+                let tracking_doubt = planned.is_some_and(|d| d.tracking_doubt || d.mode != shipment.mode);
+                let shipped = pump::ship(image, replica, &shipment, progress, good)?;
+                let stats = DiskStats { audit, tracking_doubt, ..shipped.stats };
+                Ok(SealDisk { name: name.clone(), root: shipped.root, stats })
+            });
             disks.push(shipped.on_disk(name)?);
         }
         self.attach(replica, domain)?;
@@ -346,10 +348,9 @@ impl<'a> Run<'a> {
         plan: &Plan,
         still: &Still,
         capture: &dyn Capture,
-        name: &DiskName,
-        chain: &Chain,
+        (name, chain): &(DiskName, Chain),
         dirty: Option<Vec<ByteRange>>,
-        read: &mut dyn FnMut(&dyn Image, &Shipment, &Progress, pump::StillGood) -> Result<T>,
+        read: ReadDisk<T>,
     ) -> Result<T> {
         let planned = plan.disk(name).expect("what was frozen was planned");
         let options = OpenOptions { force_share: still.may_start, ..self.request.open.clone() };
