@@ -21,7 +21,9 @@ use virt_replica::block::digest::{BLOCK_PIECES, BlockPieces, Digest, PieceDigest
 use virt_replica::block::{BlockIndex, DiskSize};
 use virt_replica::error::{Error, Kind, Result};
 use virt_replica::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
-use virt_replica::replica::upkeep::{Holds, Kept, PatchStream, PruneReport, Upkeep};
+use virt_replica::replica::upkeep::{
+    Damage, DamageKind, Holds, Kept, PatchStream, PruneReport, ScrubStart, ScrubStep, ScrubTold, Scrubbing, Upkeep,
+};
 use virt_replica::replica::*;
 use virt_replica::transport::pipe::{PipeReader, PipeWriter};
 use virt_replica::transport::{Channel, Closer, Transport};
@@ -126,6 +128,7 @@ impl Replica for FakeReplica {
             path: "/srv".into(),
             open_point: None,
             seeds: Vec::new(),
+            damaged: vec![],
         })
     }
 
@@ -194,6 +197,7 @@ impl Upkeep for FakeReplica {
             links: vec![point(1).id],
             depth: 3,
             depth_max: 64,
+            scrub: ScrubTold { damage: vec![rotten()], ..ScrubTold::default() },
         })
     }
 
@@ -218,6 +222,45 @@ impl Upkeep for FakeReplica {
     fn export(&self, point: &PointId, _: &DiskName) -> Result<Box<dyn PatchStream>> {
         self.0.streams.fetch_add(1, Ordering::SeqCst);
         Ok(Box::new(FakeStream(Arc::clone(&self.0), point.seq() as u8)))
+    }
+
+    fn scrub(&self, restart: bool) -> Result<Box<dyn Scrubbing>> {
+        self.0.streams.fetch_add(1, Ordering::SeqCst);
+        self.0.asked.lock().unwrap().push(format!("scrub {restart}"));
+        Ok(Box::new(FakeScrub(Arc::clone(&self.0), 0)))
+    }
+}
+
+fn rotten() -> Damage {
+    Damage {
+        point: point(3).id,
+        disk: Some(disk("vdb")),
+        what: DamageKind::Content,
+        start: 65_536,
+        end: 131_072,
+        attachment: None,
+        found_at: jiff::Timestamp::UNIX_EPOCH,
+        dependants: vec![point(4).id],
+    }
+}
+
+/// Three steps, with damage in the last.
+struct FakeScrub(Arc<Fake>, u64);
+
+impl Scrubbing for FakeScrub {
+    fn start(&self) -> ScrubStart {
+        ScrubStart { resumed: true, bytes_done: 5, bytes_total: 35 }
+    }
+
+    fn step(&mut self, bytes_max: u64) -> Result<ScrubStep> {
+        self.1 += 1;
+        let (end, found) = (self.1 == 3, if self.1 == 3 { vec![rotten()] } else { vec![] });
+        Ok(ScrubStep { bytes_read: bytes_max, bytes_done: 5 + self.1 * bytes_max, found, end })
+    }
+
+    fn close(self: Box<Self>) -> Result<()> {
+        self.0.streams.fetch_sub(1, Ordering::SeqCst);
+        Ok(())
     }
 }
 
@@ -257,6 +300,7 @@ fn begin_request(disks: &[&str]) -> BeginPoint {
                 fresh: true,
                 reserve_bytes: 0,
                 resume: false,
+                repair: false,
             })
             .collect(),
     }
@@ -976,4 +1020,30 @@ fn the_largest_request_is_parsed_in_bounded_memory() {
         // The meter works: the text itself was held.
         assert!(cost > 100 << 10, "{cost} bytes for {}...", &payload[..30]);
     }
+}
+
+/// A scrub reads while it is asked to, and ends with its replica.
+#[test]
+fn a_scrub_goes_step_by_step_and_ends_with_its_replica() {
+    let fake = Arc::new(Fake::default());
+    let client = session(&fake);
+    let replica = client.open(&uuid()).unwrap();
+    assert_eq!(replica.holds().unwrap().scrub.damage, [rotten()]);
+    let mut scrub = replica.scrub(true).unwrap();
+    assert_eq!(scrub.start(), ScrubStart { resumed: true, bytes_done: 5, bytes_total: 35 });
+    assert_eq!(scrub.step(10).unwrap(), ScrubStep { bytes_read: 10, bytes_done: 15, found: vec![], end: false });
+    // Other requests come in between.
+    assert_eq!(replica.holds().unwrap().min_age_s, 7);
+    scrub.step(10).unwrap();
+    assert_eq!(scrub.step(10).unwrap(), ScrubStep { bytes_read: 10, bytes_done: 35, found: vec![rotten()], end: true });
+    scrub.close().unwrap();
+    assert_eq!(
+        (fake.streams.load(Ordering::SeqCst), fake.asked.lock().unwrap().as_slice()),
+        (0, &["scrub true".to_owned()][..])
+    );
+    let left = replica.scrub(false).unwrap();
+    assert_eq!(fake.streams.load(Ordering::SeqCst), 1);
+    drop((left, replica));
+    eventually("it ends with the replica", || fake.streams.load(Ordering::SeqCst) == 0);
+    client.close().unwrap();
 }

@@ -103,6 +103,7 @@ impl StoreWithPoints {
                     fresh: head.is_none(),
                     reserve_bytes: 0,
                     resume: false,
+                    repair: false,
                 }],
             })
             .unwrap();

@@ -368,6 +368,7 @@ fn what_a_peer_asks_for_is_bounded() {
             fresh: false,
             reserve_bytes: 0,
             resume: false,
+            repair: false,
         })
         .collect();
     assert_eq!(store.begin(&request).unwrap_err().kind(), Kind::Usage);

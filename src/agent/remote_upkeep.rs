@@ -5,7 +5,7 @@ use super::client::AgentClient;
 use super::remote::RemoteReplica;
 use crate::error::Result;
 use crate::name::{DiskName, PointId};
-use crate::replica::upkeep::{Holds, PatchStream, PruneReport, Upkeep};
+use crate::replica::upkeep::{Holds, PatchStream, PruneReport, ScrubStart, ScrubStep, Scrubbing, Upkeep};
 use crate::wire::upkeep::{Ask, StreamId, Told};
 use crate::wire::{FrameKind, Handle, Reply, Request, protocol};
 use std::collections::VecDeque;
@@ -65,6 +65,15 @@ impl Upkeep for RemoteReplica {
         let (client, asked) = (Arc::clone(client), VecDeque::new());
         Ok(Box::new(RemoteStream { client, handle, stream, asked, ended: false }))
     }
+
+    fn scrub(&self, restart: bool) -> Result<Box<dyn Scrubbing>> {
+        let (stream, start) = self.told(Ask::Scrub { restart }, &mut |_, _| {}, |told| match told {
+            Told::Scrub { stream, start } => Some((stream, start)),
+            _ => None,
+        })?;
+        let (client, handle) = self.session();
+        Ok(Box::new(RemoteScrub { client: Arc::clone(client), handle, stream, start }))
+    }
 }
 
 struct RemoteStream {
@@ -101,9 +110,39 @@ impl PatchStream for RemoteStream {
     fn close(mut self: Box<Self>) -> Result<()> {
         // What was asked for ahead comes before the answer to this.
         while self.answer().ok().flatten().is_some() {}
-        match ask(&self.client, self.handle, Ask::Close { stream: self.stream }, &mut |_, _| {})? {
-            Told::Close {} => Ok(()),
+        close(&self.client, self.handle, self.stream)
+    }
+}
+
+/// A scrub on the agent's host: it reads while it is asked to, and so ends by not being asked again.
+struct RemoteScrub {
+    client: Arc<AgentClient>,
+    handle: Handle,
+    stream: StreamId,
+    start: ScrubStart,
+}
+
+impl Scrubbing for RemoteScrub {
+    fn start(&self) -> ScrubStart {
+        self.start
+    }
+
+    fn step(&mut self, bytes_max: u64) -> Result<ScrubStep> {
+        let stream = self.stream;
+        match ask(&self.client, self.handle, Ask::ScrubStep { stream, bytes_max }, &mut |_, _| {})? {
+            Told::ScrubStep { step } => Ok(step),
             _ => Err(self.client.shared.at_host(protocol("the answer is to another question"))),
         }
+    }
+
+    fn close(self: Box<Self>) -> Result<()> {
+        close(&self.client, self.handle, self.stream)
+    }
+}
+
+fn close(client: &AgentClient, handle: Handle, stream: StreamId) -> Result<()> {
+    match ask(client, handle, Ask::Close { stream }, &mut |_, _| {})? {
+        Told::Close {} => Ok(()),
+        _ => Err(client.shared.at_host(protocol("the answer is to another question"))),
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{Answer, Opened, Session};
 use crate::error::{Error, Kind, Result};
-use crate::replica::upkeep::PatchStream;
+use crate::replica::upkeep::{PatchStream, Scrubbing};
 use crate::wire::upkeep::{Ask, StreamId, Told};
 use crate::wire::{BULK_MAX, FrameKind, Handle, Progress, Reply, encode, protocol};
 use std::collections::BTreeMap;
@@ -12,15 +12,41 @@ use std::time::Instant;
 /// Streams that one session may have open.
 const STREAMS_MAX: usize = 16;
 
-/// The patch streams of a session. They hold leases: whoever drops this without [`Streams::close_all`] leaves them to expire.
+/// What goes on from one request to the next.
+enum Stream {
+    Patch(Box<dyn PatchStream>),
+    Scrub(Box<dyn Scrubbing>),
+}
+
+impl Stream {
+    fn close(self) -> Result<()> {
+        match self {
+            Stream::Patch(stream) => stream.close(),
+            Stream::Scrub(scrub) => scrub.close(),
+        }
+    }
+}
+
+/// The streams of a session. They hold leases: whoever drops this without [`Streams::close_all`] leaves them to expire.
 #[derive(Default)]
 pub(super) struct Streams {
-    open: BTreeMap<StreamId, (Handle, Box<dyn PatchStream>)>,
+    open: BTreeMap<StreamId, (Handle, Stream)>,
     opened: StreamId,
 }
 
 impl Streams {
-    fn add(&mut self, of: Handle, stream: Box<dyn PatchStream>) -> Result<StreamId> {
+    /// Asked before anything is begun.
+    fn have_room(&self) -> Result<()> {
+        match self.open.len() < STREAMS_MAX {
+            true => Ok(()),
+            false => {
+                let what = format!("one session may have {STREAMS_MAX} exports and scrubs under way at once");
+                Err(Error::new(Kind::Refused, what))
+            }
+        }
+    }
+
+    fn add(&mut self, of: Handle, stream: Stream) -> Result<StreamId> {
         let id = self.opened;
         self.opened = id.checked_add(1).ok_or_else(|| protocol("a session without end"))?;
         self.open.insert(id, (of, stream));
@@ -60,15 +86,10 @@ impl<W: Write> Session<'_, W> {
                 Told::Pin {}
             }
             Ask::Export { point, disk } => {
-                if self.streams.open.len() >= STREAMS_MAX {
-                    return Err(Error::new(
-                        Kind::Refused,
-                        format!("one session may export {STREAMS_MAX} disks at once"),
-                    ));
-                }
+                self.streams.have_room()?;
                 let Opened { replica, .. } = self.at(handle)?;
                 let stream = replica.export(&point, &disk)?;
-                Told::Export { stream: self.streams.add(handle, stream)? }
+                Told::Export { stream: self.streams.add(handle, Stream::Patch(stream))? }
             }
             Ask::Chunk { stream } => return self.chunk(stream),
             Ask::Close { stream } => {
@@ -76,12 +97,22 @@ impl<W: Write> Session<'_, W> {
                 stream.close()?;
                 Told::Close {}
             }
+            Ask::Scrub { restart } => {
+                self.streams.have_room()?;
+                let scrub = self.at(handle)?.replica.scrub(restart)?;
+                let start = scrub.start();
+                Told::Scrub { stream: self.streams.add(handle, Stream::Scrub(scrub))?, start }
+            }
+            Ask::ScrubStep { stream, bytes_max } => match self.streams.open.get_mut(&stream) {
+                Some((_, Stream::Scrub(scrub))) => Told::ScrubStep { step: scrub.step(bytes_max)? },
+                _ => return Err(no_stream(stream)),
+            },
         };
         Ok(Reply::Upkeep { told }.into())
     }
 
     fn chunk(&mut self, id: StreamId) -> Result<Answer> {
-        let (_, stream) = self.streams.open.get_mut(&id).ok_or_else(|| no_stream(id))?;
+        let Some((_, Stream::Patch(stream))) = self.streams.open.get_mut(&id) else { return Err(no_stream(id)) };
         let bytes = stream.next_chunk()?;
         if bytes.len() > BULK_MAX {
             return Err(Error::new(Kind::Corrupt, format!("the store gave a chunk of {} bytes", bytes.len())));

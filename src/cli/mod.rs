@@ -14,6 +14,7 @@ mod progress;
 mod prune;
 #[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
 mod render;
+mod scrub;
 mod seed;
 mod serve;
 mod signals;
@@ -113,6 +114,8 @@ enum Command {
     Status(status::StatusArgs),
     /// Read a point again and compare it with its digests, or the source with its newest point
     Verify(verify::VerifyArgs),
+    /// Read all points again, a bit at a time, and find what has rotted
+    Scrub(scrub::ScrubArgs),
     /// Remove points that are not to be kept any longer
     Prune(prune::PruneArgs),
     /// Keep a point from being removed
@@ -141,6 +144,7 @@ impl Command {
             Command::Points(args) => args.json,
             Command::Status(args) => args.json,
             Command::Verify(args) => args.json,
+            Command::Scrub(args) => args.json,
             Command::Prune(args) => args.json,
             Command::Export(args) => args.json,
             Command::Pin(args) => args.json,
@@ -166,6 +170,7 @@ pub fn main() -> ExitCode {
         Command::Points(args) => points::points(args, &cli.globals, output),
         Command::Status(args) => status::status(args, &cli.globals, output),
         Command::Verify(args) => verify::verify(args, &cli.globals, output),
+        Command::Scrub(args) => scrub::scrub(args, &cli.globals, output),
         Command::Prune(args) => prune::prune(args, &cli.globals, output),
         Command::Pin(args) => pin::pin(args, &cli.globals),
         Command::Unpin(args) => pin::unpin(args, &cli.globals),

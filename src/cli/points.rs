@@ -35,6 +35,7 @@ pub fn points(args: &PointsArgs, globals: &Globals, output: Output) -> Result<Ex
         true => print_json(&json!({
             "domain": name, "uuid": uuid, "target": target.url.to_string(), "generation": view.generation, "path": view.path,
             "points": view.points, "pins": holds.pins, "leases": holds.leases, "links": holds.links, "depth": holds.depth,
+            "scrub": holds.scrub,
         }))?,
         false => print(&describe(&name, &target.url, &view, &holds))?,
     }
@@ -59,7 +60,8 @@ fn describe(name: &DomainName, target: &TargetUrl, view: &ReplicaView, holds: &H
         reason => format!(" Pinned: {} ({reason})", p.point),
     });
     let used = holds.leases.iter().map(|l| format!(" In use: {} ({}, {})", l.point, l.purpose, l.owner));
-    let held: Vec<String> = held.chain(used).collect();
+    let damaged = holds.scrub.damage.iter().map(|d| format!(" Damaged: {}", render::damage(d)));
+    let held: Vec<String> = held.chain(used).chain(damaged).collect();
     if !held.is_empty() {
         lines.push(String::new());
         lines.extend(held);

@@ -5,6 +5,7 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use std::time::Duration;
 use virt_replica::replica::Consistency;
+use virt_replica::replica::upkeep::{Damage, DamageKind};
 
 /// Bytes in binary units with one decimal: `0 B`, `512 B`, `1.5 KiB`, `20.0 GiB`.
 pub fn bytes(n: u64) -> String {
@@ -70,6 +71,24 @@ pub fn time(t: Timestamp) -> String {
 /// A moment to the minute, in this machine's time zone; [`zone_now`] names it once for a whole column.
 pub fn minute(t: Timestamp) -> String {
     t.to_zoned(TimeZone::system()).strftime("%Y-%m-%d %H:%M").to_string()
+}
+
+/// Where damage lies, and who reads it: `vda of 000001-5f0c61aa, bytes 65536 to 131072; read by 000002-9b1de0f3`.
+pub fn damage(d: &Damage) -> String {
+    let disk = d.disk.as_ref().map_or("", |disk| disk.as_str());
+    let what = match (d.what, d.attachment) {
+        (DamageKind::Content, _) => format!("{disk} of {}, bytes {} to {}", d.point, d.start, d.end),
+        (DamageKind::Image, _) => format!("the image of {disk} of {}", d.point),
+        (DamageKind::Changes, _) => format!("the change list of {disk} of {}", d.point),
+        (DamageKind::Attachment, name) => {
+            format!("{} of {}", name.map_or("an attachment", |name| name.file_name()), d.point)
+        }
+    };
+    match d.dependants.as_slice() {
+        [] => format!("{what}; no later point reads it"),
+        [one] => format!("{what}; also read by {one}"),
+        [first, .., last] => format!("{what}; also read by {} later points, {first} to {last}", d.dependants.len()),
+    }
 }
 
 /// This machine's time zone by its present abbreviation.

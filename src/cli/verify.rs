@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use virt_replica::agent::client::AgentClient;
 use virt_replica::error::{Error, Kind, Result};
 use virt_replica::name::{DomainName, DomainUuid, PointId};
+use virt_replica::replica::upkeep::{Damage, Upkeep as _};
 use virt_replica::replica::{Replica as _, VerifyReport};
 use virt_replica::site;
 use virt_replica::transport::target::TargetUrl;
@@ -49,16 +50,18 @@ pub fn verify(args: &VerifyArgs, globals: &Globals, output: Output) -> Result<Ex
     let connection = target.connection();
     let verified = connection.client().and_then(|client| against_digests(args, &client, output));
     hang_up(connection);
-    let (uuid, name, report) = verified?;
+    let (uuid, name, report, known) = verified?;
     let equal = report.is_whole();
     if output.json {
         let body = json!({
             "domain": name, "uuid": uuid, "target": target.url.to_string(), "against": "digests", "equal": equal,
             "point": report.point, "disks": report.disks, "damaged_attachments": report.damaged_attachments,
+            "known_damage": known,
         });
         Message { message_type: "verify", body }.print()?;
     } else {
-        print(&describe(&name, &target.url, &report))?;
+        let known = known.iter().map(|d| format!("\n known from a scrub: {}", render::damage(d)));
+        print(&(describe(&name, &target.url, &report) + &known.collect::<String>()))?;
     }
     if equal {
         return Ok(Exit::Done);
@@ -66,14 +69,14 @@ pub fn verify(args: &VerifyArgs, globals: &Globals, output: Output) -> Result<Ex
     Err(Error::new(Kind::Corrupt, "the point is not what was sealed")
         .domain(&name)
         .point(&report.point)
-        .hint("do not boot it; look at the target's disk, and start a new chain with `virt-replica sync DOMAIN --to TARGET --full`"))
+        .hint("do not boot it; look at the target's disk; `virt-replica scrub` says what else is damaged, and then the next sync mends the newest point"))
 }
 
 fn against_digests(
     args: &VerifyArgs,
     client: &Arc<AgentClient>,
     output: Output,
-) -> Result<(DomainUuid, DomainName, VerifyReport)> {
+) -> Result<(DomainUuid, DomainName, VerifyReport, Vec<Damage>)> {
     let (uuid, name) = site::find_replica(client, &args.domain)?;
     let replica = client.open(&uuid)?;
     let view = replica.describe()?;
@@ -104,7 +107,9 @@ fn against_digests(
     if let Some(bar) = &bar {
         bar.finish_and_clear();
     }
-    Ok((uuid, name, report?))
+    let reads = |d: &Damage| d.point == point || d.dependants.contains(&point);
+    let known = replica.holds()?.scrub.damage.into_iter().filter(reads).collect();
+    Ok((uuid, name, report?, known))
 }
 
 fn describe(name: &DomainName, target: &TargetUrl, report: &VerifyReport) -> String {

@@ -6,6 +6,7 @@
 //!   is neither written nor listed, so repeated and superfluous records cost nothing.
 //! - The patch applies to the head's root of this disk or to nothing (I13).
 
+use super::damage::Rotten;
 use super::digests::DigestFile;
 use super::files::Dir;
 use super::head::NO_PIECES;
@@ -22,6 +23,7 @@ use crate::image::qcow2::{self, Qcow2Writer};
 use crate::image::{Format, Image, ImageMut};
 use crate::name::{DiskName, DomainUuid, PointId};
 use crate::patch::{self, Decoder, Item, Limits};
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::BufWriter;
 use std::ops::Range;
@@ -40,7 +42,12 @@ type Emit = Box<dyn FnMut(ChangedNode) -> Result<()> + Send>;
 /// What a disk of an open point is built on.
 pub(super) enum Start {
     Nothing,
-    Head(PointId, Arc<DigestFile>),
+    Head {
+        point: PointId,
+        digests: Arc<DigestFile>,
+        /// What of it is to be written again, whether it changed or not.
+        rotten: Rotten,
+    },
     Seed(Seed),
 }
 
@@ -58,6 +65,8 @@ pub(super) struct DiskWriter {
     below: Option<(PointId, Arc<DigestFile>)>,
     /// The seed that the image was: its digests and its list.
     seed: Option<SeedBelow>,
+    /// Blocks of the head that are not what they were: written whether they changed or not.
+    rotten: Rotten,
     /// `None` once it is durable and closed.
     image: Option<Qcow2Writer>,
     decoder: Decoder,
@@ -85,14 +94,16 @@ impl DiskWriter {
         start: Start,
         reservation: &Arc<Reservation>,
     ) -> Result<Self> {
+        let mut to_repair = Rotten::default();
         let (image, below, seed) = match start {
             Start::Seed(seed) => {
                 let view = seed.view(&disk.name);
                 (seed.image, None, Some(SeedBelow { view, digests: seed.digests, list: seed.list }))
             }
-            Start::Head(point, head) => {
+            Start::Head { point, digests, rotten } => {
+                to_repair = rotten;
                 let reference = backing_reference(&point, &disk.name);
-                (create_image(dir, disk, Some(&reference))?, Some((point, head)), None)
+                (create_image(dir, disk, Some(&reference))?, Some((point, digests)), None)
             }
             Start::Nothing => (create_image(dir, disk, None)?, None, None),
         };
@@ -126,6 +137,7 @@ impl DiskWriter {
             size: disk.size,
             below,
             seed,
+            rotten: to_repair,
             image: Some(image),
             decoder: Decoder::new(Limits { size_max: DiskSize(DISK_SIZE_MAX) })?,
             tree: Some(TreeUpdate::new(nodes, size_from, disk.size, emit)?),
@@ -265,7 +277,7 @@ impl DiskWriter {
     /// Writes a block whose content was checked, if it is another than before.
     fn write(&mut self, block: BlockIndex, digest: Digest, bytes: &[u8]) -> Result<()> {
         self.tree()?.push(block, digest)?;
-        if self.changed.try_recv().is_err() {
+        if self.changed.try_recv().is_err() && !self.rotten.has(block.0) {
             return Ok(());
         }
         self.reservation.spend(BLOCK_LEN as u64)?;
@@ -289,14 +301,17 @@ impl DiskWriter {
         while at < end {
             let step_end = ((at / ZERO_STEP + 1) * ZERO_STEP).min(end);
             self.tree()?.push_zero(BlockIndex(at), step_end - at)?;
+            let mut changed: BTreeSet<u64> =
+                std::iter::from_fn(|| self.changed.try_recv().ok()).map(|(b, _)| b.0).collect();
+            changed.extend(self.rotten.within(at..step_end));
             let mut run = at..at;
-            while let Ok((block, digest)) = self.changed.try_recv() {
-                if block.0 != run.end {
+            for block in changed {
+                if block != run.end {
                     self.zero_run(&run)?;
-                    run = block.0..block.0;
+                    run = block..block;
                 }
                 run.end += 1;
-                self.note(block, digest)?;
+                self.note(BlockIndex(block), Digest::ZERO)?;
             }
             self.zero_run(&run)?;
             at = step_end;

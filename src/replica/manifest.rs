@@ -236,7 +236,7 @@ impl Manifest {
     }
 
     /// Points and links, oldest first.
-    fn all(&self) -> Vec<&Point> {
+    pub fn all(&self) -> Vec<&Point> {
         let mut all: Vec<&Point> = self.points.iter().chain(&self.links).collect();
         all.sort_by_key(|p| p.id.seq());
         all

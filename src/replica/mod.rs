@@ -5,6 +5,7 @@
 //! Format: docs/formats/replica.md.
 
 mod chain;
+mod damage;
 mod digests;
 mod disk;
 mod export;
@@ -14,10 +15,12 @@ mod head;
 mod lease;
 mod lock;
 pub mod manifest;
+pub mod pace;
 mod point;
 mod prune;
 pub mod receive;
 mod reserve;
+mod scrub;
 mod seed;
 pub mod store;
 pub mod upkeep;
@@ -116,6 +119,19 @@ pub struct ReplicaView {
     /// Disks of which a copy is there that is in no point, with the bytes that it occupies.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub seeds: Vec<(DiskName, u64)>,
+    /// Disks of which the head reads what a scrub found damaged.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub damaged: Vec<HeadDamage>,
+}
+
+/// What a scrub found damaged of a disk, as far as the head reads it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeadDamage {
+    pub disk: DiskName,
+    /// Bytes of blocks whose content is not what was sealed.
+    pub bytes: u64,
+    /// An image or a change list is damaged: there is nothing to compare with, the disk has to start anew.
+    pub beyond_repair: bool,
 }
 
 impl ReplicaView {
@@ -277,6 +293,10 @@ pub struct BeginDisk {
     /// The run can start from a seed, if there is one and the head does not have this disk.
     #[serde(default)]
     pub resume: bool,
+    /// The run compares the disk by digest: blocks that a scrub found damaged in the head are to look as if they differed,
+    /// and to be written whether they do or not.
+    #[serde(default)]
+    pub repair: bool,
 }
 
 /// What a point was begun with.

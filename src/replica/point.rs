@@ -8,6 +8,7 @@
 //! Crash order: docs/replication.md, steps 5 and 6; the failpoints carry its numbers.
 
 use super::chain;
+use super::damage::{self, InHead};
 use super::digests::DigestFile;
 use super::disk::{DiskWriter, Start};
 use super::files::Dir;
@@ -18,8 +19,8 @@ use super::reserve::Reservation;
 use super::seed::{self, Seed};
 use super::store::{self, Clock};
 use super::{ATTACHMENT_MAX, Attachment, BeginPoint, Begun, DiskApplied, PointView, SealPoint};
-use crate::block::BlockIndex;
-use crate::block::digest::{BlockPieces, Digest};
+use crate::block::digest::{BLOCK_PIECES, BlockPieces, Digest, PieceDigest};
+use crate::block::{BlockIndex, FANOUT};
 use crate::error::{Context, Error, Kind, Result};
 use crate::name::{DiskName, PointId};
 use std::collections::BTreeMap;
@@ -35,6 +36,8 @@ pub(super) struct OpenPoint {
     points: Dir,
     dir: Dir,
     heads: BTreeMap<DiskName, Arc<DigestFile>>,
+    /// What the head reads that is damaged, of the disks that are to be repaired.
+    rotten: Arc<InHead>,
     /// Readers of the head's copies, of the disks whose pieces were asked for and that are not finished.
     head_images: Mutex<BTreeMap<DiskName, Arc<HeadImage>>>,
     disks: Disks,
@@ -58,11 +61,15 @@ impl OpenPoint {
             let head = chain::mend_head_digests(&replica, &manifest, &disk.name).map_err(|e| e.disk(&disk.name))?;
             heads.extend(head.map(|file| (disk.name.clone(), Arc::new(file))));
         }
+        let rotten = Arc::new(to_repair(&replica, &manifest, request));
         let id = PointId::from_parts(manifest.next_seq(), &request.run);
         let dir = points.sub_or_create(id.as_str())?;
         let filled = take_seeds(&replica, &dir, &id, request, &manifest).and_then(|mut seeds| {
             let start = |name: &DiskName| match (heads.get(name), seeds.remove(name)) {
-                (Some(file), _) => Start::Head(manifest.head().expect("it has digests").id.clone(), file.clone()),
+                (Some(file), _) => {
+                    let point = manifest.head().expect("it has digests").id.clone();
+                    Start::Head { point, digests: file.clone(), rotten: rotten.get(name).cloned().unwrap_or_default() }
+                }
                 (None, Some(seed)) => Start::Seed(seed),
                 (None, None) => Start::Nothing,
             };
@@ -83,6 +90,7 @@ impl OpenPoint {
             points,
             dir,
             heads,
+            rotten,
             head_images: Mutex::default(),
             disks,
             attached: Mutex::new(BTreeMap::new()),
@@ -137,9 +145,24 @@ impl OpenPoint {
                 return writer.seed_pieces(blocks);
             }
         }
-        match self.head_image(disk)? {
-            Some(image) => image.pieces(blocks),
-            None => Ok(vec![NO_PIECES; blocks.len()]),
+        let Some(image) = self.head_image(disk)? else { return Ok(vec![NO_PIECES; blocks.len()]) };
+        let Some(rotten) = self.rotten.get(disk) else { return image.pieces(blocks) };
+        // What is damaged is not even read: no piece of it is of use.
+        let sound: Vec<BlockIndex> = blocks.iter().copied().filter(|b| !rotten.has(b.0)).collect();
+        let mut pieces = image.pieces(&sound)?.into_iter();
+        let of = |block: &BlockIndex| if rotten.has(block.0) { Some(ROTTEN_PIECES) } else { pieces.next() };
+        Ok(blocks.iter().filter_map(of).collect())
+    }
+
+    /// Puts into the place of nodes that have damaged blocks below them some that no content has.
+    pub fn make_differ(&self, disk: &DiskName, level: u8, first: u64, nodes: &mut [Digest]) {
+        let Some(rotten) = self.rotten.get(disk) else { return };
+        let Some(span) = (FANOUT as u64).checked_pow(u32::from(level)) else { return };
+        for (index, node) in (first..).zip(nodes) {
+            let start = index.saturating_mul(span);
+            if rotten.touches(&(start..start.saturating_add(span))) {
+                *node = ROTTEN;
+            }
         }
     }
 
@@ -308,6 +331,19 @@ impl OpenPoint {
         crate::failpoint!("6e");
         Ok(())
     }
+}
+
+/// Digests that no content has.
+const ROTTEN: Digest = Digest([0xff; 32]);
+const ROTTEN_PIECES: BlockPieces = [PieceDigest([0xff; PieceDigest::LEN]); BLOCK_PIECES];
+
+/// The damage of the disks whose run compares by digest, and so sends again what seems to differ.
+fn to_repair(replica: &Dir, manifest: &Manifest, request: &BeginPoint) -> InHead {
+    let wanted = |name: &DiskName| request.disks.iter().any(|d| d.repair && !d.fresh && d.name == *name);
+    if !request.disks.iter().any(|d| d.repair) {
+        return InHead::new();
+    }
+    damage::in_head(replica, manifest).into_iter().filter(|(name, _)| wanted(name)).collect()
 }
 
 type Disks = BTreeMap<DiskName, Mutex<DiskWriter>>;

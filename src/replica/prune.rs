@@ -9,13 +9,14 @@
 //! Crash order: docs/replication.md, step p1 (the others in `fold.rs`).
 
 use super::chain;
+use super::damage::State;
 use super::files::Dir;
 use super::fold::Folder;
 use super::lease::{Gate, Leases};
 use super::lock::WriterLock;
 use super::manifest::{Manifest, POINTS_DIR, Pinned, Point, image_file};
 use super::store::{self, Store, publish, read_manifest};
-use super::upkeep::{Holds, Kept, Lease, PatchStream, Pin, PruneReport, Upkeep};
+use super::upkeep::{Holds, Kept, Lease, PatchStream, Pin, PruneReport, ScrubTold, Scrubbing, Upkeep};
 use crate::error::{Error, Kind, Result, printable};
 use crate::image::locks::is_open_in_qemu;
 use crate::name::{DiskName, PointId};
@@ -36,6 +37,7 @@ impl Upkeep for Store {
             links: Vec::new(),
             depth: 0,
             depth_max: self.limits.depth_max,
+            scrub: ScrubTold::default(),
         };
         let Some(dir) = self.replica_dir()? else { return Ok(holds) };
         let Some(manifest) = read_manifest(&dir, &self.uuid)? else { return Ok(holds) };
@@ -48,6 +50,7 @@ impl Upkeep for Store {
         holds.pins = manifest.points().iter().filter_map(pin).collect();
         holds.links = manifest.links().iter().map(|l| l.id.clone()).collect();
         holds.depth = depth(&points, &manifest)?;
+        holds.scrub = State::load_if_sound(&dir).told(&points, &manifest);
         Ok(holds)
     }
 
@@ -91,6 +94,10 @@ impl Upkeep for Store {
 
     fn export(&self, point: &PointId, disk: &DiskName) -> Result<Box<dyn PatchStream>> {
         Ok(Box::new(super::export::Export::begin(self, point, disk)?))
+    }
+
+    fn scrub(&self, restart: bool) -> Result<Box<dyn Scrubbing>> {
+        Ok(Box::new(super::scrub::Scrub::begin(self, restart)?))
     }
 }
 

@@ -122,6 +122,7 @@ mod tests {
             fresh: false,
             reserve_bytes,
             resume: false,
+            repair: false,
         }
     }
 

@@ -13,6 +13,7 @@
 //! Format: docs/formats/replica.md. Crash order: docs/replication.md, steps 5 and 6.
 
 use super::chain;
+use super::damage;
 use super::digests::DigestFile;
 use super::files::{Dir, Space};
 use super::lease;
@@ -78,6 +79,12 @@ impl Store {
     /// With what this host demands.
     pub fn with_limits(self, limits: Limits) -> Store {
         Store { limits, ..self }
+    }
+
+    /// The same replica, for somebody who works beside this.
+    pub(super) fn beside(&self) -> Store {
+        let (root, uuid, clock) = (self.root.clone(), self.uuid.clone(), self.clock.clone());
+        Store { root, uuid, clock, limits: self.limits, open: Mutex::new(None) }
     }
 
     /// Absolute path of the replica's directory.
@@ -172,6 +179,7 @@ impl Replica for Store {
             path: path.clone(),
             open_point: None,
             seeds: Vec::new(),
+            damaged: Vec::new(),
         };
         let Some(dir) = self.replica_dir()? else { return Ok(view) };
         // First the directories, then the manifest: a point that is sealed in between is named, not open.
@@ -186,6 +194,7 @@ impl Replica for Store {
             let points_dir = path.join(POINTS_DIR);
             view.generation = manifest.generation;
             view.points = manifest.points().iter().map(|p| p.view(&points_dir)).collect();
+            view.damaged = damage::head_damage(&damage::in_head(&dir, manifest));
         }
         Ok(view)
     }
@@ -222,7 +231,10 @@ impl Replica for Store {
             None => self.head_digests_unlocked(disk)?,
         };
         let Some(file) = file else { return Ok(vec![Digest::ZERO; count as usize]) };
-        let nodes = file.nodes(level, range).map_err(|e| e.disk(disk))?;
+        let mut nodes = file.nodes(level, range.clone()).map_err(|e| e.disk(disk))?;
+        if let Some(open) = &open {
+            open.make_differ(disk, level, range.start, &mut nodes);
+        }
         // Without the lock a writer may have begun to update the file under our hands.
         if open.is_none() && !file.is_as_opened()? {
             return Err(Error::new(Kind::Busy, "the head changed while its digests were read").disk(disk));

@@ -2,6 +2,7 @@
 //!
 //! Near and far are the same trait here too: the store implements it, and so does the agent's client.
 
+use super::Attachment;
 use crate::error::Result;
 use crate::name::{DiskName, PointId};
 use jiff::Timestamp;
@@ -27,6 +28,102 @@ pub trait Upkeep: Send + Sync {
     /// The whole content of a disk at a point, as a patch that starts from nothing. The point is leased as long as the
     /// stream lives and is read.
     fn export(&self, point: &PointId, disk: &DiskName) -> Result<Box<dyn PatchStream>>;
+
+    /// Begins to read all points again, or goes on where the last one was left, unless `restart`. One at a time:
+    /// [`Kind::Busy`](crate::error::Kind::Busy) otherwise. Replication goes on beside it.
+    fn scrub(&self, restart: bool) -> Result<Box<dyn Scrubbing>>;
+}
+
+/// A scrub under way. It reads only while [`Scrubbing::step`] is called: who wants it slower calls less often, and who wants
+/// no more just ends it. What was read stays read, however it ended.
+pub trait Scrubbing: Send {
+    fn start(&self) -> ScrubStart;
+
+    /// Reads on: about so many bytes at most, of which no store takes more than [`SCRUB_STEP_MAX`], or to the end of a disk
+    /// at a point. Durable when it returns: what was found, and where the next scrub would go on.
+    fn step(&mut self, bytes_max: u64) -> Result<ScrubStep>;
+
+    /// Ends it, and with it the lease.
+    fn close(self: Box<Self>) -> Result<()>;
+}
+
+/// Most bytes that are read in one [`Scrubbing::step`].
+pub const SCRUB_STEP_MAX: u64 = 64 << 20;
+
+/// Where a scrub begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubStart {
+    /// It goes on where an earlier one was left.
+    pub resumed: bool,
+    /// Bytes that the earlier one had read.
+    pub bytes_done: u64,
+    /// Bytes that all points have of their own, by the length of their change lists.
+    pub bytes_total: u64,
+}
+
+/// What a step of a scrub did.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ScrubStep {
+    /// Bytes read in this step.
+    pub bytes_read: u64,
+    /// Bytes read since this scrub began, also before it was left and resumed.
+    pub bytes_done: u64,
+    /// What was found damaged in this step.
+    pub found: Vec<Damage>,
+    /// All points were read.
+    pub end: bool,
+}
+
+/// Stored bytes that are not what was sealed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Damage {
+    /// The point whose files have it; it may be one that was removed and that later ones still read through.
+    pub point: PointId,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<DiskName>,
+    pub what: DamageKind,
+    /// Bytes of the disk, the second behind the last one; both 0 where a file is damaged as a whole.
+    pub start: u64,
+    pub end: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attachment: Option<Attachment>,
+    pub found_at: Timestamp,
+    /// The later points that read it, oldest first.
+    #[serde(default)]
+    pub dependants: Vec<PointId>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DamageKind {
+    /// Blocks of a disk.
+    Content,
+    /// The image of a disk cannot be read at all, or leads elsewhere than the manifest.
+    Image,
+    /// The change list of a disk, and so the digests of what the point changed.
+    Changes,
+    Attachment,
+}
+
+/// What is known of scrubs.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct ScrubTold {
+    pub damage: Vec<Damage>,
+    /// One that was left, or is at work.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub under_way: Option<ScrubbedOnce>,
+    /// The last one that came to its end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last: Option<ScrubbedOnce>,
+}
+
+/// One scrub of all points.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ScrubbedOnce {
+    pub started_at: Timestamp,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub finished_at: Option<Timestamp>,
+    pub bytes_read: u64,
 }
 
 /// A patch that is made while it is read.
@@ -53,6 +150,9 @@ pub struct Holds {
     pub depth: u64,
     /// From here on the target advises to prune.
     pub depth_max: u64,
+    /// What scrubs found.
+    #[serde(default)]
+    pub scrub: ScrubTold,
 }
 
 /// A point that is not to be removed.

@@ -52,7 +52,7 @@ pub(super) fn verify(
     Ok(report)
 }
 
-fn damaged_attachments(points: &Dir, point: &Point) -> Result<Vec<Attachment>> {
+pub(super) fn damaged_attachments(points: &Dir, point: &Point) -> Result<Vec<Attachment>> {
     let dir = points.sub(point.id.as_str())?;
     let mut damaged = Vec::new();
     for attached in &point.attachments {
@@ -127,7 +127,7 @@ fn verify_disk(
 
 /// Whether what the images say of their backing images is what the manifest says: any other program that opens the point
 /// goes by the headers.
-fn check_headers(images: &Chain, disk: &DiskName) -> Result<()> {
+pub(super) fn check_headers(images: &Chain, disk: &DiskName) -> Result<()> {
     let corrupt = |what| Error::new(Kind::Corrupt, what).disk(disk).path(&images.top().path);
     match qcow2::own_chain(&images.top().path) {
         Ok(by_header) if by_header == *images => Ok(()),

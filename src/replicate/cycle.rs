@@ -23,7 +23,7 @@ use super::capture::{Capture, OffCapture, OverlayCapture, Still, pending};
 use super::journal::{Journal, Record};
 use super::marks::{Marked, doubted_again, unless_cut};
 use super::observe;
-use super::plan::{CaptureKind, Plan, PlanOptions};
+use super::plan::{CaptureKind, DiskPlan, Plan, PlanOptions};
 use super::pump::{self, Progress, Shipment};
 use super::report::{Report, RunOutcome, millis};
 use super::room::RoomWatch;
@@ -295,6 +295,7 @@ impl<'a> Run<'a> {
                     fresh: d.head.is_none(),
                     reserve_bytes: d.reserve_bytes,
                     resume: d.head.is_none() && !self.request.plan.full,
+                    repair: d.repairs.is_some(),
                 })
                 .collect(),
         }
@@ -464,6 +465,7 @@ impl<'a> Run<'a> {
         failpoint!("8b");
         let point = sealed.map_err(|e| self.if_started(plan, e))?;
         report.warnings.extend(doubted_again(plan, &point));
+        report.warnings.extend(plan.disks.iter().filter_map(DiskPlan::repaired));
         report.point = Some(point);
         report.outcome = if left_open.is_some() { RunOutcome::CommitPending } else { RunOutcome::Sealed };
         Ok(())

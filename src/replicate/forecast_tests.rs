@@ -68,6 +68,7 @@ fn replica(frozen_at: Option<i64>) -> ReplicaView {
         path: "/r".into(),
         open_point: None,
         seeds: Vec::new(),
+        damaged: Vec::new(),
     }
 }
 
@@ -92,6 +93,7 @@ fn disk(disk: &str, mode: Mode, reserve_bytes: u64) -> DiskPlan {
         overlay_dir: "/pool".into(),
         head: None,
         tracking_doubt: false,
+        repairs: None,
         head_stats: DiskStats::default(),
     }
 }

@@ -10,7 +10,7 @@ use crate::error::{Error, Kind};
 use crate::hypervisor::{DiskKind, DiskView, DomainView, Power};
 use crate::image::{Chain, Layer};
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
-use crate::replica::{DiskStats, Mode, ReplicaView, SeedView};
+use crate::replica::{DiskStats, HeadDamage, Mode, ReplicaView, SeedView};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -114,6 +114,9 @@ pub struct DiskPlan {
     /// Compared by digest because its tracking is in doubt.
     #[serde(skip)]
     pub tracking_doubt: bool,
+    /// What a scrub found damaged in the head's copy, which this run therefore sends again.
+    #[serde(skip)]
+    pub repairs: Option<HeadDamage>,
     /// How the head's copy of it came about.
     #[serde(skip)]
     pub head_stats: DiskStats,
@@ -125,6 +128,15 @@ impl DiskPlan {
         self.mode = Mode::Digest;
         self.tracking_doubt = true;
         self.reason = compared(why);
+    }
+
+    /// What an operator is told when the point is sealed.
+    pub fn repaired(&self) -> Option<String> {
+        let damage = self.repairs.as_ref()?;
+        let (name, what) = (&self.name, in_words(damage));
+        Some(format!(
+            "disk {name}: a scrub of the target had found {what} in the newest point; this run has sent again what was damaged, and the new point is whole. Older points stay as they are: look at the target's storage"
+        ))
     }
 
     /// What an operator is told where that is the second time in a row.
@@ -386,8 +398,11 @@ fn plan_disk(
         plan.conflicts.push(Conflict::NoOverlayDir { disk: name.clone(), dir: overlay_dir.clone() });
     }
     let in_head = replica.head().and_then(|p| p.disk(name));
-    let (mode, mut reason, tracking_doubt) =
-        choose_mode(in_head.map(|d| d.size), size, replica, &facts.tracked, options);
+    let damage = replica.damaged.iter().find(|d| d.disk == *name);
+    let (mode, mut reason, tracking_doubt) = match repair_mode(damage, in_head.map(|d| d.size), options) {
+        Some((mode, reason)) => (mode, reason, false),
+        None => choose_mode(in_head.map(|d| d.size), size, replica, &facts.tracked, options),
+    };
     let seed_bytes = seed_bytes(name, mode, replica, options);
     if seed_bytes > 0 {
         reason += &format!("; {} MiB of a copy are there to start from", seed_bytes >> 20);
@@ -414,6 +429,7 @@ fn plan_disk(
         overlay_dir,
         head: in_head.filter(|_| mode != Mode::Full).map(|d| (d.size, d.root)),
         tracking_doubt,
+        repairs: damage.filter(|_| in_head.is_some()).cloned(),
         head_stats: in_head.map(|d| d.stats.clone()).unwrap_or_default(),
     };
     plan.notes.extend(planned.doubted_again());
@@ -453,6 +469,28 @@ fn reserve(mode: Mode, size: DiskSize, head_size: Option<DiskSize>, facts: &Disk
 /// The reason of a comparison by digest that a bitmap would have saved.
 pub(super) fn compared(why: &str) -> String {
     format!("{why}: every block is read and compared by digest")
+}
+
+/// The mode of a disk of which the head is damaged, and its reason. Where that is content, it is compared with what is
+/// really stored; where there is nothing to compare with any more, the disk starts anew.
+fn repair_mode(
+    damage: Option<&HeadDamage>,
+    in_head: Option<DiskSize>,
+    options: &PlanOptions,
+) -> Option<(Mode, String)> {
+    let damage = damage.filter(|_| in_head.is_some() && !options.full)?;
+    let found = format!("a scrub of the target found {} in the newest point", in_words(damage));
+    Some(match damage.beyond_repair {
+        true => (Mode::Full, format!("{found}: there is nothing to compare with, the disk starts anew")),
+        false => (Mode::Digest, format!("{found}: every block is compared with what is really stored there")),
+    })
+}
+
+fn in_words(damage: &HeadDamage) -> String {
+    match damage.beyond_repair {
+        true => "a damaged image or change list".to_owned(),
+        false => format!("{} damaged bytes", damage.bytes),
+    }
 }
 
 /// The mode, its reason, and whether a doubt about the tracking is that reason.

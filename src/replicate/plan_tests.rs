@@ -102,6 +102,7 @@ fn replica(disks: &str) -> ReplicaView {
         path: "/r".into(),
         open_point: None,
         seeds: Vec::new(),
+        damaged: Vec::new(),
     }
 }
 

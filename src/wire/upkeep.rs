@@ -1,10 +1,10 @@
 //! Requests and replies about points that exist: what [`crate::replica::upkeep`] offers.
 
 use crate::name::{DiskName, PointId};
-use crate::replica::upkeep::{Holds, PruneReport};
+use crate::replica::upkeep::{Holds, PruneReport, ScrubStart, ScrubStep};
 use serde::{Deserialize, Serialize};
 
-/// Names a patch stream within one session; never reused within it.
+/// Names a patch stream or a scrub within one session; never reused within it.
 pub type StreamId = u32;
 
 /// Each is answered by the [`Told`] of the same name; `Chunk` by a Data frame, which is empty at the end.
@@ -30,6 +30,13 @@ pub enum Ask {
     Close {
         stream: StreamId,
     },
+    Scrub {
+        restart: bool,
+    },
+    ScrubStep {
+        stream: StreamId,
+        bytes_max: u64,
+    },
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -40,4 +47,6 @@ pub enum Told {
     Pin {},
     Export { stream: StreamId },
     Close {},
+    Scrub { stream: StreamId, start: ScrubStart },
+    ScrubStep { step: ScrubStep },
 }

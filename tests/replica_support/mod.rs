@@ -126,6 +126,7 @@ pub fn begin(run: u64, expected_head: Option<PointId>, disks: &[(&str, usize, bo
         fresh: *fresh,
         reserve_bytes: 0,
         resume: false,
+        repair: false,
     };
     BeginPoint {
         uuid: uuid(),

@@ -175,12 +175,19 @@ fn row(
     if site.is_some() && domain.view.is_none() {
         notes.push("libvirt does not know it (any more)".to_owned());
     }
+    let damaged = replica.map_or(&[][..], |view| &view.damaged);
+    notes.extend(damaged.iter().map(|d| {
+        format!(
+            "disk {} of the newest point is damaged at the target: the next run sends it again; `virt-replica points` says where",
+            d.disk
+        )
+    }));
     let seen = Seen {
         open: record.map(|r| r.phase),
         stuck,
         observed: domain.view.is_some(),
         replicated: head.is_some(),
-        alarmed: reports().next_back().is_some_and(|r| !r.alarms.is_empty()),
+        alarmed: !damaged.is_empty() || reports().next_back().is_some_and(|r| !r.alarms.is_empty()),
     };
     let alarms = reports().flat_map(|r| r.alarms.iter().map(|a| Alarm { at: r.started_at, message: a.clone() }));
     let age = |t: Timestamp| now.duration_since(t).as_secs();

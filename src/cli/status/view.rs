@@ -45,7 +45,7 @@ pub struct Seen {
     pub observed: bool,
     /// A point was sealed, ever.
     pub replicated: bool,
-    /// The newest run found that a dirty bitmap had lied.
+    /// The newest run found that a dirty bitmap had lied, or a scrub that the newest point is damaged.
     pub alarmed: bool,
 }
 
