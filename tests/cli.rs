@@ -17,8 +17,8 @@ use virt_replica::replica::{BeginDisk, BeginPoint, Consistency, DiskStats, Mode,
 use virt_replica::replicate::pump::{self, Progress, Shipment};
 
 const UUID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
-const COMMANDS: [&str; 11] =
-    ["sync", "plan", "points", "status", "verify", "prune", "pin", "unpin", "export", "doctor", "agent"];
+const COMMANDS: [&str; 12] =
+    ["sync", "plan", "points", "status", "verify", "scrub", "prune", "pin", "unpin", "export", "doctor", "agent"];
 
 /// The program with nothing in its environment but a time zone.
 fn program() -> Command {
@@ -286,6 +286,21 @@ fn verify_says_whole_or_damaged_with_code_13() {
     check("verify-damaged.txt", &store.plain(&(stdout(&for_people) + &stderr(&for_people))));
     // The point below it is what it was.
     expect_code(&verify(&["--point", "000001-00000001"]), 0);
+
+    let scrubbed = run(&["scrub", "web01", "--to", &store.target()]);
+    expect_code(&scrubbed, 13);
+    check("scrub-damaged.txt", &store.plain(&(stdout(&scrubbed) + &stderr(&scrubbed))));
+    let json = run(&["scrub", "web01", "--to", &store.target(), "--rate", "1G", "--json"]);
+    expect_code(&json, 13);
+    let end: Value = serde_json::from_str(stdout(&json).lines().last().unwrap()).unwrap();
+    assert_eq!((&end["finished"], &end["damage"][0]["point"]), (&true.into(), &"000002-00000002".into()), "{end:#}");
+    let known: Value =
+        serde_json::from_str(&stdout(&run(&["points", UUID, "--to", &store.target(), "--json"]))).unwrap();
+    assert_eq!(known["scrub"]["damage"], end["damage"]);
+    let again = verify(&["--json"]);
+    let again: Value = serde_json::from_str(stdout(&again).lines().last().unwrap()).unwrap();
+    assert_eq!(again["known_damage"], end["damage"]);
+    expect_code(&run(&["scrub", "web01", "--to", &store.target(), "--rate", "0"]), 2);
 }
 
 /// What a dry run says is what happens, and what is held stays.

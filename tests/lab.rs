@@ -39,6 +39,8 @@ mod formats;
 mod points;
 #[path = "lab/suite/room.rs"]
 mod room;
+#[path = "lab/suite/scrub.rs"]
+mod scrub;
 #[path = "lab/suite/seeds.rs"]
 mod seeds;
 #[path = "lab/suite/states.rs"]

@@ -128,6 +128,30 @@ fn tracked_as(before: DiskStats, tracked: Tracked, options: &PlanOptions) -> Pla
     plan(&domain, &facts, &replica, Generation(1), options)
 }
 
+/// A disk whose head is damaged is compared, or starts anew, whatever its bitmap says; the others are as they would be.
+#[test]
+fn what_a_scrub_found_in_the_head_is_sent_again() {
+    let planned = |beyond_repair, options: &PlanOptions| {
+        let domain = domain("vda vdb");
+        let mut facts = facts(&domain);
+        facts.iter_mut().for_each(|f| f.tracked = Tracked::By { bitmap: "b".into(), dirty_bytes: 0 });
+        let damaged = vec![HeadDamage { disk: name("vdb"), bytes: 65536, beyond_repair }];
+        plan(&domain, &facts, &ReplicaView { damaged, ..replica("vda vdb") }, Generation(1), options)
+    };
+    let mended = planned(false, &PlanOptions::default());
+    assert_eq!(shown(&mended), "vda=bitmap vdb=digest");
+    let disk = &mended.disks[1];
+    assert!(disk.reason.contains("65536 damaged bytes") && disk.bitmap.is_none() && !disk.tracking_doubt, "{disk:?}");
+    let told = disk.repaired().unwrap();
+    assert!(told.contains("vdb") && told.contains("sent again"), "{told}");
+    assert_eq!(mended.disks[0].repaired(), None);
+    let anew = planned(true, &PlanOptions::default());
+    assert_eq!((shown(&anew).as_str(), anew.disks[1].head), ("vda=bitmap vdb=full", None));
+    assert!(anew.disks[1].reason.contains("starts anew"), "{}", anew.disks[1].reason);
+    let full = planned(false, &PlanOptions { full: true, ..PlanOptions::default() });
+    assert_eq!(full.disks[1].reason, "asked for by the operator");
+}
+
 #[test]
 fn two_doubts_in_a_row_are_told_and_what_was_asked_for_is_none() {
     let doubted =
