@@ -16,7 +16,7 @@ use domain::{Disk, Reference};
 use std::fmt::Write as _;
 use std::path::Path;
 use std::time::Duration;
-use support::{Done, Host, Job, Lab};
+use support::{Done, Host, Job, Lab, SyncResult};
 use tracked::Tracked;
 
 const MIB: u64 = 1 << 20;
@@ -25,7 +25,7 @@ const MIB: u64 = 1 << 20;
 const CHANGED_MIB: u64 = 64;
 
 /// Runs of each kind; the middle one counts.
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 7;
 
 const POINTS: usize = 100;
 
@@ -102,39 +102,50 @@ fn change(tracked: &Tracked, size_bytes: u64, mib: u64, round: usize) {
     tracked.hmp(&(0..mib).map(write).collect::<Vec<_>>());
 }
 
-/// A run by bitmap over disks of very different sizes with the same changes: its time must not grow with the size.
+/// A run by bitmap over disks of very different sizes with the same changes: its time must not grow with the size. The sizes
+/// take turns, so that whatever else the machine does meanwhile meets all of them alike.
 fn sizes(lab: &Lab) -> String {
     let mut table = format!(
-        "## A run by bitmap, by size of the disk\n\nA sparse qcow2 disk of which the same {CHANGED_MIB} MiB were changed; the \
-         middle of {ROUNDS} runs, from the command line's start to its end.\n\n\
-         | disk | first copy | run by bitmap | frozen for | read | sent | read by the audit | `--compare` |\n|--:|--:|--:|--:|--:|--:|--:|--:|\n"
+        "## A run by bitmap, by size of the disk\n\nA sparse qcow2 disk of which the same {CHANGED_MIB} MiB were changed, from the command \
+         line's start to its end. The middle of {ROUNDS} runs, and the quickest and slowest; the sizes took turns.\n\n\
+         | disk | first copy | run by bitmap | from, to | freeze call | read | sent | read by the audit | `--compare` |\n\
+         |--:|--:|--:|--:|--:|--:|--:|--:|--:|\n"
     );
+    let mut disks: Vec<(u64, Tracked, Duration, Vec<SyncResult>)> = Vec::new();
     for gib in [8u64, 64, 512] {
         eprintln!("a disk of {gib} GiB");
-        let size_bytes = gib << 30;
         let disk = noisy(Disk::qcow2(&format!("{gib}G")), 64);
-        let tracked = Tracked::around(lab.domain("bench").disk(disk).paused());
+        let tracked = Tracked::around(lab.domain(&format!("bench{gib}")).disk(disk).paused());
         // What was never written is allocated at its first writing: not in a measured run.
-        change(&tracked, size_bytes, CHANGED_MIB, 0);
+        change(&tracked, gib << 30, CHANGED_MIB, 0);
         let first = tracked.vm.sync().sealed();
-        let runs: Vec<_> = (1..=ROUNDS)
-            .map(|round| {
-                change(&tracked, size_bytes, CHANGED_MIB, round);
-                let run = tracked.vm.sync().sealed();
-                assert_eq!(run.mode("vda"), "bitmap", "{:#}", run.report);
-                tracked.vm.compare_with_head();
-                run
-            })
-            .collect();
+        disks.push((gib, tracked, first.done.time, Vec::new()));
+    }
+    for round in 1..=ROUNDS {
+        eprintln!("round {round} of {ROUNDS}");
+        for (gib, tracked, _, runs) in &mut disks {
+            change(tracked, *gib << 30, CHANGED_MIB, round);
+            let run = tracked.vm.sync().sealed();
+            assert_eq!(run.mode("vda"), "bitmap", "{:#}", run.report);
+            tracked.vm.compare_with_head();
+            runs.push(run);
+        }
+    }
+    for (gib, tracked, first, runs) in &disks {
         let compared = tracked.vm.sync_with("", &["--compare"]).sealed();
         let last = runs.last().expect("there were rounds");
-        let frozen = runs.iter().map(|r| r.report["freeze_ms"].as_f64().expect("a number")).fold(0.0, f64::max);
+        let times: Vec<Duration> = runs.iter().map(|r| r.done.time).collect();
+        let ms = |run: &SyncResult| run.report["freeze_ms"].as_f64().expect("a number") / 1000.0;
+        let freeze = middle(runs.iter().map(|r| Duration::from_secs_f64(ms(r))).collect());
         let audited = last.disk("vda")["audit"]["bytes_read"].as_u64().unwrap_or(0);
         let _ = writeln!(
             table,
-            "| {gib} GiB | {} s | **{} s** | {frozen:.0} ms | {} MiB | {} MiB | {} MiB | {} s |",
-            seconds(first.done.time),
-            seconds(middle(runs.iter().map(|r| r.done.time).collect())),
+            "| {gib} GiB | {} s | **{} s** | {}, {} | {} ms | {} MiB | {} MiB | {} MiB | {} s |",
+            seconds(*first),
+            seconds(middle(times.clone())),
+            seconds(*times.iter().min().expect("there were rounds")),
+            seconds(*times.iter().max().expect("there were rounds")),
+            freeze.as_millis(),
             mib(last.bytes("vda", "bytes_read")),
             mib(last.bytes("vda", "bytes_sent")),
             mib(audited),
