@@ -359,13 +359,20 @@ impl<'a> Settler<'a> {
     /// QEMU's own locks on an overlay that, by libvirt's word, nobody uses; `Busy` if somebody does.
     ///
     /// libvirtd may have died inside the freeze, between QEMU's answer and its own notes. Then QEMU has the overlay open
-    /// and libvirt does not know: unused, and it is closed; or the guest writes to it, and the next start would boot the
-    /// base without what was flushed since the freeze.
+    /// and libvirt does not know: unused, and it is closed, or libvirt, counting on from its notes, would give the name of
+    /// that node to the next overlay and fail; or the guest writes to it, and the next start would boot the base without
+    /// what was flushed since the freeze.
     fn lock_overlay(&mut self, disk: &DiskName, seen: &Observation) -> Result<QemuLock> {
         let (overlay, stamp) = (self.disk(disk).overlay.clone(), self.stamp_seen(disk, seen));
         let runs = matches!(seen.power, PowerState::Running | PowerState::Paused);
+        let in_freeze = runs && self.record.phase == Phase::FreezeIntent;
         match offline::lock_as_seen(&overlay, stamp) {
-            Err(e) if e.kind() == Kind::Busy && runs && self.record.phase == Phase::FreezeIntent => {}
+            // A node that nothing uses takes no locks.
+            Ok(lock) if in_freeze => {
+                self.hypervisor.close_unused(&self.record.uuid, &overlay).on_disk(disk)?;
+                return Ok(lock);
+            }
+            Err(e) if e.kind() == Kind::Busy && in_freeze => {}
             other => return other,
         }
         match self.hypervisor.close_unused(&self.record.uuid, &overlay) {

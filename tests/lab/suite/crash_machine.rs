@@ -282,6 +282,15 @@ impl<'l> Machine<'l> {
         Qmp::connect(&self.lab.path("a", found.trim()), qemu_pid)
     }
 
+    /// The number of the last block node that libvirtd noted; it counts on from there when it starts.
+    pub fn node_index_noted(&self) -> u64 {
+        let noted = self.lab.sh(
+            "a",
+            &format!("sed -n \"s/.*<nodename index='\\([0-9]*\\)'.*/\\1/p\" /run/libvirt/qemu/{}.xml", self.name),
+        );
+        noted.trim().parse().unwrap_or_else(|e| panic!("libvirt's notes: {e}: {noted:?}"))
+    }
+
     /// A script in host a, running beside the test.
     pub fn start_script(&self, script: &str) -> Script {
         Script(self.lab.command(&["exec", "a", "bash", "-c", script]).spawn().unwrap())

@@ -200,6 +200,34 @@ fn libvirtd_killed_inside_the_freeze() {
     }
 }
 
+/// A moment inside the freeze that no clock hits at will: QEMU has opened the overlay's file, libvirtd died before it noted
+/// the node's number. It counts on from its notes, and would give the next overlay the name of that node.
+#[test]
+fn libvirtd_dies_with_the_overlay_half_opened() {
+    let lab = Lab::up();
+    let mut machine = Machine::replicated(&lab, "half");
+    for disks in [1, 2] {
+        let why = format!("libvirtd died with the files of {disks} overlays open");
+        let mut driver = machine.spawn_sync("4c=sleep:60000");
+        driver.stands_at("4c");
+        let record: serde_json::Value = serde_json::from_str(&machine.record().unwrap()).unwrap();
+        machine.kill_all_but_qemu(driver);
+        let next = machine.node_index_noted() + 1;
+        let mut qmp = machine.qmp();
+        for (at, disk) in record["disks"].as_array().unwrap().iter().take(disks).enumerate() {
+            let overlay = disk["overlay"].as_str().unwrap();
+            lab.exec("a", &["install", "-o", "libvirt-qemu", "-m", "600", "/dev/null", overlay]);
+            qmp.open_as_libvirt(overlay, next + at as u64);
+        }
+        drop(qmp);
+        lab.lab(&["libvirtd", "a", "start"]);
+        machine.write();
+        machine.doctor("", true).ok(&why);
+        machine.check_settled(&why);
+        machine.check_next_sync(&why);
+    }
+}
+
 /// The moment inside the freeze that no clock hits at will: QEMU has switched to the overlays, libvirtd died before it
 /// noted that. It believes in the bases, and a restart would boot them.
 #[test]

@@ -58,6 +58,12 @@ impl Qmp {
         self.ask("blockdev-snapshot", json!({ "node": node, "overlay": name }));
     }
 
+    /// Opens an overlay's file, and nothing above it, under the name that libvirt gives to its node of this number.
+    pub fn open_as_libvirt(&mut self, file: &str, number: u64) {
+        let name = format!("libvirt-{number}-storage");
+        self.ask("blockdev-add", json!({ "driver": "file", "filename": file, "node-name": name, "discard": "unmap" }));
+    }
+
     /// Ends every block job as libvirt's pivot would, and waits until QEMU has pivoted.
     pub fn pivot_all(&mut self) {
         let jobs = self.ask("query-block-jobs", json!({}));
