@@ -22,7 +22,8 @@ use virt_replica::block::{BlockIndex, DiskSize};
 use virt_replica::error::{Error, Kind, Result};
 use virt_replica::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
 use virt_replica::replica::upkeep::{
-    Damage, DamageKind, Holds, Kept, PatchStream, PruneReport, ScrubStart, ScrubStep, ScrubTold, Scrubbing, Upkeep,
+    Damage, DamageKind, Holds, Kept, PatchStream, PruneReport, ScrubStart, ScrubStep, ScrubTold, Scrubbing,
+    ShortenStart, ShortenStep, Shortening, Upkeep,
 };
 use virt_replica::replica::*;
 use virt_replica::transport::pipe::{PipeReader, PipeWriter};
@@ -229,6 +230,17 @@ impl Upkeep for FakeReplica {
         self.0.asked.lock().unwrap().push(format!("scrub {restart}"));
         Ok(Box::new(FakeScrub(Arc::clone(&self.0), 0)))
     }
+
+    fn shorten(&self) -> Result<Option<Box<dyn Shortening>>> {
+        self.0.asked.lock().unwrap().push("shorten".to_owned());
+        // As a target does that was shortened just now: the second time there is nothing to do.
+        let again = self.0.asked.lock().unwrap().iter().filter(|a| *a == "shorten").count() > 1;
+        if again {
+            return Ok(None);
+        }
+        self.0.streams.fetch_add(1, Ordering::SeqCst);
+        Ok(Some(Box::new(FakeShorten(Arc::clone(&self.0), 0))))
+    }
 }
 
 fn rotten() -> Damage {
@@ -256,6 +268,24 @@ impl Scrubbing for FakeScrub {
         self.1 += 1;
         let (end, found) = (self.1 == 3, if self.1 == 3 { vec![rotten()] } else { vec![] });
         Ok(ScrubStep { bytes_read: bytes_max, bytes_done: 5 + self.1 * bytes_max, found, end })
+    }
+
+    fn close(self: Box<Self>) -> Result<()> {
+        self.0.streams.fetch_sub(1, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+struct FakeShorten(Arc<Fake>, u64);
+
+impl Shortening for FakeShorten {
+    fn start(&self) -> ShortenStart {
+        ShortenStart { point: point(4).id, disks: vec![disk("vdb")], bytes_total: 20 }
+    }
+
+    fn step(&mut self, bytes_max: u64) -> Result<ShortenStep> {
+        self.1 += bytes_max;
+        Ok(ShortenStep { bytes_done: self.1, end: self.1 >= 20 })
     }
 
     fn close(self: Box<Self>) -> Result<()> {
@@ -1023,6 +1053,23 @@ fn the_largest_request_is_parsed_in_bounded_memory() {
 }
 
 /// A scrub reads while it is asked to, and ends with its replica.
+#[test]
+fn a_shortening_goes_step_by_step_where_there_is_one() {
+    let fake = Arc::new(Fake::default());
+    let client = session(&fake);
+    let replica = client.open(&uuid()).unwrap();
+    let mut shorten = replica.shorten().unwrap().expect("the chain is deep");
+    let start = ShortenStart { point: point(4).id, disks: vec![disk("vdb")], bytes_total: 20 };
+    assert_eq!(shorten.start(), start);
+    assert_eq!(shorten.step(10).unwrap(), ShortenStep { bytes_done: 10, end: false });
+    assert_eq!(shorten.step(10).unwrap(), ShortenStep { bytes_done: 20, end: true });
+    shorten.close().unwrap();
+    assert_eq!(fake.streams.load(Ordering::SeqCst), 0);
+    assert!(replica.shorten().unwrap().is_none());
+    drop(replica);
+    client.close().unwrap();
+}
+
 #[test]
 fn a_scrub_goes_step_by_step_and_ends_with_its_replica() {
     let fake = Arc::new(Fake::default());

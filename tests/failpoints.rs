@@ -38,19 +38,20 @@ fn in_source() -> BTreeMap<String, Vec<String>> {
     found
 }
 
-/// Number -> who, tests; the rows of the tables of steps: of a run, and of a prune.
+/// Number -> who, tests; the rows of the tables of steps: of a run, of a prune, of a shortening.
 fn in_docs() -> BTreeMap<String, (String, Vec<String>)> {
     let text = fs::read_to_string(root().join("docs/replication.md")).unwrap();
     let section = |title: &str| {
         let section = text.split(title).nth(1).unwrap_or_else(|| panic!("there is no section {title:?}"));
         section.split("\n## ").next().unwrap().to_owned()
     };
-    let sections = section("## Every step and its failpoint") + &section("## Removing points");
+    let titles = ["## Every step and its failpoint", "## Removing points", "## Keeping chains short"];
+    let sections = titles.map(section).concat();
     let mut rows = BTreeMap::new();
     for line in sections.lines() {
         let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
         let [number, who, _, _, tests] = cells[..] else { continue };
-        if !number.trim_start_matches('p').starts_with(|c: char| c.is_ascii_digit()) {
+        if !number.trim_start_matches(['p', 's']).starts_with(|c: char| c.is_ascii_digit()) {
             continue;
         }
         let tests = tests.split(", ").map(|t| t.trim_matches('`').to_owned()).collect();
@@ -60,14 +61,14 @@ fn in_docs() -> BTreeMap<String, (String, Vec<String>)> {
     rows
 }
 
-/// Test -> its file, for all crash tests of the lab, and those of a prune.
+/// Test -> its file, for all crash tests of the lab, and those of a prune and a shortening.
 fn crash_tests() -> BTreeMap<String, String> {
     lab_tests("crash")
 }
 
 /// Test -> its file, of all files of tests with this word in their names.
 fn lab_tests(word: &str) -> BTreeMap<String, String> {
-    let mut files = vec![root().join("tests/replica_prune_crash.rs")];
+    let mut files = ["prune", "shorten"].map(|of| root().join(format!("tests/replica_{of}_crash.rs"))).to_vec();
     rust_files(root().join("tests/lab/suite"), &mut files);
     let mut tests = BTreeMap::new();
     for path in files.iter().filter(|p| p.file_name().unwrap().to_string_lossy().contains(word)) {

@@ -17,69 +17,10 @@ use virt_replica::replica::{PointView, Replica};
 
 const MIB: usize = 1 << 20;
 
-type Model = Vec<(String, Vec<u8>)>;
-type History = Vec<(PointId, Model)>;
-
-/// Everything that is left is what it was.
-fn assert_history(store: &Store, history: &[(PointId, Model)], what: &str) {
-    let view = store.describe().unwrap();
-    let ids: Vec<&PointId> = view.points.iter().map(|p| &p.id).collect();
-    assert_eq!(ids, history.iter().map(|(id, _)| id).collect::<Vec<_>>(), "{what}");
-    for ((id, disks), point) in history.iter().zip(&view.points) {
-        assert!(store.verify(id, &mut |_, _| {}).unwrap().is_whole(), "{what}: {id}");
-        for (name, content) in disks {
-            assert_image(&point.disk(&DiskName::new(name.as_str()).unwrap()).unwrap().image, content);
-        }
-    }
-    // The head's digests are right, and made anew from the change lists they are the same.
-    let (_, head) = history.last().unwrap();
-    head.iter().for_each(|(name, content)| assert_nodes(store, name, content));
-    std::fs::remove_dir_all(view.path.join("digests")).unwrap();
-    head.iter().for_each(|(name, content)| assert_nodes(store, name, content));
-}
-
-/// Only the directories of points that exist are there.
-fn assert_no_remains(store: &Store) {
-    let view = store.describe().unwrap();
-    let mut names: Vec<String> = std::fs::read_dir(view.path.join("points"))
-        .unwrap()
-        .map(|e| e.unwrap().file_name().into_string().unwrap())
-        .collect();
-    names.sort();
-    assert_eq!(names, view.points.iter().map(|p| p.id.to_string()).collect::<Vec<_>>());
-    for point in &view.points {
-        for entry in std::fs::read_dir(view.path.join("points").join(point.id.as_str())).unwrap() {
-            let entry = entry.unwrap();
-            assert!(!entry.file_name().to_string_lossy().ends_with(".new"), "{entry:?}");
-            use std::os::unix::fs::PermissionsExt;
-            assert_eq!(entry.metadata().unwrap().permissions().mode() & 0o777, 0o400, "{entry:?}");
-        }
-    }
-}
-
 fn prune(store: &Store, ids: &[PointId]) -> PruneReport {
     store.prune(ids, &mut |_, _| {}).unwrap()
 }
 
-/// A history of one disk of blocks: `"aab. ..cc"`: a point for each word, a letter fills the block, `-` zeroes it, `.` leaves it.
-fn blocks(store: &Store, words: &str) -> History {
-    let mut history: History = Vec::new();
-    for word in words.split_whitespace() {
-        let old = history.last().map(|(_, disks)| disks[0].1.clone());
-        let mut new = old.clone().unwrap_or_default();
-        new.resize(word.len() * BLOCK_LEN, 0);
-        for (n, c) in word.chars().enumerate().filter(|(_, c)| *c != '.') {
-            new[n * BLOCK_LEN..][..BLOCK_LEN].fill(if c == '-' { 0 } else { c as u8 });
-        }
-        let head = store.describe().unwrap().head().cloned();
-        let run = head.as_ref().map_or(1, |h| h.id.seq() + 1);
-        let point = sync(store, run, head.as_ref(), &[("vda", old.as_deref(), &new)]);
-        history.push((point.id, vec![("vda".to_owned(), new)]));
-    }
-    history
-}
-
-/// Removes the points of these numbers (from 1) and checks what is left; gives the blocks that were copied.
 fn prune_blocks(words: &str, gone: &[usize]) -> u64 {
     let lab = Lab::in_memory();
     let store = lab.store();
@@ -175,12 +116,19 @@ fn random_pruning(rng: &mut Rng, round: u64) {
         let point = store.seal(&seal(&sealed)).unwrap();
         history.push((point.id, disks.into_iter().map(|(name, _, new, _)| (name, new)).collect()));
         if rng.below(3) == 0 {
+            let shallow = lab.store().with_limits(Limits { depth_max: 2 + rng.below(3), ..Limits::default() });
+            let steps = if rng.below(3) == 0 { rng.below(4) } else { u64::MAX };
+            shorten(&shallow, steps).unwrap();
+        }
+        if rng.below(3) == 0 {
             let gone: Vec<PointId> =
                 history[..history.len() - 1].iter().filter(|_| rng.below(2) == 0).map(|(id, _)| id.clone()).collect();
             let report = prune(&store, &gone);
             assert_eq!((&report.removed, report.waiting.len()), (&gone, 0), "round {round}, point {n}: {report:?}");
             history.retain(|(id, _)| !gone.contains(id));
             assert_history(&store, &history, &format!("round {round}, point {n}, without {gone:?}"));
+            // What a shortening left that was broken off is no part of it.
+            shorten(&store, u64::MAX).unwrap();
             assert_no_remains(&store);
         }
     }

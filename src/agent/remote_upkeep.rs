@@ -5,7 +5,9 @@ use super::client::AgentClient;
 use super::remote::RemoteReplica;
 use crate::error::Result;
 use crate::name::{DiskName, PointId};
-use crate::replica::upkeep::{Holds, PatchStream, PruneReport, ScrubStart, ScrubStep, Scrubbing, Upkeep};
+use crate::replica::upkeep::{
+    Holds, PatchStream, PruneReport, ScrubStart, ScrubStep, Scrubbing, ShortenStart, ShortenStep, Shortening, Upkeep,
+};
 use crate::wire::upkeep::{Ask, StreamId, Told};
 use crate::wire::{FrameKind, Handle, Reply, Request, protocol};
 use std::collections::VecDeque;
@@ -74,6 +76,17 @@ impl Upkeep for RemoteReplica {
         let (client, handle) = self.session();
         Ok(Box::new(RemoteScrub { client: Arc::clone(client), handle, stream, start }))
     }
+
+    fn shorten(&self) -> Result<Option<Box<dyn Shortening>>> {
+        let begun = self.told(Ask::Shorten {}, &mut |_, _| {}, |told| match told {
+            Told::Shorten { begun } => Some(begun),
+            _ => None,
+        })?;
+        let (client, handle) = self.session();
+        Ok(begun.map(|(stream, start)| -> Box<dyn Shortening> {
+            Box::new(RemoteShorten { client: Arc::clone(client), handle, stream, start })
+        }))
+    }
 }
 
 struct RemoteStream {
@@ -131,6 +144,32 @@ impl Scrubbing for RemoteScrub {
         let stream = self.stream;
         match ask(&self.client, self.handle, Ask::ScrubStep { stream, bytes_max }, &mut |_, _| {})? {
             Told::ScrubStep { step } => Ok(step),
+            _ => Err(self.client.shared.at_host(protocol("the answer is to another question"))),
+        }
+    }
+
+    fn close(self: Box<Self>) -> Result<()> {
+        close(&self.client, self.handle, self.stream)
+    }
+}
+
+/// Likewise.
+struct RemoteShorten {
+    client: Arc<AgentClient>,
+    handle: Handle,
+    stream: StreamId,
+    start: ShortenStart,
+}
+
+impl Shortening for RemoteShorten {
+    fn start(&self) -> ShortenStart {
+        self.start.clone()
+    }
+
+    fn step(&mut self, bytes_max: u64) -> Result<ShortenStep> {
+        let stream = self.stream;
+        match ask(&self.client, self.handle, Ask::ShortenStep { stream, bytes_max }, &mut |_, _| {})? {
+            Told::ShortenStep { step } => Ok(step),
             _ => Err(self.client.shared.at_host(protocol("the answer is to another question"))),
         }
     }

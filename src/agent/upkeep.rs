@@ -2,7 +2,7 @@
 
 use super::{Answer, Opened, Session};
 use crate::error::{Error, Kind, Result};
-use crate::replica::upkeep::{PatchStream, Scrubbing};
+use crate::replica::upkeep::{PatchStream, Scrubbing, Shortening};
 use crate::wire::upkeep::{Ask, StreamId, Told};
 use crate::wire::{BULK_MAX, FrameKind, Handle, Progress, Reply, encode, protocol};
 use std::collections::BTreeMap;
@@ -16,6 +16,7 @@ const STREAMS_MAX: usize = 16;
 enum Stream {
     Patch(Box<dyn PatchStream>),
     Scrub(Box<dyn Scrubbing>),
+    Shorten(Box<dyn Shortening>),
 }
 
 impl Stream {
@@ -23,6 +24,7 @@ impl Stream {
         match self {
             Stream::Patch(stream) => stream.close(),
             Stream::Scrub(scrub) => scrub.close(),
+            Stream::Shorten(shorten) => shorten.close(),
         }
     }
 }
@@ -40,7 +42,8 @@ impl Streams {
         match self.open.len() < STREAMS_MAX {
             true => Ok(()),
             false => {
-                let what = format!("one session may have {STREAMS_MAX} exports and scrubs under way at once");
+                let what =
+                    format!("one session may have {STREAMS_MAX} exports, scrubs and shortenings under way at once");
                 Err(Error::new(Kind::Refused, what))
             }
         }
@@ -105,6 +108,21 @@ impl<W: Write> Session<'_, W> {
             }
             Ask::ScrubStep { stream, bytes_max } => match self.streams.open.get_mut(&stream) {
                 Some((_, Stream::Scrub(scrub))) => Told::ScrubStep { step: scrub.step(bytes_max)? },
+                _ => return Err(no_stream(stream)),
+            },
+            Ask::Shorten {} => {
+                self.streams.have_room()?;
+                let begun = match self.at(handle)?.replica.shorten()? {
+                    Some(shorten) => {
+                        let start = shorten.start();
+                        Some((self.streams.add(handle, Stream::Shorten(shorten))?, start))
+                    }
+                    None => None,
+                };
+                Told::Shorten { begun }
+            }
+            Ask::ShortenStep { stream, bytes_max } => match self.streams.open.get_mut(&stream) {
+                Some((_, Stream::Shorten(shorten))) => Told::ShortenStep { step: shorten.step(bytes_max)? },
                 _ => return Err(no_stream(stream)),
             },
         };

@@ -17,6 +17,7 @@ mod render;
 mod scrub;
 mod seed;
 mod serve;
+mod shorten;
 mod signals;
 #[cfg(feature = "libvirt")]
 mod source;

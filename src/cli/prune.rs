@@ -1,8 +1,9 @@
 //! `prune`: which points go and why, and then their end; the same at the end of `sync --keep`.
 
 use super::output::{Exit, Message, Output, print};
+use super::shorten::{Shortened, keep_short};
 use super::target::{TargetArgs, hang_up};
-use super::{Globals, render};
+use super::{Globals, render, signals};
 use clap::Args;
 use jiff::tz::TimeZone;
 use serde_json::{Value, json};
@@ -66,16 +67,28 @@ pub fn prune(args: &PruneArgs, globals: &Globals, output: Output) -> Result<Exit
         Some(keep) => Wish::Keep(keep),
         None => Wish::Points(args.points.clone()),
     };
-    let connection = target.connection();
+    let (connection, url) = (target.connection(), target.url.to_string());
+    let stop = signals::listen_saying(
+        "stopping behind what is being folded (again: at once)",
+        "ended at once; the next prune, or the next run, goes on from there",
+    )?;
     let pruned = connection.client().and_then(|client| {
         let (uuid, name) = site::find_replica(&client, &args.domain)?;
-        run(&client, uuid, name, &wish, args.dry_run)
+        let pruned = run(&client, uuid, name, &wish, args.dry_run)?;
+        let shortened = match args.dry_run {
+            true => Shortened::default(),
+            false => keep_short(&client, (&pruned.uuid, &pruned.name), &url, output, stop),
+        };
+        Ok((pruned, shortened))
     });
     hang_up(connection);
-    let pruned = pruned?;
+    let (pruned, shortened) = pruned?;
+    if let Some(warning) = &shortened.warning {
+        tracing::warn!("{warning}");
+    }
     match output.json {
-        true => Message { message_type: "prune", body: pruned.json(&target.url.to_string()) }.print()?,
-        false => print(&pruned.describe(&target.url.to_string()))?,
+        true => Message { message_type: "prune", body: pruned.json(&url) }.print()?,
+        false => print(&pruned.describe(&url, shortened.note.as_deref()))?,
     }
     Ok(Exit::Done)
 }
@@ -109,32 +122,23 @@ pub fn run(
     Ok(Pruned { name, uuid, points: view.points, verdicts, report })
 }
 
-/// Step 8d of a run: prunes by `keep`, and looks how deep the images lie. Gives what an operator should read; nothing of
-/// it fails the run.
+/// Step 8d of a run: prunes by `keep`. Gives what an operator should read; nothing of it fails the run.
 #[cfg(feature = "libvirt")]
 pub fn after_run(
-    connection: &site::Connection,
+    client: &Arc<AgentClient>,
     report: &virt_replica::replicate::report::Report,
     keep: Option<Keep>,
     output: Output,
 ) -> Vec<String> {
     let pruned = || -> Result<Vec<String>> {
-        let client = connection.client()?;
         let mut warnings = Vec::new();
         if let Some(keep) = keep {
             let (uuid, name) = (report.uuid.clone(), report.domain.clone());
-            let pruned = run(&client, uuid, name, &Wish::Keep(keep), false)?;
+            let pruned = run(client, uuid, name, &Wish::Keep(keep), false)?;
             if output.json {
                 Message { message_type: "prune", body: pruned.json(&report.target) }.print()?;
             }
             warnings.extend(pruned.remarks());
-        }
-        let holds = client.open(&report.uuid)?.holds()?;
-        if holds.depth >= holds.depth_max {
-            warnings.push(format!(
-                "a disk of the newest point consists of {} images, one on the other: reading it gets slower with each; remove points with `virt-replica prune`, or with --keep in every run",
-                holds.depth
-            ));
         }
         Ok(warnings)
     };
@@ -190,7 +194,7 @@ impl Pruned {
         })
     }
 
-    fn describe(&self, target: &str) -> String {
+    fn describe(&self, target: &str, note: Option<&str>) -> String {
         let rows = self.points.iter().zip(&self.verdicts).map(|(point, verdict)| {
             let why = match verdict.removed() {
                 true => "no rule keeps it".to_owned(),
@@ -214,6 +218,7 @@ impl Pruned {
             render::wrap("note: ", &format!("no rule keeps point {}, and it stays: {}", v.id, why.join(", ")))
         }));
         lines.extend(self.remarks().iter().map(|r| render::wrap("note: ", r)));
+        lines.extend(note.map(|n| render::wrap("note: ", n)));
         lines.join("\n")
     }
 }

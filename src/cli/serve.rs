@@ -19,8 +19,8 @@ pub struct AgentArgs {
     /// Remove no point younger than this, whatever a client asks for (7d, 12h)
     #[arg(long, value_name = "AGE", default_value = "0s", value_parser = super::render::parse_age)]
     min_age: Duration,
-    /// Advise to prune from this many images of a disk on
-    #[arg(long, value_name = "COUNT", default_value_t = Limits::default().depth_max)]
+    /// Once a disk of the newest point consists of this many images, give it one that stands alone
+    #[arg(long, value_name = "COUNT", default_value_t = Limits::default().depth_max, value_parser = clap::value_parser!(u64).range(2..))]
     max_depth: u64,
 }
 

@@ -85,14 +85,17 @@ pub use run::{plan, sync};
 mod run {
     use super::*;
     use crate::cli::output::{AUDIT_ALARM, COMMIT_PENDING, Message, print, print_json};
+    use crate::cli::shorten::keep_short;
     use crate::cli::target::{Target, hang_up};
     use crate::cli::watch::{DiskTime, Watcher};
     use crate::cli::{prune, render, signals, source};
+    use std::sync::atomic::AtomicBool;
     use virt_replica::replica::AuditStats;
     use virt_replica::replicate::cycle::Request;
     use virt_replica::replicate::forecast::SpaceOptions;
     use virt_replica::replicate::plan::{CaptureKind, Plan, PlanOptions};
     use virt_replica::replicate::report::{Report, RunOutcome};
+    use virt_replica::site::Connection;
 
     impl RunArgs {
         fn prepare(&self, globals: &Globals) -> Result<(Target, Request)> {
@@ -129,16 +132,18 @@ mod run {
         let times = watcher.finish();
         // Its point is sealed, and its report is kept: whatever becomes of older points, this run has been one.
         let result = result.map(|(mut report, error)| {
-            if report.point.is_some() {
-                report.warnings.extend(prune::after_run(&connection, &report, args.keep, output));
-            }
-            (report, error)
+            let note = report.point.is_some().then(|| tend(args, &connection, &mut report, output, stop)).flatten();
+            (report, error, note)
         });
         hang_up(connection);
-        let (report, error) = result?;
+        let (report, error, note) = result?;
         match output.json {
             true => Message { message_type: "report", body: &report }.print()?,
-            false => print(&describe_report(&report, &times))?,
+            false => {
+                let mut lines = vec![describe_report(&report, &times)];
+                lines.extend(note.map(|n| render::wrap("note: ", &n)));
+                print(&lines.join("\n"))?;
+            }
         }
         match error {
             Some(e) => Err(e),
@@ -147,6 +152,27 @@ mod run {
             None if report.outcome == RunOutcome::CommitPending => Ok(Exit::Code(COMMIT_PENDING)),
             None => Ok(Exit::Done),
         }
+    }
+
+    /// Step 8d: what is done about older points, and about the depth of their images. Gives what was done of the latter.
+    fn tend(
+        args: &SyncArgs,
+        connection: &Connection,
+        report: &mut Report,
+        output: Output,
+        stop: &AtomicBool,
+    ) -> Option<String> {
+        let client = match connection.client() {
+            Ok(client) => client,
+            Err(e) => {
+                report.warnings.push(format!("points were not pruned: {}", e.chain()));
+                return None;
+            }
+        };
+        report.warnings.extend(prune::after_run(&client, report, args.keep, output));
+        let shortened = keep_short(&client, (&report.uuid, &report.domain), &report.target, output, stop);
+        report.warnings.extend(shortened.warning);
+        shortened.note
     }
 
     /// Says what a run would do.

@@ -1,9 +1,10 @@
 //! What a disk at a point is made of: the chain of its images and the merged list of its digests; and the head's digest
 //! file, which is made from them.
 //!
-//! Everything follows the manifest: what an image's header says of its backing image is compared, never believed. In one
-//! place there is a choice between two answers that the manifest both knows: whether the links below a point are folded
-//! into it already is said by the header of its image, and by the root that its change list starts from.
+//! Everything follows the manifest: what an image's header says of its backing image is compared, never believed. In two
+//! places there is a choice between answers that the manifest both knows: whether the links below a point are folded
+//! into it already, and whether a disk that is detaching stands alone already. The header of its image says so, and the root
+//! that its change list starts from.
 
 use super::digests::{Binding, DigestFile, Opened};
 use super::files::Dir;
@@ -61,8 +62,8 @@ pub(super) fn list_links<'m>(
     })
 }
 
-/// Walks the recorded chain, passing by the links that `choose` says are folded: it gets a point with links below it, and
-/// what may lie below it now, the links first, then the first point (`None`: nothing), and picks one.
+/// Walks the recorded chain, passing by what `choose` says is not below any more: it gets a point, and what may lie below it
+/// now, links first, then the first point, and nothing (`None`) if the point's disk is detaching; and picks one.
 fn effective<'m>(
     manifest: &'m Manifest,
     point: &PointId,
@@ -74,16 +75,18 @@ fn effective<'m>(
     let mut at = 0;
     while at + 1 < recorded.len() {
         let links = recorded[at + 1..].iter().take_while(|p| manifest.is_link(&p.id)).count();
-        let step = if links == 0 {
-            0
-        } else {
-            let end = at + 1 + links;
-            let mut below: Vec<Option<&Point>> = recorded[at + 1..end].iter().map(|p| Some(*p)).collect();
-            below.push(recorded.get(end).copied());
-            choose(recorded[at], &below)?
-        };
+        let detaching = recorded[at].disk(disk).is_some_and(|d| d.detaching);
+        let end = at + 1 + links;
+        let mut below: Vec<Option<&Point>> = recorded[at + 1..end].iter().map(|p| Some(*p)).collect();
+        below.push(recorded.get(end).copied());
+        if detaching && end < recorded.len() {
+            below.push(None);
+        }
+        // One answer needs no choice: most points are like that.
+        let step = if below.len() == 1 { 0 } else { choose(recorded[at], &below)? };
+        let Some(next) = below[step] else { break };
+        chain.push(next);
         at += 1 + step;
-        chain.extend(recorded.get(at).copied());
     }
     Ok(chain)
 }

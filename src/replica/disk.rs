@@ -387,6 +387,11 @@ impl DiskWriter {
 }
 
 fn create_image(dir: &Dir, disk: &BeginDisk, backing: Option<&str>) -> Result<Qcow2Writer> {
-    let size = DiskSize(disk.size.0.next_multiple_of(SECTOR_LEN));
-    qcow2::create(&dir.join(&image_file(&disk.name)), size, backing.map(|name| (name, Format::Qcow2)))
+    let path = dir.join(&image_file(&disk.name));
+    qcow2::create(&path, image_size(disk.size), backing.map(|name| (name, Format::Qcow2)))
+}
+
+/// Of the image of a disk of this size.
+pub(super) fn image_size(disk: DiskSize) -> DiskSize {
+    DiskSize(disk.0.next_multiple_of(SECTOR_LEN))
 }

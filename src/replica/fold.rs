@@ -18,31 +18,19 @@
 //! Crash order: docs/replication.md, steps p2 to p7; the failpoints carry its numbers.
 
 use super::chain::{self, point_dir};
+use super::copy::{self, Copier, data_blocks};
 use super::files::Dir;
 use super::manifest::{self, Manifest, Point, changes_file, folded_changes_file, image_file};
 use super::store;
+use crate::block::DiskSize;
 use crate::block::changes::{ChangesWriter, Run, Without};
-use crate::block::digest::block_digest;
-use crate::block::{BLOCK_LEN, BlockIndex, ByteRange};
 use crate::error::{Error, Kind, Result};
 use crate::image::locks::QemuLock;
-use crate::image::qcow2::{self, Qcow2Image, Qcow2Writer};
-use crate::image::{Chain, Image, ImageMut, Layer, qemu_img};
+use crate::image::qcow2::{self, Qcow2Image};
+use crate::image::{Chain, Layer, qemu_img};
 use crate::name::{DiskName, PointId};
-use std::collections::BTreeSet;
 use std::io::BufWriter;
 use std::path::Path;
-
-/// Copied data is made durable in steps of this many bytes, or when so many tables of the image were touched: fewer than
-/// fit into the cache of the writer.
-const BATCH_BYTES: u64 = 64 << 20;
-const BATCH_TABLES: usize = 32;
-
-/// Bytes of the disk that one table of the image covers.
-const TABLE_COVERS: u64 = 512 << 20;
-
-/// Blocks zeroed at once.
-const ZERO_STEP: u64 = 4096;
 
 /// Where a replica's links are folded.
 pub(super) struct Folder<'a> {
@@ -191,11 +179,17 @@ impl Folder<'_> {
             Way::Down => Box::new(self.points_above(task)?),
             Way::Up => Box::new(self.missing_above(task)?),
         };
-        let mut copy =
-            Copier { reader: &reader, writer: &writer, bytes: 0, tables: BTreeSet::new(), copied: self.copied };
-        copy.runs(blocks)?;
-        copy.sync()?;
-        drop(writer);
+        let mut copier = Copier::new(reader, writer);
+        let mut copied = |bytes| {
+            (self.copied)(bytes);
+            // step p3, in the middle of it
+            crate::failpoint!("p3.part");
+            Ok(())
+        };
+        for run in blocks {
+            copier.run(&run?, &mut copied)?;
+        }
+        copier.finish()?;
         crate::failpoint!("p3");
         // step p4
         match way {
@@ -247,9 +241,7 @@ impl Folder<'_> {
         tracing::debug!(disk = %task.disk, ?way, down, up, "folding removed points");
         let space = self.points.space()?;
         let usable = space.free_bytes.saturating_sub(space.floor_bytes());
-        // Tables of the image: one for every 512 MiB, at most one for each block.
-        let tables = blocks.min(size(&task.images[0]).map_or(0, |s| s.0.div_ceil(TABLE_COVERS)));
-        let room = |blocks: u64| (blocks + tables) * BLOCK_LEN as u64;
+        let room = |blocks: u64| copy::room_bytes(blocks, size(&task.images[0]).unwrap_or(DiskSize(0)));
         if room(blocks) <= usable {
             return Ok(way);
         }
@@ -269,17 +261,6 @@ impl Folder<'_> {
     }
 }
 
-/// Blocks in these runs that are not zero.
-fn data_blocks(runs: impl Iterator<Item = Result<Run>>) -> Result<u64> {
-    let mut blocks = 0;
-    for run in runs {
-        if let Run::Digests { digests, .. } = run? {
-            blocks += digests.len() as u64;
-        }
-    }
-    Ok(blocks)
-}
-
 /// An image that was being written when something died: clusters may be in use that are not counted as such. They are
 /// counted again before anything is allocated.
 fn make_sound(image: &Path) -> Result<()> {
@@ -292,84 +273,5 @@ fn make_sound(image: &Path) -> Result<()> {
     match qemu_img::check(image, format)?.is_sound() {
         true => Ok(()),
         false => Err(Error::new(Kind::Corrupt, "the image cannot be repaired").path(image)),
-    }
-}
-
-/// Copying blocks from a chain into one image.
-struct Copier<'a> {
-    reader: &'a Qcow2Image,
-    writer: &'a Qcow2Writer,
-    /// Since the last sync.
-    bytes: u64,
-    tables: BTreeSet<u64>,
-    copied: &'a mut dyn FnMut(u64),
-}
-
-impl Copier<'_> {
-    fn runs(&mut self, runs: impl Iterator<Item = Result<Run>>) -> Result<()> {
-        let mut buffer = vec![0; BLOCK_LEN];
-        for run in runs {
-            match run? {
-                Run::Zero { first, count } => self.zero(first.0, count)?,
-                Run::Digests { first, digests } => {
-                    for (block, digest) in (first.0..).zip(digests) {
-                        self.block(BlockIndex(block), digest, &mut buffer)?;
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn block(&mut self, block: BlockIndex, digest: crate::block::digest::Digest, buffer: &mut [u8]) -> Result<()> {
-        let range = block.bytes(self.writer.size());
-        let bytes = &mut buffer[..range.len() as usize];
-        // The row may be shorter than the point; what lies beyond it is zero.
-        let there = block.bytes(self.reader.size()).len().min(range.len()) as usize;
-        bytes[there..].fill(0);
-        self.reader.read_at(range.start, &mut bytes[..there])?;
-        if block_digest(bytes) != digest {
-            return Err(Error::new(Kind::Corrupt, format!("block {} is not what was sealed", block.0))
-                .offset(range.start)
-                .hint("verify tells which points are damaged; nothing was changed"));
-        }
-        self.writer.write_at(range.start, bytes)?;
-        self.touched(range)
-    }
-
-    fn zero(&mut self, first: u64, count: u64) -> Result<()> {
-        let (mut at, end) = (first, first + count);
-        while at < end {
-            let next = (at + ZERO_STEP).min(end);
-            let size = self.writer.size();
-            let range = ByteRange::new(BlockIndex(at).bytes(size).start, BlockIndex(next - 1).bytes(size).end);
-            if !range.is_empty() {
-                self.writer.zero(range)?;
-                self.tables.insert(range.start / TABLE_COVERS);
-            }
-            at = next;
-        }
-        Ok(())
-    }
-
-    fn touched(&mut self, range: ByteRange) -> Result<()> {
-        (self.copied)(range.len());
-        self.bytes += range.len();
-        self.tables.insert(range.start / TABLE_COVERS);
-        if self.bytes >= BATCH_BYTES || self.tables.len() >= BATCH_TABLES {
-            self.sync()?;
-        }
-        // step p3, in the middle of it
-        crate::failpoint!("p3.part");
-        Ok(())
-    }
-
-    /// The data first, then the tables that lead to it.
-    fn sync(&mut self) -> Result<()> {
-        self.writer.sync_data()?;
-        self.writer.sync()?;
-        self.bytes = 0;
-        self.tables.clear();
-        Ok(())
     }
 }

@@ -6,6 +6,9 @@
 //! A removed point whose images the point above still reads through is a *link*: it does not exist as a point, and its files
 //! stay until they are folded into the point above (`fold.rs`).
 //!
+//! A disk of a point may be *detaching*: an image that stands alone is taking the place of its own (`shorten.rs`), and what
+//! lies below may be passed by already.
+//!
 //! Invariants, checked by [`Manifest::parse`] and kept by every method
 //! - points ascend by sequence, ids are unique, links included;
 //! - a disk's backing image is that of the point or link just below, which has that disk;
@@ -27,12 +30,16 @@ use std::path::Path;
 /// First field of every manifest, so that `head -2` tells what the file is.
 const FORMAT: &str = "virt-replica manifest";
 
-/// The version this program writes where there are no links. 1: the first.
+/// The version this program writes where it can. 1: the first.
 pub const VERSION: u32 = 1;
 
-/// The version of a manifest with links, and the newest this program reads. A program that does not know them would take
-/// their files for remains of an unsealed point, and remove them.
+/// The version of a manifest with links. A program that does not know them would take their files for remains of an
+/// unsealed point, and remove them.
 const VERSION_WITH_LINKS: u32 = 2;
+
+/// The version of a manifest with a disk that is detaching, and the newest this program reads. A program that does not know
+/// of it would take the image for damaged.
+const VERSION_DETACHING: u32 = 3;
 
 /// Largest manifest read or written, in bytes: tens of thousands of points.
 pub const MANIFEST_MAX: usize = 64 << 20;
@@ -69,6 +76,15 @@ pub fn changes_file(disk: &DiskName) -> String {
 /// Of the list that takes the place of [`changes_file`] when links were folded into the point.
 pub fn folded_changes_file(disk: &DiskName) -> String {
     format!("{disk}.changes.new")
+}
+
+/// Of an image that is to take the place of [`image_file`] and stands alone, and of its list.
+pub fn alone_image_file(disk: &DiskName) -> String {
+    format!("{disk}.qcow2.alone")
+}
+
+pub fn alone_changes_file(disk: &DiskName) -> String {
+    format!("{disk}.changes.alone")
 }
 
 /// Of all blocks of a seed, in the directory of the open point that is built on it; gone before that is sealed.
@@ -138,6 +154,9 @@ pub struct Disk {
     /// The point whose image of this disk lies below this one; absent: this image stands alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backing: Option<PointId>,
+    /// The image and the list are being replaced by some that stand alone: `backing` holds for those that are not yet.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub detaching: bool,
     #[serde(flatten)]
     pub stats: DiskStats,
 }
@@ -175,11 +194,11 @@ impl Manifest {
         if preamble.format != FORMAT {
             return Err(corrupt(format!("this is not a {FORMAT}")));
         }
-        if !(VERSION..=VERSION_WITH_LINKS).contains(&preamble.version) {
+        if !(VERSION..=VERSION_DETACHING).contains(&preamble.version) {
             return Err(Error::new(
                 Kind::Protocol,
                 format!(
-                    "the manifest has version {}, this program reads versions {VERSION} and {VERSION_WITH_LINKS}",
+                    "the manifest has version {}, this program reads versions {VERSION} to {VERSION_DETACHING}",
                     preamble.version
                 ),
             )
@@ -192,7 +211,12 @@ impl Manifest {
 
     /// The document as written. Indented: somebody may have to read it on a bad day.
     pub fn to_json(&self) -> Result<Vec<u8>> {
-        let version = if self.links.is_empty() { VERSION } else { VERSION_WITH_LINKS };
+        let detaching = self.points.iter().chain(&self.links).any(Point::is_detaching);
+        let version = match (detaching, self.links.is_empty()) {
+            (true, _) => VERSION_DETACHING,
+            (false, false) => VERSION_WITH_LINKS,
+            (false, true) => VERSION,
+        };
         let document = Self { version, ..self.clone() };
         let mut json =
             serde_json::to_vec_pretty(&document).map_err(|e| corrupt("cannot write the manifest").source(e))?;
@@ -296,8 +320,27 @@ impl Manifest {
         let point = self.point(above).ok_or_else(|| corrupt("links without a point above them"))?;
         let backing: Vec<Option<PointId>> = point.disks.iter().map(below).collect();
         let point = self.point_mut(above).expect("it was there a line above");
-        point.disks.iter_mut().zip(backing).for_each(|(disk, backing)| disk.backing = backing);
+        for (disk, backing) in point.disks.iter_mut().zip(backing) {
+            disk.detaching &= backing.is_some();
+            disk.backing = backing;
+        }
         self.links.retain(|l| !gone.contains(&l.id));
+        self.check()
+    }
+
+    /// Takes note that these disks of a point are about to get images that stand alone.
+    pub fn detach(&mut self, point: &PointId, disks: &[DiskName]) -> Result<()> {
+        let record = self.point_mut(point).ok_or_else(|| corrupt("only a point gets images that stand alone"))?;
+        record.disks.iter_mut().filter(|d| disks.contains(&d.name)).for_each(|d| d.detaching = true);
+        self.check()
+    }
+
+    /// Takes note that they have them: nothing lies below them any more.
+    pub fn detached(&mut self, point: &PointId) -> Result<()> {
+        let all = self.points.iter_mut().chain(&mut self.links);
+        for disk in all.filter(|p| p.id == *point).flat_map(|p| &mut p.disks).filter(|d| d.detaching) {
+            (disk.detaching, disk.backing) = (false, None);
+        }
         self.check()
     }
 
@@ -353,6 +396,10 @@ impl Point {
         self.disks.iter().find(|d| &d.name == name)
     }
 
+    pub fn is_detaching(&self) -> bool {
+        self.disks.iter().any(|d| d.detaching)
+    }
+
     /// The public view; `points_dir` is the absolute path under which the point's directory lies.
     pub fn view(&self, points_dir: &Path) -> PointView {
         let dir = points_dir.join(self.id.as_str());
@@ -391,6 +438,9 @@ impl Point {
             }
             if disk.size.0 > DISK_SIZE_MAX {
                 return Err("a disk is impossibly large");
+            }
+            if disk.detaching && disk.backing.is_none() {
+                return Err("a disk that stands alone is detaching");
             }
             if let Some(backing) = &disk.backing
                 && !below.is_some_and(|b| b.id == *backing && b.disk(&disk.name).is_some())

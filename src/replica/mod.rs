@@ -5,6 +5,7 @@
 //! Format: docs/formats/replica.md.
 
 mod chain;
+mod copy;
 mod damage;
 mod digests;
 mod disk;
@@ -22,6 +23,7 @@ pub mod receive;
 mod reserve;
 mod scrub;
 mod seed;
+mod shorten;
 pub mod store;
 pub mod upkeep;
 mod verify;

@@ -270,6 +270,7 @@ impl OpenPoint {
                 size: begun.size,
                 root: applied.root,
                 backing: disk.backing().cloned(),
+                detaching: false,
                 stats,
             });
         }

@@ -15,8 +15,9 @@ use super::fold::Folder;
 use super::lease::{Gate, Leases};
 use super::lock::WriterLock;
 use super::manifest::{Manifest, POINTS_DIR, Pinned, Point, image_file};
+use super::shorten;
 use super::store::{self, Store, publish, read_manifest};
-use super::upkeep::{Holds, Kept, Lease, PatchStream, Pin, PruneReport, ScrubTold, Scrubbing, Upkeep};
+use super::upkeep::{Holds, Kept, Lease, PatchStream, Pin, PruneReport, ScrubTold, Scrubbing, Shortening, Upkeep};
 use crate::error::{Error, Kind, Result, printable};
 use crate::image::locks::is_open_in_qemu;
 use crate::name::{DiskName, PointId};
@@ -79,6 +80,7 @@ impl Upkeep for Store {
             crate::failpoint!("p1");
         }
         store::sweep_below_head(&points, &manifest)?;
+        shorten::finish_left_over(&dir, &points, &mut manifest, &held)?;
         self.fold_all(&dir, &points, &mut manifest, &held, &mut report, progress);
         Ok(report)
     }
@@ -98,6 +100,11 @@ impl Upkeep for Store {
 
     fn scrub(&self, restart: bool) -> Result<Box<dyn Scrubbing>> {
         Ok(Box::new(super::scrub::Scrub::begin(self, restart)?))
+    }
+
+    fn shorten(&self) -> Result<Option<Box<dyn Shortening>>> {
+        let shorten = shorten::Shorten::begin(self)?;
+        Ok(shorten.map(|s| Box::new(s) as Box<dyn Shortening>))
     }
 }
 
@@ -143,7 +150,7 @@ impl Store {
 
     /// What earlier prunes left, before a run begins. Never in its way.
     pub(super) fn fold_left_over(&self, dir: &Dir, points: &Dir, manifest: &mut Manifest) -> Result<()> {
-        if manifest.links().is_empty() {
+        if manifest.links().is_empty() && !manifest.points().iter().any(Point::is_detaching) {
             return Ok(());
         }
         let now = (self.clock)();
@@ -151,7 +158,10 @@ impl Store {
         let held = gate.and_then(|gate| Ok((gate, in_use(dir, points, manifest, now)?)));
         let mut report = PruneReport::default();
         match held {
-            Ok((_gate, held)) => self.fold_all(dir, points, manifest, &held, &mut report, &mut |_, _| {}),
+            Ok((_gate, held)) => {
+                shorten::finish_left_over(dir, points, manifest, &held)?;
+                self.fold_all(dir, points, manifest, &held, &mut report, &mut |_, _| {});
+            }
             Err(e) => tracing::debug!("removed points wait: {}", e.chain()),
         }
         Ok(())
@@ -198,7 +208,7 @@ impl Store {
 }
 
 /// Whether who reads `point` reads through `above`.
-fn reads_through(manifest: &Manifest, point: &PointId, above: &PointId) -> bool {
+pub(super) fn reads_through(manifest: &Manifest, point: &PointId, above: &PointId) -> bool {
     let Some(record) = manifest.named(point) else { return false };
     let mut chains = record.disks.iter().filter_map(|d| manifest.chain(point, &d.name).ok());
     chains.any(|chain| chain.iter().any(|link| link.id == *above))
@@ -215,7 +225,7 @@ fn why_kept(manifest: &Manifest, held: &[Lease], id: &PointId) -> Option<String>
 
 /// The leases in force, and the points that a QEMU program has open: the uppermost of an unbroken row of open images. The
 /// ones below it are open because of it, and may go: their images stay as long as it is.
-fn in_use(dir: &Dir, points: &Dir, manifest: &Manifest, now: Timestamp) -> Result<Vec<Lease>> {
+pub(super) fn in_use(dir: &Dir, points: &Dir, manifest: &Manifest, now: Timestamp) -> Result<Vec<Lease>> {
     let mut held = Leases::of(dir)?.in_force(now)?;
     let open = |point: &Point, disk: &DiskName| -> Result<bool> {
         is_open_in_qemu(&points.join(point.id.as_str()).join(image_file(disk)))

@@ -44,7 +44,7 @@ pub(super) type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
 pub struct Limits {
     /// Points sealed less long ago are not removed.
     pub min_age: Duration,
-    /// Images of a disk from which on every run is advised to prune.
+    /// Images of a disk from which on the newest point gets some that stand alone; at least 2.
     pub depth_max: u64,
 }
 

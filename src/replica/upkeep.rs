@@ -32,6 +32,46 @@ pub trait Upkeep: Send + Sync {
     /// Begins to read all points again, or goes on where the last one was left, unless `restart`. One at a time:
     /// [`Kind::Busy`](crate::error::Kind::Busy) otherwise. Replication goes on beside it.
     fn scrub(&self, restart: bool) -> Result<Box<dyn Scrubbing>>;
+
+    /// Begins to give the newest point images that stand alone, where one of its disks consists of as many images as the
+    /// target allows. `None`: none does. One at a time ([`Kind::Busy`](crate::error::Kind::Busy) otherwise); replication goes
+    /// on beside it. [`Kind::Space`](crate::error::Kind::Space) where the target has no room for a second whole copy.
+    fn shorten(&self) -> Result<Option<Box<dyn Shortening>>>;
+}
+
+/// Images that stand alone under way. As with a scrub, nothing happens but in [`Shortening::step`]; what was copied of a
+/// disk that did not come to its end is copied again by the next one.
+pub trait Shortening: Send {
+    fn start(&self) -> ShortenStart;
+
+    /// Copies on: about so many bytes at most, of which no store takes more than [`SHORTEN_STEP_MAX`]. With the last step
+    /// the images are in their place, durably. [`Kind::Busy`](crate::error::Kind::Busy) if a run or a reader is in the way
+    /// just then: what was copied stays, and the next shortening needs no more than this step.
+    fn step(&mut self, bytes_max: u64) -> Result<ShortenStep>;
+
+    /// Ends it, and with it the lease.
+    fn close(self: Box<Self>) -> Result<()>;
+}
+
+/// Most bytes that are copied in one [`Shortening::step`], and one run of a change list more.
+pub const SHORTEN_STEP_MAX: u64 = 64 << 20;
+
+/// What is shortened.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShortenStart {
+    pub point: PointId,
+    pub disks: Vec<DiskName>,
+    /// Bytes of data that are to be copied.
+    pub bytes_total: u64,
+}
+
+/// What a step did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShortenStep {
+    /// Since the shortening began.
+    pub bytes_done: u64,
+    /// The disks of the point stand alone now.
+    pub end: bool,
 }
 
 /// A scrub under way. It reads only while [`Scrubbing::step`] is called: who wants it slower calls less often, and who wants
@@ -148,7 +188,7 @@ pub struct Holds {
     pub links: Vec<PointId>,
     /// Images that the deepest disk of the head consists of.
     pub depth: u64,
-    /// From here on the target advises to prune.
+    /// From here on the target gives the newest point images that stand alone.
     pub depth_max: u64,
     /// What scrubs found.
     #[serde(default)]

@@ -1,10 +1,10 @@
 //! Requests and replies about points that exist: what [`crate::replica::upkeep`] offers.
 
 use crate::name::{DiskName, PointId};
-use crate::replica::upkeep::{Holds, PruneReport, ScrubStart, ScrubStep};
+use crate::replica::upkeep::{Holds, PruneReport, ScrubStart, ScrubStep, ShortenStart, ShortenStep};
 use serde::{Deserialize, Serialize};
 
-/// Names a patch stream or a scrub within one session; never reused within it.
+/// Names a patch stream, a scrub or a shortening within one session; never reused within it.
 pub type StreamId = u32;
 
 /// Each is answered by the [`Told`] of the same name; `Chunk` by a Data frame, which is empty at the end.
@@ -37,16 +37,39 @@ pub enum Ask {
         stream: StreamId,
         bytes_max: u64,
     },
+    Shorten {},
+    ShortenStep {
+        stream: StreamId,
+        bytes_max: u64,
+    },
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Told {
-    Holds { holds: Holds },
-    Prune { report: PruneReport },
+    Holds {
+        holds: Holds,
+    },
+    Prune {
+        report: PruneReport,
+    },
     Pin {},
-    Export { stream: StreamId },
+    Export {
+        stream: StreamId,
+    },
     Close {},
-    Scrub { stream: StreamId, start: ScrubStart },
-    ScrubStep { step: ScrubStep },
+    Scrub {
+        stream: StreamId,
+        start: ScrubStart,
+    },
+    ScrubStep {
+        step: ScrubStep,
+    },
+    /// Without a stream where there is nothing to be shortened.
+    Shorten {
+        begun: Option<(StreamId, ShortenStart)>,
+    },
+    ShortenStep {
+        step: ShortenStep,
+    },
 }

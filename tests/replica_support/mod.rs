@@ -10,6 +10,7 @@ use virt_replica::block::{BLOCK_LEN, BlockIndex, DiskSize, PIECE_LEN};
 use virt_replica::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
 use virt_replica::patch::{Header, PieceMask, RecordEncoder, StreamTail};
 use virt_replica::replica::store::Store;
+use virt_replica::replica::upkeep::Upkeep;
 use virt_replica::replica::{BeginDisk, BeginPoint, Consistency, DiskStats, PointView, Replica, SealDisk, SealPoint};
 
 pub const UUID: &str = "0a1b2c3d-0000-4000-8000-000000000001";
@@ -195,6 +196,82 @@ pub fn assert_image(image: &Path, content: &[u8]) {
 pub fn qemu_img(args: &[&str]) {
     let output = Command::new("qemu-img").args(args).output().unwrap();
     assert!(output.status.success(), "qemu-img {args:?}: {output:?}");
+}
+
+/// A disk and its content.
+pub type Model = Vec<(String, Vec<u8>)>;
+pub type History = Vec<(PointId, Model)>;
+
+/// Everything that is left is what it was.
+pub fn assert_history(store: &Store, history: &[(PointId, Model)], what: &str) {
+    let view = store.describe().unwrap();
+    let ids: Vec<&PointId> = view.points.iter().map(|p| &p.id).collect();
+    assert_eq!(ids, history.iter().map(|(id, _)| id).collect::<Vec<_>>(), "{what}");
+    for ((id, disks), point) in history.iter().zip(&view.points) {
+        assert!(store.verify(id, &mut |_, _| {}).unwrap().is_whole(), "{what}: {id}");
+        for (name, content) in disks {
+            assert_image(&point.disk(&DiskName::new(name.as_str()).unwrap()).unwrap().image, content);
+        }
+    }
+    // The head's digests are right, and made anew from the change lists they are the same.
+    let (_, head) = history.last().unwrap();
+    head.iter().for_each(|(name, content)| assert_nodes(store, name, content));
+    std::fs::remove_dir_all(view.path.join("digests")).unwrap();
+    head.iter().for_each(|(name, content)| assert_nodes(store, name, content));
+}
+
+/// Only the directories of points that exist are there.
+pub fn assert_no_remains(store: &Store) {
+    let view = store.describe().unwrap();
+    let mut names: Vec<String> = std::fs::read_dir(view.path.join("points"))
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    assert_eq!(names, view.points.iter().map(|p| p.id.to_string()).collect::<Vec<_>>());
+    for point in &view.points {
+        for entry in std::fs::read_dir(view.path.join("points").join(point.id.as_str())).unwrap() {
+            let entry = entry.unwrap();
+            let name = entry.file_name().into_string().unwrap();
+            assert!(name.ends_with(".qcow2") || name.ends_with(".changes"), "{entry:?}");
+            use std::os::unix::fs::PermissionsExt;
+            assert_eq!(entry.metadata().unwrap().permissions().mode() & 0o777, 0o400, "{entry:?}");
+        }
+    }
+}
+
+/// A history of one disk of blocks: `"aab. ..cc"`: a point for each word, a letter fills the block, `-` zeroes it, `.` leaves it.
+pub fn blocks(store: &Store, words: &str) -> History {
+    let mut history: History = Vec::new();
+    for word in words.split_whitespace() {
+        let old = history.last().map(|(_, disks)| disks[0].1.clone());
+        let mut new = old.clone().unwrap_or_default();
+        new.resize(word.len() * BLOCK_LEN, 0);
+        for (n, c) in word.chars().enumerate().filter(|(_, c)| *c != '.') {
+            new[n * BLOCK_LEN..][..BLOCK_LEN].fill(if c == '-' { 0 } else { c as u8 });
+        }
+        let head = store.describe().unwrap().head().cloned();
+        let run = head.as_ref().map_or(1, |h| h.id.seq() + 1);
+        let point = sync(store, run, head.as_ref(), &[("vda", old.as_deref(), &new)]);
+        history.push((point.id, vec![("vda".to_owned(), new)]));
+    }
+    history
+}
+
+/// Removes the points of these numbers (from 1) and checks what is left; gives the blocks that were copied.
+/// Lets the store keep its chain short, at most so many steps of the smallest size; whether there was something to do, and
+/// it came to its end.
+pub fn shorten(store: &Store, steps_max: u64) -> virt_replica::error::Result<bool> {
+    let Some(mut shortening) = store.shorten()? else { return Ok(false) };
+    let mut result = Ok(false);
+    for _ in 0..steps_max {
+        result = shortening.step(1).map(|step| step.end);
+        if !matches!(result, Ok(false)) {
+            break;
+        }
+    }
+    shortening.close().unwrap();
+    result
 }
 
 /// Writes, zeros and small changes at random places.

@@ -229,7 +229,15 @@ impl Driver {
 
     #[track_caller]
     pub fn wait(mut self) -> Ended {
-        let status = wait_for("the driver's end", || self.child.try_wait().unwrap());
+        let end = Instant::now() + PATIENCE;
+        let status = loop {
+            match self.child.try_wait().unwrap() {
+                Some(status) => break status,
+                // What it said last tells where it hangs.
+                None if Instant::now() > end => panic!("the driver does not end:\n{}\n{}", self.output(), self.said()),
+                None => sleep(Duration::from_millis(10)),
+            }
+        };
         let at = Instant::now();
         let out = fs::read_to_string(&self.out).unwrap();
         Ended { status, out, err: self.said(), at }
