@@ -480,6 +480,7 @@ mod tests {
                 size: DiskSize(1 << 20),
                 root: Digest([seq as u8; 32]),
                 backing: backing.map(|b: u64| PointId::from_parts(b, &run(b))),
+                detaching: false,
                 stats: DiskStats::default(),
             }
         };
@@ -516,9 +517,9 @@ mod tests {
 
     #[test]
     fn a_future_version_is_refused_for_its_number() {
-        let e = Manifest::parse(br#"{"format":"virt-replica manifest","version":3,"points":"elsewhere"}"#).unwrap_err();
+        let e = Manifest::parse(br#"{"format":"virt-replica manifest","version":4,"points":"elsewhere"}"#).unwrap_err();
         assert_eq!(e.kind(), Kind::Protocol);
-        assert!(e.to_string().contains("version 3"), "{e}");
+        assert!(e.to_string().contains("version 4"), "{e}");
     }
 
     #[test]
@@ -616,5 +617,26 @@ mod tests {
         value["points"] = value["links"].take();
         value["links"] = points;
         assert_eq!(Manifest::parse(value.to_string().as_bytes()).unwrap_err().kind(), Kind::Corrupt);
+    }
+
+    #[test]
+    fn a_detaching_disk_is_told_to_programs_that_do_not_know_of_it() {
+        let mut m = manifest(&[(1, "vda vdb"), (2, "vda<1 vdb<1")]).unwrap();
+        let vda = DiskName::new("vda").unwrap();
+        m.detach(&ids(&[2])[0], std::slice::from_ref(&vda)).unwrap();
+        let json = m.to_json().unwrap();
+        assert!(String::from_utf8_lossy(&json).contains("\"version\": 3"));
+        let mut again = Manifest::parse(&json).unwrap();
+        assert_eq!(seqs(again.chain(&ids(&[2])[0], &vda).unwrap()), [2, 1], "both answers are still possible");
+        again.detached(&ids(&[2])[0]).unwrap();
+        assert_eq!(seqs(again.chain(&ids(&[2])[0], &vda).unwrap()), [2]);
+        assert_eq!(again.head_disk(&DiskName::new("vdb").unwrap()).unwrap().backing, Some(ids(&[1])[0].clone()));
+        let json = String::from_utf8(again.to_json().unwrap()).unwrap();
+        assert!(json.contains("\"version\": 1") && !json.contains("detaching"));
+        // What stands alone cannot be detaching, and no link begins to.
+        let lie = json.replacen("\"root\"", "\"detaching\": true, \"root\"", 1);
+        assert_eq!(Manifest::parse(lie.as_bytes()).unwrap_err().kind(), Kind::Corrupt);
+        m.remove(&ids(&[1])).unwrap();
+        assert_eq!(m.detach(&ids(&[1])[0], &[vda]).unwrap_err().kind(), Kind::Corrupt);
     }
 }
