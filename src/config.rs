@@ -10,12 +10,14 @@
 //! defaults:
 //!   overlay_dir: /srv/overlays          # overlays of all disks; without it they lie beside their images
 //!   block_overlay_dir: /srv/overlays    # overlays of disks that are block devices
+//!   capture: auto                       # overlay (without it), backup, or auto
 //! ```
 //!
 //! A key that is not known is an error, and so is one that stands twice: a misspelt setting that does nothing is worse
 //! than none. Errors name file, line and column and show the line.
 
 use crate::error::{Error, Kind, Result};
+use crate::replicate::choice::CaptureWish;
 use crate::transport::target::TargetUrl;
 use serde::Deserialize;
 use serde::de::Error as _;
@@ -58,6 +60,8 @@ pub struct Defaults {
     pub overlay_dir: Option<PathBuf>,
     /// Directory for the overlays of block devices, which have no place beside them.
     pub block_overlay_dir: Option<PathBuf>,
+    /// How the disks of a running domain are made to stand still; `None`: by overlay.
+    pub capture: Option<CaptureWish>,
 }
 
 impl Config {

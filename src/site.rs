@@ -279,10 +279,12 @@ mod source {
             f(&Ports {
                 hypervisor: &self.hypervisor,
                 tracking: &self.hypervisor,
+                backups: &self.hypervisor,
                 stored: &StoredBitmaps::new(runtime_dir()),
                 replica: &replica,
                 guard: &guard,
                 open_image: &open::open_read,
+                open_export: &open::open_export,
                 explain_image: &open::explain,
                 clock: &Timestamp::now,
             })

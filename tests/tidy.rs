@@ -16,7 +16,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("failpoint", &["error"]),
     ("name", &["error"]),
     ("block", &["error"]),
-    ("config", &["error", "name", "transport"]),
+    ("config", &["error", "name", "transport", "replicate"]),
     ("patch", &["error", "name", "block"]),
     ("retention", &["error", "name"]),
     ("wire", &["error", "name", "block", "replica"]),

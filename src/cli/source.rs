@@ -5,6 +5,7 @@ use super::target::Target;
 use virt_replica::config::Config;
 use virt_replica::error::{Error, Result};
 use virt_replica::name::{Generation, RunId};
+use virt_replica::replicate::choice::CaptureWish;
 use virt_replica::replicate::cycle::Request;
 use virt_replica::replicate::plan::PlanOptions;
 use virt_replica::replicate::settle::SettleOptions;
@@ -24,24 +25,26 @@ fn generation() -> Generation {
     Generation(1)
 }
 
-/// What is asked of one domain. Directories that `wish` leaves open are those of the configuration.
+/// What is asked of one domain. Directories that `wish` leaves open, and the way of `capture`, are those of the configuration.
 pub fn request(
     domain: &str,
     target: &Target,
     globals: &Globals,
     config: &Config,
     wish: PlanOptions,
+    capture: Option<CaptureWish>,
 ) -> Result<Request> {
     let defaults = &config.defaults;
     let block_overlay_dir = defaults.block_overlay_dir.clone().unwrap_or_else(|| BLOCK_OVERLAY_DIR.into());
     let overlay_dir = wish.overlay_dir.clone().or_else(|| defaults.overlay_dir.clone());
+    let capture = capture.or(defaults.capture).unwrap_or_default();
     let workers = site::workers();
     Ok(Request {
         domain: domain.to_owned(),
         target: target.url.to_string(),
         run: new_run()?,
         state: globals.state_dir.clone(),
-        plan: PlanOptions { overlay_dir, block_overlay_dir, ..wish },
+        plan: PlanOptions { overlay_dir, block_overlay_dir, capture, ..wish },
         settle: SettleOptions::default(),
         open: site::open_options(workers),
         with_secrets: false,

@@ -9,6 +9,7 @@ use std::time::Duration;
 use virt_replica::error::Result;
 use virt_replica::name::DiskName;
 use virt_replica::replicate::audit::AuditOptions;
+use virt_replica::replicate::choice::CaptureWish;
 use virt_replica::retention::Keep;
 
 #[derive(Debug, Args)]
@@ -42,6 +43,10 @@ pub struct RunArgs {
     /// Print JSON for scripts
     #[arg(long)]
     pub json: bool,
+    /// How the disks of a running domain are made to stand still: overlay, backup, or auto (by backup where an overlay
+    /// may not be committed) [default: overlay, or the configuration's]
+    #[arg(long, value_name = "WAY")]
+    capture: Option<CaptureWish>,
     /// Lay the overlays of all disks into this directory instead of beside their images
     #[arg(long, value_name = "DIR")]
     overlay_dir: Option<PathBuf>,
@@ -114,7 +119,7 @@ mod run {
                 space: SpaceOptions { min_free_source_bytes: self.min_free_source },
                 ..PlanOptions::default()
             };
-            let request = source::request(&self.domain, &target, globals, &config, wish)?;
+            let request = source::request(&self.domain, &target, globals, &config, wish, self.capture)?;
             Ok((target, request))
         }
     }
@@ -191,6 +196,12 @@ mod run {
         plan.refusal().map_or(Ok(Exit::Done), Err)
     }
 
+    /// How the disks stood still, where that is worth a line: not by the way that is always taken.
+    fn describe_capture(report: &Report) -> Option<String> {
+        let reason = report.capture_reason.as_ref().filter(|_| report.capture == Some(CaptureKind::Backup))?;
+        Some(render::wrap("  captured ", reason))
+    }
+
     /// The report for people.
     fn describe_report(report: &Report, times: &[DiskTime]) -> String {
         let mut lines = Vec::new();
@@ -211,6 +222,7 @@ mod run {
         };
         let (freeze, pause) = (lasted("freeze", report.freeze_ms), lasted("pause", report.pause_ms));
         lines.push(format!("  {freeze}, {pause}, whole run {}", render::millis(report.duration_ms)));
+        lines.extend(describe_capture(report));
         if let Some(point) = &report.point {
             let rows = point.disks.iter().map(|d| {
                 let time = times.iter().find(|t| t.name == d.name).map(|t| t.time).unwrap_or_default();
@@ -271,8 +283,12 @@ mod run {
         }];
         lines.push(match plan.capture {
             CaptureKind::Overlay => "  frozen with an overlay over each disk, committed afterwards".to_owned(),
+            CaptureKind::Backup => "  served by QEMU as it was, by a backup job; nothing to commit".to_owned(),
             CaptureKind::Off => "  shut off: its disks are read as they are".to_owned(),
         });
+        if plan.capture != CaptureKind::Off {
+            lines.push(render::wrap("  why    ", &plan.capture_reason));
+        }
         for disk in &plan.disks {
             lines.push(String::new());
             lines.push(format!(" {}  {}, {}", disk.name, render::bytes(disk.size.0), disk.mode));
@@ -288,7 +304,8 @@ mod run {
             }
             let target =
                 (disk.reserve_bytes > 0).then(|| format!("up to {} at the target", render::bytes(disk.reserve_bytes)));
-            let source = disk.overlay_bytes.map(|b| format!("about {} for its overlay", render::bytes(b)));
+            let source =
+                disk.overlay_bytes.map(|b| format!("about {} for what is written meanwhile", render::bytes(b)));
             let room: Vec<String> = target.into_iter().chain(source).collect();
             if !room.is_empty() {
                 lines.push(format!("      room   {}", room.join(", ")));

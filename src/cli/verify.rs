@@ -15,6 +15,7 @@ use virt_replica::error::{Error, Kind, Result};
 use virt_replica::name::{DomainName, DomainUuid, PointId};
 use virt_replica::replica::upkeep::{Damage, Upkeep as _};
 use virt_replica::replica::{Replica as _, VerifyReport};
+use virt_replica::replicate::choice::CaptureWish;
 use virt_replica::site;
 use virt_replica::transport::target::TargetUrl;
 
@@ -36,6 +37,9 @@ pub struct VerifyArgs {
     /// With --against-source: lay the overlays of all disks into this directory
     #[arg(long, value_name = "DIR", requires = "against_source")]
     overlay_dir: Option<PathBuf>,
+    /// With --against-source: how the disks are made to stand still: overlay, backup, or auto
+    #[arg(long, value_name = "WAY", requires = "against_source")]
+    capture: Option<CaptureWish>,
     /// Print JSON for scripts
     #[arg(long)]
     pub json: bool,
@@ -156,7 +160,7 @@ fn against_source(
 
     // A bitmap is what might be wrong: it is not asked.
     let wish = PlanOptions { overlay_dir: args.overlay_dir.clone(), compare: true, ..PlanOptions::default() };
-    let request = source::request(&args.domain, target, globals, config, wish)?;
+    let request = source::request(&args.domain, target, globals, config, wish, args.capture)?;
     let stop = signals::listen()?;
     let site = source::connect(globals)?;
     let connection = target.connection();

@@ -6,9 +6,10 @@
 use crate::error::{Error, Kind, Result};
 use crate::image::{Format, Layer};
 use qapi::qmp::{
-    BlockDirtyBitmap, BlockDirtyBitmapAdd, BlockDirtyBitmapAddWrapper, BlockDirtyBitmapOrStr, BlockExportOptions,
-    BlockExportOptionsBase, BlockExportOptionsNbd, BlockExportOptionsNbdBase, SocketAddressLegacy, TransactionAction,
-    UnixSocketAddress, UnixSocketAddressWrapper,
+    BlockDirtyBitmap, BlockDirtyBitmapAdd, BlockDirtyBitmapAddWrapper, BlockDirtyBitmapMerge,
+    BlockDirtyBitmapMergeWrapper, BlockDirtyBitmapOrStr, BlockExportOptions, BlockExportOptionsBase,
+    BlockExportOptionsNbd, BlockExportOptionsNbdBase, SocketAddressLegacy, TransactionAction, UnixSocketAddress,
+    UnixSocketAddressWrapper,
 };
 use qapi::{Command, Execute, qmp};
 use serde::Deserialize;
@@ -133,6 +134,28 @@ pub fn remove(node: &str, name: &str) -> String {
     serialise(qmp::block_dirty_bitmap_remove(BlockDirtyBitmap { node: node.to_owned(), name: name.to_owned() }))
 }
 
+/// Copies a bitmap's marks as they are now into a new one of the same node, which records nothing and lives no longer than
+/// its QEMU. QEMU exports none that records from a node that is written to.
+pub fn copy(node: &str, from: &str, to: &str) -> String {
+    let new = BlockDirtyBitmapAdd {
+        node: node.to_owned(),
+        name: to.to_owned(),
+        granularity: Some(GRANULARITY),
+        persistent: Some(false),
+        disabled: Some(true),
+    };
+    let marks = BlockDirtyBitmapMerge {
+        node: node.to_owned(),
+        target: to.to_owned(),
+        bitmaps: vec![BlockDirtyBitmapOrStr::local(from.to_owned())],
+    };
+    let actions = vec![
+        TransactionAction::block_dirty_bitmap_add(BlockDirtyBitmapAddWrapper { data: new }),
+        TransactionAction::block_dirty_bitmap_merge(BlockDirtyBitmapMergeWrapper { data: marks }),
+    ];
+    serialise(qmp::transaction { properties: None, actions })
+}
+
 /// Starts QEMU's own NBD server on a unix socket.
 pub fn start_server(socket: &Path) -> Result<String> {
     let path = socket.to_str().ok_or_else(|| Error::new(Kind::Usage, "the path is not UTF-8").path(socket))?;
@@ -165,6 +188,11 @@ pub fn export(id: &str, node: &str, bitmap: &str) -> String {
         bitmaps: Some(vec![BlockDirtyBitmapOrStr::local(bitmap.to_owned())]),
     };
     serialise(qmp::block_export_add(BlockExportOptions::nbd { base, nbd }))
+}
+
+/// Takes an export away; whoever is connected to it is cut off.
+pub fn remove_export(id: &str) -> String {
+    serialise(qmp::block_export_del { id: id.to_owned(), mode: Some(qmp::BlockExportRemoveMode::hard) })
 }
 
 fn serialise<C: Command>(command: C) -> String {
@@ -225,6 +253,23 @@ mod tests {
         assert_eq!(name("/pool/c.raw", Format::Qcow2), None);
         assert_eq!(nodes[0].dirty_bitmaps[0].dirty_bytes, 131072);
         assert!(nodes[0].dirty_bitmaps[1].inconsistent);
+    }
+
+    /// The commands as QEMU 7.2 took them.
+    #[test]
+    fn a_bitmap_is_copied_in_one_transaction_and_its_export_taken_away() {
+        let sent: serde_json::Value = serde_json::from_str(&copy("n", "vr-1", "vr-1-still")).unwrap();
+        assert_eq!(sent["execute"], "transaction");
+        let (add, merge) = (&sent["arguments"]["actions"][0], &sent["arguments"]["actions"][1]);
+        assert_eq!((&add["type"], &add["data"]["disabled"]), (&"block-dirty-bitmap-add".into(), &true.into()));
+        assert_eq!((&add["data"]["name"], &add["data"]["persistent"]), (&"vr-1-still".into(), &false.into()));
+        assert_eq!(
+            (&merge["type"], &merge["data"]["target"]),
+            (&"block-dirty-bitmap-merge".into(), &"vr-1-still".into())
+        );
+        assert_eq!(merge["data"]["bitmaps"][0], "vr-1");
+        let gone = r#"{"execute":"block-export-del","arguments":{"mode":"hard","id":"e"}}"#;
+        assert_eq!(remove_export("e"), gone);
     }
 
     #[test]

@@ -55,7 +55,7 @@ impl Default for Deadlines {
 /// libvirt behind one connection, which is reopened when it breaks.
 pub struct LibvirtHypervisor {
     gate: Gate,
-    deadlines: Deadlines,
+    pub(super) deadlines: Deadlines,
 }
 
 impl LibvirtHypervisor {
@@ -73,7 +73,7 @@ impl LibvirtHypervisor {
     }
 
     /// Asks something about a domain.
-    fn query<T, F>(&self, what: &'static str, uuid: &DomainUuid, work: F) -> Result<T>
+    pub(super) fn query<T, F>(&self, what: &'static str, uuid: &DomainUuid, work: F) -> Result<T>
     where
         T: Send + 'static,
         F: Fn(&Line<'_>, &str) -> Result<T, Failure> + Send + 'static,
@@ -81,7 +81,7 @@ impl LibvirtHypervisor {
         self.on_domain(what, self.deadlines.query, Repeat::Harmless, uuid, work)
     }
 
-    fn on_domain<T, F>(
+    pub(super) fn on_domain<T, F>(
         &self,
         what: &'static str,
         deadline: Duration,
@@ -345,7 +345,7 @@ impl Hypervisor for LibvirtHypervisor {
 
 // --- looking ---------------------------------------------------------------------------------------------------------
 
-fn lookup(conn: &Connect, uuid: &str) -> Result<Domain, VirtError> {
+pub(super) fn lookup(conn: &Connect, uuid: &str) -> Result<Domain, VirtError> {
     conn.lookup_domain_by_uuid_string(uuid)
 }
 
@@ -368,7 +368,7 @@ fn look_everywhere(conn: &Connect, wanted: &str) -> Result<Option<Domain>, VirtE
 }
 
 /// The live XML of a domain that must run.
-fn running(domain: &Domain) -> Result<DomainXml, Failure> {
+pub(super) fn running(domain: &Domain) -> Result<DomainXml, Failure> {
     let live = xml::parse(&domain.xml_desc(0)?)?;
     if live.id.is_none() {
         return Err(Error::new(Kind::Refused, "the domain does not run").into());
@@ -376,7 +376,7 @@ fn running(domain: &Domain) -> Result<DomainXml, Failure> {
     Ok(live)
 }
 
-fn live_disk<'a>(xml: &'a DomainXml, name: &DiskName) -> Result<&'a DiskXml> {
+pub(super) fn live_disk<'a>(xml: &'a DomainXml, name: &DiskName) -> Result<&'a DiskXml> {
     xml.disk(name).ok_or_else(|| Error::new(Kind::NotFound, "the domain has no such disk").disk(name))
 }
 

@@ -5,12 +5,15 @@
 //! [`Unavailable`](crate::error::Kind::Unavailable) the verb may have taken effect, as the answer is missing: observe.
 //! Any other error is a no.
 
+pub mod backup;
 #[cfg(feature = "libvirt")]
 mod bitmap;
 #[cfg(feature = "libvirt")]
 pub mod gate;
 #[cfg(feature = "libvirt")]
 pub mod libvirt;
+#[cfg(feature = "libvirt")]
+mod pull;
 pub mod stored;
 #[cfg(feature = "libvirt")]
 mod sys;
@@ -18,6 +21,7 @@ mod sys;
 mod tracking;
 pub mod xml;
 
+use self::backup::Backup;
 use crate::block::{ByteRange, DiskSize};
 use crate::error::Result;
 use crate::image::{Chain, Layer};
@@ -92,6 +96,40 @@ pub trait Tracking: Send + Sync {
     /// What each bitmap marks as changed, in order, within the layer's size. The layers must stand still (frozen, or off).
     /// Of a running domain it uses QEMU's one NBD server: `Refused` while another program does.
     fn dirty(&self, uuid: &DomainUuid, wanted: &[(Layer, String)]) -> Result<Vec<Vec<ByteRange>>>;
+}
+
+/// Backups in pull mode: QEMU serves the disks as they were at one moment, while the guest writes on ([`backup`]). One job at a
+/// time for a domain, whoever began it.
+pub trait Backups: Send + Sync {
+    /// Where a backup of the running domain may serve its disks: QEMU may make a socket there, however it is confined.
+    fn backup_socket(&self, uuid: &DomainUuid) -> Result<PathBuf>;
+
+    /// Begins a job over all its disks: they are served as they were at one instant inside the call. All disks or none. The
+    /// scratch files must not exist. Another program's job is an error, after libvirt's own wait (30 s).
+    fn begin_backup(&self, uuid: &DomainUuid, backup: &Backup) -> Result<()>;
+
+    /// The backup that runs, whoever began it. `None` also of a domain that is off or gone.
+    fn running_backup(&self, uuid: &DomainUuid) -> Result<Option<Backup>>;
+
+    /// Ends this very job, and no other: if another one runs, or none, nothing is done. Returns when libvirt was told;
+    /// the job may be ending still.
+    fn end_backup(&self, uuid: &DomainUuid, backup: &Backup) -> Result<()>;
+
+    /// What a bitmap marks as changed, within the layer's size, asked through the server of the running backup. The bitmap
+    /// goes on recording: what was written since the begin is marked too.
+    fn marked(&self, uuid: &DomainUuid, socket: &Path, layer: &Layer, bitmap: &str) -> Result<Vec<ByteRange>>;
+
+    /// What may keep a running domain's overlay from being committed.
+    fn confinement(&self, uuid: &DomainUuid) -> Result<Confinement>;
+}
+
+/// How a running domain's QEMU is confined, as far as it decides about commits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Confinement {
+    /// Major, minor, release of the libvirt that runs it.
+    pub libvirt: (u32, u32, u32),
+    /// By a profile of AppArmor that libvirt made.
+    pub apparmor: bool,
 }
 
 /// One bitmap as it was seen.

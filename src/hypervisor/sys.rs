@@ -77,6 +77,33 @@ pub fn block_job_info(domain: &Domain, disk: &str) -> Result<Option<BlockJobInfo
     Ok((found > 0).then_some(BlockJobInfo { kind: info.type_ as u32, done_bytes: info.cur, total_bytes: info.end }))
 }
 
+/// Begins a backup job, without a checkpoint.
+pub fn backup_begin(domain: &Domain, xml: &str) -> Result<()> {
+    let xml = CString::new(xml)?;
+    // SAFETY: `domain` and `xml` outlive the call; a checkpoint may be null.
+    check(unsafe { sys::virDomainBackupBegin(domain.as_ptr(), xml.as_ptr(), ptr::null(), 0) }).map(drop)
+}
+
+/// The description of the backup that runs; an error of `NoDomainBackup` if none does.
+pub fn backup_xml(domain: &Domain) -> Result<String> {
+    // SAFETY: `domain` outlives the call. What is returned is a terminated string that is ours to free, once.
+    unsafe {
+        let text = sys::virDomainBackupGetXMLDesc(domain.as_ptr(), 0);
+        if text.is_null() {
+            return Err(Error::last_error());
+        }
+        let xml = CStr::from_ptr(text).to_string_lossy().into_owned();
+        libc::free(text.cast());
+        Ok(xml)
+    }
+}
+
+/// Ends the job that runs on the domain as a whole.
+pub fn abort_job(domain: &Domain) -> Result<()> {
+    // SAFETY: `domain` outlives the call.
+    check(unsafe { sys::virDomainAbortJob(domain.as_ptr()) }).map(drop)
+}
+
 /// The operation (`VIR_DOMAIN_JOB_OPERATION_*`) of the job that runs on the domain as a whole, if one does.
 pub fn domain_job(domain: &Domain) -> Result<Option<u32>> {
     let mut kind: c_int = 0;

@@ -99,7 +99,7 @@ impl LibvirtHypervisor {
     }
 
     /// The running domain's private directory. `NotFound` if libvirt keeps it elsewhere or runs on another host.
-    fn private_dir(&self, uuid: &DomainUuid) -> Result<PathBuf> {
+    pub(super) fn private_dir(&self, uuid: &DomainUuid) -> Result<PathBuf> {
         let domain = self.observe(uuid)?;
         let id = domain.id.ok_or_else(|| Error::new(Kind::NotFound, "the domain does not run"))?;
         let prefix = format!("domain-{id}-");
@@ -116,7 +116,7 @@ impl LibvirtHypervisor {
     }
 }
 
-fn node_name<'a>(nodes: &'a [Node], layer: &Layer) -> Result<&'a str> {
+pub(super) fn node_name<'a>(nodes: &'a [Node], layer: &Layer) -> Result<&'a str> {
     bitmap::node_of(nodes, layer)
         .and_then(|n| n.node_name.as_deref())
         .ok_or_else(|| Error::new(Kind::NotFound, "the running QEMU has no node for this image").path(&layer.path))

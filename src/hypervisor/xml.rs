@@ -105,6 +105,13 @@ pub fn parse(xml: &str) -> Result<DomainXml> {
     })
 }
 
+/// Whether a running domain's XML says that its QEMU is confined by this security model (`apparmor`).
+pub fn confined_by(xml: &str, model: &str) -> Result<bool> {
+    let doc = document(xml)?;
+    let label = |l: Node| l.attribute("model") == Some(model) && l.attribute("type") != Some("none");
+    Ok(children(domain_element(&doc)?, "seclabel").any(label))
+}
+
 /// The `<domainsnapshot>` that puts an overlay on the disks in `freeze` and leaves every other disk of `all` alone.
 /// Every disk is named, because libvirt snapshots those that are not.
 pub fn snapshot_xml(freeze: &[FreezeDisk], all: &[DiskName]) -> Result<String> {
@@ -189,7 +196,7 @@ fn splice(xml: &str, mut edits: Vec<(Range<usize>, String)>) -> String {
 
 // --- reading ---------------------------------------------------------------------------------------------------------
 
-fn document(xml: &str) -> Result<Document<'_>> {
+pub(super) fn document(xml: &str) -> Result<Document<'_>> {
     if xml.len() > XML_LEN_MAX {
         return Err(bad_xml(format!("it has more than {XML_LEN_MAX} bytes")));
     }
@@ -208,7 +215,7 @@ fn domain_element<'a, 'i>(doc: &'a Document<'i>) -> Result<Node<'a, 'i>> {
 }
 
 /// Children of this name without a namespace.
-fn children<'a, 'i: 'a>(node: Node<'a, 'i>, name: &'static str) -> impl Iterator<Item = Node<'a, 'i>> {
+pub(super) fn children<'a, 'i: 'a>(node: Node<'a, 'i>, name: &'static str) -> impl Iterator<Item = Node<'a, 'i>> {
     node.children().filter(move |c| c.has_tag_name(name) && c.tag_name().namespace().is_none())
 }
 
@@ -431,7 +438,7 @@ fn with_indent(node: Node) -> Range<usize> {
     before.map_or(node.range().start, |p| p.range().start)..node.range().end
 }
 
-fn path_text(path: &Path) -> Result<&str> {
+pub(super) fn path_text(path: &Path) -> Result<&str> {
     let text =
         path.to_str().ok_or_else(|| Error::new(Kind::Usage, "libvirt takes no path that is not UTF-8").path(path))?;
     if path.is_absolute() { Ok(text) } else { Err(Error::new(Kind::Usage, "the path is not absolute").path(path)) }
@@ -439,7 +446,7 @@ fn path_text(path: &Path) -> Result<&str> {
 
 /// Text as it may stand in an attribute or an element. White space other than a blank is written as a reference,
 /// because a parser would turn it into blanks; characters that XML cannot carry are refused.
-fn escape(text: &str) -> Result<String> {
+pub(super) fn escape(text: &str) -> Result<String> {
     let mut out = String::with_capacity(text.len() + 16);
     for c in text.chars() {
         match c {

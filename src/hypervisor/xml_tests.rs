@@ -327,3 +327,13 @@ fn mutilated_documents_never_panic() {
     }
     assert!(edited > 1000, "the mutations leave too few documents to say anything: {edited}");
 }
+
+#[test]
+fn confinement_is_what_the_running_domain_is_labelled_with() {
+    let domain = |labels: &str| format!("<domain id='1'><name>a</name>{labels}</domain>");
+    let dac = "<seclabel type='dynamic' model='dac' relabel='yes'><label>+0:+0</label></seclabel>";
+    let of = |labels: &str| confined_by(&domain(labels), "apparmor").unwrap();
+    assert!(!of(dac) && !of("") && !of("<seclabel type='none' model='apparmor'/>"));
+    assert!(of(&format!("{dac}<seclabel type='dynamic' model='apparmor' relabel='yes'/>")));
+    assert!(confined_by("<x/>", "apparmor").is_err());
+}

@@ -14,7 +14,7 @@ use super::{Chain, Format, Image, Layer};
 use crate::block::extent::Extent;
 use crate::block::{ByteRange, DiskSize};
 use crate::error::{Error, Kind, Result};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock, RwLockReadGuard, TryLockError};
 use std::time::{Duration, Instant};
@@ -42,6 +42,12 @@ pub struct Opened {
 }
 
 impl Opened {
+    fn behind_a_door(image: Box<dyn Image>, how: String, child: Option<QemuNbd>) -> Opened {
+        let (size, image) = (image.size(), RwLock::new(Some(image)));
+        let door = Arc::new(Door { size, closed: AtomicBool::new(false), image });
+        Opened { image: door.clone(), how, door, child }
+    }
+
     /// Ends a `qemu-nbd` child, waits for reads under way, and closes the files. When it returns without an error, nothing
     /// of ours has the chain open, and every later read through a kept [`Opened::image`] fails. Blocks, at most 45 seconds.
     pub fn close(mut self) -> Result<()> {
@@ -111,9 +117,17 @@ pub fn open_read(chain: &Chain, options: &OpenOptions) -> Result<Opened> {
             (Box::new(image), Some(child))
         }
     };
-    let door = Arc::new(Door { size: image.size(), closed: AtomicBool::new(false), image: RwLock::new(Some(image)) });
-    Ok(Opened { image: door.clone(), how: way.describe(), door, child })
+    Ok(Opened::behind_a_door(image, way.describe(), child))
 }
+
+/// Opens an export of a server that is there already, for reading: a running QEMU's, which serves a backup. Blocks.
+pub fn open_export(socket: &Path, export: &str, options: &OpenOptions) -> Result<Opened> {
+    let image = NbdImage::connect(socket, export, &[], options.readers)?;
+    Ok(Opened::behind_a_door(Box::new(image), EXPORT.to_owned(), None))
+}
+
+/// How the disks of a backup are read, in the words of [`explain`].
+pub const EXPORT: &str = "served by the running QEMU, over NBD";
 
 /// What [`open_read`] would choose, and why; the same sentence as [`Opened::how`], the same refusals. Reads headers only.
 pub fn explain(chain: &Chain) -> Result<String> {

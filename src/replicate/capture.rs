@@ -1,5 +1,6 @@
-//! Two ways to make a domain's disks stand still while they are read, behind one trait: an overlay over each disk of a
-//! running domain, or nothing but attention for a domain that is off. (Capture by backup is the third to come.)
+//! Three ways to make a domain's disks stand still while they are read, behind one trait: an overlay over each disk of a
+//! running domain, a backup job that serves them as they were ([`backup`](super::backup)), or nothing but attention for a
+//! domain that is off.
 
 use super::cycle::Ports;
 use super::decide::{Job, Phase, Stand};
@@ -36,7 +37,7 @@ pub trait Capture {
 /// Images that stand still.
 #[derive(Debug, Clone)]
 pub struct Still {
-    pub disks: Vec<(DiskName, Chain)>,
+    pub disks: Vec<(DiskName, Source)>,
     /// Taken just before the disks were frozen: nothing acknowledged earlier can be missing.
     pub frozen_at: Timestamp,
     pub consistency: Consistency,
@@ -44,6 +45,15 @@ pub struct Still {
     pub freeze: Option<Duration>,
     /// A domain that is off may be started at any time: readers must not take QEMU's locks.
     pub may_start: bool,
+}
+
+/// Where the still content of a disk is read.
+#[derive(Debug, Clone)]
+pub enum Source {
+    /// From images that stand still.
+    Chain(Chain),
+    /// From an NBD server on a unix socket.
+    Export { socket: PathBuf, name: String },
 }
 
 #[derive(Debug, Clone)]
@@ -132,7 +142,7 @@ impl<'a> OverlayCapture<'a> {
     }
 
     /// Step 4e: every disk is on its overlay, over exactly the image that was planned; record what stands still.
-    fn verify_frozen(&mut self, frozen_at: Timestamp) -> Result<Vec<(DiskName, Chain)>> {
+    fn verify_frozen(&mut self, frozen_at: Timestamp) -> Result<Vec<(DiskName, Source)>> {
         let seen = observe(self.hypervisor, &self.record)?;
         let domain = seen
             .domain
@@ -154,7 +164,7 @@ impl<'a> OverlayCapture<'a> {
             }
             disk.base_stamp = Stamp::of(&disk.base.path)?;
             disk.overlay_id = Stamp::of(&disk.overlay)?.map(|s| s.id);
-            chains.push((disk.name.clone(), planned.clone()));
+            chains.push((disk.name.clone(), Source::Chain(planned.clone())));
         }
         self.record.phase = Phase::Frozen;
         self.record.frozen_at = Some(frozen_at);
@@ -294,7 +304,7 @@ impl Capture for OffCapture<'_> {
         }
         self.ensure_off()?;
         Ok(Still {
-            disks: self.chains.clone(),
+            disks: self.chains.iter().map(|(name, chain)| (name.clone(), Source::Chain(chain.clone()))).collect(),
             frozen_at,
             consistency: Consistency::Off,
             freeze: None,

@@ -4,7 +4,7 @@ use super::capture::{Capture, Still};
 use super::cycle::{Ports, Request, Run, Watch, settle_domain};
 use super::journal::Journal;
 use super::observe;
-use super::plan::{CaptureKind, Plan};
+use super::plan::Plan;
 use super::pump::{self, Shipment};
 use super::report::millis;
 use super::survey::make_plan;
@@ -62,10 +62,7 @@ impl Run<'_> {
         if let Some(refusal) = plan.refusal() {
             return Err(refusal);
         }
-        let mut guard = match plan.capture {
-            CaptureKind::Overlay => Some((self.ports.guard)(uuid)?),
-            CaptureKind::Off => None,
-        };
+        let mut guard = self.guard(&plan)?;
         let mut capture = self.capture(&mut guard, &plan, &domain);
         let still = capture.freeze()?;
         let compared = self.compare_disks(replica.as_ref(), &plan, &still, capture.as_ref());

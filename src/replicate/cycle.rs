@@ -3,7 +3,8 @@
 //! 1. **settle**: finish or undo what an earlier run left behind, by the same code as step 7
 //! 2. **observe**: the domain and its disks; connect to the target, read the replica's head and generation
 //! 3. **plan**: per disk how its changes are found, with a reason; or a conflict. Reserve space at the target
-//! 4. **freeze**: record the intent durably, arm the dead-man, put overlays over all disks in one transaction
+//! 4. **freeze**: record the intent durably, arm the dead-man, put overlays over all disks in one transaction; or
+//!    begin a backup job, which needs neither dead-man nor commit ([`backup`](super::backup))
 //! 5. **ship**: read the frozen images, compare, send; the target writes into an open, unnamed point
 //! 6. **seal**: everything durable at the target, then the manifest names the point: *now it exists*
 //! 7. **commit**: each overlay into its base, then pause, pivot, rename the overlay away, resume
@@ -19,7 +20,8 @@
 //! - A point is all disks of one instant and exists if and only if the manifest names it (I9, I10).
 //! - A dead or full target never costs an overlay: 2 and 3 come before 4.
 
-use super::capture::{Capture, OffCapture, OverlayCapture, Still, pending};
+use super::backup::{self, BackupCapture};
+use super::capture::{Capture, OffCapture, OverlayCapture, Source, Still, pending};
 use super::journal::{Journal, Record};
 use super::marks::{Marked, doubted_again, unless_cut};
 use super::observe;
@@ -32,14 +34,14 @@ use super::survey::make_plan;
 use crate::block::ByteRange;
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::failpoint;
-use crate::hypervisor::{DomainView, Hypervisor, Power, Tracking, xml};
+use crate::hypervisor::{Backups, DomainView, Hypervisor, Power, Tracking, xml};
 use crate::image::open::{OpenOptions, Opened};
 use crate::image::{Chain, Image};
 use crate::name::{DiskName, DomainUuid, Generation, RunId};
 use crate::replica::{Attachment, BeginDisk, BeginPoint, DiskStats, Mode, PointView, Replica, SealDisk, SealPoint};
 use jiff::Timestamp;
 use std::cell::RefCell;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -51,12 +53,16 @@ pub struct Ports<'a> {
     pub tracking: &'a dyn Tracking,
     /// Those that lie in the images of a domain that is off.
     pub stored: &'a dyn Tracking,
+    /// Backup jobs of a running domain.
+    pub backups: &'a dyn Backups,
     /// Connects to the replica of a domain on the target.
     pub replica: &'a dyn Fn(&DomainUuid) -> Result<Box<dyn Replica>>,
     /// Starts a dead-man for a domain.
     pub guard: &'a dyn Fn(&DomainUuid) -> Result<Box<dyn PauseGuard>>,
     /// Opens a chain for reading.
     pub open_image: &'a dyn Fn(&Chain, &OpenOptions) -> Result<Opened>,
+    /// Opens an export on a unix socket for reading.
+    pub open_export: &'a dyn Fn(&Path, &str, &OpenOptions) -> Result<Opened>,
     /// Says how a chain would be read, and why.
     pub explain_image: &'a dyn Fn(&Chain) -> Result<String>,
     pub clock: &'a (dyn Fn() -> Timestamp + Sync),
@@ -111,6 +117,8 @@ pub fn run(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBoo
         started_at: (ports.clock)(),
         outcome: RunOutcome::Failed,
         point: None,
+        capture: None,
+        capture_reason: None,
         freeze_ms: 0.0,
         pause_ms: 0.0,
         duration_ms: 0.0,
@@ -205,6 +213,7 @@ impl<'a> Run<'a> {
         self.watch.step(3, "plan, reserve space");
         let mut plan = make_plan(self.ports, self.request, &domain, &view)?;
         report.skipped = plan.skipped.clone();
+        (report.capture, report.capture_reason) = (Some(plan.capture), Some(plan.capture_reason.clone()));
         if let Some(refusal) = plan.refusal() {
             return Err(refusal.into());
         }
@@ -214,11 +223,10 @@ impl<'a> Run<'a> {
         let untracked = self.begin_bitmaps(&plan);
         failpoint!("3c");
 
-        let mut guard = match plan.capture {
-            CaptureKind::Overlay => Some((self.ports.guard)(uuid)?),
-            CaptureKind::Off => None,
-        };
-        let mut capture = self.capture(&mut guard, &plan, &domain);
+        let mut guard = self.guard(&plan)?;
+        // The marks are asked while everything stands still, and may change how a disk is read.
+        let frozen = plan.clone();
+        let mut capture = self.capture(&mut guard, &frozen, &domain);
         if self.stop.load(Ordering::Relaxed) {
             abandon(replica.as_ref());
             return Err(stopped().into());
@@ -237,7 +245,7 @@ impl<'a> Run<'a> {
 
         // Whatever becomes of the point, the domain goes back onto its own images.
         let sealed = self.ship_and_seal(replica.as_ref(), &domain, &plan, &still, &dirty, capture.as_ref());
-        self.watch.step(7, "commit the overlays");
+        self.watch.step(7, plan.capture.release_words());
         let released = std::thread::scope(|scope| {
             // The target may have much to put in order before it has given up a point: the guest does not wait for that.
             if sealed.is_err() {
@@ -252,11 +260,11 @@ impl<'a> Run<'a> {
     pub(super) fn capture<'c>(
         &'c self,
         guard: &'c mut Option<Box<dyn PauseGuard>>,
-        plan: &Plan,
-        domain: &DomainView,
+        plan: &'c Plan,
+        domain: &'c DomainView,
     ) -> Box<dyn Capture + 'c> {
-        match guard.as_mut() {
-            Some(guard) => Box::new(OverlayCapture::new(
+        match (plan.capture, guard.as_mut()) {
+            (CaptureKind::Overlay, Some(guard)) => Box::new(OverlayCapture::new(
                 self.ports,
                 self.journal,
                 guard.as_mut(),
@@ -265,7 +273,19 @@ impl<'a> Run<'a> {
                 domain,
                 &self.request.run,
             )),
-            None => Box::new(OffCapture::new(self.ports.hypervisor, self.ports.clock, plan)),
+            (CaptureKind::Overlay, None) => unreachable!("an overlay is guarded: see Run::guard"),
+            (CaptureKind::Backup, _) => {
+                Box::new(BackupCapture::new(self.ports, self.journal, plan, domain, &self.request.run))
+            }
+            (CaptureKind::Off, _) => Box::new(OffCapture::new(self.ports.hypervisor, self.ports.clock, plan)),
+        }
+    }
+
+    /// The dead-man, where a guest may be held.
+    pub(super) fn guard(&self, plan: &Plan) -> Result<Option<Box<dyn PauseGuard>>> {
+        match plan.capture {
+            CaptureKind::Overlay => (self.ports.guard)(&plan.uuid).map(Some),
+            CaptureKind::Backup | CaptureKind::Off => Ok(None),
         }
     }
 
@@ -349,13 +369,16 @@ impl<'a> Run<'a> {
         plan: &Plan,
         still: &Still,
         capture: &dyn Capture,
-        (name, chain): &(DiskName, Chain),
+        (name, source): &(DiskName, Source),
         dirty: Option<Vec<ByteRange>>,
         read: ReadDisk<T>,
     ) -> Result<T> {
         let planned = plan.disk(name).expect("what was frozen was planned");
         let options = OpenOptions { force_share: still.may_start, ..self.request.open.clone() };
-        let opened = (self.ports.open_image)(chain, &options)?;
+        let opened = match source {
+            Source::Chain(chain) => (self.ports.open_image)(chain, &options)?,
+            Source::Export { socket, name } => (self.ports.open_export)(socket, name, &options)?,
+        };
         if opened.image.size() != planned.size {
             let (was, is) = (planned.size, opened.image.size());
             return Err(Error::new(Kind::Busy, format!("the disk was resized meanwhile, from {was} to {is} bytes"))
@@ -491,11 +514,13 @@ pub fn settle_domain(
     uuid: &DomainUuid,
     options: &SettleOptions,
 ) -> Result<(Option<Record>, Account, Option<String>)> {
+    // A backup job stands in the way of a commit, and the other way round there is none.
+    let mut account = Account { steps: backup::settle(ports.backups, journal, uuid)?, ..Account::default() };
     let record = match journal.record()? {
         Some(record) => Some(record),
         None => record_in_domain(ports.hypervisor, uuid)?,
     };
-    let Some(record) = record else { return Ok((None, Account::default(), None)) };
+    let Some(record) = record else { return Ok((None, account, None)) };
     let mut guard = (ports.guard)(uuid)?;
     // A record that only the domain remembered is ours again from now on.
     journal.write(&record)?;
@@ -506,7 +531,8 @@ pub fn settle_domain(
         Outcome::Pending(disk) => Some(pending(&disk)),
         Outcome::Halted(halt) => Some(halt_error(&settler.record, &halt).chain()),
     };
-    Ok((Some(record), settler.account, left_open))
+    account.steps.append(&mut settler.account.steps);
+    Ok((Some(record), Account { steps: account.steps, ..settler.account }, left_open))
 }
 
 /// The copy of the record in the domain's own metadata: the one that survives the loss of our state directory.

@@ -1,5 +1,6 @@
 //! Explains in words what is wrong with a domain, and mends it on request, through the same loop as every run.
 
+use super::backup;
 use super::cycle::{Ports, record_in_domain, settle_domain};
 use super::decide::{Action, Job, OverlayFile, Phase, PowerState, Stand, decide};
 use super::journal::{self, Journal, Record};
@@ -53,10 +54,11 @@ pub fn examine(ports: &Ports, state: &Path, uuid: &DomainUuid, repair: Option<&S
     let name = domain.as_ref().map(|d| d.name.to_string()).or_else(|| record.as_ref().map(|r| r.domain.to_string()));
     let mut finding =
         Finding { uuid: uuid.clone(), domain: name, health: Health::Sound, explanation: Vec::new(), done: Vec::new() };
-    let Some(record) = record else {
+    let left = journal::peek_backup(state, uuid)?;
+    if record.is_none() && left.is_none() {
         explain_without_record(domain.as_ref(), &mut finding);
         return Ok(finding);
-    };
+    }
     // Whoever holds the lock is at work: what is there now is on its way somewhere else.
     let open = if repair.is_some() { Journal::open_after_deadman } else { Journal::open };
     let journal = match open(state, uuid, "doctor", (ports.clock)()) {
@@ -68,7 +70,15 @@ pub fn examine(ports: &Ports, state: &Path, uuid: &DomainUuid, repair: Option<&S
         }
         Err(e) => return Err(e),
     };
-    explain(ports, &record, &mut finding)?;
+    if let Some(record) = &record {
+        explain(ports, record, &mut finding)?;
+    }
+    if let Some(left) = &left {
+        let (said, halted) = backup::explain(ports.backups, left)?;
+        finding.explanation.extend(said);
+        let settled_first = record.is_none() || finding.health != Health::NeedsPerson;
+        finding.health = if halted || !settled_first { Health::NeedsPerson } else { Health::Repairable };
+    }
     if let Some(options) = repair.filter(|_| finding.health == Health::Repairable) {
         let (_, account, left_open) = settle_domain(ports, &journal, uuid, options)?;
         finding.done.extend(account.steps);

@@ -58,6 +58,7 @@ const SEEN_MIN: Duration = Duration::from_secs(10);
 const MARGIN: u64 = 2;
 
 /// Foresees how far the overlays will grow, and adds a conflict for every file system that has too little room for them.
+/// A backup's scratch files grow the same way: by each cluster that the guest writes, once.
 /// `past`: reports of this domain's runs to this target, oldest first.
 pub fn foresee(
     plan: &mut Plan,
@@ -75,8 +76,12 @@ pub fn foresee(
         let Some(facts) = facts.iter().find(|f| f.name == disk.name) else { continue };
         disk.overlay_bytes = dirty_rate(facts, replica, past, now).map(|rate| growth(rate, hold, disk.size.0));
         let beside_image = facts.overlay_room.is_some_and(|r| r.beside_image);
-        // What the image has already, a commit only overwrites.
-        disk.commit_bytes_max = if beside_image { disk.size.0.saturating_sub(facts.allocated_bytes) } else { 0 };
+        // What the image has already, a commit only overwrites; a scratch file is never committed.
+        disk.commit_bytes_max = if beside_image && plan.capture == CaptureKind::Overlay {
+            disk.size.0.saturating_sub(facts.allocated_bytes)
+        } else {
+            0
+        };
     }
     plan.hold_s = Some(hold.as_secs());
     let cramped = cramped(plan, facts, options.min_free_source_bytes);

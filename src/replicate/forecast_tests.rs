@@ -103,6 +103,7 @@ fn plan(disks: Vec<DiskPlan>) -> Plan {
         domain: DomainName::new("db01").unwrap(),
         uuid: DomainUuid::new("6695eb01-f6a4-8304-79aa-97f2502e193f").unwrap(),
         capture: CaptureKind::Overlay,
+        capture_reason: String::new(),
         generation: Generation(1),
         head: None,
         head_run: None,

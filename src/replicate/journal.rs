@@ -1,8 +1,8 @@
 //! The durable record of a run: what any later run, the dead-man or `doctor` needs to bring a domain back onto its own
 //! images (I1). One small document per domain, replaced whole: a torn record cannot exist.
 //!
-//! `STATE/domains/UUID/` holds `lock` (who works on the domain), `record.json` (only while a run is open), `last.json`
-//! (the newest report) and `history.jsonl` (all reports). A copy of the record's identity lies in the domain's own
+//! `STATE/domains/UUID/` holds `lock` (who works on the domain), `record.json` (only while a run is open; `backup.json`
+//! instead while one by backup is), `last.json` (the newest report) and `history.jsonl` (all reports). A copy of the record's identity lies in the domain's own
 //! `<metadata>`, which survives the loss of this directory and travels with the domain.
 //!
 //! Format: docs/formats/journal.md.
@@ -11,6 +11,7 @@ use crate::block::DiskSize;
 use crate::error::{Error, Kind, Result};
 use crate::image::Layer;
 use crate::name::{DiskName, DomainName, DomainUuid, PointId, RunId};
+use crate::replicate::backup::BackupRecord;
 use crate::replicate::decide::Phase;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -22,6 +23,9 @@ use std::time::{Duration, Instant};
 
 /// Largest record or report that is read, in bytes.
 const DOCUMENT_MAX: u64 = 4 << 20;
+
+/// The record of an open run by backup.
+const BACKUP: &str = "backup.json";
 
 /// How much of a history is looked at, in bytes: hundreds of runs.
 const HISTORY_TAIL: u64 = 256 << 10;
@@ -198,12 +202,31 @@ impl Journal {
 
     /// The run is put right; durable when it returns.
     pub fn close(&self) -> Result<()> {
-        let path = self.dir.join("record.json");
+        self.remove("record.json")
+    }
+
+    fn remove(&self, name: &str) -> Result<()> {
+        let path = self.dir.join(name);
         match fs::remove_file(&path) {
             Ok(()) => sync_dir(&self.dir),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
             Err(e) => Err(Error::io("cannot remove the settled record", &path, e)),
         }
+    }
+
+    /// The open run by backup, if there is one.
+    pub fn backup(&self) -> Result<Option<BackupRecord>> {
+        read_backup(&self.dir.join(BACKUP))
+    }
+
+    /// Durable when it returns.
+    pub fn write_backup(&self, record: &BackupRecord) -> Result<()> {
+        replace(&self.dir, BACKUP, &to_json(record))
+    }
+
+    /// Nothing is left of the backup; durable when it returns.
+    pub fn close_backup(&self) -> Result<()> {
+        self.remove(BACKUP)
     }
 
     /// Keeps a report: the newest one whole, all of them in the history. A failed run is a report too.
@@ -226,6 +249,11 @@ impl Journal {
 /// The open record of a domain, read without its lock; for `status` and `doctor`.
 pub fn peek(state: &Path, uuid: &DomainUuid) -> Result<Option<Record>> {
     read_record(&domain_dir(state, uuid).join("record.json"))
+}
+
+/// The open run by backup of a domain, read without its lock; for `plan` and `doctor`.
+pub fn peek_backup(state: &Path, uuid: &DomainUuid) -> Result<Option<BackupRecord>> {
+    read_backup(&domain_dir(state, uuid).join(BACKUP))
 }
 
 /// The newest report as stored, or `None`.
@@ -305,12 +333,23 @@ fn busy(file: &mut File, path: &Path) -> Error {
 
 fn read_record(path: &Path) -> Result<Option<Record>> {
     let Some(record) = read_json::<Record>(path)? else { return Ok(None) };
-    if record.format != 1 {
-        return Err(Error::new(Kind::Corrupt, format!("the record has the unknown version {}", record.format))
-            .path(path)
-            .hint("it was written by a newer virt-replica: use that one to settle the domain"));
-    }
+    known_version(record.format, path)?;
     Ok(Some(record))
+}
+
+fn read_backup(path: &Path) -> Result<Option<BackupRecord>> {
+    let Some(record) = read_json::<BackupRecord>(path)? else { return Ok(None) };
+    known_version(record.format, path)?;
+    Ok(Some(record))
+}
+
+fn known_version(format: u32, path: &Path) -> Result<()> {
+    if format == 1 {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Corrupt, format!("the record has the unknown version {format}"))
+        .path(path)
+        .hint("it was written by a newer virt-replica: use that one to settle the domain"))
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {

@@ -2,7 +2,7 @@
 //!
 //! The words of [`turnover`], applied to the run's disks. A doubt costs a disk a comparison, never the run its point (I7).
 
-use super::capture::Still;
+use super::capture::{Source, Still};
 use super::cycle::Run;
 use super::offline;
 use super::plan::{CaptureKind, Plan, compared};
@@ -11,7 +11,7 @@ use super::report::Report;
 use super::tail;
 use super::turnover;
 use crate::block::ByteRange;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::hypervisor::{Power, Tracking};
 use crate::image::{Image, Layer};
 use crate::name::DiskName;
@@ -84,11 +84,19 @@ impl Run<'_> {
         let mut marked = Marked::new();
         let tracking = if plan.capture == CaptureKind::Off { self.ports.stored } else { self.ports.tracking };
         for disk in plan.disks.iter_mut().filter(|d| d.mode == Mode::Bitmap) {
-            let Some((_, chain)) = still.disks.iter().find(|(name, _)| *name == disk.name) else { continue };
+            let Some((_, source)) = still.disks.iter().find(|(name, _)| *name == disk.name) else { continue };
             let bitmap = disk.bitmap.clone().expect("planned by bitmap");
-            match tracking.dirty(&plan.uuid, &[(chain.top().clone(), bitmap)]) {
-                Ok(mut ranges) if ranges.len() == 1 => {
-                    let mut ranges = ranges.remove(0);
+            let dirty = match source {
+                Source::Chain(chain) => {
+                    let all = tracking.dirty(&plan.uuid, &[(chain.top().clone(), bitmap)]);
+                    all.and_then(|mut all| all.pop().ok_or_else(|| Error::new(Kind::Protocol, "QEMU gave no answer")))
+                }
+                Source::Export { socket, .. } => {
+                    self.ports.backups.marked(&plan.uuid, socket, disk.chain.top(), &bitmap)
+                }
+            };
+            match dirty {
+                Ok(mut ranges) => {
                     // QEMU marks nothing in a range that a resize added.
                     if let Some((head_size, _)) = disk.head.filter(|(head_size, _)| *head_size < disk.size) {
                         ranges.retain(|r| r.start < head_size.0);
@@ -99,10 +107,7 @@ impl Run<'_> {
                     }
                     marked.insert(disk.name.clone(), ranges);
                 }
-                other => {
-                    let why = other.err().map_or("QEMU gave no answer".to_owned(), |e| e.chain());
-                    disk.doubt(&format!("the dirty bitmap cannot be read ({why})"));
-                }
+                Err(e) => disk.doubt(&format!("the dirty bitmap cannot be read ({})", e.chain())),
             }
         }
         marked

@@ -4,7 +4,9 @@
 //! Acting is thin: [`settle`] performs what was decided, for the normal run and for every recovery alike.
 
 pub mod audit;
+pub mod backup;
 pub mod capture;
+pub mod choice;
 pub mod compare;
 pub mod cycle;
 pub mod deadman;

@@ -2,6 +2,8 @@
 
 use super::audit::{self, AuditOptions, AuditPlan};
 use super::capture::OVERLAY_MARK;
+pub use super::choice::CaptureKind;
+use super::choice::{CaptureWish, Choice};
 use super::forecast::{Room, SpaceOptions};
 use super::turnover::{self, Tracked};
 use crate::block::DiskSize;
@@ -22,6 +24,8 @@ pub struct Plan {
     pub domain: DomainName,
     pub uuid: DomainUuid,
     pub capture: CaptureKind,
+    /// Why so.
+    pub capture_reason: String,
     pub generation: Generation,
     /// The head the patches start from.
     pub head: Option<PointId>,
@@ -72,16 +76,6 @@ impl Plan {
     }
 }
 
-/// How the disks are made to stand still.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum CaptureKind {
-    /// An overlay over each disk while it is read, committed afterwards.
-    Overlay,
-    /// The domain is off: nothing is frozen, and a start is noticed.
-    Off,
-}
-
 #[derive(Debug, Clone, Serialize)]
 pub struct DiskPlan {
     pub name: DiskName,
@@ -93,7 +87,7 @@ pub struct DiskPlan {
     pub reader: String,
     /// Most bytes that will be written at the target, as far as it can be known: reserved there.
     pub reserve_bytes: u64,
-    /// What its overlay is expected to grow to; absent where nobody has seen yet how fast the guest writes.
+    /// What its overlay, or its scratch file, is expected to grow to; absent where nobody has seen yet how fast the guest writes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub overlay_bytes: Option<u64>,
     /// Most that its commit can add to the image on the overlay's own file system.
@@ -252,15 +246,19 @@ impl std::fmt::Display for Conflict {
             Conflict::SizeUnknown { .. } => write!(f, "its size is not known"),
             Conflict::NoOverlaySpace { dir, free_bytes, growth_bytes, floor_bytes, hold_s, .. } => write!(
                 f,
-                "its overlay would lie in {}, where {} MiB are free: what the guest writes in the {hold_s} s that the run may \
-                 take needs about {} MiB, and {} MiB are to stay free",
+                "what the guest writes meanwhile would go to {}, where {} MiB are free: in the {hold_s} s that the run may take \
+                 it needs about {} MiB, and {} MiB are to stay free",
                 dir.display(),
                 free_bytes >> 20,
                 growth_bytes.div_ceil(1 << 20),
                 floor_bytes.div_ceil(1 << 20)
             ),
             Conflict::NoOverlayDir { dir, .. } => {
-                write!(f, "it is a block device, and the directory for its overlay, {}, is not there", dir.display())
+                write!(
+                    f,
+                    "it is a block device, and the directory for what is written meanwhile, {}, is not there",
+                    dir.display()
+                )
             }
             Conflict::NoTargetSpace { free_bytes, needed_bytes } => write!(
                 f,
@@ -276,6 +274,8 @@ impl std::fmt::Display for Conflict {
 /// What the operator asked for.
 #[derive(Debug, Clone, Default)]
 pub struct PlanOptions {
+    /// How the disks of a running domain are made to stand still.
+    pub capture: CaptureWish,
     /// Directory for the overlays of all disks; of block devices only, if `None` means "beside the image".
     pub overlay_dir: Option<PathBuf>,
     /// Directory for overlays of block devices where no other is given.
@@ -305,19 +305,20 @@ pub struct DiskFacts {
     pub tracked: Tracked,
 }
 
-/// Plans a run. Pure. Whether its overlays will have room is [`forecast`](super::forecast)'s.
+/// Plans a run, by the capture that was chosen. Pure. Whether its overlays will have room is [`forecast`](super::forecast)'s.
 pub fn plan(
     domain: &DomainView,
     facts: &[DiskFacts],
     replica: &ReplicaView,
     our_generation: Generation,
     options: &PlanOptions,
+    capture: Choice,
 ) -> Plan {
-    let capture = if domain.power == Power::Off { CaptureKind::Off } else { CaptureKind::Overlay };
     let mut plan = Plan {
         domain: domain.name.clone(),
         uuid: domain.uuid.clone(),
-        capture,
+        capture: capture.kind,
+        capture_reason: capture.reason,
         generation: our_generation,
         head: replica.head().map(|p| p.id.clone()),
         head_run: replica.head().map(|p| p.run.clone()),
@@ -394,7 +395,7 @@ fn plan_disk(
     };
     plan.conflicts.extend(chain_conflict(domain, disk, &chain));
     let overlay_dir = overlay_dir(chain.top(), options);
-    if plan.capture == CaptureKind::Overlay && facts.overlay_room.is_none() {
+    if plan.capture != CaptureKind::Off && facts.overlay_room.is_none() {
         plan.conflicts.push(Conflict::NoOverlayDir { disk: name.clone(), dir: overlay_dir.clone() });
     }
     let in_head = replica.head().and_then(|p| p.disk(name));

@@ -5,6 +5,7 @@ use crate::hypervisor::{BlockJob, BlockJobKind};
 use crate::image::Format;
 use crate::name::RunId;
 use crate::replica::{Consistency, DiskStats, PointDisk, PointView};
+use crate::replicate::choice::{CommitFacts, choose};
 use jiff::Timestamp;
 
 const UUID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
@@ -55,6 +56,18 @@ fn domain(notation: &str) -> DomainView {
         nvram: None,
         guest_agent: false,
     }
+}
+
+/// Planned by the capture that is asked for.
+fn plan(
+    domain: &DomainView,
+    facts: &[DiskFacts],
+    replica: &ReplicaView,
+    generation: Generation,
+    options: &PlanOptions,
+) -> Plan {
+    let chosen = choose(domain.power, options.capture, &CommitFacts::default());
+    super::plan(domain, facts, replica, generation, options, chosen)
 }
 
 fn facts(domain: &DomainView) -> Vec<DiskFacts> {

@@ -1,5 +1,6 @@
 //! What a run did, as data: printed by the command line, kept by the journal, read by scripts.
 
+use super::choice::CaptureKind;
 use super::plan::Skipped;
 use crate::error::Error;
 use crate::name::{DomainName, DomainUuid, RunId};
@@ -22,6 +23,11 @@ pub struct Report {
     /// The new point; absent if none was sealed.
     #[serde(flatten)]
     pub point: Option<PointView>,
+    /// How the disks were made to stand still, and why so; absent if the run did not come to plan it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub capture: Option<CaptureKind>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub capture_reason: Option<String>,
     /// Duration of the freeze call in milliseconds, an upper bound of what the guest felt; 0 for a domain that is off.
     pub freeze_ms: f64,
     /// Longest time the guest's vCPUs stood still at the end of the commit, in milliseconds; 0 if they did not.
@@ -41,7 +47,7 @@ pub struct Report {
 pub enum RunOutcome {
     /// A new point exists and the domain is back on its own images.
     Sealed,
-    /// A new point exists, and the domain is still on an overlay: see the warnings.
+    /// A new point exists, and the domain is still on an overlay, or its backup job still runs: see the warnings.
     CommitPending,
     /// No new point.
     Failed,
@@ -61,7 +67,7 @@ pub fn millis(d: Duration) -> f64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::name::{DiskName, Generation, PointId};
     use crate::replica::{Consistency, DiskStats, PointDisk};
@@ -93,6 +99,8 @@ mod tests {
             started_at: Timestamp::UNIX_EPOCH,
             outcome: if sealed { RunOutcome::Sealed } else { RunOutcome::Failed },
             point: sealed.then_some(point),
+            capture: Some(CaptureKind::Overlay),
+            capture_reason: Some("why".into()),
             freeze_ms: 1.5,
             pause_ms: 2.25,
             duration_ms: 1000.0,
@@ -125,6 +133,7 @@ mod tests {
         };
         has(&json, &["id", "generation", "frozen_at", "sealed_at", "consistency", "disks"]);
         has(&json, &["freeze_ms", "pause_ms", "duration_ms", "outcome", "domain", "uuid", "target", "run_id"]);
+        has(&json, &["capture", "capture_reason"]);
         has(&json["disks"][0], &["name", "image", "mode", "reason", "bytes_read", "bytes_sent", "bytes_written"]);
         assert_eq!(json["frozen_at"], "1970-01-01T00:00:00Z");
         assert_eq!(json["outcome"], "sealed");

@@ -1,9 +1,13 @@
 //! Room at the source, watched: a guest that writes faster than was foreseen must never meet a full file system.
 //!
+//! What is said of overlays here holds for the scratch files of a backup too, but that they are removed, not committed:
+//! QEMU fails a guest's write when what it overwrites cannot be kept.
+//!
 //! While the disks stand still the file systems of their overlays are asked now and then. When one comes near its end, the
 //! run is cut short: no point is made, and the overlays are committed at once, while there still is room for what the
 //! guest writes meanwhile.
 
+use super::backup::scratch_path;
 use super::capture::overlay_path;
 use super::forecast::SpaceOptions;
 use super::plan::{CaptureKind, Plan};
@@ -27,6 +31,7 @@ const CRITICAL_MIN: u64 = 8 << 20;
 pub(super) struct RoomWatch {
     overlays: Vec<Overlay>,
     critical_bytes: u64,
+    capture: CaptureKind,
     asked: Mutex<Option<Instant>>,
 }
 
@@ -44,11 +49,14 @@ impl RoomWatch {
         let overlays = plan.replicated().filter(|_| on_overlays).map(|disk| Overlay {
             disk: disk.name.clone(),
             dir: disk.overlay_dir.clone(),
-            path: overlay_path(disk, run),
+            path: match plan.capture {
+                CaptureKind::Backup => scratch_path(disk, run),
+                CaptureKind::Overlay | CaptureKind::Off => overlay_path(disk, run),
+            },
             commit_bytes_max: disk.commit_bytes_max,
         });
         let critical_bytes = (options.min_free_source_bytes / CRITICAL_PART).max(CRITICAL_MIN);
-        Self { overlays: overlays.collect(), critical_bytes, asked: Mutex::new(None) }
+        Self { overlays: overlays.collect(), critical_bytes, capture: plan.capture, asked: Mutex::new(None) }
     }
 
     /// `Space` when the overlays have to be committed now. Cheap; asked many times while reading.
@@ -66,20 +74,24 @@ impl RoomWatch {
             let Some(free_bytes) = free_bytes(&overlay.dir) else { continue };
             let own = if overlay.commit_bytes_max > 0 { commit_bytes } else { 0 };
             if free_bytes < self.critical_bytes.saturating_add(own) {
-                return Err(cut_short(overlay, free_bytes));
+                return Err(cut_short(self.capture, overlay, free_bytes));
             }
         }
         Ok(())
     }
 }
 
-fn cut_short(overlay: &Overlay, free_bytes: u64) -> Error {
+fn cut_short(capture: CaptureKind, overlay: &Overlay, free_bytes: u64) -> Error {
     let grown = occupied(&overlay.path) >> 20;
+    let (what, end) = match capture {
+        CaptureKind::Backup => ("scratch file", "the backup is ended"),
+        CaptureKind::Overlay | CaptureKind::Off => ("overlay", "the overlay is committed"),
+    };
     Error::new(
         Kind::Space,
         format!(
-            "the guest writes faster than was foreseen: its overlay has grown to {grown} MiB and {} MiB are left in {}; \
-             the run was cut short, and the overlay is committed at once",
+            "the guest writes faster than was foreseen: its {what} has grown to {grown} MiB and {} MiB are left in {}; \
+             the run was cut short, and {end} at once",
             free_bytes >> 20,
             overlay.dir.display()
         ),

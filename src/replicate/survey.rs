@@ -2,6 +2,7 @@
 //!
 //! Reads headers and file systems; touches nothing. Deciding is [`plan`](super::plan)'s.
 
+use super::choice::{self, CaptureKind, CaptureWish, CommitFacts, choose};
 use super::cycle::{Ports, Request};
 use super::forecast::{self, Room};
 use super::journal;
@@ -13,7 +14,8 @@ use super::room::free_bytes;
 use super::turnover::{self, Tracked};
 use crate::error::Result;
 use crate::hypervisor::{DiskKind, DiskView, DomainView, Power};
-use crate::image::{Chain, qemu_img};
+use crate::image::open::EXPORT;
+use crate::image::{Chain, Format, qemu_img};
 use crate::name::RunId;
 use crate::replica::ReplicaView;
 use std::os::unix::fs::MetadataExt;
@@ -25,6 +27,14 @@ pub fn plan_only(ports: &Ports, request: &Request) -> Result<Plan> {
     let view = (ports.replica)(&domain.uuid)?.describe()?;
     let mut plan = make_plan(ports, request, &domain, &view)?;
     let record = journal::peek(&request.state, &domain.uuid)?;
+    if let Some(left) = journal::peek_backup(&request.state, &domain.uuid)? {
+        // The job in the way may be the one that is ended first.
+        let running = ports.backups.running_backup(&domain.uuid)?;
+        if running.is_some_and(|running| left.backup.is(&running)) {
+            plan.conflicts.retain(|c| !matches!(c, Conflict::DomainJob { .. }));
+        }
+        plan.notes.push("an earlier run by backup was cut short; the next one ends its job first".to_owned());
+    }
     if record.is_some() || domain.record.is_some() {
         let what = "an earlier run was cut short; the next one settles it first".to_owned();
         plan.conflicts.retain(|c| !matches!(c, Conflict::StrayOverlay { .. }));
@@ -36,15 +46,35 @@ pub fn plan_only(ports: &Ports, request: &Request) -> Result<Plan> {
 /// Gathers what planning needs to know beyond the views, and plans. Touches nothing.
 pub fn make_plan(ports: &Ports, request: &Request, domain: &DomainView, replica: &ReplicaView) -> Result<Plan> {
     let head = replica.head().map(|p| &p.run);
+    let past = past(request, domain);
+    let capture = choose(domain.power, request.plan.capture, &commit_facts(ports, request, domain, &past)?);
     let facts: Vec<DiskFacts> = domain
         .disks
         .iter()
         .filter(|d| d.kind == DiskKind::Image)
-        .map(|disk| disk_facts(ports, request, domain, disk, head))
+        .map(|disk| disk_facts(ports, request, domain, disk, head, capture.kind))
         .collect();
-    let mut plan = plan(domain, &facts, replica, request.generation, &request.plan);
-    forecast::foresee(&mut plan, &facts, replica, &past(request, domain), (ports.clock)(), &request.plan.space);
+    let mut plan = plan(domain, &facts, replica, request.generation, &request.plan, capture);
+    forecast::foresee(&mut plan, &facts, replica, &past, (ports.clock)(), &request.plan.space);
     Ok(plan)
+}
+
+/// What is known that could keep an overlay from being committed; asked only where it decides.
+fn commit_facts(ports: &Ports, request: &Request, domain: &DomainView, past: &[Report]) -> Result<CommitFacts> {
+    if request.plan.capture != CaptureWish::Auto || domain.power == Power::Off {
+        return Ok(CommitFacts::default());
+    }
+    let replicated = |d: &&DiskView| !request.plan.exclude_disks.contains(&d.name);
+    let holds = |d: &&DiskView| {
+        let top = d.live.as_ref().map(Chain::top).filter(|top| top.format == Format::Qcow2);
+        top.is_some_and(|top| qemu_img::holds_snapshots(top).unwrap_or(false))
+    };
+    let disks = domain.disks.iter().filter(replicated).filter(holds);
+    Ok(CommitFacts {
+        confinement: Some(ports.backups.confinement(&domain.uuid)?),
+        internal_snapshots: disks.map(|d| d.name.clone()).collect(),
+        unfinished: choice::unfinished(past),
+    })
 }
 
 /// The last runs of this domain to this target. They are a help to guess, and no more: without them there is a default.
@@ -60,6 +90,7 @@ fn disk_facts(
     domain: &DomainView,
     disk: &DiskView,
     head: Option<&RunId>,
+    capture: CaptureKind,
 ) -> DiskFacts {
     let chain = match (&disk.live, &disk.inactive) {
         (Some(chain), _) if domain.power != Power::Off => {
@@ -68,7 +99,11 @@ fn disk_facts(
         (_, Some(top)) => observe::resolve(top).map_err(|e| e.chain()),
         _ => Err("no image is known for it".to_owned()),
     };
-    let reader = chain.as_ref().ok().map(|c| (ports.explain_image)(c));
+    let reader = chain.as_ref().ok().map(|c| match capture {
+        // QEMU reads what it runs on; whether we could does not matter.
+        CaptureKind::Backup => Ok(EXPORT.to_owned()),
+        CaptureKind::Overlay | CaptureKind::Off => (ports.explain_image)(c),
+    });
     let (reader, chain) = match reader {
         Some(Ok(reader)) => (reader, chain),
         Some(Err(e)) => (String::new(), Err(e.chain())),

@@ -1,0 +1,111 @@
+//! [`Backups`] on libvirt. The server that serves the disks is QEMU's only one, and libvirt's for the time of the job: it
+//! is never started or stopped here, only given an export more.
+//!
+//! Tried with libvirt 9.0 and QEMU 7.2: raw and qcow2, running and paused. libvirt refuses a scratch file that exists, and
+//! removes its own with the job, also when the domain ends; the socket it leaves behind. A scratch file without room
+//! fails the guest's write, not the job: room has to be watched.
+
+use super::backup::{Backup, backup_xml, parse_backup};
+use super::bitmap;
+use super::gate::Repeat;
+use super::libvirt::{LibvirtHypervisor, live_disk, lookup, running};
+use super::sys;
+use super::tracking::node_name;
+use super::{Backups, Confinement, DiskKind, Tracking, xml};
+use crate::block::ByteRange;
+use crate::error::{Error, Kind, Result};
+use crate::image::nbd::{NbdImage, bitmap_context};
+use crate::image::{Image, Layer};
+use crate::name::{DiskName, DomainUuid};
+use std::path::{Path, PathBuf};
+use virt::error::ErrorNumber;
+
+/// Name of the backup's socket in the domain's private directory.
+const SOCKET: &str = "virt-replica-backup.sock";
+
+/// Our export beside those of the backup.
+const EXPORT: &str = "virt-replica-bitmap";
+
+impl Backups for LibvirtHypervisor {
+    fn backup_socket(&self, uuid: &DomainUuid) -> Result<PathBuf> {
+        Ok(self.private_dir(uuid)?.join(SOCKET))
+    }
+
+    fn begin_backup(&self, uuid: &DomainUuid, backup: &Backup) -> Result<()> {
+        let backup = backup.clone();
+        self.on_domain("begin the backup", self.deadlines.change, Repeat::Never, uuid, move |conn, uuid| {
+            let domain = lookup(conn, uuid)?;
+            let live = running(&domain)?;
+            for d in &backup.disks {
+                if let DiskKind::Unsupported(why) = &live_disk(&live, &d.name)?.kind {
+                    return Err(Error::new(Kind::Refused, format!("the disk {why}")).disk(&d.name).into());
+                }
+            }
+            let all: Vec<DiskName> = live.disks.iter().map(|d| d.name.clone()).collect();
+            let xml = backup_xml(&backup, &all)?;
+            conn.about_to_change()?;
+            Ok(sys::backup_begin(&domain, &xml)?)
+        })
+    }
+
+    fn running_backup(&self, uuid: &DomainUuid) -> Result<Option<Backup>> {
+        self.query("ask for the backup", uuid, |conn, uuid| {
+            let domain = match lookup(conn, uuid) {
+                Err(e) if e.code().is(ErrorNumber::NoDomain) => return Ok(None),
+                other => other?,
+            };
+            match sys::backup_xml(&domain) {
+                Ok(xml) => Ok(Some(parse_backup(&xml)?)),
+                Err(e) if e.code().is(ErrorNumber::NoDomainBackup) || domain.id().is_none() => Ok(None),
+                Err(e) => Err(e.into()),
+            }
+        })
+    }
+
+    fn end_backup(&self, uuid: &DomainUuid, backup: &Backup) -> Result<()> {
+        let backup = backup.clone();
+        self.on_domain("end the backup", self.deadlines.change, Repeat::Harmless, uuid, move |conn, uuid| {
+            let domain = lookup(conn, uuid)?;
+            // Looked at in the same call: a job that somebody else began meanwhile is not ours to end.
+            match sys::backup_xml(&domain) {
+                Ok(xml) if backup.is(&parse_backup(&xml)?) => {}
+                _ => return Ok(()),
+            }
+            conn.about_to_change()?;
+            match sys::abort_job(&domain) {
+                Err(e) if sys::backup_xml(&domain).is_ok() => Err(e.into()),
+                _ => Ok(()),
+            }
+        })
+    }
+
+    fn marked(&self, uuid: &DomainUuid, socket: &Path, layer: &Layer, name: &str) -> Result<Vec<ByteRange>> {
+        let still = format!("{name}-still");
+        self.remove_bitmap(uuid, layer, &still)?;
+        let nodes = self.nodes(uuid)?;
+        let node = node_name(&nodes, layer)?;
+        let copy = bitmap::copy(node, name, &still);
+        bitmap::done(&self.qmp("copy a dirty bitmap", uuid, copy)?).map_err(|e| e.path(&layer.path))?;
+        let export = bitmap::export(EXPORT, node, &still);
+        let answer = bitmap::done(&self.qmp("export a bitmap", uuid, export)?).and_then(|()| {
+            let image = NbdImage::connect(socket, EXPORT, &[bitmap_context(&still)], 1)?;
+            image.dirty(&still, image.size().range())
+        });
+        // The connection is closed by now, or never was: nothing keeps the export busy.
+        let ended = self.qmp("end our export", uuid, bitmap::remove_export(EXPORT)).and_then(|r| bitmap::done(&r));
+        let removed = ended.and_then(|()| self.remove_bitmap(uuid, layer, &still));
+        if let Err(e) = removed {
+            // It lives no longer than its QEMU, and the next run removes it with all that is superseded.
+            tracing::debug!("the copy of a dirty bitmap stays: {}", e.chain());
+        }
+        answer.map_err(|e| e.path(&layer.path))
+    }
+
+    fn confinement(&self, uuid: &DomainUuid) -> Result<Confinement> {
+        self.query("ask how the domain is confined", uuid, |conn, uuid| {
+            let version = conn.lib_version()?;
+            let apparmor = xml::confined_by(&lookup(conn, uuid)?.xml_desc(0)?, "apparmor")?;
+            Ok(Confinement { libvirt: (version / 1_000_000, version / 1000 % 1000, version % 1000), apparmor })
+        })
+    }
+}
