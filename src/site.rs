@@ -263,8 +263,13 @@ mod source {
 
         /// The dead-man's process: guards the domain until the driver's end of file.
         pub fn guard(&self, uuid: &DomainUuid, driver: Option<std::os::fd::OwnedFd>) -> Result<()> {
-            let charge =
-                Charge { hypervisor: &self.hypervisor, state: &self.options.state, uuid: uuid.clone(), driver };
+            let charge = Charge {
+                hypervisor: &self.hypervisor,
+                guest: &self.hypervisor,
+                state: &self.options.state,
+                uuid: uuid.clone(),
+                driver,
+            };
             deadman::serve(std::io::stdin(), std::io::stdout(), &charge)
         }
 
@@ -279,6 +284,7 @@ mod source {
             f(&Ports {
                 hypervisor: &self.hypervisor,
                 tracking: &self.hypervisor,
+                guest: &self.hypervisor,
                 backups: &self.hypervisor,
                 stored: &StoredBitmaps::new(runtime_dir()),
                 replica: &replica,

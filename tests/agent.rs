@@ -91,6 +91,7 @@ fn point(seq: usize) -> PointView {
         frozen_at: jiff::Timestamp::UNIX_EPOCH,
         sealed_at: jiff::Timestamp::UNIX_EPOCH,
         consistency: Consistency::Crash,
+        consistency_reason: None,
         run: RunId::from_bits(seq as u64),
         disks: vec![PointDisk {
             name: disk("vda"),
@@ -337,7 +338,12 @@ fn begin_request(disks: &[&str]) -> BeginPoint {
 }
 
 fn seal_request() -> SealPoint {
-    SealPoint { frozen_at: jiff::Timestamp::UNIX_EPOCH, consistency: Consistency::Crash, disks: vec![] }
+    SealPoint {
+        frozen_at: jiff::Timestamp::UNIX_EPOCH,
+        consistency: Consistency::Crash,
+        consistency_reason: None,
+        disks: vec![],
+    }
 }
 
 /// What the other end of a pair of pipes does.

@@ -135,7 +135,9 @@ impl StoreWithPoints {
             tracking_doubt: false,
         };
         let disks = vec![SealDisk { name: disk, root: shipped.root, stats }];
-        replica.seal(&SealPoint { frozen_at, consistency: Consistency::Crash, disks }).unwrap();
+        replica
+            .seal(&SealPoint { frozen_at, consistency: Consistency::Crash, consistency_reason: None, disks })
+            .unwrap();
     }
 
     /// What was printed, with the directory of this test replaced.
@@ -536,6 +538,9 @@ mod source {
             started_at: Timestamp::UNIX_EPOCH,
             outcome,
             point: view.head().cloned().filter(|_| !failed),
+            capture: None,
+            capture_reason: None,
+            held_ms: None,
             freeze_ms: 1.0,
             pause_ms: 2.0,
             duration_ms: 3.0,

@@ -10,6 +10,7 @@ use virt_replica::error::Result;
 use virt_replica::name::DiskName;
 use virt_replica::replicate::audit::AuditOptions;
 use virt_replica::replicate::choice::CaptureWish;
+use virt_replica::replicate::quiesce::{Quiesce, QuiesceOptions};
 use virt_replica::retention::Keep;
 
 #[derive(Debug, Args)]
@@ -47,6 +48,13 @@ pub struct RunArgs {
     /// may not be committed) [default: overlay, or the configuration's]
     #[arg(long, value_name = "WAY")]
     capture: Option<CaptureWish>,
+    /// Have the guest agent hold the guest's file systems while the disks are frozen: no, try, or require (without it
+    /// there is no point)
+    #[arg(long, value_name = "WHEN", default_value = "no", value_parser = <Quiesce as std::str::FromStr>::from_str)]
+    quiesce: Quiesce,
+    /// Longest time that they may be held
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_freeze_budget)]
+    freeze_budget: Duration,
     /// Lay the overlays of all disks into this directory instead of beside their images
     #[arg(long, value_name = "DIR")]
     overlay_dir: Option<PathBuf>,
@@ -71,6 +79,15 @@ pub struct RunArgs {
     /// Most time for that check, per disk and run
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = super::render::parse_duration)]
     audit_time: Duration,
+}
+
+/// Shorter than 2 s no guest agent answers in time, and longer than a minute no guest waits.
+fn parse_freeze_budget(text: &str) -> std::result::Result<Duration, String> {
+    let budget = super::render::parse_duration(text)?;
+    match (2..=60).contains(&budget.as_secs()) {
+        true => Ok(budget),
+        false => Err("it has to be between 2s and 1m".to_owned()),
+    }
 }
 
 #[cfg(not(feature = "libvirt"))]
@@ -116,6 +133,7 @@ mod run {
                     bytes_max: self.audit_bytes,
                     within: self.audit_time,
                 },
+                quiesce: QuiesceOptions { wish: self.quiesce, budget: self.freeze_budget },
                 space: SpaceOptions { min_free_source_bytes: self.min_free_source },
                 ..PlanOptions::default()
             };
@@ -221,7 +239,8 @@ mod run {
             ms => format!("{what} {}", render::millis(ms)),
         };
         let (freeze, pause) = (lasted("freeze", report.freeze_ms), lasted("pause", report.pause_ms));
-        lines.push(format!("  {freeze}, {pause}, whole run {}", render::millis(report.duration_ms)));
+        let held = report.held_ms.map_or(String::new(), |ms| format!(", file systems held {}", render::millis(ms)));
+        lines.push(format!("  {freeze}{held}, {pause}, whole run {}", render::millis(report.duration_ms)));
         lines.extend(describe_capture(report));
         if let Some(point) = &report.point {
             let rows = point.disks.iter().map(|d| {

@@ -105,6 +105,24 @@ impl LibvirtHypervisor {
         })
     }
 
+    /// Passes a command to the guest agent and returns its answer's text. libvirt first finds out whether anybody is there,
+    /// for up to 5 s.
+    pub(super) fn ask_guest(
+        &self,
+        what: &'static str,
+        uuid: &DomainUuid,
+        command: &'static str,
+        within: Duration,
+    ) -> Result<String> {
+        let seconds = within.as_secs().max(1);
+        let deadline = Duration::from_secs(seconds + 7);
+        self.on_domain(what, deadline, Repeat::Never, uuid, move |conn, uuid| {
+            let domain = lookup(conn, uuid)?;
+            conn.about_to_change()?;
+            Ok(domain.qemu_agent_command(command, seconds as i32, 0)?)
+        })
+    }
+
     fn block_job(&self, uuid: &DomainUuid, disk: &DiskName, deadline: Duration) -> Result<Option<BlockJob>> {
         let name = disk.clone();
         self.on_domain("ask for the block job", deadline, Repeat::Harmless, uuid, move |conn, uuid| {
@@ -187,9 +205,16 @@ impl Hypervisor for LibvirtHypervisor {
             }
             let all: Vec<DiskName> = live.disks.iter().map(|d| d.name.clone()).collect();
             let snapshot = xml::snapshot_xml(&disks, &all)?;
+            let prepared = disks.iter().filter(|d| d.prepared).count();
+            let reuse = match prepared {
+                0 => 0,
+                n if n == disks.len() => c::VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT,
+                _ => return Err(Error::new(Kind::Usage, "of some disks the overlays are prepared").into()),
+            };
             let flags = c::VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
                 | c::VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
-                | c::VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA;
+                | c::VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
+                | reuse;
             conn.about_to_change()?;
             domain.create_snapshot_xml(&snapshot, flags)?;
             Ok(())

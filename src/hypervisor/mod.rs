@@ -10,6 +10,9 @@ pub mod backup;
 mod bitmap;
 #[cfg(feature = "libvirt")]
 pub mod gate;
+pub mod guest;
+#[cfg(feature = "libvirt")]
+mod guest_agent;
 #[cfg(feature = "libvirt")]
 pub mod libvirt;
 #[cfg(feature = "libvirt")]
@@ -41,7 +44,8 @@ pub trait Hypervisor: Send + Sync {
     fn list(&self) -> Result<Vec<DomainView>>;
 
     /// Puts an overlay on every named disk in one transaction: from the moment inside the call when QEMU has switched,
-    /// the former tops stand still. All disks or none. The overlay files must not exist.
+    /// the former tops stand still. All disks or none. The overlay files must not exist, unless they are prepared: that
+    /// makes the call shorter.
     fn freeze(&self, uuid: &DomainUuid, disks: &[FreezeDisk]) -> Result<()>;
 
     /// Starts committing `top` into `base` (its direct backing image). `active`: `top` is what the guest writes to,
@@ -152,6 +156,8 @@ pub struct FreezeDisk {
     pub name: DiskName,
     /// Where the overlay is to lie. Absolute; ends in `.qcow2`.
     pub overlay: PathBuf,
+    /// It is there already, empty, on the image that the guest writes to now. All disks of a freeze are alike in this.
+    pub prepared: bool,
 }
 
 #[derive(Debug, Clone, PartialEq)]

@@ -153,6 +153,17 @@ pub fn commit(chain: &Chain) -> Result<()> {
     below.data_file.as_deref().map_or(Ok(()), fsync)
 }
 
+/// Makes an empty qcow2 overlay on `base`, which may be in use, as libvirt's own snapshot would. It must not exist yet. Not
+/// durable: an overlay that nothing was written to may be lost.
+pub fn create_overlay(path: &Path, base: &Layer, size: DiskSize) -> Result<()> {
+    let (backing, format) = (base.path.as_os_str(), base.format.as_str());
+    let mut command = qemu_img("create");
+    // -u: the base is not opened, whoever holds it.
+    command.args(["-q", "-u", "-f", "qcow2", "-F", format, "-b"]).arg(backing).arg("--").arg(path);
+    command.arg(size.0.to_string());
+    succeeded(&program::run(command, Some(LOOK_MAX))?, "qemu-img cannot create the overlay", path)
+}
+
 /// Rewrites which backing image a qcow2 image names, and nothing else: the caller answers for it that the guest's data
 /// stays the same. `None`: no backing image. Durable when it returns.
 pub fn rebase_unsafe(path: &Path, backing: Option<(&str, Format)>) -> Result<()> {

@@ -129,6 +129,8 @@ pub struct Point {
     pub frozen_at: Timestamp,
     pub sealed_at: Timestamp,
     pub consistency: Consistency,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub consistency_reason: Option<String>,
     pub run: RunId,
     pub disks: Vec<Disk>,
     #[serde(default)]
@@ -409,6 +411,7 @@ impl Point {
             frozen_at: self.frozen_at,
             sealed_at: self.sealed_at,
             consistency: self.consistency,
+            consistency_reason: self.consistency_reason.clone(),
             run: self.run.clone(),
             disks: self
                 .disks
@@ -490,6 +493,7 @@ mod tests {
             frozen_at: "2024-05-01T12:00:00Z".parse().unwrap(),
             sealed_at: "2024-05-01T12:00:05Z".parse().unwrap(),
             consistency: Consistency::Crash,
+            consistency_reason: None,
             run: run(seq),
             disks: disks.split(' ').map(disk).collect(),
             attachments: vec![],

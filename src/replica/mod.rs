@@ -152,6 +152,9 @@ pub struct PointView {
     /// When it began to exist, by the target's clock.
     pub sealed_at: Timestamp,
     pub consistency: Consistency,
+    /// Why it is not `file_system` although that was asked for; absent otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub consistency_reason: Option<String>,
     pub run: RunId,
     pub disks: Vec<PointDisk>,
     /// File names of the attachments, relative to the point's directory.
@@ -331,6 +334,8 @@ pub struct DiskApplied {
 pub struct SealPoint {
     pub frozen_at: Timestamp,
     pub consistency: Consistency,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub consistency_reason: Option<String>,
     /// Exactly the disks of `begin`, each finished.
     pub disks: Vec<SealDisk>,
 }

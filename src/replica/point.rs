@@ -21,7 +21,7 @@ use super::store::{self, Clock};
 use super::{ATTACHMENT_MAX, Attachment, BeginPoint, Begun, DiskApplied, PointView, SealPoint};
 use crate::block::digest::{BLOCK_PIECES, BlockPieces, Digest, PieceDigest};
 use crate::block::{BlockIndex, FANOUT};
-use crate::error::{Context, Error, Kind, Result};
+use crate::error::{Context, Error, Kind, Result, printable};
 use crate::name::{DiskName, PointId};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -230,6 +230,7 @@ impl OpenPoint {
             frozen_at: request.frozen_at,
             sealed_at: clock(),
             consistency: request.consistency,
+            consistency_reason: request.consistency_reason.as_deref().map(|why| printable(why, REASON_MAX)),
             run: self.request.run.clone(),
             disks,
             attachments,
@@ -333,6 +334,9 @@ impl OpenPoint {
         Ok(())
     }
 }
+
+/// Longest reason for a point's consistency, in bytes.
+const REASON_MAX: usize = 400;
 
 /// Digests that no content has.
 const ROTTEN: Digest = Digest([0xff; 32]);

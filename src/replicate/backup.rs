@@ -13,13 +13,13 @@ use super::capture::{Capture, OVERLAY_MARK, Release, Source, Still};
 use super::cycle::Ports;
 use super::journal::{Journal, Stamp, boot_id, sync_dir};
 use super::plan::{DiskPlan, Plan};
-use super::settle::Account;
+use super::quiesce::{self, Held, Quiescer, Settled};
+use super::settle::{Account, PauseGuard};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::hypervisor::backup::{Backup, BackupDisk};
 use crate::hypervisor::{Backups, DomainView};
 use crate::name::{DomainName, DomainUuid, RunId};
-use crate::replica::Consistency;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -55,6 +55,9 @@ pub struct BackupCapture<'a> {
     plan: &'a Plan,
     domain: &'a DomainView,
     run: RunId,
+    /// Needed only where the guest's file systems are to be held.
+    guard: Option<&'a mut dyn PauseGuard>,
+    quiescer: Quiescer<'a>,
     /// Set once it is recorded.
     backup: Option<Backup>,
     asked: Mutex<Instant>,
@@ -66,10 +69,10 @@ impl<'a> BackupCapture<'a> {
         journal: &'a Journal,
         plan: &'a Plan,
         domain: &'a DomainView,
-        run: &RunId,
+        (run, guard, quiescer): (&RunId, Option<&'a mut dyn PauseGuard>, Quiescer<'a>),
     ) -> Self {
         let asked = Mutex::new(Instant::now());
-        Self { ports, journal, plan, domain, run: run.clone(), backup: None, asked }
+        Self { ports, journal, plan, domain, run: run.clone(), guard, quiescer, backup: None, asked }
     }
 
     fn begin(&mut self) -> Result<Still> {
@@ -94,10 +97,20 @@ impl<'a> BackupCapture<'a> {
         })?;
         self.backup = Some(backup.clone());
         failpoint!("b1");
+        let held = match self.guard.as_deref_mut() {
+            Some(guard) => self.quiescer.hold(guard)?,
+            None => Held::default(),
+        };
         let frozen_at = (self.ports.clock)();
         let start = Instant::now();
-        self.ports.backups.begin_backup(&self.plan.uuid, &backup)?;
+        let begun = self.ports.backups.begin_backup(&self.plan.uuid, &backup);
         let freeze = start.elapsed();
+        // The guest first, whatever became of the job.
+        let thawed = self.quiescer.release(held);
+        if let Some(guard) = self.guard.as_deref_mut() {
+            guard.disarm()?;
+        }
+        begun?;
         failpoint!("b2");
         self.verify()?;
         failpoint!("b3");
@@ -107,7 +120,9 @@ impl<'a> BackupCapture<'a> {
         Ok(Still {
             disks: backup.disks.iter().map(export).collect(),
             frozen_at,
-            consistency: Consistency::Crash,
+            consistency: thawed.consistency,
+            consistency_reason: thawed.why_not,
+            held: thawed.held,
             freeze: Some(freeze),
             may_start: false,
         })
@@ -155,11 +170,18 @@ impl<'a> BackupCapture<'a> {
 
 impl Capture for BackupCapture<'_> {
     fn freeze(&mut self) -> Result<Still> {
-        self.begin().map_err(|e| match settle(self.ports.backups, self.journal, &self.plan.uuid) {
-            Ok(_) => e,
-            Err(second) => {
-                tracing::error!("after the failed begin of a backup: {}", second.chain());
-                e.hint("run `virt-replica doctor` for what was left behind")
+        self.begin().map_err(|e| {
+            if let Ok(Settled::Silent(alarm)) =
+                quiesce::settle(self.quiescer.agent, self.journal, &self.plan.uuid, true)
+            {
+                tracing::error!("{alarm}");
+            }
+            match settle(self.ports.backups, self.journal, &self.plan.uuid) {
+                Ok(_) => e,
+                Err(second) => {
+                    tracing::error!("after the failed begin of a backup: {}", second.chain());
+                    e.hint("run `virt-replica doctor` for what was left behind")
+                }
             }
         })
     }

@@ -7,11 +7,12 @@ use super::decide::{Job, Phase, Stand};
 use super::journal::{DiskRecord, Journal, Record, Stamp, boot_id};
 use super::observe::observe;
 use super::plan::{DiskPlan, Plan};
+use super::quiesce::{self, Quiescer, Settled};
 use super::settle::{Account, Goal, Outcome, PauseGuard, SettleOptions, Settler, halt_error};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::hypervisor::{DomainView, FreezeDisk, Hypervisor, Power};
-use crate::image::Chain;
+use crate::image::{Chain, qemu_img};
 use crate::name::{DiskName, DomainUuid, RunId};
 use crate::replica::Consistency;
 use jiff::Timestamp;
@@ -41,6 +42,10 @@ pub struct Still {
     /// Taken just before the disks were frozen: nothing acknowledged earlier can be missing.
     pub frozen_at: Timestamp,
     pub consistency: Consistency,
+    /// Why it is not `file_system` although that was asked for.
+    pub consistency_reason: Option<String>,
+    /// How long the guest's file systems were held.
+    pub held: Option<Duration>,
     /// Duration of the freeze call, an upper bound of what the guest can have felt of it.
     pub freeze: Option<Duration>,
     /// A domain that is off may be started at any time: readers must not take QEMU's locks.
@@ -73,6 +78,7 @@ pub struct OverlayCapture<'a> {
     guard: &'a mut dyn PauseGuard,
     options: SettleOptions,
     clock: &'a (dyn Fn() -> Timestamp + Sync),
+    quiescer: Quiescer<'a>,
     record: Record,
     /// What was planned to stand still, in the record's order.
     planned: Vec<Chain>,
@@ -86,7 +92,7 @@ impl<'a> OverlayCapture<'a> {
         options: SettleOptions,
         plan: &Plan,
         domain: &DomainView,
-        run: &RunId,
+        (run, quiescer): (&RunId, Quiescer<'a>),
     ) -> Self {
         let disks = plan.replicated().map(|d| new_disk_record(d, run)).collect();
         let record = Record {
@@ -105,7 +111,7 @@ impl<'a> OverlayCapture<'a> {
             point: None,
         };
         let planned = plan.replicated().map(|d| d.chain.clone()).collect();
-        Self { hypervisor: ports.hypervisor, journal, guard, options, clock: ports.clock, record, planned }
+        Self { hypervisor: ports.hypervisor, journal, guard, options, clock: ports.clock, quiescer, record, planned }
     }
 
     /// The steps of the freeze; a failure is cleaned up by the caller through the settle loop.
@@ -123,22 +129,49 @@ impl<'a> OverlayCapture<'a> {
         let text = serde_json::to_string(&self.record).expect("a record is plain data");
         self.hypervisor.set_record(&self.record.uuid, Some(&text))?;
         failpoint!("4b");
+        let prepared = self.quiescer.will_ask();
+        if prepared {
+            self.prepare_overlays()?;
+        }
         self.guard.arm(FREEZE_WITHIN)?;
         failpoint!("4c");
+        let held = self.quiescer.hold(self.guard)?;
 
         let frozen_at = (self.clock)();
         let start = Instant::now();
-        let disks: Vec<FreezeDisk> =
-            self.record.disks.iter().map(|d| FreezeDisk { name: d.name.clone(), overlay: d.overlay.clone() }).collect();
-        self.hypervisor.freeze(&self.record.uuid, &disks)?;
+        let disk = |d: &DiskRecord| FreezeDisk { name: d.name.clone(), overlay: d.overlay.clone(), prepared };
+        let disks: Vec<FreezeDisk> = self.record.disks.iter().map(disk).collect();
+        let frozen = self.hypervisor.freeze(&self.record.uuid, &disks);
         let freeze = start.elapsed();
-        failpoint!("4d");
+        if frozen.is_ok() {
+            failpoint!("4d");
+        }
+        // The guest first, whatever became of the freeze.
+        let thawed = self.quiescer.release(held);
+        frozen?;
+        failpoint!("4d.thawed");
 
         let chains = self.verify_frozen(frozen_at)?;
         failpoint!("4e");
         self.guard.disarm()?;
         failpoint!("4f");
-        Ok(Still { disks: chains, frozen_at, consistency: Consistency::Crash, freeze: Some(freeze), may_start: false })
+        Ok(Still {
+            disks: chains,
+            frozen_at,
+            consistency: thawed.consistency,
+            consistency_reason: thawed.why_not,
+            held: thawed.held,
+            freeze: Some(freeze),
+            may_start: false,
+        })
+    }
+
+    /// So that the guest's file systems are held for the transaction only, and not while files are made.
+    fn prepare_overlays(&self) -> Result<()> {
+        for disk in &self.record.disks {
+            qemu_img::create_overlay(&disk.overlay, &disk.base, disk.size).map_err(|e| e.disk(&disk.name))?;
+        }
+        Ok(())
     }
 
     /// Step 4e: every disk is on its overlay, over exactly the image that was planned; record what stands still.
@@ -197,7 +230,13 @@ pub fn pending(disk: &DiskName) -> String {
 impl Capture for OverlayCapture<'_> {
     fn freeze(&mut self) -> Result<Still> {
         self.freeze_steps().map_err(|e| {
-            // The guest first: undo or finish, then say what went wrong.
+            // The guest first: let go, undo or finish, then say what went wrong.
+            let (agent, uuid) = (self.quiescer.agent, self.quiescer.uuid);
+            match quiesce::settle(agent, self.journal, uuid, true) {
+                Ok(Settled::Nothing | Settled::LetGo) => {}
+                Ok(Settled::Silent(alarm)) => tracing::error!("{alarm}"),
+                Err(second) => tracing::error!("after the failed freeze: {}", second.chain()),
+            }
             match self.guard.disarm().and_then(|()| self.settle()) {
                 Ok(Release { left_open: None, .. }) => e,
                 Ok(Release { left_open: Some(what), .. }) => e.hint(what),
@@ -307,6 +346,8 @@ impl Capture for OffCapture<'_> {
             disks: self.chains.iter().map(|(name, chain)| (name.clone(), Source::Chain(chain.clone()))).collect(),
             frozen_at,
             consistency: Consistency::Off,
+            consistency_reason: None,
+            held: None,
             freeze: None,
             may_start: true,
         })

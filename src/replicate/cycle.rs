@@ -27,6 +27,7 @@ use super::marks::{Marked, doubted_again, unless_cut};
 use super::observe;
 use super::plan::{CaptureKind, DiskPlan, Plan, PlanOptions};
 use super::pump::{self, Progress, Shipment};
+use super::quiesce::{self, Quiesce, Quiescer, Settled};
 use super::report::{Report, RunOutcome, millis};
 use super::room::RoomWatch;
 use super::settle::{Account, Goal, Outcome, PauseGuard, SettleOptions, Settler, halt_error};
@@ -34,6 +35,7 @@ use super::survey::make_plan;
 use crate::block::ByteRange;
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::failpoint;
+use crate::hypervisor::guest::GuestAgent;
 use crate::hypervisor::{Backups, DomainView, Hypervisor, Power, Tracking, xml};
 use crate::image::open::{OpenOptions, Opened};
 use crate::image::{Chain, Image};
@@ -53,6 +55,8 @@ pub struct Ports<'a> {
     pub tracking: &'a dyn Tracking,
     /// Those that lie in the images of a domain that is off.
     pub stored: &'a dyn Tracking,
+    /// The guest agent of a running domain.
+    pub guest: &'a dyn GuestAgent,
     /// Backup jobs of a running domain.
     pub backups: &'a dyn Backups,
     /// Connects to the replica of a domain on the target.
@@ -120,6 +124,7 @@ pub fn run(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBoo
         capture: None,
         capture_reason: None,
         freeze_ms: 0.0,
+        held_ms: None,
         pause_ms: 0.0,
         duration_ms: 0.0,
         skipped: Vec::new(),
@@ -240,6 +245,9 @@ impl<'a> Run<'a> {
             }
         };
         report.freeze_ms = still.freeze.map_or(0.0, millis);
+        report.held_ms = still.held.map(millis);
+        let unheld = still.consistency_reason.iter().map(|why| format!("the point is as after a power cut: {why}"));
+        report.warnings.extend(unheld);
         let dirty = self.marked(&mut plan, &still);
         report.warnings.extend(untracked);
 
@@ -263,6 +271,13 @@ impl<'a> Run<'a> {
         plan: &'c Plan,
         domain: &'c DomainView,
     ) -> Box<dyn Capture + 'c> {
+        let quiescer = Quiescer {
+            agent: self.ports.guest,
+            journal: self.journal,
+            uuid: &plan.uuid,
+            options: &self.request.plan.quiesce,
+            can: quiesce::can_hold(domain),
+        };
         match (plan.capture, guard.as_mut()) {
             (CaptureKind::Overlay, Some(guard)) => Box::new(OverlayCapture::new(
                 self.ports,
@@ -271,11 +286,13 @@ impl<'a> Run<'a> {
                 self.request.settle.clone(),
                 plan,
                 domain,
-                &self.request.run,
+                (&self.request.run, quiescer),
             )),
             (CaptureKind::Overlay, None) => unreachable!("an overlay is guarded: see Run::guard"),
-            (CaptureKind::Backup, _) => {
-                Box::new(BackupCapture::new(self.ports, self.journal, plan, domain, &self.request.run))
+            (CaptureKind::Backup, guard) => {
+                let guard = guard.map(|g| &mut **g as &mut dyn PauseGuard);
+                let more = (&self.request.run, guard, quiescer);
+                Box::new(BackupCapture::new(self.ports, self.journal, plan, domain, more))
             }
             (CaptureKind::Off, _) => Box::new(OffCapture::new(self.ports.hypervisor, self.ports.clock, plan)),
         }
@@ -285,6 +302,9 @@ impl<'a> Run<'a> {
     pub(super) fn guard(&self, plan: &Plan) -> Result<Option<Box<dyn PauseGuard>>> {
         match plan.capture {
             CaptureKind::Overlay => (self.ports.guard)(&plan.uuid).map(Some),
+            CaptureKind::Backup if self.request.plan.quiesce.wish != Quiesce::No => {
+                (self.ports.guard)(&plan.uuid).map(Some)
+            }
             CaptureKind::Backup | CaptureKind::Off => Ok(None),
         }
     }
@@ -352,7 +372,12 @@ impl<'a> Run<'a> {
         failpoint!("5f");
         capture.confirm()?;
         self.watch.step(6, "seal the point");
-        let point = replica.seal(&SealPoint { frozen_at: still.frozen_at, consistency: still.consistency, disks })?;
+        let point = replica.seal(&SealPoint {
+            frozen_at: still.frozen_at,
+            consistency: still.consistency,
+            consistency_reason: still.consistency_reason.clone(),
+            disks,
+        })?;
         failpoint!("6f");
         if let Some(mut record) = self.journal.record()? {
             record.point = Some(point.id.clone());
@@ -515,7 +540,8 @@ pub fn settle_domain(
     options: &SettleOptions,
 ) -> Result<(Option<Record>, Account, Option<String>)> {
     // A backup job stands in the way of a commit, and the other way round there is none.
-    let mut account = Account { steps: backup::settle(ports.backups, journal, uuid)?, ..Account::default() };
+    let mut account = settle_guest(ports, journal, uuid)?;
+    account.steps.extend(backup::settle(ports.backups, journal, uuid)?);
     let record = match journal.record()? {
         Some(record) => Some(record),
         None => record_in_domain(ports.hypervisor, uuid)?,
@@ -532,7 +558,22 @@ pub fn settle_domain(
         Outcome::Halted(halt) => Some(halt_error(&settler.record, &halt).chain()),
     };
     account.steps.append(&mut settler.account.steps);
-    Ok((Some(record), Account { steps: account.steps, ..settler.account }, left_open))
+    account.alarms.append(&mut settler.account.alarms);
+    Ok((Some(record), Account { steps: account.steps, alarms: account.alarms, ..settler.account }, left_open))
+}
+
+/// Lets the guest's file systems go, if an earlier run may have left them held.
+fn settle_guest(ports: &Ports, journal: &Journal, uuid: &DomainUuid) -> Result<Account> {
+    let mut account = Account::default();
+    if !journal.is_thaw_owed()? {
+        return Ok(account);
+    }
+    match quiesce::settle(ports.guest, journal, uuid, quiesce::may_hold(ports.hypervisor, uuid)?)? {
+        Settled::Nothing => {}
+        Settled::LetGo => account.steps.push("the guest agent has let the guest's file systems go".to_owned()),
+        Settled::Silent(alarm) => account.alarms.push(alarm),
+    }
+    Ok(account)
 }
 
 /// The copy of the record in the domain's own metadata: the one that survives the loss of our state directory.

@@ -15,10 +15,12 @@
 //! was pivoted before it resumes (I3). A driver that is still alive when the deadline passes is killed first: two hands
 //! on one domain are worse than none.
 
-use super::journal::{DEADMAN, Journal};
+use super::journal::{DEADMAN, Journal, Record};
+use super::quiesce::{self, Settled};
 use super::settle::{Goal, Outcome, PauseGuard, SettleOptions, Settler, Unguarded};
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::Hypervisor;
+use crate::hypervisor::guest::GuestAgent;
 use crate::name::DomainUuid;
 use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -129,6 +131,7 @@ impl PauseGuard for Deadman {
 /// What the dead-man needs to act.
 pub struct Charge<'a> {
     pub hypervisor: &'a dyn Hypervisor,
+    pub guest: &'a dyn GuestAgent,
     pub state: &'a Path,
     pub uuid: DomainUuid,
     /// The driver, to end it if it hangs.
@@ -207,9 +210,22 @@ fn release(charge: &Charge) -> Result<()> {
 fn try_release(charge: &Charge) -> Result<()> {
     // Whoever else holds the lock is settling the domain, which lets the guest go first of all; look again after it.
     let journal = Journal::open(charge.state, &charge.uuid, DEADMAN, Timestamp::now())?;
-    let Some(record) = journal.record()? else { return Ok(()) };
+    // What is held longest first: a guest agent is asked for no longer than some seconds.
+    let runs = quiesce::may_hold(charge.hypervisor, &charge.uuid)?;
+    let settled = quiesce::settle(charge.guest, &journal, &charge.uuid, runs)?;
+    if let Some(record) = journal.record()? {
+        release_vcpus(charge, &journal, record)?;
+    }
+    // Asked again and again until the time is up: the guest may be held.
+    match settled {
+        Settled::Nothing | Settled::LetGo => Ok(()),
+        Settled::Silent(alarm) => Err(Error::new(Kind::Unavailable, alarm)),
+    }
+}
+
+fn release_vcpus(charge: &Charge, journal: &Journal, record: Record) -> Result<()> {
     let mut guard = Unguarded;
-    let mut settler = Settler::new(charge.hypervisor, &journal, record, &mut guard, SettleOptions::default());
+    let mut settler = Settler::new(charge.hypervisor, journal, record, &mut guard, SettleOptions::default());
     match settler.run(Goal::Released)? {
         Outcome::Reached | Outcome::Pending(_) => Ok(()),
         Outcome::Halted(halt) => Err(super::settle::halt_error(&settler.record, &halt)),

@@ -55,7 +55,8 @@ pub fn examine(ports: &Ports, state: &Path, uuid: &DomainUuid, repair: Option<&S
     let mut finding =
         Finding { uuid: uuid.clone(), domain: name, health: Health::Sound, explanation: Vec::new(), done: Vec::new() };
     let left = journal::peek_backup(state, uuid)?;
-    if record.is_none() && left.is_none() {
+    let thaw_owed = journal::peek_thaw(state, uuid)?;
+    if record.is_none() && left.is_none() && !thaw_owed {
         explain_without_record(domain.as_ref(), &mut finding);
         return Ok(finding);
     }
@@ -79,11 +80,21 @@ pub fn examine(ports: &Ports, state: &Path, uuid: &DomainUuid, repair: Option<&S
         let settled_first = record.is_none() || finding.health != Health::NeedsPerson;
         finding.health = if halted || !settled_first { Health::NeedsPerson } else { Health::Repairable };
     }
+    if thaw_owed {
+        finding.explanation.push(
+            "the guest agent was asked to hold the guest's file systems, and has not said since that it let them go"
+                .into(),
+        );
+        if finding.health == Health::Sound {
+            finding.health = Health::Repairable;
+        }
+    }
     if let Some(options) = repair.filter(|_| finding.health == Health::Repairable) {
         let (_, account, left_open) = settle_domain(ports, &journal, uuid, options)?;
         finding.done.extend(account.steps);
         finding.done.extend(account.alarms);
         finding.health = match left_open {
+            None if journal.is_thaw_owed()? => Health::NeedsPerson,
             None => Health::Repaired,
             Some(what) => {
                 finding.explanation.push(what);

@@ -2,7 +2,7 @@
 //! images (I1). One small document per domain, replaced whole: a torn record cannot exist.
 //!
 //! `STATE/domains/UUID/` holds `lock` (who works on the domain), `record.json` (only while a run is open; `backup.json`
-//! instead while one by backup is), `last.json` (the newest report) and `history.jsonl` (all reports). A copy of the record's identity lies in the domain's own
+//! instead while one by backup is), `thaw.json` (only while the guest is owed a thaw), `last.json` (the newest report) and `history.jsonl` (all reports). A copy of the record's identity lies in the domain's own
 //! `<metadata>`, which survives the loss of this directory and travels with the domain.
 //!
 //! Format: docs/formats/journal.md.
@@ -23,6 +23,9 @@ use std::time::{Duration, Instant};
 
 /// Largest record or report that is read, in bytes.
 const DOCUMENT_MAX: u64 = 4 << 20;
+
+/// There while the guest may hold its file systems at our word.
+const THAW: &str = "thaw.json";
 
 /// The record of an open run by backup.
 const BACKUP: &str = "backup.json";
@@ -224,6 +227,26 @@ impl Journal {
         replace(&self.dir, BACKUP, &to_json(record))
     }
 
+    /// Whether the guest may have been asked to hold its file systems, and has not said since that it let them go.
+    pub fn is_thaw_owed(&self) -> Result<bool> {
+        Stamp::of(&self.dir.join(THAW)).map(|stamp| stamp.is_some())
+    }
+
+    /// The guest is about to be asked to hold its file systems. Durable when it returns.
+    pub fn owe_thaw(&self) -> Result<()> {
+        replace(&self.dir, THAW, b"{}\n")
+    }
+
+    /// It has let them go; durable when it returns.
+    pub fn thaw_is_paid(&self) -> Result<()> {
+        let path = self.dir.join(THAW);
+        match fs::remove_file(&path) {
+            Ok(()) => sync_dir(&self.dir),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            Err(e) => Err(Error::io("cannot take note of the thaw", &path, e)),
+        }
+    }
+
     /// Nothing is left of the backup; durable when it returns.
     pub fn close_backup(&self) -> Result<()> {
         self.remove(BACKUP)
@@ -249,6 +272,11 @@ impl Journal {
 /// The open record of a domain, read without its lock; for `status` and `doctor`.
 pub fn peek(state: &Path, uuid: &DomainUuid) -> Result<Option<Record>> {
     read_record(&domain_dir(state, uuid).join("record.json"))
+}
+
+/// Whether a domain's guest is owed a thaw, read without its lock; for `doctor`.
+pub fn peek_thaw(state: &Path, uuid: &DomainUuid) -> Result<bool> {
+    Stamp::of(&domain_dir(state, uuid).join(THAW)).map(|stamp| stamp.is_some())
 }
 
 /// The open run by backup of a domain, read without its lock; for `plan` and `doctor`.

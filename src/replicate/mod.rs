@@ -19,6 +19,7 @@ pub mod observe;
 pub mod offline;
 pub mod plan;
 pub mod pump;
+pub mod quiesce;
 pub mod report;
 mod room;
 pub mod settle;

@@ -5,6 +5,7 @@ use super::capture::OVERLAY_MARK;
 pub use super::choice::CaptureKind;
 use super::choice::{CaptureWish, Choice};
 use super::forecast::{Room, SpaceOptions};
+use super::quiesce::{self, Quiesce, QuiesceOptions};
 use super::turnover::{self, Tracked};
 use crate::block::DiskSize;
 use crate::block::digest::Digest;
@@ -171,6 +172,8 @@ pub enum Conflict {
     NoOverlayDir { disk: DiskName, dir: PathBuf },
     /// The target has less room than this run may need.
     NoTargetSpace { free_bytes: u64, needed_bytes: u64 },
+    /// The guest's file systems are to be held, and cannot be.
+    CannotQuiesce { why: String },
     /// An image cannot be read, and why.
     Unreadable { disk: DiskName, why: String },
 }
@@ -194,6 +197,7 @@ impl Conflict {
             Conflict::BlockJob { .. } | Conflict::DomainJob { .. } => Kind::Busy,
             Conflict::NoOverlaySpace { .. } | Conflict::NoTargetSpace { .. } => Kind::Space,
             Conflict::NoOverlayDir { .. } => Kind::Usage,
+            Conflict::CannotQuiesce { .. } => Kind::Refused,
             _ => Kind::Conflict,
         }
     }
@@ -222,6 +226,11 @@ impl Conflict {
                 "overlays of block devices need a directory with room: create it, or choose one with --overlay-dir".into()
             }
             Conflict::NoTargetSpace { .. } => "free space at the target, or choose a store on another file system".into(),
+            Conflict::CannotQuiesce { .. } => {
+                "install and start qemu-guest-agent in the guest, and give the domain its channel (org.qemu.guest_agent.0); or let \
+                 the run go on without it: --quiesce try"
+                    .into()
+            }
             Conflict::Unreadable { .. } => "put the image right, or exclude the disk with --exclude-disk".into(),
         }
     }
@@ -266,6 +275,7 @@ impl std::fmt::Display for Conflict {
                 needed_bytes >> 20,
                 free_bytes >> 20
             ),
+            Conflict::CannotQuiesce { why } => write!(f, "the guest's file systems cannot be held: {why}"),
             Conflict::Unreadable { why, .. } => write!(f, "its image cannot be read: {why}"),
         }
     }
@@ -276,6 +286,8 @@ impl std::fmt::Display for Conflict {
 pub struct PlanOptions {
     /// How the disks of a running domain are made to stand still.
     pub capture: CaptureWish,
+    /// Whether the guest agent holds the guest's file systems meanwhile.
+    pub quiesce: QuiesceOptions,
     /// Directory for the overlays of all disks; of block devices only, if `None` means "beside the image".
     pub overlay_dir: Option<PathBuf>,
     /// Directory for overlays of block devices where no other is given.
@@ -337,6 +349,16 @@ pub fn plan(
     }
     if let Some(job) = &domain.domain_job {
         plan.conflicts.push(Conflict::DomainJob { job: job.clone() });
+    }
+    if domain.power != Power::Off {
+        match (options.quiesce.wish, quiesce::can_hold(domain)) {
+            (Quiesce::No, _) => {}
+            (_, Ok(())) => {
+                plan.notes.push("the guest agent holds the guest's file systems while the disks are frozen".into())
+            }
+            (Quiesce::Try, Err(why)) => plan.notes.push(format!("the point is as after a power cut: {why}")),
+            (Quiesce::Require, Err(why)) => plan.conflicts.push(Conflict::CannotQuiesce { why: why.to_owned() }),
+        }
     }
     for disk in &domain.disks {
         match skip_reason(disk, options) {

@@ -104,6 +104,7 @@ fn replica(disks: &str) -> ReplicaView {
         frozen_at: Timestamp::UNIX_EPOCH,
         sealed_at: Timestamp::UNIX_EPOCH,
         consistency: Consistency::Crash,
+        consistency_reason: None,
         run,
         disks: disks.clone(),
         attachments: Vec::new(),

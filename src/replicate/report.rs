@@ -30,6 +30,9 @@ pub struct Report {
     pub capture_reason: Option<String>,
     /// Duration of the freeze call in milliseconds, an upper bound of what the guest felt; 0 for a domain that is off.
     pub freeze_ms: f64,
+    /// How long the guest agent held the guest's file systems, in milliseconds; absent if it did not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_ms: Option<f64>,
     /// Longest time the guest's vCPUs stood still at the end of the commit, in milliseconds; 0 if they did not.
     pub pause_ms: f64,
     pub duration_ms: f64,
@@ -87,6 +90,7 @@ pub(crate) mod tests {
             frozen_at: Timestamp::UNIX_EPOCH,
             sealed_at: Timestamp::UNIX_EPOCH,
             consistency: Consistency::Crash,
+            consistency_reason: None,
             run: run.clone(),
             disks: vec![disk],
             attachments: Vec::new(),
@@ -102,6 +106,7 @@ pub(crate) mod tests {
             capture: Some(CaptureKind::Overlay),
             capture_reason: Some("why".into()),
             freeze_ms: 1.5,
+            held_ms: None,
             pause_ms: 2.25,
             duration_ms: 1000.0,
             skipped: Vec::new(),

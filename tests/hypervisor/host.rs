@@ -170,7 +170,7 @@ impl Guest<'_> {
     }
 
     pub fn freeze_disk(&self, disk: &str, overlay: &str) -> FreezeDisk {
-        FreezeDisk { name: name(disk), overlay: self.path(overlay) }
+        FreezeDisk { name: name(disk), overlay: self.path(overlay), prepared: false }
     }
 
     /// Size of a file of its directory, in bytes; `None` if there is none.

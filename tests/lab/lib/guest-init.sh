@@ -2,10 +2,11 @@
 # PID 1 of the test guest (busybox ash). It makes promises a test can check afterwards:
 #  - `ack N` is printed on the console only after line N has reached the disk (fsync), on every disk it has;
 #  - /data2/lines never holds a line that /data/lines does not, and is at most one behind, at every instant.
-# What it does is chosen on the kernel's command line: vr.mode=writer|reader, vr.delay=SECONDS.
+# What it does is chosen on the kernel's command line: vr.mode=writer|reader, vr.delay=SECONDS, vr.agent=yes|hang.
 
 mode=writer
 delay=0.05
+agent=
 
 say() { echo "$*" >/dev/console; }
 
@@ -20,6 +21,7 @@ start() {
     case $word in
       vr.mode=*) mode=${word#*=} ;;
       vr.delay=*) delay=${word#*=} ;;
+      vr.agent=*) agent=${word#*=} ;;
     esac
   done
   acpid -l /dev/null # `virsh shutdown` presses the power button; /etc/acpi says what that means
@@ -37,11 +39,27 @@ wait_for() { # wait_for DEVICE: probing is asynchronous
 mount_disks() {
   wait_for /dev/vda || stop "no disk"
   mount -t ext4 /dev/vda /data || stop "cannot mount /dev/vda"
-  # All virtio devices here are disks. Counting them keeps a second one from being overlooked because it is slow.
-  set -- /sys/bus/virtio/devices/virtio*
-  [ $# -ge 2 ] || return 0
+  # Counting the disks among the virtio devices (type 2) keeps a second one from being overlooked because it is slow.
+  [ "$(grep -lx 0x0002 /sys/bus/virtio/devices/virtio*/device | wc -l)" -ge 2 ] || return 0
   wait_for /dev/vdb || stop "no /dev/vdb"
   mount -t ext4 /dev/vdb /data2 || stop "cannot mount /dev/vdb"
+}
+
+# The guest agent holds what is mounted by then. It is found by the name of its channel: there is no udev here.
+start_agent() {
+  [ -n "$agent" ] || return 0
+  local module port i=0
+  while read -r module; do insmod "$module" 2>/dev/null; done </modules.agent
+  while [ $i -lt 50 ]; do
+    port=$(grep -lx org.qemu.guest_agent.0 /sys/class/virtio-ports/*/name 2>/dev/null) && break
+    sleep 0.1
+    i=$((i + 1))
+  done
+  port=${port%/name}
+  qemu-ga -m virtio-serial -p "/dev/${port##*/}" -t /run >/dev/null 2>&1 &
+  local pid=$!
+  say agent
+  [ "$agent" != hang ] || (sleep 2 && kill -STOP $pid && say "agent hangs") &
 }
 
 stop() {
@@ -113,6 +131,7 @@ report() {
 
 start
 mount_disks
+start_agent
 case $mode in
   writer) write_forever ;;
   reader) report ;;

@@ -74,12 +74,20 @@ pub struct Builder {
     disks: Vec<Disk>,
     guest: bool,
     delay: &'static str,
+    agent: Option<&'static str>,
     edits: Vec<Edit>,
 }
 
 impl Builder {
     pub(crate) fn new(name: &str) -> Builder {
-        Builder { name: name.to_owned(), disks: Vec::new(), guest: false, delay: "0.05", edits: Vec::new() }
+        Builder {
+            name: name.to_owned(),
+            disks: Vec::new(),
+            guest: false,
+            delay: "0.05",
+            agent: None,
+            edits: Vec::new(),
+        }
     }
 
     pub fn disk(mut self, disk: Disk) -> Builder {
@@ -90,6 +98,12 @@ impl Builder {
     /// With the guest that writes numbered lines for ever; without it there is a QEMU and no operating system.
     pub fn guest(mut self) -> Builder {
         self.guest = true;
+        self
+    }
+
+    /// The guest, with a real guest agent in it: `yes`, or one that will `hang`.
+    pub fn agent(mut self, how: &'static str) -> Builder {
+        (self.guest, self.agent) = (true, Some(how));
         self
     }
 
@@ -167,7 +181,10 @@ impl Builder {
             domain.images.push(image);
         }
         match self.guest {
-            true => words.extend(["--delay".to_owned(), self.delay.to_owned()]),
+            true => {
+                words.extend(["--delay".to_owned(), self.delay.to_owned()]);
+                words.extend(self.agent.iter().flat_map(|how| ["--agent".to_owned(), (*how).to_owned()]));
+            }
             false => words.extend(["--no-os", "--memory", "32"].map(str::to_owned)),
         }
         let mut xml = Host::A.output(&words.iter().map(String::as_str).collect::<Vec<_>>());
@@ -279,10 +296,15 @@ impl Domain {
         self.qemu_io(disk, "flush");
     }
 
+    /// What the guest has said so far.
+    pub fn console(&self) -> String {
+        let log = std::fs::read(Host::A.file(&self.console)).unwrap_or_default();
+        String::from_utf8_lossy(&log).into_owned()
+    }
+
     /// The last line the guest said to be on disk; 0 if none.
     pub fn acked(&self) -> u64 {
-        let log = std::fs::read(Host::A.file(&self.console)).unwrap_or_default();
-        let log = String::from_utf8_lossy(&log);
+        let log = self.console();
         // A line still being printed does not count.
         let whole = &log[..log.rfind('\n').map_or(0, |end| end + 1)];
         whole.lines().rev().find_map(|l| l.trim().strip_prefix("ack ")?.parse().ok()).unwrap_or(0)
