@@ -4,6 +4,9 @@
 //! hosts: a test owns its domain, its files and its store, and nothing else (`support` says how it gets the lab for
 //! itself where it must). After each test the domain runs on its own image and no overlay of ours is left.
 
+/// What every run and plan is told beside what its test says: nothing, so by overlay. `by_backup` says otherwise.
+const WAY: &[&str] = &[];
+
 #[path = "lab/suite/audit.rs"]
 mod audit;
 #[path = "lab/suite/bitmaps.rs"]
@@ -12,6 +15,8 @@ mod bitmaps;
 mod bitmaps_hands;
 #[path = "lab/suite/bitmaps_off.rs"]
 mod bitmaps_off;
+#[path = "lab/suite/by_backup.rs"]
+mod by_backup;
 #[path = "lab/suite/consistency.rs"]
 mod consistency;
 #[path = "lab/suite/contract.rs"]
@@ -20,6 +25,8 @@ mod contract;
 mod cost;
 #[path = "lab/suite/crash.rs"]
 mod crash;
+#[path = "lab/suite/crash_backup.rs"]
+mod crash_backup;
 #[path = "lab/suite/crash_bench.rs"]
 mod crash_bench;
 #[path = "lab/suite/crash_hands.rs"]

@@ -29,6 +29,9 @@ use std::time::{Duration, Instant};
 /// libvirt is asked this often whether the job still runs; beside that, reading fails without it.
 const ASK_EVERY: Duration = Duration::from_millis(500);
 
+/// How long a libvirtd that is away is waited for before a point is sealed.
+const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+
 /// How long a job may take to end once libvirt was told.
 const END_WITHIN: Duration = Duration::from_secs(30);
 
@@ -194,12 +197,24 @@ impl Capture for BackupCapture<'_> {
             }
             *asked = Instant::now();
         }
-        self.runs()
+        match self.runs() {
+            // libvirtd may come and go: the job is QEMU's, and reading fails if it ends.
+            Err(e) if e.kind() == Kind::Unavailable => Ok(()),
+            other => other,
+        }
     }
 
     /// A job that could not keep what the guest overwrote has ended; one that runs has served one instant all along.
     fn confirm(&self) -> Result<()> {
-        self.runs()
+        let give_up_at = Instant::now() + ANSWER_WITHIN;
+        loop {
+            match self.runs() {
+                Err(e) if e.kind() == Kind::Unavailable && Instant::now() < give_up_at => {
+                    std::thread::sleep(ASK_EVERY / 5);
+                }
+                other => return other,
+            }
+        }
     }
 
     fn release(&mut self) -> Result<Release> {

@@ -184,6 +184,7 @@ fn row(
     }));
     let seen = Seen {
         open: record.map(|r| r.phase),
+        backup: journal::peek_backup(&globals.state_dir, &domain.uuid)?.is_some(),
         stuck,
         observed: domain.view.is_some(),
         replicated: head.is_some(),

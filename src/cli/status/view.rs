@@ -15,6 +15,8 @@ use virt_replica::replicate::report::RunOutcome;
 pub enum State {
     Ok,
     OnOverlay,
+    /// A backup job of ours runs, or is on record.
+    ByBackup,
     CommitPending,
     NeedsAttention,
     NeverReplicated,
@@ -26,6 +28,7 @@ impl State {
         match self {
             State::Ok => "ok",
             State::OnOverlay => "on overlay",
+            State::ByBackup => "by backup",
             State::CommitPending => "commit pending",
             State::NeedsAttention => "needs attention",
             State::NeverReplicated => "never replicated",
@@ -39,6 +42,8 @@ impl State {
 pub struct Seen {
     /// Phase of the open record, if there is one.
     pub open: Option<Phase>,
+    /// A run by backup is on record.
+    pub backup: bool,
     /// The open record cannot be settled without a person, or an overlay of ours has no record.
     pub stuck: bool,
     /// libvirt was asked and knows the domain.
@@ -55,6 +60,7 @@ pub fn state(seen: Seen) -> State {
         Seen { stuck: true, .. } => State::NeedsAttention,
         Seen { open: Some(Phase::CommitIntent | Phase::PivotIntent), .. } => State::CommitPending,
         Seen { open: Some(_), .. } => State::OnOverlay,
+        Seen { backup: true, .. } => State::ByBackup,
         Seen { alarmed: true, .. } => State::NeedsAttention,
         Seen { observed: false, .. } => State::Unknown,
         Seen { replicated: false, .. } => State::NeverReplicated,
@@ -199,7 +205,7 @@ pub fn describe(rows: &[Row], from: HeadFrom) -> String {
 mod tests {
     use super::*;
 
-    /// A letter each: phase (- f F c p), stuck, observed, replicated, alarmed.
+    /// A letter each: phase (- f F c p, b by backup), stuck, observed, replicated, alarmed.
     fn of(text: &str) -> State {
         let c: Vec<char> = text.chars().collect();
         let open = match c[0] {
@@ -211,6 +217,7 @@ mod tests {
         };
         state(Seen {
             open,
+            backup: c[0] == 'b',
             stuck: c[1] == 's',
             observed: c[2] == 'o',
             replicated: c[3] == 'r',
@@ -226,6 +233,8 @@ mod tests {
             ("---r", State::Unknown),
             ("f-or", State::OnOverlay),
             ("F---", State::OnOverlay),
+            ("b-or", State::ByBackup),
+            ("bsor", State::NeedsAttention),
             ("c-or", State::CommitPending),
             ("p--r", State::CommitPending),
             ("psor", State::NeedsAttention),

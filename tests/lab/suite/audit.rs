@@ -1,7 +1,7 @@
 //! Dirty bitmaps that lie: writes that QEMU never saw, found by the audit.
 
-use crate::domain::{Disk, Domain};
-use crate::support::{Host, Lab};
+use super::domain::{Disk, Domain};
+use super::support::{Host, Lab};
 use serde_json::Value;
 
 /// Writes to a running domain's raw image from outside, as a mount on the host would.

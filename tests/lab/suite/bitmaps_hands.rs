@@ -1,9 +1,9 @@
 //! Changed-block tracking under other hands: bitmaps, checkpoints, snapshots and sizes that somebody else changes.
 
-use crate::bitmaps::{remove, remove_ours};
-use crate::domain::Disk;
-use crate::support::{Host, Lab};
-use crate::tracked::{Tracked, reason, says};
+use super::bitmaps::{remove, remove_ours};
+use super::domain::Disk;
+use super::support::{Host, Lab};
+use super::tracked::{Tracked, reason, says};
 use serde_json::json;
 
 #[test]
@@ -75,7 +75,7 @@ fn snapshot(tracked: &Tracked, disks: &[usize]) -> Vec<String> {
         vec!["snapshot-create-as".to_owned(), "theirs".into(), "--disk-only".into(), "--no-metadata".into()];
     let mut files = tracked.vm.images.clone();
     for (disk, file) in files.iter_mut().enumerate() {
-        let name = crate::tracked::disk_name(disk);
+        let name = super::tracked::disk_name(disk);
         words.push("--diskspec".into());
         match disks.contains(&disk) {
             true => {
@@ -297,7 +297,7 @@ fn disk_added_and_removed() {
 fn migrated_away_and_back_with_its_storage() {
     let lab = Lab::get();
     let mut tracked = Tracked::pair(&lab, "bmmove");
-    let _there = crate::support::Undo(undo_on_b(&tracked));
+    let _there = super::support::Undo(undo_on_b(&tracked));
     tracked.write();
     let make = r#"mkdir -p "$(dirname "$1")"; rm -f "$1" "$2"
         qemu-img create -q -f qcow2 "$1" 64M; qemu-img create -q -f raw "$2" 64M"#;
@@ -321,7 +321,7 @@ fn migrated_away_and_back_on_shared_storage() {
         xml.replace(dir, &format!("/lab/shared/{name}"))
     });
     let mut tracked = Tracked::of(builder, |vm| vm.images[0] = format!("{}/vda.qcow2", vm.shared()));
-    let _there = crate::support::Undo(undo_on_b(&tracked));
+    let _there = super::support::Undo(undo_on_b(&tracked));
     tracked.by_bitmap_again();
     tracked.write();
     migrate(Host::A, &tracked.vm.name, "192.0.2.2", &[]);

@@ -1,8 +1,8 @@
 //! Changed-block tracking of a domain that is shut off, by the bitmaps that lie in its images.
 
-use crate::domain::Disk;
-use crate::support::{Host, Lab, PATIENCE, SyncResult};
-use crate::tracked::{Tracked, says};
+use super::domain::Disk;
+use super::support::{Host, Lab, PATIENCE, SyncResult};
+use super::tracked::{Tracked, says};
 use serde_json::json;
 
 /// What was written before the domain ended, and what its owner does to the image with QEMU's own programs.
@@ -67,7 +67,7 @@ fn started_from_off_while_it_is_read() {
             _ => run.wait_step(5),
         }
         // What holds the image for the length of a turnover refuses a start, which then is to be repeated.
-        crate::support::eventually("the domain starts", PATIENCE, || {
+        super::support::eventually("the domain starts", PATIENCE, || {
             (Host::A.run(&["virsh", "start", &tracked.vm.name]).code == 0).then_some(())
         });
         tracked.write();

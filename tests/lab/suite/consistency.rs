@@ -1,8 +1,8 @@
 //! What a point promises: one instant of all disks, nothing acknowledged lost, only changes sent, nothing stored for
 //! nothing; and the machine's description beside the disks.
 
-use crate::domain::{Disk, Domain, image_of};
-use crate::support::{Host, Lab};
+use super::domain::{Disk, Domain, image_of};
+use super::support::{Host, Lab};
 use serde_json::Value;
 
 /// The guest writes line N to the second disk right after the first; a point in which they are further apart was not

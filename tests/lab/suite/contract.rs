@@ -1,8 +1,8 @@
 //! What scripts depend on: names in JSON, exit codes, and that a plan touches nothing. Additions are fine, renames are
 //! not.
 
-use crate::domain::Disk;
-use crate::support::{Done, Host, Lab};
+use super::domain::Disk;
+use super::support::{Done, Host, Lab};
 use serde_json::Value;
 
 fn small() -> Disk {

@@ -1,8 +1,8 @@
 //! What a run costs: what changed, not what exists; and that many of them in a row leave nothing behind.
 
-use crate::domain::Disk;
-use crate::support::{Host, Lab, SyncResult};
-use crate::tracked::Tracked;
+use super::domain::Disk;
+use super::support::{Host, Lab, SyncResult};
+use super::tracked::Tracked;
 
 const GIB: u64 = 1 << 30;
 const BLOCK: u64 = 64 << 10;
@@ -78,7 +78,7 @@ fn back_to_back_runs_leave_nothing_behind() {
             let mut run = tracked.vm.start_sync("5f=sleep:1500", &["--keep", "last=5"]);
             run.wait_step(5);
             let frozen = tracked.vm.copy_frozen(0);
-            let run = SyncResult::of(run.wait(crate::support::PATIENCE)).sealed();
+            let run = SyncResult::of(run.wait(super::support::PATIENCE)).sealed();
             tracked.vm.compare_with_frozen(&run.report, 0, &frozen);
             assert!(tracked.vm.lines(&run.report, 0) >= acked, "cycle {cycle}: acknowledged lines are missing");
             tracked.check_one_each(1);

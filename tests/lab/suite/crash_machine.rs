@@ -34,10 +34,10 @@ pub struct Disk {
 /// (disk, slot) -> the pattern that was flushed there last.
 pub type Model = BTreeMap<(usize, u8), u8>;
 
-/// `….vr-RUN.qcow2`, retired or kept; what somebody made on top and named after it is theirs.
+/// `….vr-RUN.qcow2`, retired or kept, or the scratch file of a backup; what somebody made on top and named after it is theirs.
 fn is_ours(name: &str) -> bool {
     let Some((_, rest)) = name.rsplit_once(".vr-") else { return false };
-    matches!(rest.split_once('.'), Some((_, "qcow2" | "qcow2.retired" | "qcow2.kept")))
+    matches!(rest.split_once('.'), Some((_, "qcow2" | "qcow2.retired" | "qcow2.kept" | "scratch.qcow2")))
 }
 
 /// A domain with two disks, one qcow2 and one raw, in host a.
@@ -153,6 +153,11 @@ impl<'l> Machine<'l> {
 
     pub fn record(&self) -> Option<String> {
         fs::read_to_string(self.state_dir().join("record.json")).ok()
+    }
+
+    /// The journal's record of an open run by backup.
+    pub fn backup_record(&self) -> PathBuf {
+        self.state_dir().join("backup.json")
     }
 
     /// When each retired overlay lost its name, in seconds: its inode's last change, by the file system's clock.

@@ -1,9 +1,15 @@
 //! Domains of host a: built, started, written to, replicated, compared, and gone with all their files on both hosts
 //! when the test ends, however it ends.
 
-use crate::support::{Host, Job, PATIENCE, STORE, SyncResult, TARGET, eventually};
+use super::WAY;
+use super::support::{Host, Job, PATIENCE, STORE, SyncResult, TARGET, eventually};
 use serde_json::Value;
 use std::path::Path;
+
+/// Whether the runs of this module are by backup, not by overlay.
+pub fn by_backup() -> bool {
+    WAY.contains(&"backup")
+}
 
 /// Where overlays of block devices go unless told otherwise.
 pub const IMAGES: &str = "/var/lib/libvirt/images";
@@ -327,6 +333,7 @@ impl Domain {
     /// Starts a run with `--json`; `failpoint` arms points in the driver (empty: none).
     pub fn start_sync(&self, failpoint: &str, args: &[&str]) -> Job {
         let mut words = vec!["virt-replica", "sync", &self.name, "--to", &self.to, "--json"];
+        words.extend(WAY);
         words.extend(args);
         let mut command = Host::A.command(&words);
         if !failpoint.is_empty() {
@@ -346,7 +353,9 @@ impl Domain {
     }
 
     pub fn plan(&self) -> Value {
-        Host::A.json(&["plan", &self.name, "--to", &self.to, "--json"])
+        let mut words = vec!["plan", &self.name, "--to", &self.to, "--json"];
+        words.extend(WAY);
+        Host::A.json(&words)
     }
 
     /// The points on the target, oldest first.
@@ -364,6 +373,10 @@ impl Domain {
     /// means something only while it is frozen: [`Domain::copy_frozen`].
     pub fn copy(&self, disk: usize) -> Reference {
         let file = format!("{}/{}.raw", self.shared(), disk_name(disk));
+        // An overlay makes QEMU write out what it holds of the image's tables; a backup leaves that alone.
+        if by_backup() && self.state() != "shut off" {
+            self.flush(disk);
+        }
         Host::A.ok(&["qemu-img", "convert", "-U", "-O", "raw", &self.images[disk], &file]);
         Reference { file }
     }
@@ -371,11 +384,30 @@ impl Domain {
     /// Copies a disk's own image while an overlay holds it still; the run must be past step 4 and not yet in step 7.
     #[track_caller]
     pub fn copy_frozen(&self, disk: usize) -> Reference {
+        if by_backup() {
+            return self.copy_served(disk);
+        }
         let on_overlay = || self.live_images()[disk].contains(".vr-");
         assert!(on_overlay(), "the disk is not frozen yet");
         let copy = self.copy(disk);
         assert!(on_overlay(), "the commit began while the frozen image was copied: the failpoint is too short");
         copy
+    }
+
+    /// Copies a disk as QEMU serves it while a backup job runs, by another reader than ours.
+    #[track_caller]
+    fn copy_served(&self, disk: usize) -> Reference {
+        let (name, file) = (disk_name(disk), format!("{}/{}.raw", self.shared(), disk_name(disk)));
+        let export = format!("nbd+unix:///{name}?socket={}", self.backup_socket());
+        Host::A.ok(&["qemu-img", "convert", "-f", "raw", "-O", "raw", &export, &file]);
+        Reference { file }
+    }
+
+    /// The socket of the backup job that runs.
+    #[track_caller]
+    pub fn backup_socket(&self) -> String {
+        let job = self.virsh(&["backup-dumpxml"]);
+        between(&job, "socket='", "'").expect("the job serves on a socket").to_owned()
     }
 
     /// A point's disk on the target holds exactly this content, bit for bit as QEMU sees it.
@@ -443,11 +475,17 @@ impl Domain {
             assert_eq!(left, "", "overlays of {device} are left");
         }
         assert!(!self.record().exists(), "a record is left in {}", self.record().display());
+        assert!(!self.backup_record().exists(), "a record is left in {}", self.backup_record().display());
     }
 
     /// The journal's record of an open run, as this process reaches it.
     pub fn record(&self) -> std::path::PathBuf {
         Host::A.file(format!("{STORE}/source/domains/{}/record.json", self.uuid))
+    }
+
+    /// The journal's record of an open run by backup.
+    pub fn backup_record(&self) -> std::path::PathBuf {
+        self.record().with_file_name("backup.json")
     }
 
     /// Its replica's directory on host b.

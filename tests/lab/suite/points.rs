@@ -1,7 +1,7 @@
 //! Points come and go while replication goes on: retention, pins, exports, a store that removes nothing young.
 
-use crate::domain::{Disk, Domain};
-use crate::support::{Host, Lab, PATIENCE, SyncResult, Undo};
+use super::domain::{Disk, Domain};
+use super::support::{Host, Lab, PATIENCE, SyncResult, Undo};
 use serde_json::Value;
 
 fn small() -> Disk {

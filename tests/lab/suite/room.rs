@@ -1,8 +1,8 @@
 //! Room for overlays at the source: refused before the freeze where it will not do, and given back to the guest at once
 //! where it runs out all the same.
 
-use crate::domain::Disk;
-use crate::support::{Host, Lab, PATIENCE, SyncResult, Undo};
+use super::domain::Disk;
+use super::support::{Host, Lab, PATIENCE, SyncResult, Undo};
 
 /// What was foreseen is in the plan; too little room is refused with the numbers, and the domain is not touched.
 #[test]
@@ -68,4 +68,34 @@ fn a_source_that_fills_up_gets_its_overlay_committed_at_once() {
     assert_eq!(next.mode("vda"), "bitmap");
     assert_eq!(next.bytes("vda", "blocks_changed"), 12 * 64, "{:#}", next.report);
     vm.compare_with_head();
+}
+
+/// The same by backup: what the guest overwrites fills the file system of the scratch files. The job is ended while there
+/// is room, so that no write of the guest's fails.
+#[test]
+fn a_scratch_file_that_fills_up_ends_the_backup_before_the_guest_meets_an_error() {
+    let lab = Lab::get();
+    let disks = [Disk::raw("96M").then("write -P 0x31 0 96M"), Disk::qcow2("32M")];
+    let vm = disks.into_iter().fold(lab.domain("fillsscratch"), |vm, disk| vm.disk(disk)).running();
+    vm.sync_with("", &["--capture", "backup"]).sealed();
+    let dir = format!("/srv/scratch-{}", vm.name);
+    lab.tool(&["small-fs", "a", &dir, "64M"]);
+    let _undo = Undo(|| drop(lab.tool(&["small-fs", "a", &dir, "off"])));
+    let limits = ["--capture", "backup", "--overlay-dir", &dir, "--min-free-source", "24M", "--compare"];
+    let slow: Vec<String> = (1..=24).map(|hit| format!("5b=sleep:1000@{hit}")).collect();
+    let mut run = vm.start_sync(&slow.join(","), &limits);
+    run.wait_step(5);
+    assert!(vm.virsh(&["backup-dumpxml"]).contains(&dir), "the scratch files lie where they are told to");
+    for at in 0..12 {
+        vm.write(0, &format!("-P 0x32 {}M 4M", at * 8));
+    }
+    vm.flush(0);
+    let cut = SyncResult::of(run.wait(PATIENCE)).failed(1);
+    cut.says(&["was cut short", "the backup is ended at once", "scratch file", &dir, "--overlay-dir"]);
+    vm.assert_home();
+    assert_eq!(vm.state(), "running");
+    assert_eq!(vm.points().len(), 1, "no point was made of it");
+    let next = vm.sync_with("", &["--capture", "backup"]).sealed();
+    assert_eq!(next.mode("vda"), "bitmap");
+    assert_eq!(next.bytes("vda", "blocks_changed"), 12 * 64, "every write arrived: {:#}", next.report);
 }

@@ -1,7 +1,7 @@
 //! A scrub over ssh: it finds what has rotted in the head, can be stopped, and the next run mends the head and says so.
 
-use crate::domain::Disk;
-use crate::support::{Host, Lab};
+use super::domain::Disk;
+use super::support::{Host, Lab};
 use serde_json::Value;
 
 #[test]

@@ -1,7 +1,7 @@
 //! First copies that do not begin from nothing: one that was broken off goes on, one that was brought is built on.
 
-use crate::domain::Disk;
-use crate::support::{Host, Job, Lab, PATIENCE, SyncResult, Undo, eventually};
+use super::domain::Disk;
+use super::support::{Host, Job, Lab, PATIENCE, SyncResult, Undo, eventually};
 use serde_json::Value;
 use std::time::Duration;
 

@@ -1,7 +1,7 @@
 //! The states a domain can be in when a run begins, what may happen to it meanwhile, and what is refused.
 
-use crate::domain::{Disk, Domain};
-use crate::support::{Host, Lab, PATIENCE, SyncResult};
+use super::domain::{Disk, Domain, by_backup};
+use super::support::{Host, Lab, PATIENCE, SyncResult};
 
 fn small() -> Disk {
     Disk::qcow2("32M").then("write -P 0x11 1M 3M")
@@ -29,7 +29,9 @@ fn replicates_a_writer(name: &str, disk: Disk) {
     let after = vm.acked();
     assert_eq!(result.report["consistency"], "crash");
     assert!(result.report["freeze_ms"].as_f64() > Some(0.0), "{:#}", result.report);
-    assert!(result.report["pause_ms"].as_f64() > Some(0.0), "{:#}", result.report);
+    // Nothing to commit, nothing to pause for.
+    assert_eq!(result.report["pause_ms"].as_f64() > Some(0.0), !by_backup(), "{:#}", result.report);
+    assert_eq!(result.report["capture"], if by_backup() { "backup" } else { "overlay" }, "{:#}", result.report);
     let head = vm.head();
     vm.compare_with_frozen(&head, 0, &frozen);
     let lines = vm.lines(&head, 0);

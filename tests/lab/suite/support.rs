@@ -2,7 +2,7 @@
 //!
 //! Every wait is bounded and polls. What a command printed is printed again, so that a failed test shows its story.
 
-use crate::domain::Builder;
+use super::domain::Builder;
 use serde_json::Value;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};

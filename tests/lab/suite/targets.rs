@@ -1,7 +1,7 @@
 //! Targets that are not what they should be: each says what is wrong and what to do, and none costs the guest anything.
 
-use crate::domain::{Disk, Domain};
-use crate::support::{Host, Job, Lab, PATIENCE, SyncResult, Undo, eventually};
+use super::domain::{Disk, Domain};
+use super::support::{Host, Job, Lab, PATIENCE, SyncResult, Undo, eventually};
 use std::time::Duration;
 
 fn small() -> Disk {
@@ -147,7 +147,7 @@ fn a_store_that_cannot_be_written_is_refused_before_the_freeze() {
     let _undo = Undo(move || drop(Host::B.run(&["umount", &unmount])));
     never_frozen(&vm, &vm.sync().exit(1).says(&["Read-only file system", &root]));
     // Not even a directory.
-    vm.to = format!("{}/etc/hostname", crate::support::TARGET);
+    vm.to = format!("{}/etc/hostname", super::support::TARGET);
     never_frozen(&vm, &vm.sync().exit(1).says(&["Not a directory", "/etc/hostname"]));
 }
 
@@ -184,7 +184,7 @@ fn a_target_that_fills_up_keeps_its_old_point() {
     vm.assert_home();
     let points = vm.points();
     assert_eq!(points.len(), 1);
-    vm.compare_with_frozen(&points[0], 0, &crate::domain::Reference { file: kept });
+    vm.compare_with_frozen(&points[0], 0, &super::domain::Reference { file: kept });
 
     // With less to ship the next run gets through: what the failed one wrote is gone.
     vm.qemu_io(0, "write -z 8M 88M");

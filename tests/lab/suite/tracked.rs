@@ -4,8 +4,8 @@
 //! old places, a part of a block, zeros, a discard. Whatever was done between two runs, the head has to equal the disks
 //! bit for bit, by whichever mode it was made, and one bitmap of ours for each disk and target is left.
 
-use crate::domain::{Builder, Disk, Domain};
-use crate::support::{Host, Lab, SyncResult};
+use super::domain::{Builder, Disk, Domain};
+use super::support::{Host, Lab, SyncResult};
 use serde_json::{Value, json};
 
 /// One of a disk's bitmaps, as the running QEMU has it or as it lies in the image.

@@ -1,7 +1,8 @@
 //! The commands that look: `verify` finds what is damaged and what differs, `status` and `doctor` say how a domain stands.
 
-use crate::domain::{Disk, Domain, image_of};
-use crate::support::{Done, Host, Lab, PATIENCE, SyncResult};
+use super::WAY;
+use super::domain::{Disk, Domain, by_backup, image_of};
+use super::support::{Done, Host, Lab, PATIENCE, SyncResult};
 use serde_json::Value;
 
 fn small() -> Disk {
@@ -11,6 +12,9 @@ fn small() -> Disk {
 fn verify(vm: &Domain, args: &[&str]) -> Done {
     let mut words = vec!["verify", &vm.name, "--to", &vm.to, "--json"];
     words.extend(args);
+    if args.contains(&"--against-source") {
+        words.extend(WAY);
+    }
     Host::A.virt_replica(&words)
 }
 
@@ -82,8 +86,8 @@ fn status_and_doctor() {
     assert_eq!(state()["state"], "never_replicated");
     let mut run = vm.start_sync("5f=sleep:2500", &[]);
     run.wait_step(5);
-    assert_eq!(state()["state"], "on_overlay");
-    assert!(vm.live_images()[0].contains(".vr-"));
+    assert_eq!(state()["state"], if by_backup() { "by_backup" } else { "on_overlay" });
+    assert_eq!(vm.live_images()[0].contains(".vr-"), !by_backup());
     let done = SyncResult::of(run.wait(PATIENCE)).sealed();
     let after = state();
     assert_eq!(after["state"], "ok", "{after:#}");
