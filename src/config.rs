@@ -1,4 +1,5 @@
-//! This host's configuration file, `/etc/virt-replica/virt-replica.yaml`: named targets, and defaults of the commands.
+//! This host's configuration: `/etc/virt-replica/virt-replica.yaml` (named targets, defaults, the daemon), and where its
+//! policies are read.
 //!
 //! ```yaml
 //! targets:
@@ -7,26 +8,41 @@
 //!     identity: /etc/virt-replica/ssh/id_ed25519    # optional: only this key is offered
 //!     ssh_config: /etc/virt-replica/ssh/config      # optional: instead of the user's own
 //!     known_hosts: /etc/virt-replica/ssh/known_hosts
+//!     runs_max: 2                                   # runs to this target at a time (the daemon's)
 //! defaults:
 //!   overlay_dir: /srv/overlays          # overlays of all disks; without it they lie beside their images
 //!   block_overlay_dir: /srv/overlays    # overlays of disks that are block devices
 //!   capture: auto                       # overlay (without it), backup, or auto
+//! daemon:
+//!   runs_max: 2                         # runs of this host at a time
+//!   stall_timeout: 15m                  # a run without a sign of life for so long is ended
+//!   stop_timeout: 2m                    # time that runs have to end in order when the daemon stops
 //! ```
+//!
+//! Policies lie beside it in `policies.d`, one in each file: [`crate::policy`].
 //!
 //! A key that is not known is an error, and so is one that stands twice: a misspelt setting that does nothing is worse
 //! than none. Errors name file, line and column and show the line.
 
 use crate::error::{Error, Kind, Result};
+use crate::policy::{self, Policy};
 use crate::replicate::choice::CaptureWish;
 use crate::transport::target::TargetUrl;
+use crate::units;
+use crate::yaml::{self, closest};
 use serde::Deserialize;
 use serde::de::Error as _;
 use std::collections::BTreeMap;
 use std::io::Read;
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Where the file is looked for unless another is named.
 pub const CONFIG_FILE: &str = "/etc/virt-replica/virt-replica.yaml";
+
+/// Directory of the policies, beside the configuration.
+const POLICY_DIR: &str = "policies.d";
 
 /// Largest file that is read, in bytes.
 const FILE_MAX: u64 = 1 << 20;
@@ -36,6 +52,7 @@ const FILE_MAX: u64 = 1 << 20;
 pub struct Config {
     pub targets: BTreeMap<String, TargetConfig>,
     pub defaults: Defaults,
+    pub daemon: DaemonConfig,
 }
 
 /// A target with a name.
@@ -50,6 +67,9 @@ pub struct TargetConfig {
     pub ssh_config: Option<PathBuf>,
     #[serde(default)]
     pub known_hosts: Option<PathBuf>,
+    /// Runs that the daemon has under way to it at a time; `None`: as many as it may have at all.
+    #[serde(default)]
+    pub runs_max: Option<NonZeroU32>,
 }
 
 /// What a command does where its options say nothing.
@@ -64,23 +84,74 @@ pub struct Defaults {
     pub capture: Option<CaptureWish>,
 }
 
+/// How the daemon works.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DaemonConfig {
+    /// Runs under way at a time, whatever their targets.
+    pub runs_max: NonZeroU32,
+    /// A run that shows no step and no progress for so long is ended, and its domain is put right.
+    #[serde(deserialize_with = "duration")]
+    pub stall_timeout: Duration,
+    /// How long runs may take to end in order when the daemon stops.
+    #[serde(deserialize_with = "duration")]
+    pub stop_timeout: Duration,
+}
+
+impl Default for DaemonConfig {
+    fn default() -> Self {
+        Self {
+            runs_max: NonZeroU32::new(2).expect("two is not zero"),
+            stall_timeout: Duration::from_secs(15 * 60),
+            stop_timeout: Duration::from_secs(120),
+        }
+    }
+}
+
+fn duration<'de, D: serde::Deserializer<'de>>(de: D) -> Result<Duration, D::Error> {
+    let text = String::deserialize(de)?;
+    match units::parse_age(&text) {
+        Ok(d) if d.is_zero() => Err(D::Error::custom("it has to be longer than nothing")),
+        Ok(d) => Ok(d),
+        Err(why) => Err(D::Error::custom(format!("'{text}' is no duration: {why}"))),
+    }
+}
+
 impl Config {
     /// Reads `path`. A file that is not there is an empty one, unless it was `named` by the operator.
     pub fn load(path: &Path, named: bool) -> Result<Config> {
-        let mut text = String::new();
-        match std::fs::File::open(path).and_then(|f| f.take(FILE_MAX + 1).read_to_string(&mut text)) {
-            Ok(read) if read as u64 <= FILE_MAX => Config::parse(&text, path),
-            Ok(_) => Err(Error::new(Kind::Config, "the configuration is larger than 1 MiB").path(path)),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound && !named => Ok(Config::default()),
-            Err(e) => Err(Error::new(Kind::Config, "cannot read the configuration").path(path).source(e)),
+        match read(path)? {
+            Some(text) => Config::parse(&text, path),
+            None if !named => Ok(Config::default()),
+            None => Err(Error::new(Kind::Config, "the configuration is not there").path(path)),
         }
     }
 
     /// Parses a configuration; `path` is for its errors only.
     pub fn parse(text: &str, path: &Path) -> Result<Config> {
         // A file of nothing but comments is YAML's null.
-        let parsed: Result<Option<Config>, _> = serde_yaml::from_str(text);
-        parsed.map(Option::unwrap_or_default).map_err(|e| explain(&e, text, path))
+        let parsed: Option<Config> = yaml::parse(text, path)?;
+        Ok(parsed.unwrap_or_default())
+    }
+
+    /// Reads one policy of this configuration.
+    pub fn policy(&self, path: &Path) -> Result<Policy> {
+        let text = read(path)?.ok_or_else(|| Error::new(Kind::Config, "the policy is not there").path(path))?;
+        let targets: Vec<&str> = self.targets.keys().map(String::as_str).collect();
+        Policy::parse(&text, path, &targets)
+    }
+
+    /// Reads all policies beside the configuration at `path`, by the names of their files. The first that is wrong is the
+    /// error.
+    pub fn policies(&self, path: &Path) -> Result<Vec<Policy>> {
+        let policies: Vec<Policy> = policy_files(path)?.iter().map(|p| self.policy(p)).collect::<Result<_>>()?;
+        policy::no_name_twice(&policies)?;
+        Ok(policies)
+    }
+
+    /// The URL of each target by its name.
+    pub fn urls(&self) -> BTreeMap<String, String> {
+        self.targets.iter().map(|(name, t)| (name.clone(), t.url.to_string())).collect()
     }
 
     /// The target of this name. [`Kind::NotFound`] lists the names there are.
@@ -100,69 +171,47 @@ impl Config {
     }
 }
 
+/// A file's text; `None`: there is no such file.
+fn read(path: &Path) -> Result<Option<String>> {
+    let mut text = String::new();
+    match std::fs::File::open(path).and_then(|f| f.take(FILE_MAX + 1).read_to_string(&mut text)) {
+        Ok(read) if read as u64 <= FILE_MAX => Ok(Some(text)),
+        Ok(_) => Err(Error::new(Kind::Config, "the file is larger than 1 MiB").path(path)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::new(Kind::Config, "cannot read the configuration").path(path).source(e)),
+    }
+}
+
+/// The policies beside the configuration at `path`, sorted. No directory: none. What an editor leaves behind is none, but a
+/// file that was surely meant as one and is not called so is an error.
+pub fn policy_files(path: &Path) -> Result<Vec<PathBuf>> {
+    let dir = path.parent().unwrap_or(Path::new(".")).join(POLICY_DIR);
+    let fail = |e| Error::new(Kind::Config, "cannot read the directory of policies").path(&dir).source(e);
+    let entries = match std::fs::read_dir(&dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(fail(e)),
+    };
+    let mut files = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(fail)?.path();
+        let hidden = path.file_name().is_some_and(|n| n.to_string_lossy().starts_with('.'));
+        match path.extension().map(|e| e.to_string_lossy().into_owned()).as_deref() {
+            Some("yaml") if !hidden => files.push(path),
+            Some("yml") if !hidden => {
+                let e = Error::new(Kind::Config, "a policy's file ends in .yaml; this one would not be read");
+                return Err(e.path(path));
+            }
+            _ => {}
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
 fn target_url<'de, D: serde::Deserializer<'de>>(de: D) -> Result<TargetUrl, D::Error> {
     let text = String::deserialize(de)?;
     TargetUrl::parse(&text).map_err(|e| D::Error::custom(e.what()))
-}
-
-/// A parser's error as ours: where, the line itself, and what was probably meant.
-fn explain(error: &serde_yaml::Error, text: &str, path: &Path) -> Error {
-    let plain = error.without_snippet();
-    let mut hint = None;
-    let what = match plain {
-        serde_yaml::Error::SerdeUnknownField { field, expected, .. } => {
-            hint = Some(match closest(field, expected) {
-                Some(meant) => format!("did you mean `{meant}`?"),
-                None => format!("known here: {}", expected.join(", ")),
-            });
-            format!("unknown key `{}`", crate::error::printable(field, 80))
-        }
-        serde_yaml::Error::SerdeMissingField { field, .. } => format!("the key `{field}` is missing here"),
-        other => first_line(&other.to_string()),
-    };
-    let place = match plain.location().filter(|l| l.line() > 0) {
-        Some(l) => {
-            let line = text.lines().nth(l.line() as usize - 1).unwrap_or_default();
-            let column = (l.column() as usize).max(1);
-            let shown: String = line.chars().take(160).map(|c| if c.is_control() { ' ' } else { c }).collect();
-            let caret = format!("{}^", " ".repeat((column - 1).min(160)));
-            (format!("{}:{}:{column}", path.display(), l.line()), format!("\n    {shown}\n    {caret}"))
-        }
-        None => (path.display().to_string(), String::new()),
-    };
-    let e = Error::new(Kind::Config, format!("{}: {what}{}", place.0, place.1));
-    match hint {
-        Some(hint) => e.hint(hint),
-        None => e,
-    }
-}
-
-/// The parser appends the place to its sentences; ours stands in front.
-fn first_line(message: &str) -> String {
-    let line = message.lines().next().unwrap_or_default();
-    let line = line.strip_prefix("error: ").unwrap_or(line);
-    line.rsplit_once(" at line ").map_or(line, |(sentence, _)| sentence).to_owned()
-}
-
-/// The word that was probably meant: the nearest within a third of its letters.
-fn closest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
-    let near = |candidate: &&str| edits(word, candidate);
-    known.iter().copied().min_by_key(near).filter(|k| edits(word, k) <= k.chars().count().div_ceil(3))
-}
-
-/// Levenshtein's distance: insertions, deletions and replacements of letters that turn `a` into `b`.
-fn edits(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
-        for (j, y) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]
@@ -194,10 +243,10 @@ mod tests {
                 &["vr.yaml:4:5: unknown key `identiy`", "\n        identiy: /k\n        ^"],
                 "did you mean `identity`?",
             ),
-            ("retention: 7\n", &["vr.yaml:1:1: unknown key `retention`"], "known here: targets, defaults"),
+            ("retention: 7\n", &["vr.yaml:1:1: unknown key `retention`"], "known here: targets, defaults, daemon"),
             ("targets:\n  dr1: {identity: /k}\n", &["the key `url` is missing", "vr.yaml:2:"], ""),
             ("targets:\n  dr1:\n    url: dr1:/srv\n", &["vr.yaml:3:", "'dr1:/srv' is not a target"], ""),
-            ("targets:\n  a: {url: /x}\n  a: {url: /y}\n", &["vr.yaml:3:3: ", "uplicate"], ""),
+            ("targets:\n  a: {url: /x}\n  a: {url: /y}\n", &["vr.yaml:3:3: the key `a` stands twice"], ""),
             ("targets: [\n", &["vr.yaml:"], ""),
         ];
         for (text, words, hint) in mistakes {
@@ -224,12 +273,5 @@ mod tests {
         let nowhere = Path::new("/nonexistent/virt-replica.yaml");
         assert_eq!(Config::load(nowhere, false).unwrap(), Config::default());
         assert_eq!(Config::load(nowhere, true).unwrap_err().kind(), Kind::Config);
-    }
-
-    #[test]
-    fn distance_counts_letters() {
-        for (a, b, n) in [("", "abc", 3), ("kitten", "sitting", 3), ("url", "url", 0), ("ulr", "url", 2)] {
-            assert_eq!((edits(a, b), edits(b, a)), (n, n), "{a} {b}");
-        }
     }
 }

@@ -13,7 +13,10 @@
 //!              |
 //!  image  hypervisor  replica  transport      ports: traits, plain views, and their adapters
 //!              |                              (agent and wire stand beside replica)
-//!  retention · patch · wire · manifest · xml  rules and formats: values or bytes in, values out
+//!  policy · retention · patch · wire          rules and formats: values or bytes in, values out
+//!  manifest · xml
+//!              |
+//!        yaml · units
 //!              |
 //!       block · name · error                  words
 //! ```
@@ -21,9 +24,12 @@
 pub mod error;
 pub mod failpoint;
 pub mod name;
+pub mod units;
+pub mod yaml;
 
 pub mod block;
 pub mod patch;
+pub mod policy;
 pub mod retention;
 pub mod wire;
 

@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 use std::process::Command;
-use virt_replica::config::{Config, Defaults, TargetConfig};
+use virt_replica::config::{Config, DaemonConfig, Defaults, TargetConfig};
+use virt_replica::policy::{Policy, keys};
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -225,26 +226,79 @@ fn the_glossary_has_every_word_once() {
     assert_eq!(unique.len(), heads.len(), "a heading stands twice in the glossary");
 }
 
+/// `policies/` looks like `/etc/virt-replica`: what lies in a `policies.d` is a policy, all else a configuration.
 #[test]
 fn every_policy_file_is_read_by_the_code() {
     let mut found = Vec::new();
     files_below(&root().join("policies"), "yaml", &mut found);
-    assert!(!found.is_empty());
+    let sample = Config::load(&root().join("policies/virt-replica.yaml"), true).unwrap();
+    let (mut policies, mut configurations) = (0, 0);
     for path in found {
-        Config::load(&path, true).unwrap_or_else(|e| panic!("{}", e.chain()));
+        let read = if path.parent().is_some_and(|d| d.ends_with("policies.d")) {
+            policies += 1;
+            sample.policy(&path).map(drop)
+        } else {
+            configurations += 1;
+            Config::load(&path, true).map(drop)
+        };
+        read.unwrap_or_else(|e| panic!("{}", e.chain()));
     }
+    assert!(policies >= 6 && configurations >= 1, "{policies} policies, {configurations} configurations");
+    // Their names are different, too: the directory as a whole is one that `policy check` accepts.
+    assert_eq!(sample.policies(&root().join("policies/virt-replica.yaml")).unwrap().len(), policies);
 }
 
 /// The sample says that it has every key. Taking the structs apart by name makes a new key an error here.
 #[test]
 fn the_sample_has_every_key() {
     let sample = Config::load(&root().join("policies/virt-replica.yaml"), true).unwrap();
-    let Config { targets, defaults } = sample;
-    let TargetConfig { url, identity, ssh_config, known_hosts } = targets["dr1"].clone();
+    let Config { targets, defaults, daemon } = sample;
+    let TargetConfig { url, identity, ssh_config, known_hosts, runs_max } = targets["dr1"].clone();
     assert_eq!(url.to_string(), "ssh://replica@dr1.example.net/srv/virt-replica");
-    assert!(identity.is_some() && ssh_config.is_some() && known_hosts.is_some());
-    let Defaults { overlay_dir, block_overlay_dir } = defaults;
-    assert!(overlay_dir.is_some() && block_overlay_dir.is_some());
+    assert!(identity.is_some() && ssh_config.is_some() && known_hosts.is_some() && runs_max.is_some());
+    let Defaults { overlay_dir, block_overlay_dir, capture } = defaults;
+    assert!(overlay_dir.is_some() && block_overlay_dir.is_some() && capture.is_some());
+    let DaemonConfig { runs_max: _, stall_timeout: _, stop_timeout: _ } = daemon;
+    let text = fs::read_to_string(root().join("policies/virt-replica.yaml")).unwrap();
+    for key in ["runs_max:", "stall_timeout:", "stop_timeout:"] {
+        assert!(text.split("daemon:").nth(1).is_some_and(|d| d.contains(key)), "the sample has no {key}");
+    }
+}
+
+/// Mistakes in policies, each with the message beside it; `VIRT_REPLICA_BLESS=1` writes the messages anew.
+#[test]
+fn every_mistake_is_said_in_the_recorded_words() {
+    let mut found = Vec::new();
+    files_below(&root().join("tests/fixtures/policies/invalid"), "yaml", &mut found);
+    assert!(found.len() >= 25, "only {} mistakes", found.len());
+    for path in found {
+        let name = Path::new(path.file_name().unwrap());
+        let text = fs::read_to_string(&path).unwrap();
+        let e = Policy::parse(&text, name, &["dr1", "vault"]).err();
+        let e = e.unwrap_or_else(|| panic!("{} is accepted", path.display()));
+        let hint = e.hint_text().map_or_else(String::new, |h| format!("hint: {h}\n"));
+        let said = format!("error: {}\n{hint}", e.chain());
+        let recorded = path.with_extension("txt");
+        if std::env::var_os("VIRT_REPLICA_BLESS").is_some() {
+            fs::write(&recorded, &said).unwrap();
+        }
+        assert_eq!(said, fs::read_to_string(&recorded).unwrap_or_default(), "{}", recorded.display());
+    }
+}
+
+/// docs/policies.md has a row for every key of the table that the parser is held against, and for no other.
+#[test]
+fn the_reference_of_policies_has_every_key() {
+    let page = fs::read_to_string(root().join("docs/policies.md")).unwrap();
+    let of_page: BTreeSet<&str> =
+        page.lines().filter_map(|l| l.strip_prefix("| `")?.split_once("` | ")).map(|(key, _)| key).collect();
+    let of_table: BTreeSet<&str> = keys::KEYS.iter().map(|k| k.path).collect();
+    assert_eq!(of_page, of_table);
+    for key in keys::KEYS {
+        let row = page.lines().find(|l| l.starts_with(&format!("| `{}` |", key.path))).unwrap();
+        assert!(row.contains(key.about), "{row}\nshould say: {}", key.about);
+        assert!(row.contains(key.default), "{row}\nshould give the default: {}", key.default);
+    }
 }
 
 #[test]

@@ -10,6 +10,7 @@ mod export;
 mod output;
 mod pin;
 mod points;
+mod policy;
 mod progress;
 mod prune;
 #[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
@@ -31,7 +32,7 @@ mod watch;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use output::Output;
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 use virt_replica::config::{CONFIG_FILE, Config};
@@ -91,10 +92,12 @@ impl Globals {
     }
 
     fn config(&self) -> Result<Config> {
-        match &self.config {
-            Some(path) => Config::load(path, true),
-            None => Config::load(CONFIG_FILE.as_ref(), false),
-        }
+        Config::load(self.config_path(), self.config.is_some())
+    }
+
+    /// Where the configuration is; its policies lie beside it.
+    fn config_path(&self) -> &Path {
+        self.config.as_deref().unwrap_or(CONFIG_FILE.as_ref())
     }
 
     fn colors(&self) -> bool {
@@ -127,6 +130,8 @@ enum Command {
     Export(export::ExportArgs),
     /// Explain what is left of a run that was cut short, and mend it on request
     Doctor(doctor::DoctorArgs),
+    /// Check policies, and say what they mean and when
+    Policy(policy::PolicyArgs),
     /// On a target: take over a copy of a disk that is here already, before the first run
     Seed(seed::SeedArgs),
     /// Serve the store of this host to a source, over stdin and stdout (started over ssh)
@@ -152,6 +157,7 @@ impl Command {
             Command::Unpin(args) => args.json,
             Command::Doctor(args) => args.json,
             Command::Seed(args) => args.json,
+            Command::Policy(args) => args.json(),
             Command::Agent(_) | Command::Deadman(_) => false,
         }
     }
@@ -178,6 +184,7 @@ pub fn main() -> ExitCode {
         Command::Export(args) => export::export(args, &cli.globals, output),
         Command::Doctor(args) => doctor::doctor(args, &cli.globals, output),
         Command::Seed(args) => seed::seed(args, output),
+        Command::Policy(args) => policy::policy(args, &cli.globals, output),
         Command::Agent(args) => serve::agent(args),
         Command::Deadman(args) => serve::deadman(args, &cli.globals),
     };

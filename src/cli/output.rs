@@ -44,7 +44,8 @@ impl Output {
         }
     }
 
-    fn error(self, e: &Error) {
+    /// Prints an error with its hint; for scripts also as a line of JSON.
+    pub fn error(self, e: &Error) {
         let label = |text: &str, color: u8| match self.colors {
             true => format!("\x1b[1;{color}m{text}:\x1b[0m"),
             false => format!("{text}:"),

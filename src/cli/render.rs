@@ -7,6 +7,8 @@ use std::time::Duration;
 use virt_replica::replica::Consistency;
 use virt_replica::replica::upkeep::{Damage, DamageKind};
 
+pub use virt_replica::units::{parse_age, parse_bytes, parse_duration};
+
 /// Bytes in binary units with one decimal: `0 B`, `512 B`, `1.5 KiB`, `20.0 GiB`.
 pub fn bytes(n: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
@@ -96,42 +98,6 @@ pub fn zone_now() -> String {
     jiff::Zoned::now().strftime("%Z").to_string()
 }
 
-/// `90s`, `15m`, `1h 30m`; a bare number would leave the unit to guessing.
-pub fn parse_duration(text: &str) -> Result<Duration, String> {
-    let span: jiff::SignedDuration = text.parse().map_err(|_| "write it with its unit: 90s, 15m, 1h 30m".to_owned())?;
-    Duration::try_from(span).map_err(|_| "it must not be negative".to_owned())
-}
-
-/// A number of bytes as an operator writes it: `512M`, `1G`, `1.5T`; units are powers of 1024.
-pub fn parse_bytes(text: &str) -> Result<u64, String> {
-    let how = || "write it as a number with K, M, G or T behind it: 512M, 1.5G".to_owned();
-    let number = text.trim_end_matches("iB").trim_end_matches(['B', 'b']);
-    let (digits, shift) = match number.char_indices().next_back().map(|(at, c)| (at, c.to_ascii_uppercase())) {
-        Some((at, 'K')) => (&number[..at], 10),
-        Some((at, 'M')) => (&number[..at], 20),
-        Some((at, 'G')) => (&number[..at], 30),
-        Some((at, 'T')) => (&number[..at], 40),
-        _ => (number, 0),
-    };
-    let value: f64 = digits.trim().parse().map_err(|_| how())?;
-    let bytes = value * (1u64 << shift) as f64;
-    // Beyond 2^53 a float no longer counts every byte, and nobody means that much.
-    if !(0.0..9e15).contains(&bytes) { Err(how()) } else { Ok(bytes as u64) }
-}
-
-/// [`parse_duration`], and `7d` and `2w`: days of 24 hours.
-pub fn parse_age(text: &str) -> Result<Duration, String> {
-    const HOUR: u64 = 3600;
-    let long = |unit: char, hours: u64| {
-        let count: u64 = text.trim().strip_suffix(unit)?.trim_end().parse().ok()?;
-        count.checked_mul(hours * HOUR).map(Duration::from_secs)
-    };
-    match long('d', 24).or_else(|| long('w', 7 * 24)) {
-        Some(age) => Ok(age),
-        None => parse_duration(text).map_err(|_| "write it with its unit: 12h, 7d, 2w".to_owned()),
-    }
-}
-
 fn time_in(t: Timestamp, zone: TimeZone) -> String {
     t.to_zoned(zone).strftime("%Y-%m-%d %H:%M:%S %Z").to_string()
 }
@@ -189,15 +155,6 @@ pub fn table(header: &[&str], right: &[usize], rows: Vec<Vec<String>>) -> String
 
 #[cfg(test)]
 mod tests {
-    #[test]
-    fn ages_may_be_days() {
-        let hours = |text| super::parse_age(text).map(|age| age.as_secs() / 3600);
-        assert_eq!([hours("7d"), hours("2w"), hours("12h"), hours("0s")], [Ok(168), Ok(336), Ok(12), Ok(0)]);
-        for bad in ["", "7", "d", "-1d", "1.5d", "99999999999999999d"] {
-            assert!(hours(bad).is_err(), "{bad}");
-        }
-    }
-
     use super::*;
 
     #[test]
@@ -256,15 +213,6 @@ mod tests {
         let zone = TimeZone::fixed(jiff::tz::offset(1));
         assert_eq!(time_in(t, TimeZone::UTC), "2026-11-22 16:51:02 UTC");
         assert_eq!(time_in(t, zone), "2026-11-22 17:51:02 +01");
-    }
-
-    #[test]
-    fn durations_need_a_unit() {
-        assert_eq!(parse_duration("90s"), Ok(Duration::from_secs(90)));
-        assert_eq!(parse_duration("1h 30m"), Ok(Duration::from_secs(5400)));
-        for bad in ["90", "", "-5s", "1 fortnight"] {
-            assert!(parse_duration(bad).is_err(), "{bad:?}");
-        }
     }
 
     #[test]

@@ -1,0 +1,222 @@
+//! Which domains a policy means. Pure: the domains of this host are an argument.
+
+use super::Policy;
+use crate::error::{Error, Kind};
+use crate::name::{DomainName, DomainUuid};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// How a policy names domains: a name, a pattern with `*` and `?`, or a UUID.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Selector {
+    Name(String),
+    Pattern(String),
+    Uuid(DomainUuid),
+}
+
+impl TryFrom<String> for Selector {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Self, Error> {
+        if let Ok(uuid) = DomainUuid::new(text.to_ascii_lowercase()) {
+            return Ok(Selector::Uuid(uuid));
+        }
+        let plain = text.replace(['*', '?'], "x");
+        DomainName::new(plain).map_err(|e| Error::new(Kind::Config, e.what().to_owned()))?;
+        match text.contains(['*', '?']) {
+            true => Ok(Selector::Pattern(text)),
+            false => Ok(Selector::Name(text)),
+        }
+    }
+}
+
+impl From<Selector> for String {
+    fn from(s: Selector) -> String {
+        s.to_string()
+    }
+}
+
+impl fmt::Display for Selector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Selector::Name(text) | Selector::Pattern(text) => f.write_str(text),
+            Selector::Uuid(uuid) => uuid.fmt(f),
+        }
+    }
+}
+
+impl Selector {
+    pub fn means(&self, domain: &SeenDomain) -> bool {
+        match self {
+            Selector::Name(name) => name == domain.name.as_str(),
+            Selector::Pattern(pattern) => glob(pattern, domain.name.as_str()),
+            Selector::Uuid(uuid) => *uuid == domain.uuid,
+        }
+    }
+}
+
+/// Whether `pattern` is all of `text`; `*` is any run of characters, `?` is one. Takes at most their lengths multiplied.
+fn glob(pattern: &str, text: &str) -> bool {
+    let (pattern, text): (Vec<char>, Vec<char>) = (pattern.chars().collect(), text.chars().collect());
+    let (mut p, mut t) = (0, 0);
+    // Where the last star stood, and what it had swallowed: on a mismatch it swallows one more.
+    let mut star: Option<(usize, usize)> = None;
+    while t < text.len() {
+        match pattern.get(p) {
+            Some('*') => {
+                star = Some((p, t));
+                p += 1;
+            }
+            Some(&c) if c == '?' || c == text[t] => (p, t) = (p + 1, t + 1),
+            _ => match star {
+                Some((at, swallowed)) => {
+                    (p, t) = (at + 1, swallowed + 1);
+                    star = Some((at, swallowed + 1));
+                }
+                None => return false,
+            },
+        }
+    }
+    pattern[p..].iter().all(|c| *c == '*')
+}
+
+/// A domain of this host, as far as policies ask.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SeenDomain {
+    pub name: DomainName,
+    pub uuid: DomainUuid,
+}
+
+/// A domain that a policy sends to a target.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pair {
+    /// Index of the policy.
+    pub policy: usize,
+    pub domain: SeenDomain,
+    /// The target's name in the configuration.
+    pub target: String,
+}
+
+#[derive(Debug, Default)]
+pub struct Selection {
+    /// Each (domain, target) once.
+    pub pairs: Vec<Pair>,
+    /// Domains that two policies mean for one target. The policy that comes first keeps them, so that they do not go without
+    /// a replica until somebody has read this.
+    pub clashes: Vec<Error>,
+    /// Names and UUIDs (index of the policy) that are no domain of this host. A pattern may mean nobody.
+    pub unmatched: Vec<(usize, Selector)>,
+}
+
+/// Who goes where. `urls`: the target's URL by its name; two names of one URL are one target.
+pub fn select(policies: &[Policy], domains: &[SeenDomain], urls: &BTreeMap<String, String>) -> Selection {
+    let mut found = Selection::default();
+    let mut taken: BTreeMap<(DomainUuid, &str), usize> = BTreeMap::new();
+    for (at, policy) in policies.iter().enumerate() {
+        let named = policy.domains.iter().filter(|s| !matches!(s, Selector::Pattern(_)));
+        let missing = named.filter(|s| !domains.iter().any(|d| s.means(d)));
+        found.unmatched.extend(missing.map(|s| (at, s.clone())));
+        for domain in domains.iter().filter(|d| policy.means(d)) {
+            for target in &policy.targets {
+                let url = urls.get(target).map_or(target.as_str(), String::as_str);
+                match taken.get(&(domain.uuid.clone(), url)) {
+                    Some(&first) => found.clashes.push(clash(&policies[first], policy, domain, target)),
+                    None => {
+                        taken.insert((domain.uuid.clone(), url), at);
+                        found.pairs.push(Pair { policy: at, domain: domain.clone(), target: target.clone() });
+                    }
+                }
+            }
+        }
+    }
+    found
+}
+
+fn clash(first: &Policy, second: &Policy, domain: &SeenDomain, target: &str) -> Error {
+    let what = match first.name == second.name {
+        true => format!(
+            "policy '{}' sends domain '{}' twice to target '{target}': two of its targets have one URL",
+            first.name, domain.name
+        ),
+        false => format!(
+            "domain '{}' is sent to target '{target}' by two policies: '{}' ({}) and '{}' ({})",
+            domain.name,
+            first.name,
+            first.file.display(),
+            second.name,
+            second.file.display()
+        ),
+    };
+    Error::new(Kind::Config, what)
+        .hint(format!("exclude it in one of them; until then '{}' is the one that is obeyed", first.name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    fn uuid(n: usize) -> DomainUuid {
+        DomainUuid::new(format!("00000000-0000-0000-0000-{n:012x}")).unwrap()
+    }
+
+    fn domains(names: &str) -> Vec<SeenDomain> {
+        let names = names.split_whitespace().enumerate();
+        names.map(|(n, name)| SeenDomain { name: DomainName::new(name).unwrap(), uuid: uuid(n) }).collect()
+    }
+
+    fn policy(name: &str, lines: &str) -> Policy {
+        let text = format!("name: {name}\nevery: 5m\n{lines}");
+        Policy::parse(&text, Path::new(&format!("{name}.yaml")), &["x", "y", "z"]).unwrap()
+    }
+
+    fn urls() -> BTreeMap<String, String> {
+        [("x", "ssh://one"), ("y", "ssh://two"), ("z", "ssh://one")].map(|(n, u)| (n.into(), u.into())).into()
+    }
+
+    fn pairs(s: &Selection) -> Vec<String> {
+        s.pairs.iter().map(|p| format!("{}:{}>{}", p.policy, p.domain.name, p.target)).collect()
+    }
+
+    #[test]
+    fn patterns_are_the_shell_s_simplest() {
+        for (pattern, text, expected) in [
+            ("*", "", true),
+            ("*", "web01", true),
+            ("web*", "web", true),
+            ("web?", "web", false),
+            ("w*b*1", "web01", true),
+            ("*-test", "a-test-test", true),
+            ("a*b*c", "aXbYbZ", false),
+            ("ä?ü", "äöü", true),
+            ("web[01]*", "web01", false),
+        ] {
+            assert_eq!(glob(pattern, text), expected, "{pattern} {text}");
+        }
+        // Does not blow up.
+        assert!(!glob(&"*a".repeat(40), &"a".repeat(200).replace("aaaa", "aaab")));
+    }
+
+    #[test]
+    fn names_patterns_and_uuids_mean_and_exclusions_do_not() {
+        let all = domains("web01 web02 web-test db01");
+        let text = format!("domains: [web*, {}]\nexclude: [\"*-test\"]\ntargets: [x, y]\n", uuid(3));
+        let s = select(&[policy("p", &text)], &all, &urls());
+        assert_eq!(pairs(&s), ["0:web01>x", "0:web01>y", "0:web02>x", "0:web02>y", "0:db01>x", "0:db01>y"]);
+        assert!(s.clashes.is_empty() && s.unmatched.is_empty());
+    }
+
+    #[test]
+    fn a_domain_of_two_policies_is_said_with_both_files_and_kept_by_the_first() {
+        let a = policy("a", "domains: [web01]\ntargets: [x]\n");
+        let b = policy("b", "domains: [web*, nobody]\ntargets: [z, y]\n");
+        let s = select(&[a, b], &domains("web01 web02"), &urls());
+        assert_eq!(pairs(&s), ["0:web01>x", "1:web01>y", "1:web02>z", "1:web02>y"]);
+        let [e] = s.clashes.as_slice() else { panic!("{:?}", s.clashes) };
+        let text = e.to_string();
+        assert!(text.contains("'web01'") && text.contains("a.yaml") && text.contains("b.yaml"), "{text}");
+        assert_eq!(s.unmatched, [(1, Selector::Name("nobody".into()))]);
+    }
+}
