@@ -1,3 +1,5 @@
+//! The guest agent as a script, and what a run makes of its answers.
+
 use super::*;
 use jiff::Timestamp;
 use std::cell::RefCell;
