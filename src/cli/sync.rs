@@ -52,6 +52,9 @@ pub struct RunArgs {
     /// there is no point)
     #[arg(long, value_name = "WHEN", default_value = "no", value_parser = <Quiesce as std::str::FromStr>::from_str)]
     quiesce: Quiesce,
+    /// Only if that many points less one have not been so: 4 asks in every fourth run
+    #[arg(long, value_name = "RUNS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    quiesce_every: u32,
     /// Longest time that they may be held
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_freeze_budget)]
     freeze_budget: Duration,
@@ -133,7 +136,7 @@ mod run {
                     bytes_max: self.audit_bytes,
                     within: self.audit_time,
                 },
-                quiesce: QuiesceOptions { wish: self.quiesce, budget: self.freeze_budget },
+                quiesce: QuiesceOptions { wish: self.quiesce, every: self.quiesce_every, budget: self.freeze_budget },
                 space: SpaceOptions { min_free_source_bytes: self.min_free_source },
                 ..PlanOptions::default()
             };

@@ -275,7 +275,8 @@ impl<'a> Run<'a> {
             agent: self.ports.guest,
             journal: self.journal,
             uuid: &plan.uuid,
-            options: &self.request.plan.quiesce,
+            wish: plan.quiesce,
+            budget: self.request.plan.quiesce.budget,
             can: quiesce::can_hold(domain),
         };
         match (plan.capture, guard.as_mut()) {
@@ -302,9 +303,7 @@ impl<'a> Run<'a> {
     pub(super) fn guard(&self, plan: &Plan) -> Result<Option<Box<dyn PauseGuard>>> {
         match plan.capture {
             CaptureKind::Overlay => (self.ports.guard)(&plan.uuid).map(Some),
-            CaptureKind::Backup if self.request.plan.quiesce.wish != Quiesce::No => {
-                (self.ports.guard)(&plan.uuid).map(Some)
-            }
+            CaptureKind::Backup if plan.quiesce != Quiesce::No => (self.ports.guard)(&plan.uuid).map(Some),
             CaptureKind::Backup | CaptureKind::Off => Ok(None),
         }
     }

@@ -6,6 +6,7 @@ use crate::block::digest::Digest;
 use crate::image::{Chain, Format, Layer};
 use crate::name::{DomainName, DomainUuid, Generation, PointId, RunId};
 use crate::replica::{Consistency, DiskStats, PointView};
+use crate::replicate::quiesce::Quiesce;
 use crate::replicate::report::RunOutcome;
 
 const MIB: u64 = 1 << 20;
@@ -108,6 +109,7 @@ fn plan(disks: Vec<DiskPlan>) -> Plan {
         uuid: DomainUuid::new("6695eb01-f6a4-8304-79aa-97f2502e193f").unwrap(),
         capture: CaptureKind::Overlay,
         capture_reason: String::new(),
+        quiesce: Quiesce::No,
         generation: Generation(1),
         head: None,
         head_run: None,

@@ -27,6 +27,9 @@ pub struct Plan {
     pub capture: CaptureKind,
     /// Why so.
     pub capture_reason: String,
+    /// Whether the guest agent is asked, this time.
+    #[serde(skip)]
+    pub quiesce: Quiesce,
     pub generation: Generation,
     /// The head the patches start from.
     pub head: Option<PointId>,
@@ -331,6 +334,7 @@ pub fn plan(
         uuid: domain.uuid.clone(),
         capture: capture.kind,
         capture_reason: capture.reason,
+        quiesce: options.quiesce.after(&replica.points),
         generation: our_generation,
         head: replica.head().map(|p| p.id.clone()),
         head_run: replica.head().map(|p| p.run.clone()),
@@ -351,7 +355,7 @@ pub fn plan(
         plan.conflicts.push(Conflict::DomainJob { job: job.clone() });
     }
     if domain.power != Power::Off {
-        match (options.quiesce.wish, quiesce::can_hold(domain)) {
+        match (plan.quiesce, quiesce::can_hold(domain)) {
             (Quiesce::No, _) => {}
             (_, Ok(())) => {
                 plan.notes.push("the guest agent holds the guest's file systems while the disks are frozen".into())

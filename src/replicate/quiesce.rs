@@ -17,7 +17,7 @@ use crate::failpoint;
 use crate::hypervisor::guest::GuestAgent;
 use crate::hypervisor::{DomainView, Hypervisor, Power};
 use crate::name::DomainUuid;
-use crate::replica::Consistency;
+use crate::replica::{Consistency, PointView};
 use std::time::{Duration, Instant};
 
 /// How long libvirt may take, beside the time it was given, to find out that nobody answers.
@@ -54,6 +54,8 @@ impl std::str::FromStr for Quiesce {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct QuiesceOptions {
     pub wish: Quiesce,
+    /// Only if none of the newest points, one less than this many, is consistent; 1: in every run.
+    pub every: u32,
     /// Longest time that the guest's file systems may be held, from the question to the word that they were let go; the
     /// dead-man sees to it. At least 1 s.
     pub budget: Duration,
@@ -61,7 +63,16 @@ pub struct QuiesceOptions {
 
 impl Default for QuiesceOptions {
     fn default() -> Self {
-        Self { wish: Quiesce::No, budget: Duration::from_secs(10) }
+        Self { wish: Quiesce::No, every: 1, budget: Duration::from_secs(10) }
+    }
+}
+
+impl QuiesceOptions {
+    /// What is wished of the run after these points, oldest first.
+    pub fn after(&self, points: &[PointView]) -> Quiesce {
+        let rest = (self.every.max(1) - 1) as usize;
+        let held = |p: &PointView| p.consistency == Consistency::FileSystem;
+        if points.iter().rev().take(rest).any(held) { Quiesce::No } else { self.wish }
     }
 }
 
@@ -70,7 +81,10 @@ pub struct Quiescer<'a> {
     pub agent: &'a dyn GuestAgent,
     pub journal: &'a Journal,
     pub uuid: &'a DomainUuid,
-    pub options: &'a QuiesceOptions,
+    /// What is wished of this run.
+    pub wish: Quiesce,
+    /// As [`QuiesceOptions::budget`].
+    pub budget: Duration,
     /// Why it cannot be done, as far as that was seen before.
     pub can: std::result::Result<(), &'static str>,
 }
@@ -112,17 +126,17 @@ pub struct Thawed {
 impl Quiescer<'_> {
     /// Whether anything will be asked.
     pub fn will_ask(&self) -> bool {
-        self.options.wish != Quiesce::No && self.can.is_ok()
+        self.wish != Quiesce::No && self.can.is_ok()
     }
 
     /// Has the file systems held, if that is wished. Who holds something has armed the guard by then.
     pub fn hold(&self, guard: &mut dyn PauseGuard) -> Result<Held> {
-        let held = match (self.options.wish, self.can) {
+        let held = match (self.wish, self.can) {
             (Quiesce::No, _) => return Ok(Held::default()),
             (_, Err(why)) => Held::not(why),
             (_, Ok(())) => self.ask(guard)?,
         };
-        match (&held.why_not, self.options.wish) {
+        match (&held.why_not, self.wish) {
             (Some(why), Quiesce::Require) => {
                 Err(Error::new(Kind::Refused, format!("the guest's file systems could not be held: {why}"))
                     .domain(self.uuid)
@@ -133,7 +147,7 @@ impl Quiescer<'_> {
     }
 
     fn ask(&self, guard: &mut dyn PauseGuard) -> Result<Held> {
-        let budget = self.options.budget;
+        let budget = self.budget;
         // Nothing is held while libvirt waits for a sign of life; the budget counts from the answer.
         guard.arm(budget + SILENCE)?;
         self.journal.owe_thaw()?;

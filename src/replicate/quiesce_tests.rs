@@ -80,8 +80,8 @@ impl Bench {
 fn freeze(script: &'static str, wish: Quiesce) -> (Result<Thawed>, String, bool) {
     let (bench, agent, mut guard) = (Bench::new(), Agent::of(script), Guard::default());
     let journal = bench.journal();
-    let options = QuiesceOptions { wish, budget: Duration::from_secs(10) };
-    let quiescer = Quiescer { agent: &agent, journal: &journal, uuid: &bench.uuid, options: &options, can: Ok(()) };
+    let budget = Duration::from_secs(10);
+    let quiescer = Quiescer { agent: &agent, journal: &journal, uuid: &bench.uuid, wish, budget, can: Ok(()) };
     let thawed = quiescer.hold(&mut guard).map(|held| quiescer.release(held));
     (thawed, agent.asked(), journal.is_thaw_owed().unwrap())
 }
@@ -124,9 +124,8 @@ fn where_it_is_required_there_is_no_point_without_it_and_nobody_asks_where_it_is
 fn a_guest_without_an_agent_is_not_asked() {
     let (bench, agent, mut guard) = (Bench::new(), Agent::of("h1"), Guard::default());
     let journal = bench.journal();
-    let options = QuiesceOptions { wish: Quiesce::Try, ..QuiesceOptions::default() };
-    let quiescer =
-        Quiescer { agent: &agent, journal: &journal, uuid: &bench.uuid, options: &options, can: Err("it has none") };
+    let (wish, budget, can) = (Quiesce::Try, Duration::from_secs(10), Err("it has none"));
+    let quiescer = Quiescer { agent: &agent, journal: &journal, uuid: &bench.uuid, wish, budget, can };
     let held = quiescer.hold(&mut guard).unwrap();
     assert_eq!((held.why_not.as_deref(), agent.asked().as_str()), (Some("it has none"), ""));
 }
@@ -137,8 +136,8 @@ fn the_guard_is_armed_before_the_question_and_bounds_what_is_held() {
     let armed = |script: &'static str| {
         let (bench, agent, mut guard) = (Bench::new(), Agent::of(script), Guard::default());
         let journal = bench.journal();
-        let options = QuiesceOptions { wish: Quiesce::Try, budget: Duration::from_secs(8) };
-        let quiescer = Quiescer { agent: &agent, journal: &journal, uuid: &bench.uuid, options: &options, can: Ok(()) };
+        let (wish, budget) = (Quiesce::Try, Duration::from_secs(8));
+        let quiescer = Quiescer { agent: &agent, journal: &journal, uuid: &bench.uuid, wish, budget, can: Ok(()) };
         quiescer.hold(&mut guard).unwrap();
         guard.0.take()
     };
@@ -164,4 +163,33 @@ fn what_is_owed_is_asked_for_until_it_is_paid() {
     journal.owe_thaw().unwrap();
     assert_eq!(settle(&silent, &journal, &bench.uuid, false).unwrap(), Settled::Nothing);
     assert!(!journal.is_thaw_owed().unwrap());
+}
+
+/// `"ffc"`: points oldest first, consistent or as after a power cut.
+#[test]
+fn every_so_many_points_one_is_consistent() {
+    let asked = |points: &str, every: u32| {
+        let points: Vec<PointView> = points
+            .chars()
+            .map(|c| PointView {
+                consistency: if c == 'f' { Consistency::FileSystem } else { Consistency::Crash },
+                ..crate::replicate::report::tests::report(true).point.unwrap()
+            })
+            .collect();
+        QuiesceOptions { wish: Quiesce::Try, every, ..QuiesceOptions::default() }.after(&points) == Quiesce::Try
+    };
+    for (points, every, due) in [
+        ("", 3, true),
+        ("f", 1, true),
+        ("f", 2, false),
+        ("fc", 2, true),
+        ("fc", 3, false),
+        ("fcc", 3, true),
+        // One that failed is made up for by the next.
+        ("fccc", 3, true),
+        ("ccccf", 3, false),
+        ("f", 0, true),
+    ] {
+        assert_eq!(asked(points, every), due, "{points} every {every}");
+    }
 }

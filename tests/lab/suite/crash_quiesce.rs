@@ -56,6 +56,10 @@ fn a_quiesced_point_is_what_a_clean_unmount_leaves() {
     // What is not wished is not asked for.
     let run = vm.sync().sealed();
     assert_eq!((&run.report["consistency"], run.report.get("held_ms")), (&"crash".into(), None));
+    // Of three in a row one is to be consistent: there is one, and then there is none any more.
+    let third = ["--quiesce", "try", "--quiesce-every", "3"];
+    let asked = |_| vm.sync_with("", &third).sealed().report["consistency"].clone();
+    assert_eq!((0..3).map(asked).collect::<Vec<_>>(), ["crash", "file_system", "crash"]);
 }
 
 #[test]
