@@ -263,8 +263,13 @@ mod source {
 
         /// The dead-man's process: guards the domain until the driver's end of file.
         pub fn guard(&self, uuid: &DomainUuid, driver: Option<std::os::fd::OwnedFd>) -> Result<()> {
-            let charge =
-                Charge { hypervisor: &self.hypervisor, state: &self.options.state, uuid: uuid.clone(), driver };
+            let charge = Charge {
+                hypervisor: &self.hypervisor,
+                backups: &self.hypervisor,
+                state: &self.options.state,
+                uuid: uuid.clone(),
+                driver,
+            };
             deadman::serve(std::io::stdin(), std::io::stdout(), &charge)
         }
 
