@@ -536,6 +536,8 @@ mod source {
             started_at: Timestamp::UNIX_EPOCH,
             outcome,
             point: view.head().cloned().filter(|_| !failed),
+            capture: None,
+            capture_reason: None,
             freeze_ms: 1.0,
             pause_ms: 2.0,
             duration_ms: 3.0,

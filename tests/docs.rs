@@ -243,8 +243,8 @@ fn the_sample_has_every_key() {
     let TargetConfig { url, identity, ssh_config, known_hosts } = targets["dr1"].clone();
     assert_eq!(url.to_string(), "ssh://replica@dr1.example.net/srv/virt-replica");
     assert!(identity.is_some() && ssh_config.is_some() && known_hosts.is_some());
-    let Defaults { overlay_dir, block_overlay_dir } = defaults;
-    assert!(overlay_dir.is_some() && block_overlay_dir.is_some());
+    let Defaults { overlay_dir, block_overlay_dir, capture } = defaults;
+    assert!(overlay_dir.is_some() && block_overlay_dir.is_some() && capture.is_some());
 }
 
 #[test]

@@ -38,19 +38,19 @@ fn in_source() -> BTreeMap<String, Vec<String>> {
     found
 }
 
-/// Number -> who, tests; the rows of the tables of steps: of a run, and of a prune.
+/// Number -> who, tests; the rows of the tables of steps: of a run, of a backup, and of a prune.
 fn in_docs() -> BTreeMap<String, (String, Vec<String>)> {
     let text = fs::read_to_string(root().join("docs/replication.md")).unwrap();
     let section = |title: &str| {
         let section = text.split(title).nth(1).unwrap_or_else(|| panic!("there is no section {title:?}"));
         section.split("\n## ").next().unwrap().to_owned()
     };
-    let sections = section("## Every step and its failpoint") + &section("## Removing points");
+    let sections = ["## Every step and its failpoint", "## By backup", "## Removing points"].map(section).concat();
     let mut rows = BTreeMap::new();
     for line in sections.lines() {
         let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
         let [number, who, _, _, tests] = cells[..] else { continue };
-        if !number.trim_start_matches('p').starts_with(|c: char| c.is_ascii_digit()) {
+        if !number.trim_start_matches(['p', 'b']).starts_with(|c: char| c.is_ascii_digit()) {
             continue;
         }
         let tests = tests.split(", ").map(|t| t.trim_matches('`').to_owned()).collect();

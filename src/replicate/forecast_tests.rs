@@ -50,6 +50,8 @@ fn run(frozen_at: i64, seconds: f64, mode: Mode, bytes: u64) -> Report {
         started_at: at(frozen_at),
         outcome: RunOutcome::Sealed,
         point: Some(point(frozen_at, &[("vda", mode, bytes)])),
+        capture: None,
+        capture_reason: None,
         freeze_ms: 1.0,
         pause_ms: 1.0,
         duration_ms: seconds * 1000.0,

@@ -70,10 +70,10 @@ fn end_both(machine: &Machine, driver: Driver) {
 #[derive(Clone, Copy, PartialEq, Debug)]
 enum Mended {
     /// The driver alone is killed: the dead-man ends the job, without any further command.
-    ByDeadman,
+    Deadman,
     /// Both are: `doctor --repair`, or the next run.
-    ByDoctor,
-    BySync,
+    Doctor,
+    Sync,
 }
 
 #[test]
@@ -82,9 +82,9 @@ fn killed_at_each_step_of_a_backup() {
     let mut machine = Machine::replicated(&lab, "kbackup");
     for (at, point) in STEPS.into_iter().enumerate() {
         if point.starts_with('b') {
-            killed_at(&mut machine, point, Mended::ByDeadman);
+            killed_at(&mut machine, point, Mended::Deadman);
         }
-        killed_at(&mut machine, point, if at % 2 == 0 { Mended::ByDoctor } else { Mended::BySync });
+        killed_at(&mut machine, point, if at % 2 == 0 { Mended::Doctor } else { Mended::Sync });
     }
     // And by overlay it goes on where the backup left off.
     machine.write();
@@ -93,7 +93,7 @@ fn killed_at_each_step_of_a_backup() {
 }
 
 fn killed_at(machine: &mut Machine, point: &str, mended: Mended) {
-    let why = format!("killed at {point}, mended {mended:?}");
+    let why = format!("killed at {point}, mended by {mended:?}");
     eprintln!("{why}");
     let (points, _) = machine.points();
     let sealed = machine.sealed.clone();
@@ -101,7 +101,7 @@ fn killed_at(machine: &mut Machine, point: &str, mended: Mended) {
     let frozen = machine.model.clone();
     // Where the job runs already the guest writes before the end comes: the point must not have that.
     let late = ["5a", "5b", "5f", "6f", "b4", "b5", "b6"].contains(&point);
-    let death = if mended == Mended::ByDeadman { "kill" } else { "sleep:30000" };
+    let death = if mended == Mended::Deadman { "kill" } else { "sleep:30000" };
     let mut driver = spawn(machine, &format!("{}{point}={death}", if late { "b3=sleep:700," } else { "" }));
     if late {
         driver.stands_at("b3");
@@ -109,7 +109,7 @@ fn killed_at(machine: &mut Machine, point: &str, mended: Mended) {
         machine.write();
     }
     let left = !["3", "3c", "b6"].contains(&point);
-    if mended == Mended::ByDeadman {
+    if mended == Mended::Deadman {
         assert!(driver.wait().killed(), "{why}");
         wait_for("the dead-man has ended the backup", || (!record(machine)).then_some(()));
         check_settled(machine, &why);
@@ -124,7 +124,7 @@ fn killed_at(machine: &mut Machine, point: &str, mended: Mended) {
     machine.write();
     machine.check_live(&why);
     machine.check_head(&points, &sealed, &frozen, &why);
-    if mended == Mended::ByDoctor {
+    if mended == Mended::Doctor {
         let traces = machine.traces();
         let found = machine.doctor("", false);
         assert_eq!(found.code(), Some(i32::from(left)), "{why}: {found:#?}");
