@@ -19,6 +19,9 @@ use std::time::Duration;
 use support::{Done, Host, Job, Lab, SyncResult};
 use tracked::Tracked;
 
+/// What every run is told beside what is measured: nothing, so by overlay.
+const WAY: &[&str] = &[];
+
 const MIB: u64 = 1 << 20;
 
 /// What is changed between two runs: extents of 1 MiB, spread evenly over the disk.

@@ -266,6 +266,7 @@ mod source {
             let charge = Charge {
                 hypervisor: &self.hypervisor,
                 guest: &self.hypervisor,
+                backups: &self.hypervisor,
                 state: &self.options.state,
                 uuid: uuid.clone(),
                 driver,

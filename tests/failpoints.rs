@@ -38,20 +38,20 @@ fn in_source() -> BTreeMap<String, Vec<String>> {
     found
 }
 
-/// Number -> who, tests; the rows of the tables of steps: of a run, of a prune, of a shortening.
+/// Number -> who, tests; the rows of the tables of steps: of a run, of a backup, of a prune, of a shortening.
 fn in_docs() -> BTreeMap<String, (String, Vec<String>)> {
     let text = fs::read_to_string(root().join("docs/replication.md")).unwrap();
     let section = |title: &str| {
         let section = text.split(title).nth(1).unwrap_or_else(|| panic!("there is no section {title:?}"));
         section.split("\n## ").next().unwrap().to_owned()
     };
-    let titles = ["## Every step and its failpoint", "## Removing points", "## Keeping chains short"];
+    let titles = ["## Every step and its failpoint", "## By backup", "## Removing points", "## Keeping chains short"];
     let sections = titles.map(section).concat();
     let mut rows = BTreeMap::new();
     for line in sections.lines() {
         let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
         let [number, who, _, _, tests] = cells[..] else { continue };
-        if !number.trim_start_matches(['p', 's']).starts_with(|c: char| c.is_ascii_digit()) {
+        if !number.trim_start_matches(['b', 'p', 's']).starts_with(|c: char| c.is_ascii_digit()) {
             continue;
         }
         let tests = tests.split(", ").map(|t| t.trim_matches('`').to_owned()).collect();

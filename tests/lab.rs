@@ -4,6 +4,8 @@
 //! hosts: a test owns its domain, its files and its store, and nothing else (`support` says how it gets the lab for
 //! itself where it must). After each test the domain runs on its own image and no overlay of ours is left.
 
+#![allow(clippy::duplicate_mod, reason = "the same tests run over two ways of capture: see by_backup")]
+
 /// What every run and plan is told beside what its test says: nothing, so by overlay. `by_backup` says otherwise.
 const WAY: &[&str] = &[];
 
@@ -17,6 +19,8 @@ mod bitmaps_hands;
 mod bitmaps_off;
 #[path = "lab/suite/by_backup.rs"]
 mod by_backup;
+#[path = "lab/suite/capture.rs"]
+mod capture;
 #[path = "lab/suite/consistency.rs"]
 mod consistency;
 #[path = "lab/suite/contract.rs"]

@@ -58,10 +58,10 @@ pub struct RunArgs {
     /// Longest time that they may be held
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_freeze_budget)]
     freeze_budget: Duration,
-    /// Lay the overlays of all disks into this directory instead of beside their images
+    /// Lay the overlays (or scratch files) of all disks into this directory instead of beside their images
     #[arg(long, value_name = "DIR")]
     overlay_dir: Option<PathBuf>,
-    /// Keep this much free where overlays lie, beside what they are expected to grow to
+    /// Keep this much free where overlays (or scratch files) lie, beside what they are expected to grow to
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = super::render::parse_bytes)]
     min_free_source: u64,
     /// Leave this disk out (vdb); may be given more than once

@@ -45,7 +45,7 @@ impl Backup {
 
 /// The `<domainbackup>` that begins the job and leaves every other disk of `all` alone. Every disk is named, because
 /// libvirt backs up those that are not.
-pub(super) fn backup_xml(backup: &Backup, all: &[DiskName]) -> Result<String> {
+pub fn backup_xml(backup: &Backup, all: &[DiskName]) -> Result<String> {
     let socket = escape(path_text(&backup.socket)?)?;
     let mut xml = format!("<domainbackup mode='pull'><server transport='unix' socket='{socket}'/><disks>");
     for name in all {
@@ -68,7 +68,7 @@ pub(super) fn backup_xml(backup: &Backup, all: &[DiskName]) -> Result<String> {
 
 /// Reads the `<domainbackup>` of a running job. A job of another kind (push mode, over TCP) has no socket here, and so is
 /// none of ours.
-pub(super) fn parse_backup(xml: &str) -> Result<Backup> {
+pub fn parse_backup(xml: &str) -> Result<Backup> {
     let doc = document(xml)?;
     let root = doc.root_element();
     if !root.has_tag_name("domainbackup") {

@@ -58,7 +58,7 @@ pub struct BackupCapture<'a> {
     plan: &'a Plan,
     domain: &'a DomainView,
     run: RunId,
-    /// Needed only where the guest's file systems are to be held.
+    /// Ends the job if this process dies; armed only while the guest's file systems are held.
     guard: Option<&'a mut dyn PauseGuard>,
     quiescer: Quiescer<'a>,
     /// Set once it is recorded.

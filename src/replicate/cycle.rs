@@ -4,7 +4,7 @@
 //! 2. **observe**: the domain and its disks; connect to the target, read the replica's head and generation
 //! 3. **plan**: per disk how its changes are found, with a reason; or a conflict. Reserve space at the target
 //! 4. **freeze**: record the intent durably, arm the dead-man, put overlays over all disks in one transaction; or
-//!    begin a backup job, which needs neither dead-man nor commit ([`backup`](super::backup))
+//!    begin a backup job, which needs no commit ([`backup`](super::backup))
 //! 5. **ship**: read the frozen images, compare, send; the target writes into an open, unnamed point
 //! 6. **seal**: everything durable at the target, then the manifest names the point: *now it exists*
 //! 7. **commit**: each overlay into its base, then pause, pivot, rename the overlay away, resume
@@ -27,7 +27,7 @@ use super::marks::{Marked, doubted_again, unless_cut};
 use super::observe;
 use super::plan::{CaptureKind, DiskPlan, Plan, PlanOptions};
 use super::pump::{self, Progress, Shipment};
-use super::quiesce::{self, Quiesce, Quiescer, Settled};
+use super::quiesce::{self, Quiescer, Settled};
 use super::report::{Report, RunOutcome, millis};
 use super::room::RoomWatch;
 use super::settle::{Account, Goal, Outcome, PauseGuard, SettleOptions, Settler, halt_error};
@@ -299,12 +299,11 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// The dead-man, where a guest may be held.
+    /// The dead-man, where a guest may be held, or a job may outlive us.
     pub(super) fn guard(&self, plan: &Plan) -> Result<Option<Box<dyn PauseGuard>>> {
         match plan.capture {
-            CaptureKind::Overlay => (self.ports.guard)(&plan.uuid).map(Some),
-            CaptureKind::Backup if plan.quiesce != Quiesce::No => (self.ports.guard)(&plan.uuid).map(Some),
-            CaptureKind::Backup | CaptureKind::Off => Ok(None),
+            CaptureKind::Overlay | CaptureKind::Backup => (self.ports.guard)(&plan.uuid).map(Some),
+            CaptureKind::Off => Ok(None),
         }
     }
 

@@ -14,13 +14,17 @@
 //! It never resumes blindly: it runs the same [`settle`](super::settle) loop with [`Goal::Released`], which retires what
 //! was pivoted before it resumes (I3). A driver that is still alive when the deadline passes is killed first: two hands
 //! on one domain are worse than none.
+//!
+//! A run by backup arms it only while the guest's file systems are held: there is nothing else to let go. But while the job goes on every write of the guest's fills the scratch
+//! files, which only the driver watches; so at end of file a backup that is still on record is ended at once.
 
-use super::journal::{DEADMAN, Journal, Record};
+use super::backup;
+use super::journal::{self, DEADMAN, Journal, Record};
 use super::quiesce::{self, Settled};
 use super::settle::{Goal, Outcome, PauseGuard, SettleOptions, Settler, Unguarded};
 use crate::error::{Error, Kind, Result};
-use crate::hypervisor::Hypervisor;
 use crate::hypervisor::guest::GuestAgent;
+use crate::hypervisor::{Backups, Hypervisor};
 use crate::name::DomainUuid;
 use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -132,6 +136,7 @@ impl PauseGuard for Deadman {
 pub struct Charge<'a> {
     pub hypervisor: &'a dyn Hypervisor,
     pub guest: &'a dyn GuestAgent,
+    pub backups: &'a dyn Backups,
     pub state: &'a Path,
     pub uuid: DomainUuid,
     /// The driver, to end it if it hangs.
@@ -179,9 +184,9 @@ pub fn serve(input: impl Read + Send + 'static, mut output: impl Write, charge: 
             }
             Err(RecvTimeoutError::Disconnected) if deadline.is_some() => {
                 tracing::error!(domain = %charge.uuid, "the driver died while it may have held the guest: letting the guest go");
-                return release(charge);
+                return release(charge).and_then(|()| end_backup(charge));
             }
-            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            Err(RecvTimeoutError::Disconnected) => return end_backup(charge),
         }
     }
 }
@@ -194,11 +199,28 @@ fn kill_driver(charge: &Charge) {
     }
 }
 
-/// Lets the guest go, whatever it takes: libvirt may be down, another hand may be settling already.
+/// Lets the guest go, whatever it takes.
 fn release(charge: &Charge) -> Result<()> {
+    persist(charge, &try_release)
+}
+
+/// Ends the backup that a driver left; one that ended in order has left none.
+fn end_backup(charge: &Charge) -> Result<()> {
+    persist(charge, &|charge| {
+        if journal::peek_backup(charge.state, &charge.uuid)?.is_none() {
+            return Ok(());
+        }
+        tracing::error!(domain = %charge.uuid, "the driver is gone and its backup is not: ending it");
+        let journal = Journal::open(charge.state, &charge.uuid, DEADMAN, Timestamp::now())?;
+        backup::settle(charge.backups, &journal, &charge.uuid).map(drop)
+    })
+}
+
+/// Tries until it is done: libvirt may be down, another hand may be settling already.
+fn persist(charge: &Charge, act: &dyn Fn(&Charge) -> Result<()>) -> Result<()> {
     let give_up_at = Instant::now() + TRY_FOR;
     loop {
-        match try_release(charge) {
+        match act(charge) {
             Ok(()) => return Ok(()),
             Err(e) if Instant::now() > give_up_at => return Err(e),
             Err(e) => tracing::warn!(domain = %charge.uuid, "not yet: {}", e.chain()),

@@ -53,48 +53,87 @@ fn check_next_sync(machine: &mut Machine, why: &str) {
     check_settled(machine, why);
 }
 
+/// The run stands at `point`, and dies there with its dead-man: nobody is left to end the job.
+#[track_caller]
+fn kill_both(machine: &mut Machine, point: &str) {
+    let mut driver = spawn(machine, &format!("{point}=sleep:30000"));
+    driver.stands_at(point);
+    end_both(machine, driver);
+}
+
+#[track_caller]
+fn end_both(machine: &Machine, driver: Driver) {
+    machine.lab.sh("a", &format!("kill -9 $(pgrep -P {0} -f ' deadman ') {0}", driver.pid()));
+    assert!(driver.wait().killed());
+}
+
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Mended {
+    /// The driver alone is killed: the dead-man ends the job, without any further command.
+    Deadman,
+    /// Both are: `doctor --repair`, or the next run.
+    Doctor,
+    Sync,
+}
+
 #[test]
 fn killed_at_each_step_of_a_backup() {
     let lab = Lab::up();
     let mut machine = Machine::replicated(&lab, "kbackup");
     for (at, point) in STEPS.into_iter().enumerate() {
-        let why = format!("killed at {point}");
-        eprintln!("{why}");
-        let (points, _) = machine.points();
-        let sealed = machine.sealed.clone();
-        machine.write();
-        let frozen = machine.model.clone();
-        // Where the job runs already the guest writes before the end comes: the point must not have that.
-        let late = ["5a", "5b", "5f", "6f", "b4", "b5", "b6"].contains(&point);
-        let mut driver = spawn(&mut machine, &format!("{}{point}=kill", if late { "b3=sleep:1000," } else { "" }));
-        if late {
-            driver.stands_at("b3");
-            assert!(runs(&machine), "{why}: {}", job(&machine));
-            machine.write();
+        if point.starts_with('b') {
+            killed_at(&mut machine, point, Mended::Deadman);
         }
-        assert!(driver.wait().killed(), "{why}");
-        // Nothing ever holds the guest.
-        assert_eq!(machine.state(), "running", "{why}");
-        assert_eq!(record(&machine), !["3", "3c", "b6"].contains(&point), "{why}: the record");
-        assert_eq!(runs(&machine), ["b2", "b3", "5a", "5b", "5f", "6f"].contains(&point), "{why}: {}", job(&machine));
-        machine.write();
-        machine.check_live(&why);
-        machine.check_head(&points, &sealed, &frozen, &why);
-        if at % 2 == 0 {
-            let (open, traces) = (record(&machine), machine.traces());
-            let found = machine.doctor("", false);
-            assert_eq!(found.code(), Some(i32::from(open)), "{why}: {found:#?}");
-            assert_eq!(found.says("was cut short while it read by backup"), open, "{why}: {found:#?}");
-            assert_eq!((record(&machine), machine.traces()), (open, traces), "{why}: doctor changed something");
-            machine.doctor("", true).ok(&why);
-            check_settled(&machine, &why);
-        }
-        check_next_sync(&mut machine, &why);
+        killed_at(&mut machine, point, if at % 2 == 0 { Mended::Doctor } else { Mended::Sync });
     }
     // And by overlay it goes on where the backup left off.
     machine.write();
     machine.check_next_sync("by overlay");
     check_settled(&machine, "by overlay");
+}
+
+fn killed_at(machine: &mut Machine, point: &str, mended: Mended) {
+    let why = format!("killed at {point}, mended by {mended:?}");
+    eprintln!("{why}");
+    let (points, _) = machine.points();
+    let sealed = machine.sealed.clone();
+    machine.write();
+    let frozen = machine.model.clone();
+    // Where the job runs already the guest writes before the end comes: the point must not have that.
+    let late = ["5a", "5b", "5f", "6f", "b4", "b5", "b6"].contains(&point);
+    let death = if mended == Mended::Deadman { "kill" } else { "sleep:30000" };
+    let mut driver = spawn(machine, &format!("{}{point}={death}", if late { "b3=sleep:700," } else { "" }));
+    if late {
+        driver.stands_at("b3");
+        assert!(runs(machine), "{why}: {}", job(machine));
+        machine.write();
+    }
+    let left = !["3", "3c", "b6"].contains(&point);
+    if mended == Mended::Deadman {
+        assert!(driver.wait().killed(), "{why}");
+        wait_for("the dead-man has ended the backup", || (!record(machine)).then_some(()));
+        check_settled(machine, &why);
+    } else {
+        driver.stands_at(point);
+        end_both(machine, driver);
+        assert_eq!(record(machine), left, "{why}: the record");
+        assert_eq!(runs(machine), ["b2", "b3", "5a", "5b", "5f", "6f"].contains(&point), "{why}: {}", job(machine));
+    }
+    // Nothing ever holds the guest.
+    assert_eq!(machine.state(), "running", "{why}");
+    machine.write();
+    machine.check_live(&why);
+    machine.check_head(&points, &sealed, &frozen, &why);
+    if mended == Mended::Doctor {
+        let traces = machine.traces();
+        let found = machine.doctor("", false);
+        assert_eq!(found.code(), Some(i32::from(left)), "{why}: {found:#?}");
+        assert_eq!(found.says("was cut short while it read by backup"), left, "{why}: {found:#?}");
+        assert_eq!((record(machine), machine.traces()), (left, traces), "{why}: doctor changed something");
+        machine.doctor("", true).ok(&why);
+        check_settled(machine, &why);
+    }
+    check_next_sync(machine, &why);
 }
 
 /// Two faults: the run is killed with its job running, its recovery at each of its own steps.
@@ -105,7 +144,7 @@ fn recovery_of_a_backup_killed_too() {
     for point in ["b4", "b5", "b6"] {
         let why = format!("killed at 5b, its recovery at {point}");
         machine.write();
-        assert!(sync(&mut machine, "5b=kill").killed(), "{why}");
+        kill_both(&mut machine, "5b");
         assert!(machine.doctor(&format!("{point}=kill"), true).killed(), "{why}");
         check_next_sync(&mut machine, &why);
     }
@@ -177,7 +216,7 @@ fn other_hands_on_a_backup() {
         if recorded {
             machine.virsh("domjobabort", &[]);
             wait_for("their job has ended", || (!runs(&machine)).then_some(()));
-            assert!(sync(&mut machine, "b2=kill").killed());
+            kill_both(&mut machine, "b2");
             machine.virsh("domjobabort", &[]);
             wait_for("our job has ended", || (!runs(&machine)).then_some(()));
             machine.virsh("backup-begin", &[&theirs]);
