@@ -12,6 +12,8 @@ pub enum Shape {
     Bytes,
     Count,
     Switch,
+    /// One of these words.
+    Choice(&'static [&'static str]),
     /// `"08:00"`.
     Clock,
     Days,
@@ -69,6 +71,20 @@ pub const KEYS: &[Key] = &[
         "How long a commit may take to become ready before the next run ends it",
     ),
     key("with_secrets", Shape::Switch, "false", "Graphics passwords travel with the definition"),
+    key(
+        "capture",
+        Shape::Choice(super::CAPTURES),
+        "the configuration's",
+        "How the disks of a running domain stand still: overlay, backup, or auto",
+    ),
+    key(
+        "quiesce.wish",
+        Shape::Choice(super::QUIESCE),
+        "no",
+        "The guest agent holds the guest's file systems: no, try, or require",
+    ),
+    key("quiesce.every", Shape::Count, "1", "Only in every such run"),
+    key("quiesce.budget", Shape::Duration, "10s", "Longest time they are held, 2s to 1m"),
     key("audit.runs", Shape::Count, "100", "So many runs have compared a whole disk once; 0 checks no bitmap"),
     key("audit.bytes", Shape::Bytes, "1G", "Most to read for that, per disk and run"),
     key("audit.time", Shape::Duration, "5s", "Most time for that, per disk and run"),
@@ -94,6 +110,7 @@ fn leaf(key: &Key) -> Value {
         Shape::Bytes => json!({ "type": ["string", "integer"], "minimum": 0 }),
         Shape::Count => json!({ "type": "integer", "minimum": 0 }),
         Shape::Switch => json!({ "type": "boolean" }),
+        Shape::Choice(words) => json!({ "enum": words }),
         Shape::Clock => json!({ "type": "string", "pattern": "^([01][0-9]|2[0-3]):[0-5][0-9]$|^24:00$" }),
         Shape::Days => {
             let days: Vec<&str> = super::window::Day::ALL.iter().map(|d| d.word()).collect();

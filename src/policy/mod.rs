@@ -52,9 +52,69 @@ pub struct Policy {
     pub min_free_source_bytes: u64,
     pub ready_timeout: Duration,
     pub with_secrets: bool,
+    /// One of [`CAPTURES`]; `None`: as the configuration has it.
+    pub capture: Option<String>,
+    pub quiesce: Quiesce,
     pub audit: Audit,
     pub retry: Retry,
     pub hooks: Hooks,
+}
+
+/// Ways to make the disks of a running domain stand still, as `sync --capture` has them.
+pub const CAPTURES: &[&str] = &["overlay", "backup", "auto"];
+
+/// Whether the guest agent is asked, as `sync --quiesce` has it.
+pub const QUIESCE: &[&str] = &["no", "try", "require"];
+
+/// Consistent points, as `sync` has them.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Quiesce {
+    /// One of [`QUIESCE`].
+    #[serde(deserialize_with = "quiesce_wish")]
+    pub wish: String,
+    /// At least 1.
+    #[serde(deserialize_with = "at_least_one")]
+    pub every: u32,
+    /// 2 s to a minute.
+    #[serde(deserialize_with = "freeze_budget")]
+    pub budget: Duration,
+}
+
+impl Default for Quiesce {
+    fn default() -> Self {
+        Quiesce { wish: "no".to_owned(), every: 1, budget: Duration::from_secs(10) }
+    }
+}
+
+fn one_of<'de, D: Deserializer<'de>>(de: D, words: &[&str]) -> Result<String, D::Error> {
+    let text = String::deserialize(de)?;
+    match words.contains(&text.as_str()) {
+        true => Ok(text),
+        false => Err(serde::de::Error::custom(format!("'{text}' is none of: {}", words.join(", ")))),
+    }
+}
+
+fn capture<'de, D: Deserializer<'de>>(de: D) -> Result<Option<String>, D::Error> {
+    one_of(de, CAPTURES).map(Some)
+}
+
+fn quiesce_wish<'de, D: Deserializer<'de>>(de: D) -> Result<String, D::Error> {
+    one_of(de, QUIESCE)
+}
+
+fn at_least_one<'de, D: Deserializer<'de>>(de: D) -> Result<u32, D::Error> {
+    match u32::deserialize(de)? {
+        0 => Err(serde::de::Error::custom("it has to be at least 1, which is every run")),
+        n => Ok(n),
+    }
+}
+
+fn freeze_budget<'de, D: Deserializer<'de>>(de: D) -> Result<Duration, D::Error> {
+    match duration(de)? {
+        d if (2..=60).contains(&d.as_secs()) => Ok(d),
+        _ => Err(serde::de::Error::custom("a guest is held for 2s to 1m")),
+    }
 }
 
 /// When runs begin, as it is written.
@@ -187,6 +247,10 @@ struct PolicyFile {
     ready_timeout: Duration,
     #[serde(default)]
     with_secrets: bool,
+    #[serde(default, deserialize_with = "capture")]
+    capture: Option<String>,
+    #[serde(default)]
+    quiesce: Quiesce,
     #[serde(default)]
     audit: Audit,
     blackout: Option<Spanned<Vec<Window>>>,
@@ -315,6 +379,8 @@ impl PolicyFile {
             min_free_source_bytes: self.min_free_source,
             ready_timeout: self.ready_timeout,
             with_secrets: self.with_secrets,
+            capture: self.capture,
+            quiesce: self.quiesce,
             audit: self.audit,
             retry,
             hooks: self.hooks,

@@ -1,6 +1,6 @@
 //! A policy as the file that says the same with every default written out.
 
-use super::{Hook, Policy};
+use super::{Hook, Policy, Quiesce};
 use crate::units::{duration, exact_bytes};
 use std::fmt;
 
@@ -49,6 +49,11 @@ impl fmt::Display for Policy {
         writeln!(f, "min_free_source: {}", exact_bytes(self.min_free_source_bytes))?;
         writeln!(f, "ready_timeout: {}", duration(self.ready_timeout))?;
         writeln!(f, "with_secrets: {}", self.with_secrets)?;
+        if let Some(capture) = &self.capture {
+            writeln!(f, "capture: {capture}")?;
+        }
+        let Quiesce { wish, every, budget } = &self.quiesce;
+        writeln!(f, "quiesce: {{wish: {}, every: {every}, budget: {}}}", quoted(wish), duration(*budget))?;
         let (bytes, time) = (exact_bytes(self.audit.bytes), duration(self.audit.time));
         writeln!(f, "audit: {{runs: {}, bytes: {bytes}, time: {time}}}", self.audit.runs)?;
         writeln!(f, "retry: {{first: {}, max: {}}}", duration(self.retry.first), duration(self.retry.max))?;

@@ -19,6 +19,8 @@ overlay_dir: /srv/overlays
 min_free_source: 1G
 ready_timeout: 2h
 with_secrets: true
+capture: auto
+quiesce: {wish: require, every: 4, budget: 8s}
 audit: {runs: 50, bytes: 512M, time: 3s}
 blackout:
   - {from: "08:00", to: "18:00", days: [mon, fri]}
@@ -172,6 +174,13 @@ fn the_schema_agrees_with_the_parser() {
         agrees(&format!("{short}{wrong}"), false);
     }
     agrees("name: a\ndomains: [web]\nevery: 5m\n", false);
+}
+
+/// A word of ours, whatever other dialects of YAML take it for.
+#[test]
+fn no_is_a_word() {
+    let policy = parse("name: x\ndomains: [a]\ntargets: [dr1]\nevery: 5m\nquiesce: {wish: no}\n").unwrap();
+    assert_eq!(policy.quiesce, Quiesce::default());
 }
 
 #[test]
