@@ -29,6 +29,17 @@ pub struct BackupDisk {
     pub scratch: PathBuf,
 }
 
+/// What libvirt says of a domain's backup.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BackupJob {
+    /// There is none; also of a domain that is off or gone.
+    None,
+    Running(Backup),
+    /// A libvirtd that died inside a begin has come back: it holds a job of which it knows nothing. It refuses every other
+    /// job, and to abort it does nothing (libvirt 9.0): it goes when the domain is shut off and libvirtd restarted.
+    Hollow,
+}
+
 impl Backup {
     /// Whether `running` is this very job: same socket, same disks on the same scratch files, in any order.
     pub fn is(&self, running: &Backup) -> bool {

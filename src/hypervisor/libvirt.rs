@@ -480,7 +480,7 @@ fn view_once(domain: &Domain) -> Result<DomainView, Failure> {
         power: power(domain)?,
         persistent,
         managed_save: domain.has_managed_save(0)?,
-        domain_job: if runs { sys::domain_job(domain)?.map(job_words) } else { None },
+        domain_job: if runs { job_of_domain(domain)? } else { None },
         record: record.or_else(|| inactive.as_ref().and_then(|i| i.record.clone())),
         nvram: shown.nvram.clone(),
         guest_agent: shown.guest_agent,
@@ -545,6 +545,22 @@ fn job_view(info: Option<sys::BlockJobInfo>, disk: Option<&DiskXml>) -> Option<B
     let ready = kind == BlockJobKind::ActiveCommit && info.is_some() && active_mirror.is_some_and(|m| m.ready);
     let (done_bytes, total_bytes) = info.map_or((0, 0), |i| (i.done_bytes, i.total_bytes));
     Some(BlockJob { kind, ready, done_bytes, total_bytes })
+}
+
+fn job_of_domain(domain: &Domain) -> Result<Option<String>, VirtError> {
+    match sys::domain_job(domain) {
+        // Everything else about the domain can be said all the same.
+        Err(e) if is_lost(&e) => {
+            Ok(Some("a job that libvirt has lost (it goes when the domain is shut off and libvirtd restarted)".into()))
+        }
+        other => Ok(other?.map(job_words)),
+    }
+}
+
+/// libvirt's answer to the question for a domain's job when it holds one and has lost what it was ("backup job data
+/// missing"): seen of libvirt 9.0 when libvirtd was killed inside the begin of a backup.
+pub(super) fn is_lost(e: &VirtError) -> bool {
+    e.code().is(ErrorNumber::InternalError)
 }
 
 fn job_words(operation: u32) -> String {

@@ -24,7 +24,7 @@ mod sys;
 mod tracking;
 pub mod xml;
 
-use self::backup::Backup;
+use self::backup::{Backup, BackupJob};
 use crate::block::{ByteRange, DiskSize};
 use crate::error::Result;
 use crate::image::{Chain, Layer};
@@ -112,8 +112,8 @@ pub trait Backups: Send + Sync {
     /// scratch files must not exist. Another program's job is an error, after libvirt's own wait (30 s).
     fn begin_backup(&self, uuid: &DomainUuid, backup: &Backup) -> Result<()>;
 
-    /// The backup that runs, whoever began it. `None` also of a domain that is off or gone.
-    fn running_backup(&self, uuid: &DomainUuid) -> Result<Option<Backup>>;
+    /// The backup that runs, whoever began it.
+    fn running_backup(&self, uuid: &DomainUuid) -> Result<BackupJob>;
 
     /// Ends this very job, and no other: if another one runs, or none, nothing is done. Returns when libvirt was told;
     /// the job may be ending still.

@@ -5,10 +5,10 @@
 //! removes its own with the job, also when the domain ends; the socket it leaves behind. A scratch file without room
 //! fails the guest's write, not the job: room has to be watched.
 
-use super::backup::{Backup, backup_xml, parse_backup};
+use super::backup::{Backup, BackupJob, backup_xml, parse_backup};
 use super::bitmap;
-use super::gate::Repeat;
-use super::libvirt::{LibvirtHypervisor, live_disk, lookup, running};
+use super::gate::{Failure, Repeat};
+use super::libvirt::{LibvirtHypervisor, is_lost, live_disk, lookup, running};
 use super::sys;
 use super::tracking::node_name;
 use super::{Backups, Confinement, DiskKind, Tracking, xml};
@@ -18,6 +18,7 @@ use crate::image::nbd::{NbdImage, bitmap_context};
 use crate::image::{Image, Layer};
 use crate::name::{DiskName, DomainUuid};
 use std::path::{Path, PathBuf};
+use virt::domain::Domain;
 use virt::error::ErrorNumber;
 
 /// Name of the backup's socket in the domain's private directory.
@@ -48,17 +49,10 @@ impl Backups for LibvirtHypervisor {
         })
     }
 
-    fn running_backup(&self, uuid: &DomainUuid) -> Result<Option<Backup>> {
-        self.query("ask for the backup", uuid, |conn, uuid| {
-            let domain = match lookup(conn, uuid) {
-                Err(e) if e.code().is(ErrorNumber::NoDomain) => return Ok(None),
-                other => other?,
-            };
-            match sys::backup_xml(&domain) {
-                Ok(xml) => Ok(Some(parse_backup(&xml)?)),
-                Err(e) if e.code().is(ErrorNumber::NoDomainBackup) || domain.id().is_none() => Ok(None),
-                Err(e) => Err(e.into()),
-            }
+    fn running_backup(&self, uuid: &DomainUuid) -> Result<BackupJob> {
+        self.query("ask for the backup", uuid, |conn, uuid| match lookup(conn, uuid) {
+            Err(e) if e.code().is(ErrorNumber::NoDomain) => Ok(BackupJob::None),
+            other => job_of(&other?),
         })
     }
 
@@ -67,13 +61,13 @@ impl Backups for LibvirtHypervisor {
         self.on_domain("end the backup", self.deadlines.change, Repeat::Harmless, uuid, move |conn, uuid| {
             let domain = lookup(conn, uuid)?;
             // Looked at in the same call: a job that somebody else began meanwhile is not ours to end.
-            match sys::backup_xml(&domain) {
-                Ok(xml) if backup.is(&parse_backup(&xml)?) => {}
+            match job_of(&domain)? {
+                BackupJob::Running(running) if backup.is(&running) => {}
                 _ => return Ok(()),
             }
             conn.about_to_change()?;
             match sys::abort_job(&domain) {
-                Err(e) if sys::backup_xml(&domain).is_ok() => Err(e.into()),
+                Err(e) if matches!(job_of(&domain)?, BackupJob::Running(_)) => Err(e.into()),
                 _ => Ok(()),
             }
         })
@@ -107,5 +101,18 @@ impl Backups for LibvirtHypervisor {
             let apparmor = xml::confined_by(&lookup(conn, uuid)?.xml_desc(0)?, "apparmor")?;
             Ok(Confinement { libvirt: (version / 1_000_000, version / 1000 % 1000, version % 1000), apparmor })
         })
+    }
+}
+
+fn job_of(domain: &Domain) -> Result<BackupJob, Failure> {
+    match sys::backup_xml(domain) {
+        Ok(xml) => Ok(BackupJob::Running(parse_backup(&xml)?)),
+        Err(_) if domain.id().is_none() => Ok(BackupJob::None),
+        Err(e) if e.code().is(ErrorNumber::NoDomainBackup) => match sys::domain_job(domain) {
+            Err(e) if is_lost(&e) => Ok(BackupJob::Hollow),
+            // Another kind of job, or none; one that cannot be asked for is not ours to guess at.
+            _ => Ok(BackupJob::None),
+        },
+        Err(e) => Err(e.into()),
     }
 }

@@ -17,7 +17,7 @@ use super::quiesce::{self, Held, Quiescer, Settled};
 use super::settle::{Account, PauseGuard};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
-use crate::hypervisor::backup::{Backup, BackupDisk};
+use crate::hypervisor::backup::{Backup, BackupDisk, BackupJob};
 use crate::hypervisor::{Backups, DomainView};
 use crate::name::{DomainName, DomainUuid, RunId};
 use jiff::Timestamp;
@@ -161,7 +161,7 @@ impl<'a> BackupCapture<'a> {
     fn runs(&self) -> Result<()> {
         let backup = self.backup.as_ref().expect("asked after the begin");
         match self.ports.backups.running_backup(&self.plan.uuid)? {
-            Some(running) if backup.is(&running) => Ok(()),
+            BackupJob::Running(running) if backup.is(&running) => Ok(()),
             _ => Err(Error::new(
                 Kind::Interrupted,
                 "the backup job has ended before everything was read: the domain ended, or somebody aborted it",
@@ -243,11 +243,11 @@ enum Next {
 }
 
 /// Pure.
-fn next(ours: &Backup, running: Option<&Backup>) -> Next {
-    match running {
-        Some(running) if ours.is(running) => Next::End,
-        Some(running) if ours.meets(running) => Next::Halt,
-        _ => Next::Clean,
+fn next(ours: &Backup, job: &BackupJob) -> Next {
+    match job {
+        BackupJob::Running(running) if ours.is(running) => Next::End,
+        BackupJob::Running(running) if ours.meets(running) => Next::Halt,
+        BackupJob::Running(_) | BackupJob::Hollow | BackupJob::None => Next::Clean,
     }
 }
 
@@ -259,7 +259,7 @@ pub fn settle(backups: &dyn Backups, journal: &Journal, uuid: &DomainUuid) -> Re
     let give_up_at = Instant::now() + END_WITHIN;
     let mut told = false;
     loop {
-        match next(&record.backup, backups.running_backup(uuid)?.as_ref()) {
+        match next(&record.backup, &backups.running_backup(uuid)?) {
             Next::Clean => break,
             Next::Halt => return Err(mixed(&record)),
             Next::End if Instant::now() > give_up_at => {
@@ -315,7 +315,7 @@ fn remove(path: &Path) -> Result<bool> {
 pub fn explain(backups: &dyn Backups, record: &BackupRecord) -> Result<(Vec<String>, bool)> {
     let mut said =
         vec![format!("run {} of {:.0} was cut short while it read by backup", record.run, record.started_at)];
-    let step = next(&record.backup, backups.running_backup(&record.uuid)?.as_ref());
+    let step = next(&record.backup, &backups.running_backup(&record.uuid)?);
     said.push(match step {
         Next::End => "its backup job still runs: what the guest overwrites goes into the scratch files".to_owned(),
         Next::Clean => "its backup job has ended".to_owned(),

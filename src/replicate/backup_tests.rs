@@ -8,13 +8,13 @@ use crate::name::DiskName;
 
 /// What runs, and what was asked. `stuck`: the job does not end when it is told.
 struct Fake {
-    running: Mutex<Option<Backup>>,
+    running: Mutex<BackupJob>,
     stuck: bool,
     told: Mutex<u32>,
 }
 
 impl Fake {
-    fn with(running: Option<Backup>) -> Fake {
+    fn with(running: BackupJob) -> Fake {
         Fake { running: Mutex::new(running), stuck: false, told: Mutex::new(0) }
     }
 }
@@ -28,7 +28,7 @@ impl Backups for Fake {
         unreachable!("settling begins nothing")
     }
 
-    fn running_backup(&self, _: &DomainUuid) -> Result<Option<Backup>> {
+    fn running_backup(&self, _: &DomainUuid) -> Result<BackupJob> {
         Ok(self.running.lock().unwrap().clone())
     }
 
@@ -38,8 +38,11 @@ impl Backups for Fake {
             return Err(Error::new(Kind::Refused, "no"));
         }
         let mut running = self.running.lock().unwrap();
-        assert!(running.as_ref().is_some_and(|r| r.is(backup)), "only our own is ended");
-        *running = None;
+        match &*running {
+            BackupJob::Running(job) => assert!(job.is(backup), "only our own is ended"),
+            other => panic!("there is nothing to end: {other:?}"),
+        }
+        *running = BackupJob::None;
         Ok(())
     }
 
@@ -105,7 +108,7 @@ fn other(backup: &Backup) -> Backup {
 #[test]
 fn our_job_is_ended_and_all_of_it_removed() {
     let left = Left::behind();
-    let fake = Fake::with(Some(left.record.backup.clone()));
+    let fake = Fake::with(BackupJob::Running(left.record.backup.clone()));
     let done = left.settle(&fake).unwrap();
     assert!(done[0].contains("ended the backup job") && done.len() == 4, "{done:?}");
     assert_eq!((left.files_left(), left.journal().backup().unwrap()), (0, None));
@@ -117,9 +120,18 @@ fn our_job_is_ended_and_all_of_it_removed() {
 #[test]
 fn a_job_that_ended_by_itself_leaves_its_files_to_remove() {
     let left = Left::behind();
-    let done = left.settle(&Fake::with(None)).unwrap();
+    let done = left.settle(&Fake::with(BackupJob::None)).unwrap();
     assert!(done.len() == 3 && done.iter().all(|d| d.starts_with("removed ")), "{done:?}");
     assert_eq!((left.files_left(), left.journal().backup().unwrap()), (0, None));
+}
+
+/// What a libvirtd that died inside the begin comes back with: to abort it does nothing, and our files are not its.
+#[test]
+fn a_hollow_job_is_left_alone_and_our_files_go() {
+    let left = Left::behind();
+    let fake = Fake::with(BackupJob::Hollow);
+    left.settle(&fake).unwrap();
+    assert_eq!((left.files_left(), *fake.told.lock().unwrap()), (0, 0));
 }
 
 /// libvirt has one job for a domain: one of another program's says that ours has ended.
@@ -127,9 +139,9 @@ fn a_job_that_ended_by_itself_leaves_its_files_to_remove() {
 fn another_programs_job_is_left_alone() {
     let left = Left::behind();
     let theirs = other(&left.record.backup);
-    let fake = Fake::with(Some(theirs.clone()));
+    let fake = Fake::with(BackupJob::Running(theirs.clone()));
     left.settle(&fake).unwrap();
-    assert_eq!(fake.running.lock().unwrap().as_ref(), Some(&theirs));
+    assert_eq!(*fake.running.lock().unwrap(), BackupJob::Running(theirs));
     assert_eq!((left.files_left(), *fake.told.lock().unwrap()), (0, 0));
 }
 
@@ -144,7 +156,7 @@ fn a_job_that_shares_a_file_with_ours_is_for_a_person() {
         if scratch {
             mixed.disks[0].scratch = left.record.backup.disks[1].scratch.clone();
         }
-        let fake = Fake::with(Some(mixed));
+        let fake = Fake::with(BackupJob::Running(mixed));
         let e = left.settle(&fake).unwrap_err();
         assert_eq!(e.kind(), Kind::Conflict);
         assert!(e.hint_text().unwrap().contains("domjobabort"), "{e}");
@@ -157,7 +169,7 @@ fn a_job_that_shares_a_file_with_ours_is_for_a_person() {
 #[test]
 fn a_job_that_cannot_be_ended_keeps_record_and_files() {
     let left = Left::behind();
-    let fake = Fake { stuck: true, ..Fake::with(Some(left.record.backup.clone())) };
+    let fake = Fake { stuck: true, ..Fake::with(BackupJob::Running(left.record.backup.clone())) };
     assert_eq!(left.settle(&fake).unwrap_err().kind(), Kind::Refused);
     assert_eq!(left.files_left(), 3);
     assert_eq!(left.journal().backup().unwrap().as_ref(), Some(&left.record));
@@ -169,6 +181,6 @@ fn a_job_that_cannot_be_ended_keeps_record_and_files() {
 fn a_record_of_a_later_version_is_not_touched() {
     let left = Left::behind();
     left.journal().write_backup(&BackupRecord { format: 2, ..left.record.clone() }).unwrap();
-    assert_eq!(left.settle(&Fake::with(None)).unwrap_err().kind(), Kind::Corrupt);
+    assert_eq!(left.settle(&Fake::with(BackupJob::None)).unwrap_err().kind(), Kind::Corrupt);
     assert_eq!(left.files_left(), 3);
 }

@@ -13,6 +13,7 @@ use super::report::Report;
 use super::room::free_bytes;
 use super::turnover::{self, Tracked};
 use crate::error::Result;
+use crate::hypervisor::backup::BackupJob;
 use crate::hypervisor::{DiskKind, DiskView, DomainView, Power};
 use crate::image::open::EXPORT;
 use crate::image::{Chain, Format, qemu_img};
@@ -29,8 +30,11 @@ pub fn plan_only(ports: &Ports, request: &Request) -> Result<Plan> {
     let record = journal::peek(&request.state, &domain.uuid)?;
     if let Some(left) = journal::peek_backup(&request.state, &domain.uuid)? {
         // The job in the way may be the one that is ended first.
-        let running = ports.backups.running_backup(&domain.uuid)?;
-        if running.is_some_and(|running| left.backup.is(&running)) {
+        let ends = match ports.backups.running_backup(&domain.uuid)? {
+            BackupJob::Running(running) => left.backup.is(&running),
+            BackupJob::Hollow | BackupJob::None => false,
+        };
+        if ends {
             plan.conflicts.retain(|c| !matches!(c, Conflict::DomainJob { .. }));
         }
         plan.notes.push("an earlier run by backup was cut short; the next one ends its job first".to_owned());
