@@ -10,7 +10,7 @@ use virt_replica::error::Result;
 use virt_replica::name::DiskName;
 use virt_replica::replicate::audit::AuditOptions;
 use virt_replica::replicate::choice::CaptureWish;
-use virt_replica::replicate::quiesce::{Quiesce, QuiesceOptions};
+use virt_replica::replicate::quiesce::Quiesce;
 use virt_replica::retention::Keep;
 
 #[derive(Debug, Args)]
@@ -119,6 +119,7 @@ mod run {
     use virt_replica::replicate::cycle::Request;
     use virt_replica::replicate::forecast::SpaceOptions;
     use virt_replica::replicate::plan::{CaptureKind, Plan, PlanOptions};
+    use virt_replica::replicate::quiesce::QuiesceOptions;
     use virt_replica::replicate::report::{Report, RunOutcome};
     use virt_replica::site::Connection;
 
