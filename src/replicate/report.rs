@@ -1,7 +1,7 @@
 //! What a run did, as data: printed by the command line, kept by the journal, read by scripts.
 
 use super::plan::Skipped;
-use crate::error::Error;
+use crate::error::{Error, Kind};
 use crate::name::{DomainName, DomainUuid, RunId};
 use crate::replica::PointView;
 use jiff::Timestamp;
@@ -34,6 +34,9 @@ pub struct Report {
     /// What an operator should know although the run went on.
     pub warnings: Vec<String>,
     pub error: Option<String>,
+    /// What to do about it: whoever decides on a failure, decides on this.
+    #[serde(default)]
+    pub error_kind: Option<Kind>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,6 +54,7 @@ impl Report {
     pub fn failed(mut self, error: &Error) -> Self {
         self.outcome = RunOutcome::Failed;
         self.error = Some(error.chain());
+        self.error_kind = Some(error.kind());
         self
     }
 }
@@ -100,6 +104,7 @@ mod tests {
             alarms: Vec::new(),
             warnings: Vec::new(),
             error: None,
+            error_kind: None,
         }
     }
 
@@ -112,6 +117,16 @@ mod tests {
             assert_eq!(back.point, report(sealed).point, "{text}");
             assert_eq!(serde_json::to_string(&back).unwrap(), text);
         }
+    }
+
+    /// Reports of before there were kinds are read as well.
+    #[test]
+    fn a_failed_report_says_what_kind_of_failure_it_was() {
+        let failed = report(false).failed(&Error::new(Kind::Unavailable, "the target is away"));
+        let mut json = serde_json::to_value(&failed).unwrap();
+        assert_eq!(json["error_kind"], "unavailable");
+        json.as_object_mut().unwrap().remove("error_kind");
+        assert_eq!(serde_json::from_value::<Report>(json).unwrap().error_kind, None);
     }
 
     /// The names that docs/formats/json.md promises to scripts.
