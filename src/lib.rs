@@ -5,7 +5,7 @@
 //! ```text
 //!        cli (in the binary)
 //!              |
-//!            site            the only file that names concrete adapters
+//!       site · daemon        site: the only file that names concrete adapters; daemon: policies obeyed, unattended
 //!              |
 //!          replicate         the story: settle, observe, plan, freeze, ship, seal, commit, retire
 //!              |                 (start reading at replicate/cycle.rs)
@@ -42,4 +42,6 @@ pub mod transport;
 pub mod config;
 
 pub mod replicate;
+
+pub mod daemon;
 pub mod site;

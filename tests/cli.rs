@@ -17,9 +17,9 @@ use virt_replica::replica::{BeginDisk, BeginPoint, Consistency, DiskStats, Mode,
 use virt_replica::replicate::pump::{self, Progress, Shipment};
 
 const UUID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
-const COMMANDS: [&str; 13] = [
-    "policy", "sync", "plan", "points", "status", "verify", "scrub", "prune", "pin", "unpin", "export", "doctor",
-    "agent",
+const COMMANDS: [&str; 14] = [
+    "daemon", "policy", "sync", "plan", "points", "status", "verify", "scrub", "prune", "pin", "unpin", "export",
+    "doctor", "agent",
 ];
 
 /// The program with nothing in its environment but a time zone.
@@ -550,6 +550,7 @@ mod source {
             alarms: Vec::new(),
             warnings: Vec::new(),
             error: failed.then(|| "the target is on fire".to_owned()),
+            error_kind: None,
         }
     }
 

@@ -28,6 +28,7 @@ fn pages() -> Vec<(PathBuf, String)> {
     let mut found = vec![root().join("README.md")];
     files_below(&root().join("docs"), "md", &mut found);
     files_below(&root().join("policies"), "md", &mut found);
+    files_below(&root().join("packaging"), "md", &mut found);
     assert!(found.len() > 12, "found only {} pages: looked in the wrong place", found.len());
     found.sort();
     found.into_iter().map(|p| (p.strip_prefix(root()).unwrap().to_owned(), fs::read_to_string(&p).unwrap())).collect()
@@ -299,6 +300,26 @@ fn the_reference_of_policies_has_every_key() {
         assert!(row.contains(key.about), "{row}\nshould say: {}", key.about);
         assert!(row.contains(key.default), "{row}\nshould give the default: {}", key.default);
     }
+}
+
+/// The units start commands that there are, and give runs longer to end than the daemon gives them.
+#[test]
+fn the_units_fit_the_program() {
+    let mut started = 0;
+    for unit in ["virt-replica.service", "virt-replica-once.service"] {
+        let text = fs::read_to_string(root().join("packaging").join(unit)).unwrap();
+        for line in text.lines().filter_map(|l| l.strip_prefix("ExecStart").and_then(|l| l.split_once('='))) {
+            let args: Vec<&str> = line.1.split_whitespace().skip(1).chain(["--help"]).collect();
+            let output = Command::new(env!("CARGO_BIN_EXE_virt-replica")).args(&args).output().expect("it runs");
+            assert!(output.status.success(), "{unit}: {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+            started += 1;
+        }
+        let stop = text.lines().find_map(|l| l.strip_prefix("TimeoutStopSec=")?.strip_suffix("min")?.parse().ok());
+        let minutes: u64 = stop.unwrap_or_else(|| panic!("{unit} has no TimeoutStopSec"));
+        assert!(minutes * 60 > DaemonConfig::default().stop_timeout.as_secs() + 60, "{unit}");
+        assert!(text.lines().any(|l| l == "KillMode=process"), "{unit} would kill dead-men");
+    }
+    assert_eq!(started, 3);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! One file per family of commands. What a script reads is promised in docs/formats/json.md. Results go to stdout;
 //! steps, progress, warnings and errors go to stderr.
 
+mod daemon;
 mod doctor;
 mod export;
 // A build without libvirt prints less than it could.
@@ -132,6 +133,8 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     /// Check policies, and say what they mean and when
     Policy(policy::PolicyArgs),
+    /// Obey the policies for as long as this host is up (started by systemd)
+    Daemon(daemon::DaemonArgs),
     /// On a target: take over a copy of a disk that is here already, before the first run
     Seed(seed::SeedArgs),
     /// Serve the store of this host to a source, over stdin and stdout (started over ssh)
@@ -142,6 +145,15 @@ enum Command {
 }
 
 impl Command {
+    /// Whether it works unattended, and its log is all that is seen of it.
+    fn tells(&self) -> bool {
+        match self {
+            Command::Daemon(_) => true,
+            Command::Policy(args) => args.tells(),
+            _ => false,
+        }
+    }
+
     /// Whether a script reads the output.
     fn json(&self) -> bool {
         match self {
@@ -158,7 +170,7 @@ impl Command {
             Command::Doctor(args) => args.json,
             Command::Seed(args) => args.json,
             Command::Policy(args) => args.json(),
-            Command::Agent(_) | Command::Deadman(_) => false,
+            Command::Agent(_) | Command::Daemon(_) | Command::Deadman(_) => false,
         }
     }
 }
@@ -170,7 +182,7 @@ pub fn main() -> ExitCode {
         Err(e) => return output::usage(&e),
     };
     let output = Output { json: cli.command.json(), quiet: cli.globals.quiet, colors: cli.globals.colors() };
-    start_logging(&cli.globals, output);
+    start_logging(&cli.globals, output, cli.command.tells());
     let result = match &cli.command {
         Command::Sync(args) => sync::sync(args, &cli.globals, output),
         Command::Plan(args) => sync::plan(args, &cli.globals, output),
@@ -185,15 +197,16 @@ pub fn main() -> ExitCode {
         Command::Doctor(args) => doctor::doctor(args, &cli.globals, output),
         Command::Seed(args) => seed::seed(args, output),
         Command::Policy(args) => policy::policy(args, &cli.globals, output),
+        Command::Daemon(args) => daemon::daemon(args, &cli.globals),
         Command::Agent(args) => serve::agent(args),
         Command::Deadman(args) => serve::deadman(args, &cli.globals),
     };
     output.end(result)
 }
 
-/// Logs go to stderr, above the progress bars if there are any.
-fn start_logging(globals: &Globals, output: Output) {
-    let level = match (globals.quiet, globals.verbose) {
+/// Logs go to stderr, above the progress bars if there are any. `tells`: what it does is worth a line without being asked.
+fn start_logging(globals: &Globals, output: Output, tells: bool) {
+    let level = match (globals.quiet, globals.verbose.max(u8::from(tells))) {
         (true, _) => "error",
         (_, 0) => "warn",
         (_, 1) => "warn,virt_replica=info",

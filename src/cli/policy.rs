@@ -1,8 +1,8 @@
 //! `policy`: are the policies right, what do they mean, when do they run.
 
-use super::Globals;
 use super::output::{Exit, Output, print, print_json};
 use super::render;
+use super::{Globals, daemon};
 use clap::{Args, Subcommand};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
@@ -29,6 +29,14 @@ enum PolicyCommand {
     Next(NextArgs),
     /// Print the JSON Schema of a policy, for editors
     Schema,
+    /// Do once all that is due (for a timer), or ask the daemon for a run of one domain
+    Run(daemon::RunArgs),
+    /// Show what the daemon does, and how every domain stands with its RPO
+    Status(daemon::DaemonStatusArgs),
+    /// Have the daemon begin no run of a domain, or none at all, until `resume`
+    Pause(daemon::HoldArgs),
+    /// Let the daemon begin runs again
+    Resume(daemon::HoldArgs),
 }
 
 #[derive(Debug, Args)]
@@ -63,7 +71,16 @@ struct NextArgs {
 
 impl PolicyArgs {
     pub fn json(&self) -> bool {
-        matches!(&self.command, PolicyCommand::Next(args) if args.json)
+        match &self.command {
+            PolicyCommand::Next(args) => args.json,
+            PolicyCommand::Status(args) => args.json,
+            _ => false,
+        }
+    }
+
+    /// Whether it replicates, and has something to tell.
+    pub fn tells(&self) -> bool {
+        matches!(self.command, PolicyCommand::Run(_))
     }
 }
 
@@ -72,6 +89,10 @@ pub fn policy(args: &PolicyArgs, globals: &Globals, output: Output) -> Result<Ex
         PolicyCommand::Check(args) => check(args, globals, output),
         PolicyCommand::Show(args) => show(args, globals),
         PolicyCommand::Next(args) => next(args, globals, output),
+        PolicyCommand::Run(args) => daemon::run(args, globals),
+        PolicyCommand::Status(args) => daemon::status(args, output),
+        PolicyCommand::Pause(args) => daemon::pause(args),
+        PolicyCommand::Resume(args) => daemon::resume(args),
         PolicyCommand::Schema => {
             let schema = serde_json::to_string_pretty(&keys::schema()).expect("a schema is plain JSON");
             print(&schema)?;

@@ -62,3 +62,10 @@ fn new_run() -> Result<RunId> {
     assert_eq!(got, bits.len(), "getrandom gives up to 256 bytes whole");
     Ok(RunId::from_bits(u64::from_le_bytes(bits)))
 }
+
+/// 64 bits that shorten a wait; where no random ones are to be had, the wait is its full length.
+pub fn random() -> u64 {
+    let mut bits = [0xff; 8];
+    let _ = rustix::rand::getrandom(&mut bits, rustix::rand::GetRandomFlags::empty());
+    u64::from_le_bytes(bits)
+}

@@ -131,6 +131,7 @@ pub fn run(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBoo
         alarms: Vec::new(),
         warnings: Vec::new(),
         error: None,
+        error_kind: None,
     };
     let run = Run::new(ports, request, watch, stop, &journal);
     let mut result = run.eight_steps(&found.uuid, &mut report);

@@ -62,6 +62,7 @@ fn run(frozen_at: i64, seconds: f64, mode: Mode, bytes: u64) -> Report {
         alarms: Vec::new(),
         warnings: Vec::new(),
         error: None,
+        error_kind: None,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::choice::CaptureKind;
 use super::plan::Skipped;
-use crate::error::Error;
+use crate::error::{Error, Kind};
 use crate::name::{DomainName, DomainUuid, RunId};
 use crate::replica::PointView;
 use jiff::Timestamp;
@@ -43,6 +43,9 @@ pub struct Report {
     /// What an operator should know although the run went on.
     pub warnings: Vec<String>,
     pub error: Option<String>,
+    /// What to do about it: whoever decides on a failure, decides on this.
+    #[serde(default)]
+    pub error_kind: Option<Kind>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,6 +63,7 @@ impl Report {
     pub fn failed(mut self, error: &Error) -> Self {
         self.outcome = RunOutcome::Failed;
         self.error = Some(error.chain());
+        self.error_kind = Some(error.kind());
         self
     }
 }
@@ -113,6 +117,7 @@ pub(crate) mod tests {
             alarms: Vec::new(),
             warnings: Vec::new(),
             error: None,
+            error_kind: None,
         }
     }
 
@@ -125,6 +130,16 @@ pub(crate) mod tests {
             assert_eq!(back.point, report(sealed).point, "{text}");
             assert_eq!(serde_json::to_string(&back).unwrap(), text);
         }
+    }
+
+    /// Reports of before there were kinds are read as well.
+    #[test]
+    fn a_failed_report_says_what_kind_of_failure_it_was() {
+        let failed = report(false).failed(&Error::new(Kind::Unavailable, "the target is away"));
+        let mut json = serde_json::to_value(&failed).unwrap();
+        assert_eq!(json["error_kind"], "unavailable");
+        json.as_object_mut().unwrap().remove("error_kind");
+        assert_eq!(serde_json::from_value::<Report>(json).unwrap().error_kind, None);
     }
 
     /// The names that docs/formats/json.md promises to scripts.

@@ -1,0 +1,28 @@
+//! Replication without anybody watching: policies are obeyed for as long as the host is up.
+//!
+//! ```text
+//!   signals, control socket, /metrics          children: virt-replica sync, doctor; hooks
+//!              |    events                              ^   |
+//!              v                                orders  |   v  signs of life, ends
+//!          service  ----- event, now ----->  engine (pure)  -----> orders
+//!              |
+//!            state     what must survive a crash: last runs, waits, breaches, pauses
+//! ```
+//!
+//! [`engine`] decides: a state, an event and the time in, orders out. Everything else acts and reports back. Each run is a
+//! process of its own, so that its crash never takes the daemon with it; a daemon that dies takes no run with it either.
+//! docs/daemon.md.
+
+pub mod control;
+pub mod engine;
+#[cfg(test)]
+mod engine_tests;
+pub mod http;
+pub mod metrics;
+pub mod notify;
+pub mod pair;
+mod run;
+pub mod service;
+pub mod state;
+pub mod status;
+pub mod worker;

@@ -1,0 +1,204 @@
+//! What is remembered of one domain on one target. Plain data, kept in the state file; names are added, never renamed.
+
+use crate::error::Kind;
+use crate::name::{DomainName, DomainUuid};
+use crate::policy::schedule::Past;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// A domain on a target.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Key {
+    pub uuid: DomainUuid,
+    /// The target's URL: a name may be given to another target tomorrow.
+    pub url: String,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RunResult {
+    Sealed,
+    /// A point, and a disk is still on an overlay.
+    CommitPending,
+    Failed,
+}
+
+impl RunResult {
+    pub const ALL: [RunResult; 3] = [RunResult::Sealed, RunResult::CommitPending, RunResult::Failed];
+
+    pub fn word(self) -> &'static str {
+        match self {
+            RunResult::Sealed => "sealed",
+            RunResult::CommitPending => "commit_pending",
+            RunResult::Failed => "failed",
+        }
+    }
+}
+
+/// A run that ended, as far as the daemon heard of it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct End {
+    pub result: RunResult,
+    pub frozen_at: Option<Timestamp>,
+    pub point: Option<String>,
+    pub error_kind: Option<Kind>,
+    pub error: Option<String>,
+    pub alarms: Vec<String>,
+    pub freeze_ms: f64,
+    pub pause_ms: f64,
+    pub bytes_read: u64,
+    pub bytes_sent: u64,
+    pub bytes_written: u64,
+}
+
+impl End {
+    /// A run that made no point.
+    pub fn failed(kind: Option<Kind>, error: impl Into<String>) -> End {
+        End {
+            result: RunResult::Failed,
+            frozen_at: None,
+            point: None,
+            error_kind: kind,
+            error: Some(error.into()),
+            alarms: Vec::new(),
+            freeze_ms: 0.0,
+            pause_ms: 0.0,
+            bytes_read: 0,
+            bytes_sent: 0,
+            bytes_written: 0,
+        }
+    }
+}
+
+/// The newest run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LastRun {
+    pub started_at: Timestamp,
+    pub ended_at: Timestamp,
+    #[serde(flatten)]
+    pub end: End,
+}
+
+/// Counted since the daemon first looked after the pair; they only grow, also over restarts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Totals {
+    pub sealed: u64,
+    pub commit_pending: u64,
+    pub failed: u64,
+    pub alarms: u64,
+    pub breaches: u64,
+    pub bytes_read: u64,
+    pub bytes_sent: u64,
+    pub bytes_written: u64,
+    pub run_seconds: f64,
+    pub freeze_seconds: f64,
+    pub pause_seconds: f64,
+    /// Time spent in each step of a run, 1 to 8.
+    pub step_seconds: [f64; 8],
+}
+
+impl Totals {
+    pub fn runs(&self, result: RunResult) -> u64 {
+        match result {
+            RunResult::Sealed => self.sealed,
+            RunResult::CommitPending => self.commit_pending,
+            RunResult::Failed => self.failed,
+        }
+    }
+}
+
+/// How many durations are remembered to foresee the next.
+const RECENT_MAX: usize = 5;
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Pair {
+    #[serde(flatten)]
+    pub key: Key,
+    pub domain: DomainName,
+    /// When this host began to look after it.
+    pub since: Timestamp,
+    /// Begin of the newest run that made a point, and `frozen_at` of that point.
+    #[serde(default)]
+    pub begun: Option<Timestamp>,
+    #[serde(default)]
+    pub frozen_at: Option<Timestamp>,
+    #[serde(default)]
+    pub retry_at: Option<Timestamp>,
+    #[serde(default)]
+    pub failures: u32,
+    #[serde(default)]
+    pub recent_s: Vec<u64>,
+    #[serde(default)]
+    pub breach_since: Option<Timestamp>,
+    #[serde(default)]
+    pub last: Option<LastRun>,
+    #[serde(default)]
+    pub totals: Totals,
+}
+
+impl Pair {
+    pub fn new(key: Key, domain: DomainName, since: Timestamp) -> Pair {
+        Pair {
+            key,
+            domain,
+            since,
+            begun: None,
+            frozen_at: None,
+            retry_at: None,
+            failures: 0,
+            recent_s: Vec::new(),
+            breach_since: None,
+            last: None,
+            totals: Totals::default(),
+        }
+    }
+
+    pub fn past(&self) -> Past {
+        Past { since: self.since, begun: self.begun, retry_at: self.retry_at }
+    }
+
+    pub fn expected(&self) -> Duration {
+        let recent: Vec<Duration> = self.recent_s.iter().map(|s| Duration::from_secs(*s)).collect();
+        crate::policy::admission::expected(&recent)
+    }
+
+    /// A point made by a run, ours or somebody else's, is news if it is newer than what we know.
+    pub fn learn(&mut self, begun: Timestamp, frozen_at: Timestamp) -> bool {
+        let is_news = self.frozen_at.is_none_or(|known| frozen_at > known);
+        if is_news {
+            self.begun = Some(begun);
+            self.frozen_at = Some(frozen_at);
+            self.retry_at = None;
+            self.failures = 0;
+        }
+        is_news
+    }
+
+    /// Takes down how a run ended; waiting after a failure is the caller's.
+    pub fn ended(&mut self, started_at: Timestamp, ended_at: Timestamp, end: End) {
+        let seconds = ended_at.duration_since(started_at).as_secs().max(0) as u64;
+        let t = &mut self.totals;
+        match end.result {
+            RunResult::Sealed => t.sealed += 1,
+            RunResult::CommitPending => t.commit_pending += 1,
+            RunResult::Failed => t.failed += 1,
+        }
+        t.alarms += end.alarms.len() as u64;
+        t.bytes_read += end.bytes_read;
+        t.bytes_sent += end.bytes_sent;
+        t.bytes_written += end.bytes_written;
+        t.run_seconds += seconds as f64;
+        t.freeze_seconds += end.freeze_ms / 1e3;
+        t.pause_seconds += end.pause_ms / 1e3;
+        if let Some(frozen_at) = end.frozen_at {
+            self.learn(started_at, frozen_at);
+            self.recent_s.push(seconds);
+            let surplus = self.recent_s.len().saturating_sub(RECENT_MAX);
+            self.recent_s.drain(..surplus);
+        }
+        self.last = Some(LastRun { started_at, ended_at, end });
+    }
+}

@@ -1,0 +1,107 @@
+//! How everything stands, as data: the answer of the control socket, and what the metrics are made of.
+
+use super::engine::{Engine, Now, deadline};
+use super::pair::{LastRun, Totals};
+use super::run::Phase;
+use crate::name::{DomainName, DomainUuid};
+use crate::policy::schedule::Due;
+use jiff::Timestamp;
+use serde::Serialize;
+
+/// The names are a contract (docs/formats/json.md): added, never renamed.
+#[derive(Debug, Clone, Serialize)]
+pub struct Status {
+    pub version: &'static str,
+    pub up_s: u64,
+    pub stopping: bool,
+    pub paused: bool,
+    pub policies: usize,
+    pub runs: usize,
+    pub libvirt_error: Option<String>,
+    pub config_error: Option<String>,
+    /// One of each domain and target.
+    pub domains: Vec<Row>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct Row {
+    pub domain: DomainName,
+    pub uuid: DomainUuid,
+    pub target: String,
+    /// The policy that means it; absent for a domain that no policy means any more.
+    pub policy: Option<String>,
+    pub paused: bool,
+    pub frozen_at: Option<Timestamp>,
+    pub lag_s: Option<i64>,
+    pub rpo_s: Option<u64>,
+    /// What is left until the RPO is broken; negative: it is.
+    pub slack_s: Option<i64>,
+    pub breach_since: Option<Timestamp>,
+    /// When the next run is due; now or earlier: it waits for its turn.
+    pub next_at: Option<Timestamp>,
+    pub running: Option<RunningRow>,
+    pub failures: u32,
+    pub last_run: Option<LastRun>,
+    pub totals: Totals,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct RunningRow {
+    pub since: Timestamp,
+    /// The step it is in; 0 before the first.
+    pub step: u8,
+    pub state: &'static str,
+}
+
+impl Engine {
+    pub fn status(&self, now: Now) -> Status {
+        let rows = self.pairs.iter().map(|(key, pair)| {
+            let assigned = self.assigned.get(key);
+            let policy = assigned.map(|a| &self.setup.policies[a.policy]);
+            let rpo = policy.and_then(|p| p.rpo);
+            let running = self.runs.values().find(|r| r.key == *key);
+            Row {
+                domain: pair.domain.clone(),
+                uuid: key.uuid.clone(),
+                target: key.url.clone(),
+                policy: policy.map(|p| p.name.clone()),
+                paused: self.all_paused || self.paused.contains(&key.uuid),
+                frozen_at: pair.frozen_at,
+                lag_s: pair.frozen_at.map(|f| now.wall.duration_since(f).as_secs()),
+                rpo_s: rpo.map(|r| r.as_secs()),
+                slack_s: rpo.map(|r| deadline(pair, r).duration_since(now.wall).as_secs()),
+                breach_since: pair.breach_since,
+                next_at: assigned.map(|_| match self.due(key, now.wall) {
+                    Due::Now { since } => since,
+                    Due::At(at) => at,
+                }),
+                running: running.map(|r| RunningRow {
+                    since: r.begun,
+                    step: r.step,
+                    state: match r.phase {
+                        Phase::Working => "working",
+                        Phase::Terminated => "ending",
+                        Phase::Killed => "killed",
+                        Phase::Repairing => "repairing",
+                    },
+                }),
+                failures: pair.failures,
+                last_run: pair.last.clone(),
+                totals: pair.totals,
+            }
+        });
+        let mut domains: Vec<Row> = rows.collect();
+        domains.sort_by(|a, b| (&a.domain, &a.target).cmp(&(&b.domain, &b.target)));
+        Status {
+            version: env!("CARGO_PKG_VERSION"),
+            up_s: now.up.as_secs(),
+            stopping: self.stopping(),
+            paused: self.all_paused,
+            policies: self.setup.policies.len(),
+            runs: self.runs.len(),
+            libvirt_error: self.libvirt_error.clone(),
+            config_error: self.config_error.clone(),
+            domains,
+        }
+    }
+}

@@ -1,0 +1,325 @@
+//! Children: a process for each run, each repair, each hook. Starts them, listens to them, tells how they ended.
+//!
+//! A child is signalled by its own id and never as a group: its dead-man lives in the group, and has to outlive it.
+
+use super::engine::{Event, StartRun};
+use super::pair::{End, RunResult};
+use super::service::Input;
+use crate::error::{Error, Kind, Result, printable};
+use crate::name::DomainUuid;
+use crate::policy::Hook;
+use crate::replicate::report::{Report, RunOutcome};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde::Deserialize;
+use std::io::{BufRead, BufReader, Read};
+use std::os::fd::OwnedFd;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Longest line of a child that is listened to, in bytes: a report with many disks has some hundred KiB.
+const LINE_MAX: u64 = 8 << 20;
+/// How long what a child wrote is awaited after its end; its dead-man may hold the pipe longer.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+/// Exit code of `sync` for "a point, and a bitmap had lied".
+const AUDIT_ALARM: i32 = 14;
+
+/// How children are started.
+#[derive(Debug, Clone)]
+pub struct Program {
+    /// Our own binary.
+    pub path: PathBuf,
+    /// Global options that stand before the command.
+    pub globals: Vec<String>,
+}
+
+/// The arguments of `sync` that say what a policy says.
+pub fn sync_args(job: &StartRun) -> Vec<String> {
+    let p = &job.policy;
+    let seconds = |d: Duration| format!("{}s", d.as_secs());
+    let mut args: Vec<String> =
+        ["sync", job.domain.uuid.as_str(), "--to", &job.target, "--json"].map(str::to_owned).into();
+    let mut add = |name: &str, value: String| args.extend([name.to_owned(), value]);
+    if let Some(dir) = &p.overlay_dir {
+        add("--overlay-dir", dir.to_string_lossy().into_owned());
+    }
+    if let Some(keep) = p.keep {
+        add("--keep", keep.to_string());
+    }
+    for disk in p.excluded_disks(&job.domain) {
+        add("--exclude-disk", disk.to_string());
+    }
+    add("--min-free-source", p.min_free_source_bytes.to_string());
+    add("--ready-timeout", seconds(p.ready_timeout));
+    add("--audit-runs", p.audit.runs.to_string());
+    add("--audit-bytes", p.audit.bytes.to_string());
+    add("--audit-time", seconds(p.audit.time));
+    if p.with_secrets {
+        args.push("--with-secrets".to_owned());
+    }
+    args
+}
+
+impl Program {
+    fn command(&self, args: &[String]) -> Command {
+        let mut command = Command::new(&self.path);
+        command.args(&self.globals).args(args);
+        // A signal that is meant for the daemon is not meant for its runs.
+        command.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// Starts a run. Its signs and its end come as events of this number. Returns a hold on the process.
+    pub fn start(&self, run: u64, job: &StartRun, inputs: &Sender<Input>) -> Result<OwnedFd> {
+        self.spawn(run, &sync_args(job), job.domain.name.as_str(), inputs)
+    }
+
+    /// Starts `doctor --repair`.
+    pub fn repair(&self, run: u64, uuid: &DomainUuid, ready: Duration, inputs: &Sender<Input>) -> Result<OwnedFd> {
+        let ready = format!("{}s", ready.as_secs());
+        let args = ["doctor", uuid.as_str(), "--repair", "--ready-timeout", &ready, "--json"].map(str::to_owned);
+        self.spawn(run, &args, uuid.as_str(), inputs)
+    }
+
+    fn spawn(&self, run: u64, args: &[String], name: &str, inputs: &Sender<Input>) -> Result<OwnedFd> {
+        let mut child = self.command(args).spawn().map_err(|e| Error::io("cannot start a run", &self.path, e))?;
+        // Taken before anybody waits for the child: a number could be another process's by the time it is used.
+        let hold = i32::try_from(child.id()).ok().and_then(Pid::from_raw).expect("a child has an id");
+        let hold = pidfd_open(hold, PidfdFlags::empty()).map_err(|e| Error::from_io("cannot hold a run", e.into()))?;
+        let heard: Arc<Mutex<Heard>> = Arc::default();
+        let (out, err) = (child.stdout.take().expect("it is piped"), child.stderr.take().expect("it is piped"));
+        let listeners = [
+            listen(out, {
+                let (heard, inputs) = (heard.clone(), inputs.clone());
+                move |line| {
+                    let step = lock(&heard).output(line);
+                    // Nobody listens any more when the daemon ends.
+                    let _ = inputs.send(Input::Event(Event::Sign { run, step }));
+                }
+            }),
+            listen(err, {
+                let (heard, name) = (heard.clone(), name.to_owned());
+                move |line| lock(&heard).complaint(line, &name)
+            }),
+        ];
+        let inputs = inputs.clone();
+        std::thread::spawn(move || {
+            let status = child.wait();
+            let until = Instant::now() + LAST_WORDS;
+            while listeners.iter().any(|l| !l.is_finished()) && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            let heard = std::mem::take(&mut *lock(&heard));
+            let end = match status {
+                Ok(status) => heard.end(status),
+                Err(e) => End::failed(Some(Kind::Io), format!("the run's end was not seen: {e}")),
+            };
+            let _ = inputs.send(Input::Event(Event::Ended { run, end }));
+        });
+        Ok(hold)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // A listener that panicked heard less; what was heard is true.
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// Reads lines until the pipe ends. A line that is too long is cut: what is left of it is no JSON and is passed over.
+fn listen(pipe: impl Read + Send + 'static, mut on_line: impl FnMut(&[u8]) + Send + 'static) -> JoinHandle<()> {
+    std::thread::spawn(move || {
+        let mut pipe = BufReader::new(pipe);
+        let mut line = Vec::new();
+        loop {
+            line.clear();
+            match pipe.by_ref().take(LINE_MAX).read_until(b'\n', &mut line) {
+                Ok(0) | Err(_) => return,
+                Ok(_) => on_line(line.trim_ascii()),
+            }
+        }
+    })
+}
+
+/// What a child said.
+#[derive(Default)]
+struct Heard {
+    report: Option<Box<Report>>,
+    error: Option<(Kind, String)>,
+}
+
+#[derive(Deserialize)]
+struct Line {
+    message_type: String,
+    #[serde(default)]
+    step: Option<u8>,
+    #[serde(default)]
+    kind: Option<Kind>,
+    #[serde(default)]
+    message: Option<String>,
+}
+
+impl Heard {
+    /// A line of stdout; the step that it says begins.
+    fn output(&mut self, line: &[u8]) -> Option<u8> {
+        let parsed: Line = serde_json::from_slice(line).ok()?;
+        if parsed.message_type == "report" {
+            self.report = serde_json::from_slice(line).ok().map(Box::new);
+        }
+        parsed.step
+    }
+
+    /// A line of stderr.
+    fn complaint(&mut self, line: &[u8], name: &str) {
+        match serde_json::from_slice::<Line>(line) {
+            Ok(Line { message_type, kind: Some(kind), message: Some(message), .. }) if message_type == "exit_error" => {
+                self.error = Some((kind, message));
+            }
+            _ => tracing::debug!(domain = name, "{}", printable(&String::from_utf8_lossy(line), 1000)),
+        }
+    }
+
+    fn end(self, status: ExitStatus) -> End {
+        let Some(report) = self.report else {
+            return match (self.error, status.signal(), status.code()) {
+                (Some((kind, message)), _, _) => End::failed(Some(kind), message),
+                (None, Some(signal), _) => End::failed(None, format!("the run was ended by signal {signal}")),
+                (None, None, code) => {
+                    End::failed(None, format!("the run ended with code {} and without a report", code.unwrap_or(-1)))
+                }
+            };
+        };
+        let point = report.point.as_ref();
+        let sum = |of: fn(&crate::replica::DiskStats) -> u64| {
+            point.map_or(0, |p| p.disks.iter().map(|d| of(&d.stats)).sum::<u64>())
+        };
+        let mut alarms = report.alarms.clone();
+        if alarms.is_empty() && status.code() == Some(AUDIT_ALARM) {
+            alarms.push("a dirty bitmap had lied".to_owned());
+        }
+        End {
+            result: match report.outcome {
+                RunOutcome::Sealed => RunResult::Sealed,
+                RunOutcome::CommitPending => RunResult::CommitPending,
+                RunOutcome::Failed => RunResult::Failed,
+            },
+            frozen_at: point.map(|p| p.frozen_at),
+            point: point.map(|p| p.id.to_string()),
+            error_kind: report.error_kind.or(self.error.as_ref().map(|(kind, _)| *kind)),
+            error: report.error.clone(),
+            alarms,
+            freeze_ms: report.freeze_ms,
+            pause_ms: report.pause_ms,
+            bytes_read: sum(|s| s.bytes_read),
+            bytes_sent: sum(|s| s.bytes_sent),
+            bytes_written: sum(|s| s.bytes_written),
+        }
+    }
+}
+
+/// Sends a signal to a child; one that has ended does not hear it.
+pub fn signal(child: &OwnedFd, signal: Signal) {
+    if let Err(e) = pidfd_send_signal(child, signal) {
+        tracing::debug!("a run could not be signalled: {e}");
+    }
+}
+
+/// Runs a hook in a thread of its own; its end is logged, and after its timeout it is killed with all it started.
+pub fn hook(hook: Hook, env: Vec<(&'static str, String)>) -> JoinHandle<()> {
+    std::thread::spawn(move || match run_hook(&hook, env) {
+        Ok(status) if status.success() => {}
+        Ok(status) => tracing::warn!(hook = hook.command[0], "the hook ended with {status}"),
+        Err(e) => tracing::warn!(hook = hook.command[0], "{}", e.chain()),
+    })
+}
+
+fn run_hook(hook: &Hook, env: Vec<(&'static str, String)>) -> Result<ExitStatus> {
+    let fail = |e| Error::io("the hook cannot be run", &hook.command[0], e);
+    let mut command = Command::new(&hook.command[0]);
+    command.args(&hook.command[1..]).envs(env).process_group(0);
+    // What it prints goes where the daemon's log goes.
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().map_err(fail)?;
+    let until = Instant::now() + hook.timeout;
+    loop {
+        if let Some(status) = child.try_wait().map_err(fail)? {
+            return Ok(status);
+        }
+        if Instant::now() >= until {
+            kill_group(&mut child);
+            let seconds = hook.timeout.as_secs();
+            return Err(
+                Error::new(Kind::Interrupted, format!("the hook was killed after {seconds} s")).path(&hook.command[0])
+            );
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn kill_group(child: &mut Child) {
+    if let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
+        let _ = rustix::process::kill_process_group(pid, Signal::KILL);
+    }
+    // It was killed: this does not wait long.
+    let _ = child.wait();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::name::DomainName;
+    use crate::policy::Policy;
+    use crate::policy::select::SeenDomain;
+    use std::path::Path;
+
+    fn job(lines: &str) -> StartRun {
+        let text = format!("name: p\ndomains: [web01]\ntargets: [dr1]\nevery: 5m\n{lines}");
+        StartRun {
+            domain: SeenDomain {
+                name: DomainName::new("web01").unwrap(),
+                uuid: DomainUuid::new("6695eb01-f6a4-8304-79aa-97f2502e193f").unwrap(),
+            },
+            target: "dr1".to_owned(),
+            policy: Policy::parse(&text, Path::new("p.yaml"), &["dr1"]).unwrap(),
+        }
+    }
+
+    /// A key is honest only if it arrives: each with the words it becomes.
+    #[test]
+    fn every_key_of_a_run_arrives_at_sync() {
+        for (line, words) in [
+            ("overlay_dir: /srv/o\n", "--overlay-dir /srv/o"),
+            ("keep: {last: 3, daily: 7}\n", "--keep last=3,daily=7"),
+            ("exclude_disks: {web*: [vdb]}\n", "--exclude-disk vdb"),
+            ("min_free_source: 1G\n", "--min-free-source 1073741824"),
+            ("ready_timeout: 2h\n", "--ready-timeout 7200s"),
+            ("with_secrets: true\n", "--with-secrets"),
+            ("audit: {runs: 7, bytes: 1M, time: 9s}\n", "--audit-runs 7 --audit-bytes 1048576 --audit-time 9s"),
+        ] {
+            let args = sync_args(&job(line)).join(" ");
+            assert!(args.contains(words), "{line} gives {args}");
+            assert!(!sync_args(&job("")).join(" ").contains(words), "{words} is there without its key");
+        }
+        let args = sync_args(&job("")).join(" ");
+        assert!(args.starts_with("sync 6695eb01-f6a4-8304-79aa-97f2502e193f --to dr1 --json"), "{args}");
+    }
+
+    #[test]
+    fn the_last_words_of_a_run_say_how_it_ended() {
+        let mut heard = Heard::default();
+        assert_eq!(heard.output(br#"{"message_type":"step","step":5,"what":"x"}"#), Some(5));
+        assert_eq!(heard.output(b"not JSON"), None);
+        heard.complaint(br#"{"message_type":"exit_error","code":1,"kind":"unavailable","message":"away"}"#, "web01");
+        let end = heard.end(ExitStatus::from_raw(1 << 8));
+        assert_eq!(
+            (end.result, end.error_kind, end.error.as_deref()),
+            (RunResult::Failed, Some(Kind::Unavailable), Some("away"))
+        );
+        let end = Heard::default().end(ExitStatus::from_raw(9));
+        assert!(end.error_kind.is_none() && end.error.unwrap().contains("signal 9"));
+        let end = Heard::default().end(ExitStatus::from_raw(0));
+        assert_eq!(end.result, RunResult::Failed, "no report, no point");
+    }
+}
