@@ -55,6 +55,12 @@ pub fn sync_args(job: &StartRun) -> Vec<String> {
     }
     add("--min-free-source", p.min_free_source_bytes.to_string());
     add("--ready-timeout", seconds(p.ready_timeout));
+    if let Some(capture) = &p.capture {
+        add("--capture", capture.clone());
+    }
+    add("--quiesce", p.quiesce.wish.clone());
+    add("--quiesce-every", p.quiesce.every.to_string());
+    add("--freeze-budget", seconds(p.quiesce.budget));
     add("--audit-runs", p.audit.runs.to_string());
     add("--audit-bytes", p.audit.bytes.to_string());
     add("--audit-time", seconds(p.audit.time));
@@ -296,6 +302,8 @@ mod tests {
             ("min_free_source: 1G\n", "--min-free-source 1073741824"),
             ("ready_timeout: 2h\n", "--ready-timeout 7200s"),
             ("with_secrets: true\n", "--with-secrets"),
+            ("capture: backup\n", "--capture backup"),
+            ("quiesce: {wish: try, every: 4, budget: 8s}\n", "--quiesce try --quiesce-every 4 --freeze-budget 8s"),
             ("audit: {runs: 7, bytes: 1M, time: 9s}\n", "--audit-runs 7 --audit-bytes 1048576 --audit-time 9s"),
         ] {
             let args = sync_args(&job(line)).join(" ");
@@ -304,6 +312,17 @@ mod tests {
         }
         let args = sync_args(&job("")).join(" ");
         assert!(args.starts_with("sync 6695eb01-f6a4-8304-79aa-97f2502e193f --to dr1 --json"), "{args}");
+    }
+
+    /// The words that a policy may use are those that `sync` knows.
+    #[test]
+    fn the_words_of_policies_are_those_of_sync() {
+        for word in crate::policy::CAPTURES {
+            assert!(word.parse::<crate::replicate::choice::CaptureWish>().is_ok(), "{word}");
+        }
+        for word in crate::policy::QUIESCE {
+            assert!(word.parse::<crate::replicate::quiesce::Quiesce>().is_ok(), "{word}");
+        }
     }
 
     #[test]
