@@ -347,6 +347,8 @@ fn systemd_hears_of_it_and_metrics_are_served() {
     let page = get(port, "/metrics");
     assert!(page.contains("virt_replica_runs_total{domain=\"a\",target=\"local:/t\",result=\"sealed\"} 1\n"), "{page}");
     assert!(page.contains("virt_replica_freeze_seconds{domain=\"a\",target=\"local:/t\"} 0.0125\n"), "{page}");
+    let people = get(port, "/");
+    assert!(people.contains("Content-Type: text/html") && people.contains("<td>a<br>"), "{people}");
     d.inputs.send(Input::Reload).unwrap();
     assert!(heard("RELOADING=1") && heard("READY=1"));
     d.end();

@@ -1,8 +1,8 @@
-//! `/metrics` over HTTP on a loopback port: one page, read only, one question at a time.
+//! `/` for people and `/metrics` for Prometheus, over HTTP on a loopback port: read only, one question at a time.
 
-use super::metrics;
 use super::service::Input;
 use super::status::Status;
+use super::{metrics, page};
 use crate::error::{Error, Kind, Result};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -49,29 +49,32 @@ fn answer(mut stream: TcpStream, inputs: &Sender<Input>) {
             Ok(n) => request.extend_from_slice(&buffer[..n]),
         }
     }
-    let (code, body) = page(&request, || status(inputs));
-    let kind = "text/plain; version=0.0.4; charset=utf-8";
+    let (code, kind, body) = reply(&request, || status(inputs));
     let head = format!(
-        "HTTP/1.1 {code}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+        "HTTP/1.1 {code}\r\nContent-Type: {kind}; charset=utf-8\r\nContent-Length: {}\r\nCache-Control: no-store\r\n\
+         Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'\r\nX-Content-Type-Options: nosniff\r\n\
+         Connection: close\r\n\r\n",
         body.len()
     );
     // A scraper that went away asks again.
     let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body.as_bytes()));
 }
 
-/// The answer to a request: its status line, its body.
-fn page(request: &[u8], status: impl FnOnce() -> Option<Box<Status>>) -> (&'static str, String) {
+/// The answer to a request: its status line, what kind of text it is, its body.
+fn reply(request: &[u8], status: impl FnOnce() -> Option<Box<Status>>) -> (&'static str, &'static str, String) {
+    const PLAIN: &str = "text/plain";
     let line = request.split(|b| *b == b'\r').next().unwrap_or_default();
     let line = String::from_utf8_lossy(line);
     let mut words = line.split(' ');
     match (words.next(), words.next()) {
-        (Some("GET"), Some("/metrics")) => match status() {
-            Some(status) => ("200 OK", metrics::render(&status)),
-            None => ("503 Service Unavailable", "the daemon does not answer\n".to_owned()),
+        (Some("GET"), Some(path @ ("/" | "/metrics"))) => match status() {
+            Some(status) if path == "/" => ("200 OK", "text/html", page::render(&status)),
+            Some(status) => ("200 OK", "text/plain; version=0.0.4", metrics::render(&status)),
+            None => ("503 Service Unavailable", PLAIN, "the daemon does not answer\n".to_owned()),
         },
-        (Some("GET"), Some(_)) => ("404 Not Found", "there is /metrics\n".to_owned()),
-        (Some(_), Some(_)) => ("405 Method Not Allowed", "this page is for reading\n".to_owned()),
-        _ => ("400 Bad Request", "that is no request\n".to_owned()),
+        (Some("GET"), Some(_)) => ("404 Not Found", PLAIN, "there are / and /metrics\n".to_owned()),
+        (Some(_), Some(_)) => ("405 Method Not Allowed", PLAIN, "this page is for reading\n".to_owned()),
+        _ => ("400 Bad Request", PLAIN, "that is no request\n".to_owned()),
     }
 }
 
@@ -93,10 +96,11 @@ mod tests {
     }
 
     #[test]
-    fn one_page_and_only_reading() {
-        let code = |request: &str| page(request.as_bytes(), || None).0.split(' ').next().unwrap().to_owned();
+    fn two_pages_and_only_reading() {
+        let code = |request: &str| reply(request.as_bytes(), || None).0.split(' ').next().unwrap().to_owned();
         assert_eq!(code("GET /metrics HTTP/1.1\r\n\r\n"), "503");
-        assert_eq!(code("GET / HTTP/1.1\r\n\r\n"), "404");
+        assert_eq!(code("GET / HTTP/1.1\r\n\r\n"), "503");
+        assert_eq!(code("GET /else HTTP/1.1\r\n\r\n"), "404");
         assert_eq!(code("POST /metrics HTTP/1.1\r\n\r\n"), "405");
         assert_eq!(code(""), "400");
     }

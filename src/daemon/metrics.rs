@@ -169,6 +169,7 @@ mod tests {
             running: None,
             failures: 2,
             last_run: None,
+            recent: Vec::new(),
             totals: Totals { sealed: 7, failed: 2, bytes_sent: 1 << 40, ..Totals::default() },
         };
         Status {
@@ -224,5 +225,36 @@ mod tests {
         assert_eq!(of(&format!("virt_replica_bytes_sent_total{web}")), Some((1u64 << 40) as f64));
         assert_eq!((of("virt_replica_config_ok"), of("virt_replica_libvirt_up")), (Some(0.0), Some(1.0)));
         assert_eq!(of(r#"virt_replica_build_info{version="1.2.3"}"#), Some(1.0));
+    }
+
+    /// What is shipped for Prometheus and Grafana asks for nothing that is not there.
+    #[test]
+    fn rules_and_dashboard_name_what_is_served() {
+        let mut all = status();
+        let mut pair = crate::daemon::pair::Pair::new(
+            crate::daemon::pair::Key { uuid: all.domains[0].uuid.clone(), url: "ssh://dr1".into() },
+            all.domains[0].domain.clone(),
+            jiff::Timestamp::UNIX_EPOCH,
+        );
+        let end = crate::daemon::pair::End::failed(None, "away");
+        pair.ended(jiff::Timestamp::UNIX_EPOCH, jiff::Timestamp::UNIX_EPOCH, end);
+        all.domains[0].last_run = pair.last;
+        let served = render(&all);
+        for text in [
+            include_str!("../../packaging/prometheus-rules.yaml"),
+            include_str!("../../packaging/grafana-dashboard.json"),
+        ] {
+            let mut asked = 0;
+            for rest in text.split("virt_replica_").skip(1) {
+                let end = rest.find(|c: char| !c.is_ascii_lowercase() && c != '_').unwrap_or(rest.len());
+                let family = format!("# TYPE virt_replica_{} ", &rest[..end]);
+                assert!(served.contains(&family), "nobody serves virt_replica_{}", &rest[..end]);
+                asked += 1;
+            }
+            assert!(asked > 7, "only {asked} names: looked in the wrong place");
+        }
+        let dashboard: serde_json::Value =
+            serde_json::from_str(include_str!("../../packaging/grafana-dashboard.json")).unwrap();
+        assert!(dashboard["panels"].as_array().is_some_and(|p| p.len() > 10));
     }
 }

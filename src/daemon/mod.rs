@@ -20,6 +20,7 @@ mod engine_tests;
 pub mod http;
 pub mod metrics;
 pub mod notify;
+mod page;
 pub mod pair;
 mod run;
 pub mod service;

@@ -81,6 +81,17 @@ pub struct LastRun {
     pub end: End,
 }
 
+/// A run of the past, for the chart.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Brief {
+    pub started_at: Timestamp,
+    pub seconds: u64,
+    pub result: RunResult,
+}
+
+/// How many of them are remembered.
+const BRIEFS_MAX: usize = 40;
+
 /// Counted since the daemon first looked after the pair; they only grow, also over restarts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -131,6 +142,9 @@ pub struct Pair {
     pub failures: u32,
     #[serde(default)]
     pub recent_s: Vec<u64>,
+    /// The newest runs, oldest first.
+    #[serde(default)]
+    pub recent: Vec<Brief>,
     #[serde(default)]
     pub breach_since: Option<Timestamp>,
     #[serde(default)]
@@ -150,6 +164,7 @@ impl Pair {
             retry_at: None,
             failures: 0,
             recent_s: Vec::new(),
+            recent: Vec::new(),
             breach_since: None,
             last: None,
             totals: Totals::default(),
@@ -199,6 +214,9 @@ impl Pair {
             let surplus = self.recent_s.len().saturating_sub(RECENT_MAX);
             self.recent_s.drain(..surplus);
         }
+        self.recent.push(Brief { started_at, seconds, result: end.result });
+        let surplus = self.recent.len().saturating_sub(BRIEFS_MAX);
+        self.recent.drain(..surplus);
         self.last = Some(LastRun { started_at, ended_at, end });
     }
 }

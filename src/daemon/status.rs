@@ -1,7 +1,7 @@
 //! How everything stands, as data: the answer of the control socket, and what the metrics are made of.
 
 use super::engine::{Engine, Now, deadline};
-use super::pair::{LastRun, Totals};
+use super::pair::{Brief, LastRun, Totals};
 use super::run::Phase;
 use crate::name::{DomainName, DomainUuid};
 use crate::policy::schedule::Due;
@@ -42,6 +42,8 @@ pub struct Row {
     pub running: Option<RunningRow>,
     pub failures: u32,
     pub last_run: Option<LastRun>,
+    /// The newest runs, oldest first.
+    pub recent: Vec<Brief>,
     pub totals: Totals,
 }
 
@@ -87,6 +89,7 @@ impl Engine {
                 }),
                 failures: pair.failures,
                 last_run: pair.last.clone(),
+                recent: pair.recent.clone(),
                 totals: pair.totals,
             }
         });
