@@ -30,6 +30,8 @@ mod crash_machine;
 mod crash_power;
 #[path = "lab/suite/crash_qmp.rs"]
 mod crash_qmp;
+#[path = "lab/suite/daemon.rs"]
+mod daemon;
 #[path = "lab/suite/domain.rs"]
 #[allow(dead_code, reason = "the vocabulary of the tests, whichever of them are compiled")]
 mod domain;
