@@ -43,6 +43,8 @@ mod crash_power;
 mod crash_qmp;
 #[path = "lab/suite/crash_quiesce.rs"]
 mod crash_quiesce;
+#[path = "lab/suite/daemon.rs"]
+mod daemon;
 #[path = "lab/suite/domain.rs"]
 #[allow(dead_code, reason = "the vocabulary of the tests, whichever of them are compiled")]
 mod domain;
