@@ -10,7 +10,6 @@ use replica_support::*;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, ExitStatus};
-use virt_replica::block::BLOCK_LEN;
 use virt_replica::failpoint;
 use virt_replica::name::PointId;
 use virt_replica::replica::Replica;
@@ -28,16 +27,6 @@ const GONE: &str = "REPLICA_PRUNE_GONE";
 /// less, and that is folded up. Both have zeros that hide what lies below.
 const VDA: [&str; 5] = ["aaaaaaaa", "bbbb--..", "....-c..", "d.......", ".......e"];
 const VDB: [&str; 5] = ["aaaaaaaa", "b......-", ".cccc-..", "..d.....", "e......."];
-
-fn disk_at(words: &[&str], n: usize) -> Vec<u8> {
-    let mut disk = vec![0; words[0].len() * BLOCK_LEN];
-    for word in &words[..n] {
-        for (n, c) in word.chars().enumerate().filter(|(_, c)| *c != '.') {
-            disk[n * BLOCK_LEN..][..BLOCK_LEN].fill(if c == '-' { 0 } else { c as u8 });
-        }
-    }
-    disk
-}
 
 /// Makes the n-th point.
 fn make(store: &Store, n: usize) -> PointId {
@@ -82,14 +71,6 @@ fn spawn(lab: &Lab, gone: &str, failpoint: &str) -> ExitStatus {
         .output()
         .unwrap()
         .status
-}
-
-/// `p3@2` as the failpoint that kills there.
-fn kill(step: &str) -> String {
-    match step.split_once('@') {
-        Some((name, hit)) => format!("{name}=kill@{hit}"),
-        None => format!("{step}=kill"),
-    }
 }
 
 /// These points are there, and whole; with `by_qemu`, it reads the same.

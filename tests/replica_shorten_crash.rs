@@ -10,7 +10,6 @@ use replica_support::*;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, ExitStatus};
-use virt_replica::block::BLOCK_LEN;
 use virt_replica::failpoint;
 use virt_replica::name::PointId;
 use virt_replica::replica::Replica;
@@ -26,16 +25,6 @@ const DEPTH: u64 = 3;
 /// Both disks at each point, with zeros that hide what lies below.
 const VDA: [&str; 4] = ["aaaaaa..", "bb--....", "....-c..", "d......."];
 const VDB: [&str; 4] = ["eeeeee..", "-.......", "......f.", ".......g"];
-
-fn disk_at(words: &[&str], n: usize) -> Vec<u8> {
-    let mut disk = vec![0; words[0].len() * BLOCK_LEN];
-    for word in &words[..n] {
-        for (n, c) in word.chars().enumerate().filter(|(_, c)| *c != '.') {
-            disk[n * BLOCK_LEN..][..BLOCK_LEN].fill(if c == '-' { 0 } else { c as u8 });
-        }
-    }
-    disk
-}
 
 /// Makes the n-th point.
 fn make(store: &Store, history: &mut History, n: usize) {
@@ -73,14 +62,6 @@ fn spawn(lab: &Lab, failpoint: &str) -> ExitStatus {
         .output()
         .unwrap()
         .status
-}
-
-/// `s3@2` as the failpoint that kills there.
-fn kill(step: &str) -> String {
-    match step.split_once('@') {
-        Some((name, hit)) => format!("{name}=kill@{hit}"),
-        None => format!("{step}=kill"),
-    }
 }
 
 /// The killed reader's lease is over, as it is ten minutes later.

@@ -142,11 +142,11 @@ use service::serve;
 #[cfg(feature = "libvirt")]
 mod service {
     use super::*;
+    use crate::cli::signals::{self, Signals};
     use crate::cli::source;
     use std::sync::mpsc::{self, Sender};
     use std::sync::{Arc, Mutex};
     use std::time::Duration;
-    use tokio::signal::unix::{SignalKind, signal};
     use virt_replica::daemon::engine::Event;
     use virt_replica::daemon::notify::Notify;
     use virt_replica::daemon::service::{self, Input, Lister, Options};
@@ -217,14 +217,7 @@ mod service {
 
     /// SIGHUP reads the configuration again; SIGTERM and SIGINT stop in order.
     fn listen(inputs: Sender<Input>) -> Result<()> {
-        let fail = |e| Error::from_io("cannot listen for signals", e);
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(fail)?;
-        // Registered before this returns: a signal that comes early must not take the default, and lethal, way.
-        let (mut int, mut term, mut hup) = runtime
-            .block_on(async {
-                Ok((signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?, signal(SignalKind::hangup())?))
-            })
-            .map_err(fail)?;
+        let Signals { runtime, mut int, mut term, mut hup } = signals::register()?;
         std::thread::spawn(move || {
             runtime.block_on(async {
                 loop {

@@ -4,7 +4,8 @@
 
 use super::progress;
 use std::sync::atomic::{AtomicBool, Ordering};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use virt_replica::error::{Error, Result};
 
 static STOP: AtomicBool = AtomicBool::new(false);
@@ -18,16 +19,28 @@ pub fn listen() -> Result<&'static AtomicBool> {
     )
 }
 
+/// SIGINT, SIGTERM and SIGHUP, and the runtime to await them on. They are registered when this returns: a signal that comes
+/// early must not take the default, and lethal, way.
+pub struct Signals {
+    pub runtime: Runtime,
+    pub int: Signal,
+    pub term: Signal,
+    pub hup: Signal,
+}
+
+pub fn register() -> Result<Signals> {
+    let register = || -> std::io::Result<Signals> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let of = |kind| runtime.block_on(async { signal(kind) });
+        let (int, term, hup) = (of(SignalKind::interrupt())?, of(SignalKind::terminate())?, of(SignalKind::hangup())?);
+        Ok(Signals { runtime, int, term, hup })
+    };
+    register().map_err(|e| Error::from_io("cannot listen for signals", e))
+}
+
 /// As [`listen`], with other words for the first signal and for the second.
 pub fn listen_saying(first: &'static str, second: &'static str) -> Result<&'static AtomicBool> {
-    let fail = |e| Error::from_io("cannot listen for signals", e);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(fail)?;
-    // Registered before this returns: a signal that comes early must not take the default, and lethal, way.
-    let (mut int, mut term, mut hup) = runtime
-        .block_on(async {
-            Ok((signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?, signal(SignalKind::hangup())?))
-        })
-        .map_err(fail)?;
+    let Signals { runtime, mut int, mut term, mut hup } = register()?;
     std::thread::spawn(move || {
         runtime.block_on(async {
             loop {

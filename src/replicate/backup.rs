@@ -13,7 +13,7 @@ use super::capture::{Capture, OVERLAY_MARK, Release, Source, Still};
 use super::cycle::Ports;
 use super::journal::{Journal, Stamp, boot_id, sync_dir};
 use super::plan::{DiskPlan, Plan};
-use super::quiesce::{self, Held, Quiescer, Settled};
+use super::quiesce::{Held, Quiescer};
 use super::settle::{Account, PauseGuard};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
@@ -174,11 +174,7 @@ impl<'a> BackupCapture<'a> {
 impl Capture for BackupCapture<'_> {
     fn freeze(&mut self) -> Result<Still> {
         self.begin().map_err(|e| {
-            if let Ok(Settled::Silent(alarm)) =
-                quiesce::settle(self.quiescer.agent, self.journal, &self.plan.uuid, true)
-            {
-                tracing::error!("{alarm}");
-            }
+            self.quiescer.settle(self.ports.hypervisor);
             match settle(self.ports.backups, self.journal, &self.plan.uuid) {
                 Ok(_) => e,
                 Err(second) => {

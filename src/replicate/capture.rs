@@ -7,7 +7,7 @@ use super::decide::{Job, Phase, Stand};
 use super::journal::{DiskRecord, Journal, Record, Stamp, boot_id};
 use super::observe::observe;
 use super::plan::{DiskPlan, Plan};
-use super::quiesce::{self, Quiescer, Settled};
+use super::quiesce::Quiescer;
 use super::settle::{Account, Goal, Outcome, PauseGuard, SettleOptions, Settler, halt_error};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
@@ -231,12 +231,7 @@ impl Capture for OverlayCapture<'_> {
     fn freeze(&mut self) -> Result<Still> {
         self.freeze_steps().map_err(|e| {
             // The guest first: let go, undo or finish, then say what went wrong.
-            let (agent, uuid) = (self.quiescer.agent, self.quiescer.uuid);
-            match quiesce::settle(agent, self.journal, uuid, true) {
-                Ok(Settled::Nothing | Settled::LetGo) => {}
-                Ok(Settled::Silent(alarm)) => tracing::error!("{alarm}"),
-                Err(second) => tracing::error!("after the failed freeze: {}", second.chain()),
-            }
+            self.quiescer.settle(self.hypervisor);
             match self.guard.disarm().and_then(|()| self.settle()) {
                 Ok(Release { left_open: None, .. }) => e,
                 Ok(Release { left_open: Some(what), .. }) => e.hint(what),

@@ -486,6 +486,12 @@ impl<'a> Run<'a> {
         released: Result<super::capture::Release>,
     ) -> Result<(), Retry> {
         self.watch.step(8, "retire what is superseded, report");
+        // A guest agent that did not let go at the freeze is asked once more, and what it leaves held is said.
+        match quiesce::settle(self.ports.hypervisor, self.ports.guest, self.journal, &plan.uuid) {
+            Ok(Settled::Silent(alarm)) => report.warnings.push(alarm),
+            Ok(Settled::Nothing | Settled::LetGo) => {}
+            Err(e) => report.warnings.push(format!("whether the guest is held could not be found out: {}", e.chain())),
+        }
         let mut left_open = None;
         let settled = matches!(&released, Ok(r) if r.left_open.is_none());
         match released {
@@ -539,7 +545,8 @@ pub fn settle_domain(
     options: &SettleOptions,
 ) -> Result<(Option<Record>, Account, Option<String>)> {
     // A backup job stands in the way of a commit, and the other way round there is none.
-    let mut account = settle_guest(ports, journal, uuid)?;
+    let mut account = Account::default();
+    quiesce::settle(ports.hypervisor, ports.guest, journal, uuid)?.note(&mut account);
     account.steps.extend(backup::settle(ports.backups, journal, uuid)?);
     let record = match journal.record()? {
         Some(record) => Some(record),
@@ -559,20 +566,6 @@ pub fn settle_domain(
     account.steps.append(&mut settler.account.steps);
     account.alarms.append(&mut settler.account.alarms);
     Ok((Some(record), Account { steps: account.steps, alarms: account.alarms, ..settler.account }, left_open))
-}
-
-/// Lets the guest's file systems go, if an earlier run may have left them held.
-fn settle_guest(ports: &Ports, journal: &Journal, uuid: &DomainUuid) -> Result<Account> {
-    let mut account = Account::default();
-    if !journal.is_thaw_owed()? {
-        return Ok(account);
-    }
-    match quiesce::settle(ports.guest, journal, uuid, quiesce::may_hold(ports.hypervisor, uuid)?)? {
-        Settled::Nothing => {}
-        Settled::LetGo => account.steps.push("the guest agent has let the guest's file systems go".to_owned()),
-        Settled::Silent(alarm) => account.alarms.push(alarm),
-    }
-    Ok(account)
 }
 
 /// The copy of the record in the domain's own metadata: the one that survives the loss of our state directory.

@@ -233,8 +233,7 @@ fn try_release(charge: &Charge) -> Result<()> {
     // Whoever else holds the lock is settling the domain, which lets the guest go first of all; look again after it.
     let journal = Journal::open(charge.state, &charge.uuid, DEADMAN, Timestamp::now())?;
     // What is held longest first: a guest agent is asked for no longer than some seconds.
-    let runs = quiesce::may_hold(charge.hypervisor, &charge.uuid)?;
-    let settled = quiesce::settle(charge.guest, &journal, &charge.uuid, runs)?;
+    let settled = quiesce::settle(charge.hypervisor, charge.guest, &journal, &charge.uuid)?;
     if let Some(record) = journal.record()? {
         release_vcpus(charge, &journal, record)?;
     }

@@ -11,7 +11,7 @@
 //! Steps 4c.held and 4d.thawed of docs/replication.md.
 
 use super::journal::Journal;
-use super::settle::PauseGuard;
+use super::settle::{Account, PauseGuard};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::hypervisor::guest::GuestAgent;
@@ -190,6 +190,16 @@ impl Quiescer<'_> {
         }
     }
 
+    /// After a freeze that failed: the guest must not be held for it. What is left is said, and asked for again by whoever
+    /// comes next.
+    pub fn settle(&self, hypervisor: &dyn Hypervisor) {
+        match settle(hypervisor, self.agent, self.journal, self.uuid) {
+            Ok(Settled::Nothing | Settled::LetGo) => {}
+            Ok(Settled::Silent(alarm)) => tracing::error!(domain = %self.uuid, "{alarm}"),
+            Err(e) => tracing::error!(domain = %self.uuid, "after the failed freeze: {}", e.chain()),
+        }
+    }
+
     /// Whether the guest agent has said that it lets go.
     fn thaw(&self) -> bool {
         thaw(self.agent, self.journal, self.uuid).is_ok()
@@ -203,7 +213,7 @@ fn thaw(agent: &dyn GuestAgent, journal: &Journal, uuid: &DomainUuid) -> Result<
 }
 
 /// Whether the domain has a QEMU, without which its guest holds nothing.
-pub fn may_hold(hypervisor: &dyn Hypervisor, uuid: &DomainUuid) -> Result<bool> {
+fn may_hold(hypervisor: &dyn Hypervisor, uuid: &DomainUuid) -> Result<bool> {
     match hypervisor.observe(uuid) {
         Ok(domain) => Ok(domain.power != Power::Off),
         Err(e) if e.kind() == Kind::NotFound => Ok(false),
@@ -221,12 +231,32 @@ pub enum Settled {
     Silent(String),
 }
 
-/// Lets go of what a run may have left held. `runs`: the domain has a QEMU; without one nothing is held. Repeating it is
-/// harmless.
-pub fn settle(agent: &dyn GuestAgent, journal: &Journal, uuid: &DomainUuid, runs: bool) -> Result<Settled> {
-    if !journal.is_thaw_owed()? {
-        return Ok(Settled::Nothing);
+impl Settled {
+    /// Takes down what was done, or has to be known.
+    pub fn note(self, account: &mut Account) {
+        match self {
+            Settled::Nothing => {}
+            Settled::LetGo => account.steps.push("the guest agent has let the guest's file systems go".to_owned()),
+            Settled::Silent(alarm) => account.alarms.push(alarm),
+        }
     }
+}
+
+/// Lets go of what a run may have left held; libvirt is asked only if there may be something. Repeating it is harmless.
+pub fn settle(
+    hypervisor: &dyn Hypervisor,
+    agent: &dyn GuestAgent,
+    journal: &Journal,
+    uuid: &DomainUuid,
+) -> Result<Settled> {
+    match journal.is_thaw_owed()? {
+        true => settle_owed(agent, journal, uuid, may_hold(hypervisor, uuid)?),
+        false => Ok(Settled::Nothing),
+    }
+}
+
+/// `runs`: the domain has a QEMU; without one nothing is held.
+fn settle_owed(agent: &dyn GuestAgent, journal: &Journal, uuid: &DomainUuid, runs: bool) -> Result<Settled> {
     if !runs {
         journal.thaw_is_paid()?;
         return Ok(Settled::Nothing);

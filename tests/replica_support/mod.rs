@@ -260,6 +260,25 @@ pub fn blocks(store: &Store, words: &str) -> History {
 }
 
 /// Removes the points of these numbers (from 1) and checks what is left; gives the blocks that were copied.
+/// A disk after the first `n` of these words, each of which is a point as in [`blocks`].
+pub fn disk_at(words: &[&str], n: usize) -> Vec<u8> {
+    let mut disk = vec![0; words[0].len() * BLOCK_LEN];
+    for word in &words[..n] {
+        for (n, c) in word.chars().enumerate().filter(|(_, c)| *c != '.') {
+            disk[n * BLOCK_LEN..][..BLOCK_LEN].fill(if c == '-' { 0 } else { c as u8 });
+        }
+    }
+    disk
+}
+
+/// `p3@2` as the failpoint that kills there.
+pub fn kill(step: &str) -> String {
+    match step.split_once('@') {
+        Some((name, hit)) => format!("{name}=kill@{hit}"),
+        None => format!("{step}=kill"),
+    }
+}
+
 /// Lets the store keep its chain short, at most so many steps of the smallest size; whether there was something to do, and
 /// it came to its end.
 pub fn shorten(store: &Store, steps_max: u64) -> virt_replica::error::Result<bool> {

@@ -10,6 +10,8 @@ mod audit;
 mod bitmaps;
 #[path = "consistency.rs"]
 mod consistency;
+#[path = "cost.rs"]
+mod cost;
 #[path = "domain.rs"]
 #[allow(dead_code, reason = "the vocabulary of the tests, whichever of them are compiled")]
 mod domain;
