@@ -9,6 +9,7 @@ mod export;
 // A build without libvirt prints less than it could.
 #[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
 mod output;
+mod limits;
 mod pin;
 mod points;
 mod policy;

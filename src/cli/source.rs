@@ -5,8 +5,10 @@ use super::target::Target;
 use virt_replica::config::Config;
 use virt_replica::error::{Error, Result};
 use virt_replica::name::{Generation, RunId};
+use virt_replica::patch::Compression;
 use virt_replica::replicate::choice::CaptureWish;
 use virt_replica::replicate::cycle::Request;
+use virt_replica::replicate::freeze_hooks::FreezeHooks;
 use virt_replica::replicate::plan::PlanOptions;
 use virt_replica::replicate::settle::SettleOptions;
 use virt_replica::site::{self, Site, SiteOptions};
@@ -50,6 +52,9 @@ pub fn request(
         with_secrets: false,
         generation: generation(),
         workers,
+        compression: Compression::default(),
+        throttle: None,
+        hooks: FreezeHooks::default(),
     })
 }
 

@@ -1,6 +1,7 @@
 //! `sync` and `plan`: one run of one domain, done or only thought through.
 
 use super::Globals;
+use super::limits::LimitArgs;
 use super::output::{Exit, Output};
 use super::target::TargetArgs;
 use clap::Args;
@@ -17,6 +18,8 @@ use virt_replica::retention::Keep;
 pub struct SyncArgs {
     #[command(flatten)]
     pub run: RunArgs,
+    #[command(flatten)]
+    limits: LimitArgs,
     /// Keep secrets (graphics passwords) in the definition that travels with the point
     #[arg(long)]
     with_secrets: bool,
@@ -138,7 +141,7 @@ mod run {
                     within: self.audit_time,
                 },
                 quiesce: QuiesceOptions { wish: self.quiesce, every: self.quiesce_every, budget: self.freeze_budget },
-                space: SpaceOptions { min_free_source_bytes: self.min_free_source },
+                space: SpaceOptions { min_free_source_bytes: self.min_free_source, ..SpaceOptions::default() },
                 ..PlanOptions::default()
             };
             let request = source::request(&self.domain, &target, globals, &config, wish, self.capture)?;
@@ -151,6 +154,7 @@ mod run {
         let (target, mut request) = args.run.prepare(globals)?;
         request.settle.ready_within = args.ready_timeout;
         request.with_secrets = args.with_secrets;
+        args.limits.apply(&mut request)?;
         let stop = signals::listen()?;
         let site = source::connect(globals)?;
         let connection = target.connection();

@@ -9,11 +9,12 @@
 use super::pair::{End, Key, Pair, RunResult};
 use super::run::{Phase, Run, hook_env};
 use crate::config::Config;
+use crate::hook::{Env, Hook};
 use crate::name::DomainUuid;
 use crate::policy::admission::{self, BreachChange, Caps, Running, Waiting};
 use crate::policy::schedule::{Due, Schedule, Shift};
 use crate::policy::select::{SeenDomain, select};
-use crate::policy::{Hook, Policy, retry};
+use crate::policy::{Policy, retry};
 use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp};
 use std::collections::{BTreeMap, BTreeSet};
@@ -114,7 +115,7 @@ pub enum Order {
     Kill(u64),
     Hook {
         hook: Hook,
-        env: Vec<(&'static str, String)>,
+        env: Env,
     },
     Say(Level, String),
     /// What changed has to survive a crash.
@@ -332,11 +333,11 @@ impl Engine {
         for (name, hook) in [("after_run", &hooks.after_run), ("on_failure", &hooks.on_failure)] {
             if let Some(hook) = hook.as_ref().filter(|_| failed || name == "after_run") {
                 let mut env = hook_env(name, &job);
-                env.push(("VIRT_REPLICA_OUTCOME", end.result.word().to_owned()));
-                env.push(("VIRT_REPLICA_POINT", end.point.clone().unwrap_or_default()));
-                env.push(("VIRT_REPLICA_ERROR", end.error.clone().unwrap_or_default()));
+                env.push(("VIRT_REPLICA_OUTCOME".to_owned(), end.result.word().to_owned()));
+                env.push(("VIRT_REPLICA_POINT".to_owned(), end.point.clone().unwrap_or_default()));
+                env.push(("VIRT_REPLICA_ERROR".to_owned(), end.error.clone().unwrap_or_default()));
                 let kind = end.error_kind.map(|k| serde_json::json!(k).as_str().unwrap_or_default().to_owned());
-                env.push(("VIRT_REPLICA_ERROR_KIND", kind.unwrap_or_default()));
+                env.push(("VIRT_REPLICA_ERROR_KIND".to_owned(), kind.unwrap_or_default()));
                 orders.push(Order::Hook { hook: hook.clone(), env });
             }
         }
@@ -401,7 +402,7 @@ impl Engine {
             {
                 let job = StartRun { domain: a.domain.clone(), target: a.target.clone(), policy: policy.clone() };
                 let mut env = hook_env("on_breach", &job);
-                env.push(("VIRT_REPLICA_BREACH", word.to_owned()));
+                env.push(("VIRT_REPLICA_BREACH".to_owned(), word.to_owned()));
                 orders.push(Order::Hook { hook: hook.clone(), env });
             }
         }

@@ -89,7 +89,7 @@ fn sealed(frozen_at: Timestamp) -> End {
 
 /// Starts as `"1:a>dr1"`, signals as `"term 1"` and `"kill 1"`, `"repair 1"`, `"exit"`, hooks as `"hook on_breach entered"`.
 fn words(orders: &[Order]) -> Vec<String> {
-    let env = |env: &[(&str, String)], name: &str| {
+    let env = |env: &[(String, String)], name: &str| {
         env.iter().find(|(n, _)| *n == name).map(|(_, v)| v.clone()).unwrap_or_default()
     };
     orders

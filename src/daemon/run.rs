@@ -4,6 +4,7 @@
 
 use super::engine::{Level, Now, Order, Setup, StartRun};
 use super::pair::{Key, Pair};
+use crate::hook::Env;
 use jiff::Timestamp;
 use std::time::Duration;
 
@@ -95,12 +96,13 @@ impl Run {
 }
 
 /// What every hook is told.
-pub(super) fn hook_env(event: &str, job: &StartRun) -> Vec<(&'static str, String)> {
-    vec![
-        ("VIRT_REPLICA_EVENT", event.to_owned()),
-        ("VIRT_REPLICA_DOMAIN", job.domain.name.to_string()),
-        ("VIRT_REPLICA_UUID", job.domain.uuid.to_string()),
-        ("VIRT_REPLICA_TARGET", job.target.clone()),
-        ("VIRT_REPLICA_POLICY", job.policy.name.clone()),
-    ]
+pub(super) fn hook_env(event: &str, job: &StartRun) -> Env {
+    let env = [
+        ("EVENT", event),
+        ("DOMAIN", job.domain.name.as_str()),
+        ("UUID", job.domain.uuid.as_str()),
+        ("TARGET", &job.target),
+        ("POLICY", &job.policy.name),
+    ];
+    env.map(|(name, value)| (format!("VIRT_REPLICA_{name}"), value.to_owned())).into()
 }

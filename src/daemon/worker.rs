@@ -6,8 +6,8 @@ use super::engine::{Event, StartRun};
 use super::pair::{End, RunResult};
 use super::service::Input;
 use crate::error::{Error, Kind, Result, printable};
+use crate::hook::{Env, Hook};
 use crate::name::DomainUuid;
-use crate::policy::Hook;
 use crate::replicate::report::{Report, RunOutcome};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::Deserialize;
@@ -15,7 +15,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -64,6 +64,23 @@ pub fn sync_args(job: &StartRun) -> Vec<String> {
     add("--audit-runs", p.audit.runs.to_string());
     add("--audit-bytes", p.audit.bytes.to_string());
     add("--audit-time", seconds(p.audit.time));
+    if let Some(bytes) = p.overlay.bytes_max {
+        add("--overlay-max-bytes", bytes.to_string());
+    }
+    if let Some(age) = p.overlay.age_max {
+        add("--overlay-max-age", seconds(age));
+    }
+    let rates = p.bandwidth.rules();
+    rates.iter().for_each(|rule| add("--rate", rule.to_string()));
+    if let (Some(zone), false) = (p.timing.timezone.as_ref().and_then(|z| z.iana_name()), rates.is_empty()) {
+        add("--timezone", zone.to_owned());
+    }
+    add("--compress", p.compression.to_string());
+    let around = [("--before-freeze", &p.hooks.before_freeze), ("--after-freeze", &p.hooks.after_freeze)];
+    for (option, hook) in around.into_iter().filter_map(|(option, hook)| Some((option, hook.as_ref()?))) {
+        hook.command.iter().for_each(|word| add(option, word.clone()));
+        add(&format!("{option}-timeout"), seconds(hook.timeout));
+    }
     if p.with_secrets {
         args.push("--with-secrets".to_owned());
     }
@@ -233,43 +250,13 @@ pub fn signal(child: &OwnedFd, signal: Signal) {
     }
 }
 
-/// Runs a hook in a thread of its own; its end is logged, and after its timeout it is killed with all it started.
-pub fn hook(hook: Hook, env: Vec<(&'static str, String)>) -> JoinHandle<()> {
-    std::thread::spawn(move || match run_hook(&hook, env) {
+/// Runs a hook in a thread of its own; its end is logged.
+pub fn hook(hook: Hook, env: Env) -> JoinHandle<()> {
+    std::thread::spawn(move || match hook.run(&env) {
         Ok(status) if status.success() => {}
         Ok(status) => tracing::warn!(hook = hook.command[0], "the hook ended with {status}"),
         Err(e) => tracing::warn!(hook = hook.command[0], "{}", e.chain()),
     })
-}
-
-fn run_hook(hook: &Hook, env: Vec<(&'static str, String)>) -> Result<ExitStatus> {
-    let fail = |e| Error::io("the hook cannot be run", &hook.command[0], e);
-    let mut command = Command::new(&hook.command[0]);
-    command.args(&hook.command[1..]).envs(env).process_group(0);
-    // What it prints goes where the daemon's log goes.
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().map_err(fail)?;
-    let until = Instant::now() + hook.timeout;
-    loop {
-        if let Some(status) = child.try_wait().map_err(fail)? {
-            return Ok(status);
-        }
-        if Instant::now() >= until {
-            kill_group(&mut child);
-            let seconds = hook.timeout.as_secs();
-            return Err(
-                Error::new(Kind::Interrupted, format!("the hook was killed after {seconds} s")).path(&hook.command[0])
-            );
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-fn kill_group(child: &mut Child) {
-    if let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
-        let _ = rustix::process::kill_process_group(pid, Signal::KILL);
-    }
-    // It was killed: this does not wait long.
-    let _ = child.wait();
 }
 
 #[cfg(test)]
@@ -301,6 +288,22 @@ mod tests {
             ("exclude_disks: {web*: [vdb]}\n", "--exclude-disk vdb"),
             ("min_free_source: 1G\n", "--min-free-source 1073741824"),
             ("ready_timeout: 2h\n", "--ready-timeout 7200s"),
+            ("overlay: {max_bytes: 1G}\n", "--overlay-max-bytes 1073741824"),
+            ("overlay: {max_age: 2h}\n", "--overlay-max-age 7200s"),
+            ("bandwidth: {rate: 5M}\n", "--rate 5M"),
+            (
+                "timezone: Europe/Berlin\nbandwidth: {times: [{from: \"08:00\", to: \"18:00\", days: [mon], rate: 1M}]}\n",
+                "--rate 1M@08:00-18:00/mon --timezone Europe/Berlin",
+            ),
+            ("compression: no\n", "--compress no"),
+            (
+                "hooks: {before_freeze: {command: [/bin/flush, \"-x\"], timeout: 5s}}\n",
+                "--before-freeze /bin/flush --before-freeze -x --before-freeze-timeout 5s",
+            ),
+            (
+                "hooks: {after_freeze: {command: [/bin/on]}}\n",
+                "--after-freeze /bin/on --after-freeze-timeout 60s",
+            ),
             ("with_secrets: true\n", "--with-secrets"),
             ("capture: backup\n", "--capture backup"),
             ("quiesce: {wish: try, every: 4, budget: 8s}\n", "--quiesce try --quiesce-every 4 --freeze-budget 8s"),
