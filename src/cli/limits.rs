@@ -75,8 +75,8 @@ mod apply {
                 })?,
                 None => TimeZone::system(),
             };
-            let bandwidth = Bandwidth::of_rules(&self.rates)
-                .map_err(|why| Error::new(Kind::Usage, format!("--rate: {why}")))?;
+            let bandwidth =
+                Bandwidth::of_rules(&self.rates).map_err(|why| Error::new(Kind::Usage, format!("--rate: {why}")))?;
             let limited = bandwidth != Bandwidth::default();
             Ok(limited.then(|| Throttle::new(Box::new(move || bandwidth.rate_at(Timestamp::now(), &zone)))))
         }
@@ -87,7 +87,9 @@ mod apply {
             None => Ok(None),
             // What is owed is run by whoever comes next, wherever that one was started.
             Some(program) if !program.starts_with('/') => {
-                let what = format!("'{program}' is not an absolute path: the program may be run by another process, from elsewhere");
+                let what = format!(
+                    "'{program}' is not an absolute path: the program may be run by another process, from elsewhere"
+                );
                 Err(Error::new(Kind::Usage, what))
             }
             Some(_) => Ok(Some(Hook { command: words.to_vec(), timeout })),

@@ -119,11 +119,12 @@ mod run {
     use crate::cli::{prune, render, signals, source};
     use std::sync::atomic::AtomicBool;
     use virt_replica::replica::AuditStats;
+    use virt_replica::replica::Replica;
     use virt_replica::replicate::cycle::Request;
     use virt_replica::replicate::forecast::SpaceOptions;
     use virt_replica::replicate::plan::{CaptureKind, Plan, PlanOptions};
     use virt_replica::replicate::quiesce::QuiesceOptions;
-    use virt_replica::replicate::report::{Report, RunOutcome};
+    use virt_replica::replicate::report::{Report, RunOutcome, TargetSeen};
     use virt_replica::site::Connection;
 
     impl RunArgs {
@@ -203,6 +204,12 @@ mod run {
         report.warnings.extend(prune::after_run(&client, report, args.keep, output));
         let shortened = keep_short(&client, (&report.uuid, &report.domain), &report.target, output, stop);
         report.warnings.extend(shortened.warning);
+        // Of what is seen now a daemon makes its metrics; a target that does not answer any more has made its point all the same.
+        report.target_seen = client
+            .open(&report.uuid)
+            .and_then(|replica| replica.describe())
+            .ok()
+            .map(|view| TargetSeen { points: view.points.len() as u64, free_bytes: view.free_bytes });
         shortened.note
     }
 

@@ -2,7 +2,7 @@
 //!
 //! What is watched is progress, not duration: a first copy may take a day, but it says something every second.
 
-use super::engine::{Level, Now, Order, Setup, StartRun};
+use super::event::{About, Level, Now, Order, Setup, StartRun};
 use super::pair::{Key, Pair};
 use crate::hook::Env;
 use jiff::Timestamp;
@@ -79,12 +79,16 @@ impl Run {
             Phase::Working => {
                 let text =
                     format!("domain '{name}': no sign of life for {silent} s in step {}: the run is ended", self.step);
-                orders.push(Order::Say(Level::Error, text));
+                orders.push(Order::Say(Level::Error, About::job(&self.job), text));
                 orders.push(Order::Terminate(number));
                 (self.phase, self.last_sign) = (Phase::Terminated, now.up);
             }
             Phase::Terminated | Phase::Repairing => {
-                orders.push(Order::Say(Level::Error, format!("domain '{name}': it does not end and is killed")));
+                orders.push(Order::Say(
+                    Level::Error,
+                    About::job(&self.job),
+                    format!("domain '{name}': it does not end and is killed"),
+                ));
                 orders.push(Order::Kill(number));
                 // A repair that is killed is over; the next run settles what it left.
                 self.phase = if self.phase == Phase::Repairing { Phase::Repairing } else { Phase::Killed };

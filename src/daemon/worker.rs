@@ -2,7 +2,8 @@
 //!
 //! A child is signalled by its own id and never as a group: its dead-man lives in the group, and has to outlive it.
 
-use super::engine::{Event, StartRun};
+use super::checks::Check;
+use super::event::{Event, StartRun};
 use super::pair::{End, RunResult};
 use super::service::Input;
 use crate::error::{Error, Kind, Result, printable};
@@ -98,17 +99,37 @@ impl Program {
 
     /// Starts a run. Its signs and its end come as events of this number. Returns a hold on the process.
     pub fn start(&self, run: u64, job: &StartRun, inputs: &Sender<Input>) -> Result<OwnedFd> {
-        self.spawn(run, &sync_args(job), job.domain.name.as_str(), inputs)
+        self.spawn(run, &sync_args(job), job.domain.name.as_str(), inputs, move |heard, status| Event::Ended {
+            run,
+            end: heard.end(status),
+        })
+    }
+
+    /// Starts a check, with signs and an end as above.
+    pub fn check(&self, run: u64, check: Check, job: &StartRun, inputs: &Sender<Input>) -> Result<OwnedFd> {
+        let args = [check.word(), job.domain.uuid.as_str(), "--to", &job.target, "--json"].map(str::to_owned);
+        self.spawn(run, &args, job.domain.name.as_str(), inputs, move |heard, status| Event::Checked {
+            run,
+            error: heard.failure(status),
+        })
     }
 
     /// Starts `doctor --repair`.
     pub fn repair(&self, run: u64, uuid: &DomainUuid, ready: Duration, inputs: &Sender<Input>) -> Result<OwnedFd> {
         let ready = format!("{}s", ready.as_secs());
         let args = ["doctor", uuid.as_str(), "--repair", "--ready-timeout", &ready, "--json"].map(str::to_owned);
-        self.spawn(run, &args, uuid.as_str(), inputs)
+        self.spawn(run, &args, uuid.as_str(), inputs, move |heard, status| Event::Ended { run, end: heard.end(status) })
     }
 
-    fn spawn(&self, run: u64, args: &[String], name: &str, inputs: &Sender<Input>) -> Result<OwnedFd> {
+    /// `ended`: the event that its end is, by what was heard of it.
+    fn spawn(
+        &self,
+        run: u64,
+        args: &[String],
+        name: &str,
+        inputs: &Sender<Input>,
+        ended: impl FnOnce(Heard, std::io::Result<ExitStatus>) -> Event + Send + 'static,
+    ) -> Result<OwnedFd> {
         let mut child = self.command(args).spawn().map_err(|e| Error::io("cannot start a run", &self.path, e))?;
         // Taken before anybody waits for the child: a number could be another process's by the time it is used.
         let hold = i32::try_from(child.id()).ok().and_then(Pid::from_raw).expect("a child has an id");
@@ -137,11 +158,7 @@ impl Program {
                 std::thread::sleep(Duration::from_millis(10));
             }
             let heard = std::mem::take(&mut *lock(&heard));
-            let end = match status {
-                Ok(status) => heard.end(status),
-                Err(e) => End::failed(Some(Kind::Io), format!("the run's end was not seen: {e}")),
-            };
-            let _ = inputs.send(Input::Event(Event::Ended { run, end }));
+            let _ = inputs.send(Input::Event(ended(heard, status)));
         });
         Ok(hold)
     }
@@ -205,14 +222,25 @@ impl Heard {
         }
     }
 
-    fn end(self, status: ExitStatus) -> End {
-        let Some(report) = self.report else {
-            return match (self.error, status.signal(), status.code()) {
-                (Some((kind, message)), _, _) => End::failed(Some(kind), message),
-                (None, Some(signal), _) => End::failed(None, format!("the run was ended by signal {signal}")),
-                (None, None, code) => {
-                    End::failed(None, format!("the run ended with code {} and without a report", code.unwrap_or(-1)))
-                }
+    /// Why it failed; `None`: it did not.
+    fn failure(self, status: std::io::Result<ExitStatus>) -> Option<(Option<Kind>, String)> {
+        let status = match status {
+            Ok(status) if status.success() => return None,
+            Ok(status) => status,
+            Err(e) => return Some((Some(Kind::Io), format!("its end was not seen: {e}"))),
+        };
+        Some(match (self.error, status.signal()) {
+            (Some((kind, message)), _) => (Some(kind), message),
+            (None, Some(signal)) => (None, format!("it was ended by signal {signal}")),
+            (None, None) => (None, format!("it ended with code {} and said nothing", status.code().unwrap_or(-1))),
+        })
+    }
+
+    fn end(mut self, status: std::io::Result<ExitStatus>) -> End {
+        let (Some(report), Ok(status)) = (self.report.take(), &status) else {
+            return match self.failure(status) {
+                Some((kind, why)) => End::failed(kind, why),
+                None => End::failed(None, "the run ended without a report"),
             };
         };
         let point = report.point.as_ref();
@@ -239,6 +267,7 @@ impl Heard {
             bytes_read: sum(|s| s.bytes_read),
             bytes_sent: sum(|s| s.bytes_sent),
             bytes_written: sum(|s| s.bytes_written),
+            seen: report.target_seen,
         }
     }
 }
@@ -273,6 +302,7 @@ mod tests {
             domain: SeenDomain {
                 name: DomainName::new("web01").unwrap(),
                 uuid: DomainUuid::new("6695eb01-f6a4-8304-79aa-97f2502e193f").unwrap(),
+                tags: Vec::new(),
             },
             target: "dr1".to_owned(),
             policy: Policy::parse(&text, Path::new("p.yaml"), &["dr1"]).unwrap(),
@@ -300,10 +330,7 @@ mod tests {
                 "hooks: {before_freeze: {command: [/bin/flush, \"-x\"], timeout: 5s}}\n",
                 "--before-freeze /bin/flush --before-freeze -x --before-freeze-timeout 5s",
             ),
-            (
-                "hooks: {after_freeze: {command: [/bin/on]}}\n",
-                "--after-freeze /bin/on --after-freeze-timeout 60s",
-            ),
+            ("hooks: {after_freeze: {command: [/bin/on]}}\n", "--after-freeze /bin/on --after-freeze-timeout 60s"),
             ("with_secrets: true\n", "--with-secrets"),
             ("capture: backup\n", "--capture backup"),
             ("quiesce: {wish: try, every: 4, budget: 8s}\n", "--quiesce try --quiesce-every 4 --freeze-budget 8s"),
@@ -334,14 +361,14 @@ mod tests {
         assert_eq!(heard.output(br#"{"message_type":"step","step":5,"what":"x"}"#), Some(5));
         assert_eq!(heard.output(b"not JSON"), None);
         heard.complaint(br#"{"message_type":"exit_error","code":1,"kind":"unavailable","message":"away"}"#, "web01");
-        let end = heard.end(ExitStatus::from_raw(1 << 8));
+        let end = heard.end(Ok(ExitStatus::from_raw(1 << 8)));
         assert_eq!(
             (end.result, end.error_kind, end.error.as_deref()),
             (RunResult::Failed, Some(Kind::Unavailable), Some("away"))
         );
-        let end = Heard::default().end(ExitStatus::from_raw(9));
+        let end = Heard::default().end(Ok(ExitStatus::from_raw(9)));
         assert!(end.error_kind.is_none() && end.error.unwrap().contains("signal 9"));
-        let end = Heard::default().end(ExitStatus::from_raw(0));
+        let end = Heard::default().end(Ok(ExitStatus::from_raw(0)));
         assert_eq!(end.result, RunResult::Failed, "no report, no point");
     }
 }

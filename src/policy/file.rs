@@ -4,7 +4,9 @@ use super::bandwidth::Bandwidth;
 use super::retry::Retry;
 use super::select::Selector;
 use super::window::{self, Window};
-use super::{Audit, Hooks, Overlay, Policy, Quiesce, Timed, Timing, bytes, capture, duration, jitter, min_free, one_hour};
+use super::{
+    Audit, Hooks, Overlay, Policy, Quiesce, Timed, Timing, bytes, capture, duration, jitter, min_free, one_hour,
+};
 use crate::name::DiskName;
 use crate::patch::Compression;
 use crate::retention::Keep;
@@ -256,4 +258,3 @@ impl PolicyFile {
         if first <= max { Ok(Retry { first, max }) } else { Err(wrong(file, "`first` is longer than `max`")) }
     }
 }
-

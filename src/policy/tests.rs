@@ -47,7 +47,7 @@ fn parse(text: &str) -> Result<Policy> {
 
 fn domain(name: &str) -> SeenDomain {
     let uuid = DomainUuid::new("00000000-0000-0000-0000-000000000001").unwrap();
-    SeenDomain { name: DomainName::new(name).unwrap(), uuid }
+    SeenDomain { name: DomainName::new(name).unwrap(), uuid, tags: Vec::new() }
 }
 
 #[test]

@@ -137,6 +137,7 @@ pub fn run(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBoo
         skipped: Vec::new(),
         alarms: Vec::new(),
         warnings: Vec::new(),
+        target_seen: None,
         error: None,
         error_kind: None,
     };

@@ -82,7 +82,10 @@ pub fn examine(ports: &Ports, state: &Path, uuid: &DomainUuid, repair: Option<&S
         finding.health = if halted || !settled_first { Health::NeedsPerson } else { Health::Repairable };
     }
     let owed = [
-        (thaw_owed, "the guest agent was asked to hold the guest's file systems, and has not said since that it let them go"),
+        (
+            thaw_owed,
+            "the guest agent was asked to hold the guest's file systems, and has not said since that it let them go",
+        ),
         (hook_owed, "the hook before the freeze was run, and the one after it was not"),
     ];
     for (_, what) in owed.iter().filter(|(owed, _)| *owed) {

@@ -24,13 +24,8 @@ pub struct FreezeHooks {
 
 /// What hooks of this run are told.
 pub(super) fn told(event: &str, (domain, uuid): (&DomainName, &DomainUuid), target: &str, run: &str) -> Env {
-    let env = [
-        ("EVENT", event),
-        ("DOMAIN", domain.as_str()),
-        ("UUID", uuid.as_str()),
-        ("TARGET", target),
-        ("RUN", run),
-    ];
+    let env =
+        [("EVENT", event), ("DOMAIN", domain.as_str()), ("UUID", uuid.as_str()), ("TARGET", target), ("RUN", run)];
     env.map(|(name, value)| (format!("VIRT_REPLICA_{name}"), value.to_owned())).into()
 }
 

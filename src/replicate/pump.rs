@@ -23,9 +23,9 @@ use crate::patch::{Compression, Header, PieceMask, RecordEncoder, StreamTail};
 use crate::replica::{DiskStats, Mode, Replica};
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
+use std::sync::{Arc, Mutex};
 
 /// Groups between reading and sending: 32 MiB read and as much encoded, at worst.
 const IN_FLIGHT_MAX: usize = 8;

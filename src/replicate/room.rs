@@ -97,7 +97,8 @@ impl RoomWatch {
         if let Some(max) = self.limits.age_max
             && age() > SignedDuration::try_from(max).unwrap_or(SignedDuration::MAX)
         {
-            let text = format!("the {what} is older than it may get, {}; the run was cut short, and {end}", duration(max));
+            let text =
+                format!("the {what} is older than it may get, {}; the run was cut short, and {end}", duration(max));
             return Err(Error::new(Kind::Interrupted, text).disk(&first.disk).hint(
                 "what a first copy has shipped is kept, and the next run goes on there; allow more (overlay: max_age, --overlay-max-age), or a faster link",
             ));

@@ -69,8 +69,8 @@ mod tests {
     use super::*;
     use crate::error::{Error, Kind};
     use std::cell::Cell;
-    use std::sync::atomic::{AtomicU64, Ordering};
     use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
 
     fn sent(throttle: &Throttle, len: usize) -> (Vec<usize>, Duration) {
         let (mut portions, began) = (Vec::new(), Instant::now());
