@@ -130,6 +130,33 @@ fn a_daemon_replicates_several_domains_unattended() {
     }
 }
 
+/// A run that hangs while the domain is on its overlay, and does not hear SIGTERM, is killed, and its domain is put back onto its own
+/// image.
+#[test]
+fn a_run_that_hangs_is_killed_and_its_domain_put_right() {
+    let lab = Lab::get();
+    let vm = lab.domain("hangs").disk(Disk::qcow2("16M").then("write -P 0x11 0 1M")).running();
+    let daemon = Daemon::new(&format!("hangs-{}", std::process::id()));
+    let dir = daemon.dir.clone();
+    let _gone = Undo(|| Daemon::remove(&dir));
+    daemon.write("vr.yaml", &format!("targets: {{b: {{url: {TARGET}}}}}\ndaemon: {{stall_timeout: 4s}}\n"));
+    let name = &vm.name;
+    daemon.write(
+        "policies.d/p.yaml",
+        &format!("name: p\ndomains: [{name}]\ntargets: [b]\nevery: 1h\nretry: {{first: 1h, max: 1h}}\n"),
+    );
+    daemon.start("export VIRT_REPLICA_FAILPOINT=5a=sleep:600000;");
+    eventually("the domain is on its overlay", PATIENCE, || vm.live_images()[0].contains(".vr-").then_some(()));
+    daemon.until("the run was killed", 1, PATIENCE, |r| r["totals"]["failed"] == 1 && r["running"].is_null());
+    let doctor = daemon.virt_replica(&["doctor", name, "--json"]).success();
+    assert!(doctor.stdout.contains("\"sound\""), "{}", doctor.stdout);
+    vm.assert_home();
+    let done = daemon.stop();
+    for words in ["no sign of life for", "it does not end and is killed", "looked after what the killed run left"] {
+        assert!(done.stderr.contains(words), "the log does not say {words:?}\n{}", done.stderr);
+    }
+}
+
 /// Whether an entry of the journal's native protocol has this field, in the form with a length.
 fn has_field(entry: &[u8], name: &str, value: &str) -> bool {
     let len = (value.len() as u64).to_le_bytes();
