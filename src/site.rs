@@ -8,6 +8,7 @@ use crate::image::Layer;
 use crate::image::open::{self, OpenOptions};
 use crate::image::qemu_nbd::QemuNbd;
 use crate::name::{DiskName, DomainName, DomainUuid, PointId};
+use crate::replica::ReplicaView;
 use crate::replica::store::{self, Limits, Store};
 use crate::replicate::offline;
 use crate::transport::Transport;
@@ -155,6 +156,11 @@ pub fn seed(
 }
 
 pub use crate::replicate::offline::is_block_device;
+
+/// The replicas of a store on this host that have a point; as [`store::list`].
+pub fn replicas_of(root: &Path) -> Result<Vec<(DomainUuid, DomainName, ReplicaView)>> {
+    store::list(root)
+}
 
 /// The UUID of a replica by its domain's name or UUID, for a target whose source may be gone.
 pub fn find_replica(client: &AgentClient, name_or_uuid: &str) -> Result<(DomainUuid, DomainName)> {

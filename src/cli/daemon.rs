@@ -5,11 +5,14 @@ use super::output::{Exit, Output, print, print_json};
 use super::render;
 use clap::Args;
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use virt_replica::daemon::control::{Ask, ask_daemon};
 use virt_replica::error::Result;
-use virt_replica::site::runtime_dir;
+use virt_replica::policy::Policy;
+use virt_replica::policy::select::{SeenDomain, SeenReplica};
+use virt_replica::site::{self, runtime_dir};
 
 #[derive(Debug, Args)]
 pub struct DaemonArgs {
@@ -131,6 +134,19 @@ fn describe(status: &Value) -> String {
     lines.join("\n")
 }
 
+/// The replicas that policies of a target may mean.
+pub fn replicas(policies: &[Policy]) -> Result<Vec<SeenReplica>> {
+    let stores: BTreeSet<&PathBuf> = policies.iter().filter_map(|p| p.store.as_ref()).collect();
+    let mut found = Vec::new();
+    for store in stores {
+        found.extend(site::replicas_of(store)?.into_iter().map(|(uuid, name, _)| SeenReplica {
+            domain: SeenDomain { name, uuid, tags: Vec::new() },
+            store: store.clone(),
+        }));
+    }
+    Ok(found)
+}
+
 #[cfg(not(feature = "libvirt"))]
 fn serve(_: &Globals, _: bool, _: Option<SocketAddr>, _: Option<PathBuf>) -> Result<Exit> {
     super::no_libvirt("daemon")
@@ -166,6 +182,11 @@ mod service {
             state: globals.state_dir.clone(),
             program: Program { path: own_program()?, globals: child_globals(globals) },
             list: lister(globals),
+            list_store: Arc::new(|root| {
+                let replicas = site::replicas_of(root)?.into_iter();
+                let seen = |(uuid, name)| SeenDomain { name, uuid, tags: Vec::new() };
+                Ok(replicas.map(|(uuid, name, view)| (seen((uuid, name)), view.head().map(|h| h.frozen_at))).collect())
+            }),
             list_every: LIST_EVERY,
             once,
             control,

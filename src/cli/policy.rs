@@ -150,7 +150,9 @@ fn show(args: &ShowArgs, globals: &Globals) -> Result<Exit> {
         }
     }
     let texts = policies.into_iter().map(|mut p| {
-        p.overlay_dir = p.overlay_dir.or_else(|| config.defaults.overlay_dir.clone());
+        if p.store.is_none() {
+            p.overlay_dir = p.overlay_dir.or_else(|| config.defaults.overlay_dir.clone());
+        }
         format!("# {}\n{p}", p.file.display())
     });
     print(texts.collect::<Vec<_>>().join("---\n").trim_end())?;
@@ -168,7 +170,8 @@ fn domains(_: &Globals) -> Result<Vec<SeenDomain>> {
 }
 
 fn selection(policies: &[Policy], config: &Config, globals: &Globals) -> Result<Selection> {
-    Ok(select(policies, &domains(globals)?, &config.urls()))
+    let domains = if policies.iter().any(|p| p.store.is_none()) { domains(globals)? } else { Vec::new() };
+    Ok(select(policies, &domains, &super::daemon::replicas(policies)?, &config.urls()))
 }
 
 /// When a domain goes to a target.
@@ -192,10 +195,14 @@ fn next(args: &NextArgs, globals: &Globals, output: Output) -> Result<Exit> {
             continue;
         }
         let policy = &policies[pair.policy];
-        let url = &urls[&pair.target];
+        let url = urls.get(&pair.target).unwrap_or(&pair.target);
         let shift = schedule::Shift::of(pair.domain.uuid.as_str(), url);
         let past = past(globals, pair, url, now)?;
         let times = policy.schedule(&local).next(shift, &past, now, usize::from(args.count));
+        // Of a target: it has no runs.
+        if times.is_empty() {
+            continue;
+        }
         rows.push(Row { pair, policy, times });
     }
     if let (Some(domain), true) = (&args.domain, rows.is_empty()) {
@@ -204,7 +211,7 @@ fn next(args: &NextArgs, globals: &Globals, output: Output) -> Result<Exit> {
     rows.sort_by(|a, b| a.times.cmp(&b.times).then_with(|| a.pair.domain.name.cmp(&b.pair.domain.name)));
     match output.json {
         true => print_json(&json!({ "policies": policies.len(), "next": rows.iter().map(|r| json!({
-            "domain": r.pair.domain.name, "uuid": r.pair.domain.uuid, "target": urls[&r.pair.target],
+            "domain": r.pair.domain.name, "uuid": r.pair.domain.uuid, "target": urls.get(&r.pair.target).unwrap_or(&r.pair.target),
             "policy": r.policy.name, "at": r.times,
         })).collect::<Vec<_>>() }))?,
         false => print(&table(&rows, now, &local))?,

@@ -1,4 +1,5 @@
-//! Checks beside the runs: the head read again on the target, or all points. The engine's part for them. Pure.
+//! Checks beside the runs: the head read again on the target, or all points; on a target, the head booted. The engine's part for
+//! them. Pure.
 //!
 //! A check takes no lock of the domain's and holds no run up; the target's disks bear it, so there is one at a time.
 
@@ -24,16 +25,19 @@ pub enum Check {
     Verify,
     /// All points, and the files beside them.
     Scrub,
+    /// A throw-away copy of the head is booted on this host, the target.
+    Drill,
 }
 
 impl Check {
-    pub const ALL: [Check; 2] = [Check::Verify, Check::Scrub];
+    pub const ALL: [Check; 3] = [Check::Verify, Check::Scrub, Check::Drill];
 
     /// The command that does it.
     pub fn word(self) -> &'static str {
         match self {
             Check::Verify => "verify",
             Check::Scrub => "scrub",
+            Check::Drill => "drill",
         }
     }
 
@@ -43,6 +47,7 @@ impl Check {
             let timed = match check {
                 Check::Verify => policy.verify.as_ref(),
                 Check::Scrub => policy.scrub.as_ref(),
+                Check::Drill => policy.drill.as_ref().map(|d| &d.when),
             };
             Some((check, policy.schedule_of(timed?, local)))
         });
@@ -167,7 +172,7 @@ impl Engine {
                 orders.push(Order::Say(
                     Level::Info,
                     About::job(&done.job),
-                    format!("domain '{name}': {word} on {target} found all as it was sealed"),
+                    format!("domain '{name}': {word} on {target} found everything right"),
                 ));
                 orders.push(Order::Save);
             }

@@ -2,7 +2,8 @@
 
 use super::checks::{Check, CheckState};
 use super::engine_tests::{Bench, said, words};
-use super::event::{Event, Level, Order};
+use super::event::{Event, Level, Listed, Order};
+use super::pair::RunResult;
 use crate::error::Kind;
 
 const CHECKED: &str = "name: p\ndomains: [\"*\"]\ntargets: [dr1]\nevery: 1h\njitter: 0s\nverify: {every: 1d}\n\
@@ -105,4 +106,36 @@ fn one_pass_does_the_checks_that_are_due_too() {
     b.domains("a");
     assert_eq!(words(&b.seals(1)), ["2:verify a>dr1"]);
     assert_eq!(words(&b.checked(2, None)), ["exit"]);
+}
+
+const OF_A_TARGET: &str = "name: t\nreplicas: [\"*\"]\nroot: /r\nrpo: 2h\ndrill: {every: 7d, probes: [agent]}\n\
+    hooks: {on_breach: {command: [/bin/true]}}\n";
+
+impl Bench {
+    /// `"a b"`: replicas of the store, whose heads are of this moment.
+    fn replicas(&mut self, names: &str) -> Vec<Order> {
+        let frozen_at = self.now.wall;
+        let listed = self.listed(names).into_iter().map(|l| Listed {
+            store: Some("/r".into()),
+            points: vec![("local:/r".to_owned(), frozen_at, frozen_at)],
+            ..l
+        });
+        self.tell(Event::Domains(listed.collect()))
+    }
+}
+
+/// A target's own policy: nothing is sent, each replica is booted in its turn, and a source that has died is noticed.
+#[test]
+fn a_target_drills_its_replicas_and_watches_their_age() {
+    let mut b = Bench::new(&[OF_A_TARGET]);
+    assert_eq!(words(&b.replicas("a b")), ["1:drill a>local:/r"]);
+    assert_eq!(words(&b.checked(1, None)), ["2:drill b>local:/r"]);
+    assert_eq!(words(&b.checked(2, None)), [""; 0]);
+    let row = &b.engine.status(b.now).domains[0];
+    assert_eq!((row.rpo_s, row.lag_s, row.next_at, row.totals.runs(RunResult::Sealed)), (Some(7200), Some(0), None, 0));
+    assert_eq!(words(&b.pass(7200)), [""; 0]);
+    assert_eq!(words(&b.pass(1)), ["hook on_breachentered", "hook on_breachentered"]);
+    assert_eq!(words(&b.replicas("a b")), ["hook on_breachleft", "hook on_breachleft"], "points have arrived");
+    // A domain of this host that is called the same is somebody else.
+    assert_eq!(words(&b.domains("a")), [""; 0]);
 }

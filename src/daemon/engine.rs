@@ -14,7 +14,7 @@ use crate::name::DomainUuid;
 use crate::policy::admission::{self, BreachChange, Running, Waiting};
 use crate::policy::retry;
 use crate::policy::schedule::{Due, Shift};
-use crate::policy::select::{SeenDomain, select};
+use crate::policy::select::{SeenDomain, SeenReplica, select};
 use jiff::{SignedDuration, Timestamp};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -146,15 +146,19 @@ impl Engine {
 
     /// Pairs policies and domains anew; pairs that are new begin to exist, known ones learn of points made by others.
     fn assign(&mut self, now: Now, orders: &mut Vec<Order>) {
-        let seen: Vec<SeenDomain> = self.domains.iter().map(|l| l.domain.clone()).collect();
-        let found = select(&self.setup.policies, &seen, &self.setup.urls);
+        let (replicas, domains): (Vec<&Listed>, Vec<&Listed>) = self.domains.iter().partition(|l| l.store.is_some());
+        let domains: Vec<SeenDomain> = domains.iter().map(|l| l.domain.clone()).collect();
+        let replica = |l: &&Listed| Some(SeenReplica { domain: l.domain.clone(), store: l.store.clone()? });
+        let replicas: Vec<SeenReplica> = replicas.iter().filter_map(replica).collect();
+        let found = select(&self.setup.policies, &domains, &replicas, &self.setup.urls);
         let mut to_say: Vec<(Level, String)> = Vec::new();
         for e in &found.clashes {
             to_say.push((Level::Error, format!("{e}; {}", e.hint_text().unwrap_or_default())));
         }
         for (at, selector) in &found.unmatched {
-            let name = &self.setup.policies[*at].name;
-            to_say.push((Level::Warn, format!("policy '{name}': '{selector}' is no domain of this host")));
+            let policy = &self.setup.policies[*at];
+            let what = if policy.store.is_some() { "no replica that is here" } else { "no domain of this host" };
+            to_say.push((Level::Warn, format!("policy '{}': '{selector}' is {what}", policy.name)));
         }
         let texts: BTreeSet<String> = to_say.iter().map(|(_, t)| t.clone()).collect();
         orders.extend(
@@ -163,7 +167,7 @@ impl Engine {
         self.said = texts;
         let mut assigned = BTreeMap::new();
         for pair in found.pairs {
-            let key = Key { uuid: pair.domain.uuid.clone(), url: self.setup.urls[&pair.target].clone() };
+            let key = Key { uuid: pair.domain.uuid.clone(), url: self.setup.url(&pair.target) };
             let state = self.pairs.entry(key.clone()).or_insert_with(|| {
                 orders.push(Order::Save);
                 Pair::new(key.clone(), pair.domain.name.clone(), now.wall)

@@ -60,15 +60,21 @@ impl Bench {
 
     /// `"a b c"`: domains by name; each has a UUID by its first letter.
     pub(super) fn domains(&mut self, names: &str) -> Vec<Order> {
+        let listed = self.listed(names);
+        self.tell(Event::Domains(listed))
+    }
+
+    pub(super) fn listed(&self, names: &str) -> Vec<Listed> {
         let domain = |name: &str| Listed {
             domain: SeenDomain {
                 name: DomainName::new(name).unwrap(),
                 uuid: uuid(u32::from(name.as_bytes()[0])),
                 tags: Vec::new(),
             },
+            store: None,
             points: Vec::new(),
         };
-        self.tell(Event::Domains(names.split_whitespace().map(domain).collect()))
+        names.split_whitespace().map(domain).collect()
     }
 
     pub(super) fn seals(&mut self, run: u64) -> Vec<Order> {
@@ -154,6 +160,7 @@ fn a_failure_waits_longer_each_time_and_a_point_made_by_hand_ends_that() {
     // Somebody replicated it by hand meanwhile.
     let listed = Listed {
         domain: SeenDomain { name: DomainName::new("a").unwrap(), uuid: uuid(97), tags: Vec::new() },
+        store: None,
         points: vec![("ssh://dr1".into(), b.now.wall, b.now.wall)],
     };
     b.tell(Event::Domains(vec![listed]));

@@ -13,6 +13,7 @@ use crate::policy::select::SeenDomain;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// The time, and randomness, as one event sees them.
@@ -38,6 +39,11 @@ pub struct Setup {
 }
 
 impl Setup {
+    /// Of a target by its name; a store of this host is named by its URL.
+    pub(super) fn url(&self, target: &str) -> String {
+        self.urls.get(target).map_or_else(|| target.to_owned(), String::clone)
+    }
+
     /// `local`: this host's time zone.
     pub fn new(config: &Config, policies: Vec<Policy>, local: &TimeZone) -> Setup {
         let urls = config.urls();
@@ -64,6 +70,8 @@ impl Setup {
 #[derive(Debug, Clone)]
 pub struct Listed {
     pub domain: SeenDomain,
+    /// A replica of this store on this host, and no domain of it.
+    pub store: Option<PathBuf>,
     pub points: Vec<(String, Timestamp, Timestamp)>,
 }
 

@@ -13,7 +13,7 @@ use super::worker::{self, Program};
 use crate::config::Config;
 use crate::error::{Kind, Result};
 use crate::name::DomainUuid;
-use crate::policy::select::SeenDomain;
+use crate::policy::select::{SeenDomain, store_url};
 use crate::replicate::journal;
 use crate::replicate::report::Report;
 use jiff::Timestamp;
@@ -42,6 +42,9 @@ pub enum Input {
 /// Lists this host's domains; may block.
 pub type Lister = Arc<dyn Fn() -> Result<Vec<SeenDomain>> + Send + Sync>;
 
+/// Lists the replicas of a store on this host, with when the disks of each head stood still; may block.
+pub type StoreLister = Arc<dyn Fn(&Path) -> Result<Vec<(SeenDomain, Option<Timestamp>)>> + Send + Sync>;
+
 pub struct Options {
     pub config: PathBuf,
     /// Whether the operator named it: then it has to be there.
@@ -49,6 +52,7 @@ pub struct Options {
     pub state: PathBuf,
     pub program: Program,
     pub list: Lister,
+    pub list_store: StoreLister,
     pub list_every: Duration,
     /// End when nothing is due.
     pub once: bool,
@@ -292,11 +296,20 @@ impl Service {
             return;
         }
         self.listing.running = true;
-        let (list, inputs, state) = (self.options.list.clone(), self.inputs.clone(), self.options.state.clone());
-        let known = self.listing.known.clone();
+        let policies = &self.engine.setup.policies;
+        let any_domains = policies.iter().any(|p| p.store.is_none());
+        let stores: BTreeSet<PathBuf> = policies.iter().filter_map(|p| p.store.clone()).collect();
+        let (list, list_store) = (self.options.list.clone(), self.options.list_store.clone());
+        let (inputs, state, known) = (self.inputs.clone(), self.options.state.clone(), self.listing.known.clone());
         std::thread::spawn(move || {
-            let event = match list() {
-                Ok(domains) => Event::Domains(domains.into_iter().map(|d| learn(d, &state, &known)).collect()),
+            // A target that only looks after its store needs no libvirt for that.
+            let domains = if any_domains { list() } else { Ok(Vec::new()) };
+            let event = match domains {
+                Ok(domains) => {
+                    let domains = domains.into_iter().map(|d| learn(d, &state, &known));
+                    let replicas = stores.iter().flat_map(|store| replicas(store, &list_store));
+                    Event::Domains(domains.chain(replicas).collect())
+                }
                 Err(e) => Event::DomainsFailed(e.chain()),
             };
             // Nobody listens any more when the daemon ends.
@@ -313,6 +326,22 @@ impl Service {
     }
 }
 
+/// The replicas of a store. What cannot be read is said every time: nobody else looks.
+fn replicas(store: &Path, list: &StoreLister) -> Vec<Listed> {
+    let found = list(store).unwrap_or_else(|e| {
+        tracing::error!("{}", e.chain());
+        Vec::new()
+    });
+    let url = store_url(store);
+    // A point here is one that somebody's run has made: when that began, only he knows.
+    let listed = |(domain, head): (SeenDomain, Option<Timestamp>)| Listed {
+        domain,
+        store: Some(store.to_owned()),
+        points: head.map(|frozen_at| (url.clone(), frozen_at, frozen_at)).into_iter().collect(),
+    };
+    found.into_iter().map(listed).collect()
+}
+
 /// What this host's journal knows of a domain: all that is kept the first time, then what is new.
 fn learn(domain: SeenDomain, state: &Path, known: &Mutex<BTreeSet<DomainUuid>>) -> Listed {
     let is_new = known.lock().unwrap_or_else(|e| e.into_inner()).insert(domain.uuid.clone());
@@ -325,5 +354,5 @@ fn learn(domain: SeenDomain, state: &Path, known: &Mutex<BTreeSet<DomainUuid>>) 
         Vec::new()
     });
     let points = reports.into_iter().filter_map(|r| Some((r.target, r.started_at, r.point?.frozen_at))).collect();
-    Listed { domain, points }
+    Listed { domain, store: None, points }
 }

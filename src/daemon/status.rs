@@ -83,9 +83,10 @@ impl Engine {
                 rpo_s: rpo.map(|r| r.as_secs()),
                 slack_s: rpo.map(|r| deadline(pair, r).duration_since(now.wall).as_secs()),
                 breach_since: pair.breach_since,
-                next_at: assigned.map(|_| match self.due(key, now.wall) {
-                    Due::Now { since } => since,
-                    Due::At(at) => at,
+                // A target's replicas have no runs that could be due.
+                next_at: assigned.and_then(|_| match self.due(key, now.wall) {
+                    Due::Now { since } => Some(since),
+                    Due::At(at) => (at < Timestamp::MAX).then_some(at),
                 }),
                 running: running.map(|r| RunningRow {
                     since: r.begun,

@@ -88,6 +88,21 @@ pub fn sync_args(job: &StartRun) -> Vec<String> {
     args
 }
 
+/// The arguments of a check.
+pub fn check_args(check: Check, job: &StartRun) -> Vec<String> {
+    let mut args = vec![check.word().to_owned(), job.domain.uuid.to_string(), "--json".to_owned()];
+    let mut add = |name: &str, value: String| args.extend([name.to_owned(), value]);
+    match (check, &job.policy.drill, &job.policy.store) {
+        (Check::Drill, Some(drill), Some(store)) => {
+            add("--root", store.to_string_lossy().into_owned());
+            add("--within", format!("{}s", drill.within.as_secs()));
+            drill.probes.iter().for_each(|probe| add("--probe", probe.clone()));
+        }
+        _ => add("--to", job.target.clone()),
+    }
+    args
+}
+
 impl Program {
     fn command(&self, args: &[String]) -> Command {
         let mut command = Command::new(&self.path);
@@ -107,10 +122,8 @@ impl Program {
 
     /// Starts a check, with signs and an end as above.
     pub fn check(&self, run: u64, check: Check, job: &StartRun, inputs: &Sender<Input>) -> Result<OwnedFd> {
-        let args = [check.word(), job.domain.uuid.as_str(), "--to", &job.target, "--json"].map(str::to_owned);
-        self.spawn(run, &args, job.domain.name.as_str(), inputs, move |heard, status| Event::Checked {
-            run,
-            error: heard.failure(status),
+        self.spawn(run, &check_args(check, job), job.domain.name.as_str(), inputs, move |heard, status| {
+            Event::Checked { run, error: heard.failure(status) }
         })
     }
 
@@ -342,6 +355,17 @@ mod tests {
         }
         let args = sync_args(&job("")).join(" ");
         assert!(args.starts_with("sync 6695eb01-f6a4-8304-79aa-97f2502e193f --to dr1 --json"), "{args}");
+    }
+
+    #[test]
+    fn a_drill_is_of_the_store_and_has_its_evidence() {
+        let text = "name: t\nreplicas: [web01]\nroot: /srv/r\ndrill: {every: 7d, probes: [agent, \"serial:login:\"], within: 90s}\nverify: {every: 1d}\n";
+        let policy = Policy::parse(text, Path::new("t.yaml"), &[]).unwrap();
+        let job = StartRun { target: "local:/srv/r".to_owned(), policy, ..job("") };
+        let uuid = "6695eb01-f6a4-8304-79aa-97f2502e193f";
+        let words = format!("drill {uuid} --json --root /srv/r --within 90s --probe agent --probe serial:login:");
+        assert_eq!(check_args(Check::Drill, &job).join(" "), words);
+        assert_eq!(check_args(Check::Verify, &job).join(" "), format!("verify {uuid} --json --to local:/srv/r"));
     }
 
     /// The words that a policy may use are those that `sync` knows.

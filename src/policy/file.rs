@@ -20,7 +20,7 @@ use std::time::Duration;
 
 /// A duration behind a key that may be absent.
 #[derive(Debug, Clone, Copy, Deserialize)]
-struct Span(#[serde(deserialize_with = "duration")] Duration);
+pub(super) struct Span(#[serde(deserialize_with = "duration")] pub(super) Duration);
 
 /// A size behind a key that may be absent.
 #[derive(Clone, Copy, Deserialize)]
@@ -80,14 +80,14 @@ struct OverlayFile {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct TimedFile {
-    every: Option<Span>,
-    cron: Option<String>,
+pub(super) struct TimedFile {
+    pub(super) every: Option<Span>,
+    pub(super) cron: Option<String>,
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct RetryFile {
+pub(super) struct RetryFile {
     first: Option<Span>,
     max: Option<Span>,
 }
@@ -99,7 +99,7 @@ pub(super) struct Wrong {
     pub(super) hint: Option<String>,
 }
 
-fn wrong<T>(value: &Spanned<T>, what: impl Into<String>) -> Wrong {
+pub(super) fn wrong<T>(value: &Spanned<T>, what: impl Into<String>) -> Wrong {
     Wrong { what: what.into(), at: Place::of(value), hint: None }
 }
 
@@ -121,7 +121,7 @@ fn no_cron<T>(at: &Spanned<T>, text: &str, why: &str) -> Wrong {
     }
 }
 
-fn timed(file: &Spanned<TimedFile>) -> Result<Timed, Wrong> {
+pub(super) fn timed(file: &Spanned<TimedFile>) -> Result<Timed, Wrong> {
     match (&file.value.every, &file.value.cron) {
         (Some(every), None) => Ok(Timed::Every(every.0)),
         (None, Some(text)) => {
@@ -132,13 +132,46 @@ fn timed(file: &Spanned<TimedFile>) -> Result<Timed, Wrong> {
     }
 }
 
+pub(super) fn check_name(name: &Spanned<String>) -> Result<(), Wrong> {
+    let name_ok = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    match (1..=64).contains(&name.value.len()) && name.value.chars().all(name_ok) {
+        true => Ok(()),
+        false => Err(wrong(name, "a name has 1 to 64 letters, digits, hyphens, underscores and dots")),
+    }
+}
+
+pub(super) fn timezone(name: Option<&Spanned<String>>) -> Result<Option<TimeZone>, Wrong> {
+    let found = name.map(|name| {
+        TimeZone::get(&name.value).map_err(|_| Wrong {
+            hint: Some("a name as Europe/Berlin or UTC; the package tzdata has them".to_owned()),
+            ..wrong(name, format!("there is no time zone '{}'", name.value))
+        })
+    });
+    found.transpose()
+}
+
+/// Refuses blackouts that leave no time at all.
+pub(super) fn no_open_hour(blackout: Option<&Spanned<Vec<Window>>>) -> Result<(), Wrong> {
+    match blackout {
+        Some(b) if window::open_at(&b.value, &TimeZone::UTC, Timestamp::UNIX_EPOCH).is_none() => {
+            Err(wrong(b, "no hour of the week is left in which a run may begin"))
+        }
+        _ => Ok(()),
+    }
+}
+
+pub(super) fn retry(file: Option<&Spanned<RetryFile>>) -> Result<Retry, Wrong> {
+    let Some(file) = file else { return Ok(Retry::default()) };
+    let default = Retry::default();
+    let max = file.value.max.map_or(default.max, |m| m.0);
+    let first = file.value.first.map_or(default.first.min(max), |f| f.0);
+    if first <= max { Ok(Retry { first, max }) } else { Err(wrong(file, "`first` is longer than `max`")) }
+}
+
 impl PolicyFile {
     /// The policy, if it holds together. `targets`: the names the configuration knows; `path`: where it was read.
     pub(super) fn check(self, path: &Path, targets: &[&str]) -> Result<Policy, Wrong> {
-        let name_ok = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-        if self.name.value.is_empty() || self.name.value.len() > 64 || !self.name.value.chars().all(name_ok) {
-            return Err(wrong(&self.name, "a name has 1 to 64 letters, digits, hyphens, underscores and dots"));
-        }
+        check_name(&self.name)?;
         if self.domains.value.is_empty() {
             return Err(Wrong {
                 hint: Some("name them, or write \"*\" for all".to_owned()),
@@ -163,9 +196,8 @@ impl PolicyFile {
         let targets = self.known_targets(targets)?;
         let verify = self.verify.as_ref().map(timed).transpose()?;
         let scrub = self.scrub.as_ref().map(timed).transpose()?;
-        let retry = self.retry()?;
+        let retry = retry(self.retry.as_ref())?;
         Ok(Policy {
-            file: path.to_owned(),
             name: self.name.value,
             domains: self.domains.value,
             exclude: self.exclude,
@@ -191,6 +223,7 @@ impl PolicyFile {
             scrub,
             retry,
             hooks: self.hooks,
+            ..Policy::of_file(path)
         })
     }
 
@@ -206,13 +239,7 @@ impl PolicyFile {
             cron(&text.value).map_err(|why| no_cron(text, &text.value, &why))?;
         }
         let every = self.every.as_ref().map(|e| e.value.0);
-        let timezone = match &self.timezone {
-            Some(name) => Some(TimeZone::get(&name.value).map_err(|_| Wrong {
-                hint: Some("a name as Europe/Berlin or UTC; the package tzdata has them".to_owned()),
-                ..wrong(name, format!("there is no time zone '{}'", name.value))
-            })?),
-            None => None,
-        };
+        let timezone = timezone(self.timezone.as_ref())?;
         let jitter = match (&self.jitter, every) {
             (Some(j), Some(every)) if j.value > every => return Err(wrong(j, "`jitter` is longer than `every`")),
             (Some(j), None) if j.value > Duration::from_secs(86_400) => {
@@ -222,11 +249,7 @@ impl PolicyFile {
             (None, every) => every.unwrap_or_default(),
         };
         let blackout = self.blackout.as_ref().map(|b| b.value.clone()).unwrap_or_default();
-        if let Some(b) = &self.blackout
-            && window::open_at(&blackout, &TimeZone::UTC, Timestamp::UNIX_EPOCH).is_none()
-        {
-            return Err(wrong(b, "no hour of the week is left in which a run may begin"));
-        }
+        no_open_hour(self.blackout.as_ref())?;
         Ok(Timing { every, cron: self.cron.as_ref().map(|c| c.value.clone()), timezone, jitter, blackout })
     }
 
@@ -248,13 +271,5 @@ impl PolicyFile {
             targets.push(target.value.clone());
         }
         if targets.is_empty() { Err(wrong(&self.targets, "no target is named")) } else { Ok(targets) }
-    }
-
-    fn retry(&self) -> Result<Retry, Wrong> {
-        let Some(file) = &self.retry else { return Ok(Retry::default()) };
-        let default = Retry::default();
-        let max = file.value.max.map_or(default.max, |m| m.0);
-        let first = file.value.first.map_or(default.first.min(max), |f| f.0);
-        if first <= max { Ok(Retry { first, max }) } else { Err(wrong(file, "`first` is longer than `max`")) }
     }
 }

@@ -134,6 +134,33 @@ pub const KEYS: &[Key] = &[
     key("hooks.on_breach.timeout", Shape::Duration, "1m", "After this long it is ended"),
 ];
 
+/// The keys of a policy of a target ([`super::replicas`]), in the order in which `policy show` writes them.
+pub const REPLICA_KEYS: &[Key] = &[
+    must("name", Shape::Text, "Name of the policy: letters, digits, hyphens, underscores and dots"),
+    must("replicas", Shape::Texts, "Replicas it means, by their domains: names, patterns with * and ?, UUIDs"),
+    key("exclude", Shape::Texts, "none", "Replicas it does not mean, written in the same ways"),
+    key("root", Shape::Text, "/var/lib/virt-replica", "The store on this host"),
+    key("timezone", Shape::Text, "the host's", "Time zone of every `cron` and `blackout`, as Europe/Berlin"),
+    key("blackout[].from", Shape::Clock, "", "No check is begun from this time on"),
+    key("blackout[].to", Shape::Clock, "", "Until this time; at or before `from`: of the next day"),
+    key("blackout[].days", Shape::Days, "every day", "Days on which the window begins"),
+    key("rpo", Shape::Duration, "none", "Allowed age of the head, watched from here: also when the source is gone"),
+    key("drill.every", Shape::Duration, "none", "The head is booted, in a copy, in every such span; this or `cron`"),
+    key("drill.cron", Shape::Text, "none", "The head is booted, in a copy, at these times"),
+    key("drill.probes", Shape::Texts, "", "Evidence that it works, as `drill --probe` has it; all of them"),
+    key("drill.within", Shape::Duration, "5m", "How long the evidence may take"),
+    key("verify.every", Shape::Duration, "none", "The head is read again in every such span; this or `cron`"),
+    key("verify.cron", Shape::Text, "none", "The head is read again at these times"),
+    key("scrub.every", Shape::Duration, "none", "All points are read again in every such span; this or `cron`"),
+    key("scrub.cron", Shape::Text, "none", "All points are read again at these times"),
+    key("retry.first", Shape::Duration, "30s", "Wait after a check that did not come to an end; doubles with each"),
+    key("retry.max", Shape::Duration, "30m", "Longest wait; at once where a person has to act"),
+    key("hooks.on_failure.command", Shape::Texts, "", "Run after a check that found damage, or did not come to an end"),
+    key("hooks.on_failure.timeout", Shape::Duration, "1m", "After this long it is ended"),
+    key("hooks.on_breach.command", Shape::Texts, "", "Run when an RPO is broken, and when it is kept again"),
+    key("hooks.on_breach.timeout", Shape::Duration, "1m", "After this long it is ended"),
+];
+
 fn leaf(key: &Key) -> Value {
     let text_list = json!({ "type": "array", "items": { "type": "string" }, "minItems": 1 });
     let duration = "^\\s*[0-9].*[a-z]\\s*$";
@@ -196,12 +223,14 @@ fn object(keys: &[(&str, &Key)]) -> Value {
     schema
 }
 
-/// The JSON Schema of a policy file (draft 2020-12), for editors.
+/// The JSON Schema of a policy file (draft 2020-12), for editors: of a source, or of a target.
 pub fn schema() -> Value {
-    let all: Vec<(&str, &Key)> = KEYS.iter().map(|k| (k.path, k)).collect();
-    let mut schema = object(&all);
-    schema["$schema"] = json!("https://json-schema.org/draft/2020-12/schema");
-    schema["title"] = json!("virt-replica policy");
-    schema["oneOf"] = json!([{ "required": ["every"] }, { "required": ["cron"] }]);
-    schema
+    let of = |keys: &'static [Key]| object(&keys.iter().map(|k| (k.path, k)).collect::<Vec<_>>());
+    let mut source = of(KEYS);
+    source["oneOf"] = json!([{ "required": ["every"] }, { "required": ["cron"] }]);
+    json!({
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "virt-replica policy",
+        "oneOf": [source, of(REPLICA_KEYS)],
+    })
 }

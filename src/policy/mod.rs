@@ -8,6 +8,7 @@ pub mod bandwidth;
 mod file;
 pub mod keys;
 mod render;
+pub mod replicas;
 pub mod retry;
 pub mod schedule;
 #[cfg(test)]
@@ -29,9 +30,11 @@ use crate::yaml::{self, Spanned, mistake};
 use bandwidth::Bandwidth;
 use file::{PolicyFile, cron};
 use jiff::tz::TimeZone;
+use replicas::ReplicaPolicyFile;
 use retry::Retry;
 use schedule::{Schedule, When};
 use select::{SeenDomain, Selector};
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Deserializer};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -47,6 +50,8 @@ pub struct Policy {
     pub domains: Vec<Selector>,
     pub exclude: Vec<Selector>,
     pub exclude_disks: BTreeMap<Selector, Vec<DiskName>>,
+    /// Of a target: the store on this host whose replicas it means. Then it has no runs, and `domains` are replicas.
+    pub store: Option<PathBuf>,
     /// Names of the configuration, each once.
     pub targets: Vec<String>,
     pub timing: Timing,
@@ -67,6 +72,8 @@ pub struct Policy {
     /// When points are read again on the target, and when its whole store is.
     pub verify: Option<Timed>,
     pub scrub: Option<Timed>,
+    /// When replicas of this host's store are booted, and what proves that they work.
+    pub drill: Option<Drill>,
     pub retry: Retry,
     pub hooks: Hooks,
 }
@@ -167,6 +174,16 @@ pub struct Overlay {
 pub enum Timed {
     Every(Duration),
     Cron(String),
+}
+
+/// A drill of every replica that is meant, as `drill` has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Drill {
+    pub when: Timed,
+    /// Evidence; at least one.
+    pub probes: Vec<String>,
+    /// How long the evidence may take.
+    pub within: Duration,
 }
 
 /// Programs that are run; all may be left out.
@@ -280,18 +297,54 @@ impl Policy {
     /// Reads a policy. `targets`: the names the configuration knows; `path`: for errors. [`Kind::Config`] says file, line and
     /// column, and shows the line.
     pub fn parse(text: &str, path: &Path, targets: &[&str]) -> Result<Policy> {
-        let file: Option<PolicyFile> = yaml::parse(text, path)?;
-        let Some(file) = file else {
-            return Err(mistake("the file has no policy in it", None, text, path)
-                .hint("`virt-replica policy schema` and docs/policies.md say what a policy has"));
+        let nothing = || {
+            mistake("the file has no policy in it", None, text, path)
+                .hint("`virt-replica policy schema` and docs/policies.md say what a policy has")
         };
-        file.check(path, targets).map_err(|w| {
+        // Which of the two kinds it is. What is no mapping at all is told so by the parser of the first.
+        let names: Option<BTreeMap<String, IgnoredAny>> = yaml::parse(text, path).unwrap_or_default();
+        let policy = match names.is_some_and(|n| n.contains_key("replicas")) {
+            true => yaml::parse::<Option<ReplicaPolicyFile>>(text, path)?.ok_or_else(nothing)?.check(path),
+            false => yaml::parse::<Option<PolicyFile>>(text, path)?.ok_or_else(nothing)?.check(path, targets),
+        };
+        policy.map_err(|w| {
             let e = mistake(&w.what, Some(w.at), text, path);
             match w.hint {
                 Some(hint) => e.hint(hint),
                 None => e,
             }
         })
+    }
+
+    /// One of this file that says nothing yet: what keys that are left out mean.
+    fn of_file(path: &Path) -> Policy {
+        Policy {
+            file: path.to_owned(),
+            name: String::new(),
+            domains: Vec::new(),
+            exclude: Vec::new(),
+            exclude_disks: BTreeMap::new(),
+            store: None,
+            targets: Vec::new(),
+            timing: Timing { every: None, cron: None, timezone: None, jitter: Duration::ZERO, blackout: Vec::new() },
+            rpo: None,
+            keep: None,
+            overlay_dir: None,
+            overlay: Overlay::default(),
+            min_free_source_bytes: min_free(),
+            ready_timeout: one_hour(),
+            with_secrets: false,
+            capture: None,
+            quiesce: Quiesce::default(),
+            audit: Audit::default(),
+            bandwidth: Bandwidth::default(),
+            compression: Compression::default(),
+            verify: None,
+            scrub: None,
+            drill: None,
+            retry: Retry::default(),
+            hooks: Hooks::default(),
+        }
     }
 
     /// Whether it means this domain.
@@ -313,7 +366,8 @@ impl Policy {
         let when = match (&self.timing.every, &self.timing.cron) {
             (Some(every), _) => When::Every(*every),
             (None, Some(text)) => When::Cron(Box::new(cron(text).expect("it was parsed when the policy was read"))),
-            (None, None) => unreachable!("a policy without `every` and `cron` is refused"),
+            // Of a target: the sources run.
+            (None, None) => When::Never,
         };
         self.scheduled(when, self.timing.jitter, local)
     }

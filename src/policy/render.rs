@@ -6,6 +6,7 @@ use super::{Policy, Quiesce, Timed};
 use crate::hook::Hook;
 use crate::units::{duration, exact_bytes};
 use std::fmt;
+use std::path::Path;
 
 /// A double-quoted scalar: JSON's strings are YAML's.
 fn quoted(text: &str) -> String {
@@ -33,6 +34,9 @@ fn hook(f: &mut fmt::Formatter<'_>, name: &str, hook: Option<&Hook>) -> fmt::Res
 impl fmt::Display for Policy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "name: {}", quoted(&self.name))?;
+        if let Some(store) = &self.store {
+            return self.of_a_target(f, store);
+        }
         writeln!(f, "domains: {}", list(&self.domains))?;
         if !self.exclude.is_empty() {
             writeln!(f, "exclude: {}", list(&self.exclude))?;
@@ -74,11 +78,39 @@ impl fmt::Display for Policy {
         writeln!(f, "audit: {{runs: {}, bytes: {bytes}, time: {time}}}", self.audit.runs)?;
         self.bandwidth(f)?;
         writeln!(f, "compression: {}", quoted(&self.compression.to_string()))?;
-        for (name, timed) in [("verify", &self.verify), ("scrub", &self.scrub)] {
-            match timed {
-                Some(Timed::Every(every)) => writeln!(f, "{name}: {{every: {}}}", duration(*every))?,
-                Some(Timed::Cron(cron)) => writeln!(f, "{name}: {{cron: {}}}", quoted(cron))?,
-                None => {}
+        self.checks_and_hooks(f)
+    }
+}
+
+fn timed(when: &Timed) -> String {
+    match when {
+        Timed::Every(every) => format!("every: {}", duration(*every)),
+        Timed::Cron(cron) => format!("cron: {}", quoted(cron)),
+    }
+}
+
+impl Policy {
+    fn of_a_target(&self, f: &mut fmt::Formatter<'_>, store: &Path) -> fmt::Result {
+        writeln!(f, "replicas: {}", list(&self.domains))?;
+        if !self.exclude.is_empty() {
+            writeln!(f, "exclude: {}", list(&self.exclude))?;
+        }
+        writeln!(f, "root: {}", quoted(&store.to_string_lossy()))?;
+        self.zone_and_blackout(f)?;
+        if let Some(rpo) = self.rpo {
+            writeln!(f, "rpo: {}", duration(rpo))?;
+        }
+        if let Some(drill) = &self.drill {
+            let (probes, within) = (list(&drill.probes), duration(drill.within));
+            writeln!(f, "drill: {{{}, probes: {probes}, within: {within}}}", timed(&drill.when))?;
+        }
+        self.checks_and_hooks(f)
+    }
+
+    fn checks_and_hooks(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (name, when) in [("verify", &self.verify), ("scrub", &self.scrub)] {
+            if let Some(when) = when {
+                writeln!(f, "{name}: {{{}}}", timed(when))?;
             }
         }
         writeln!(f, "retry: {{first: {}, max: {}}}", duration(self.retry.first), duration(self.retry.max))?;
@@ -87,9 +119,7 @@ impl fmt::Display for Policy {
         }
         self.hooks.all().into_iter().try_for_each(|(name, h)| hook(f, name, h))
     }
-}
 
-impl Policy {
     fn bandwidth(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let bandwidth = &self.bandwidth;
         if *bandwidth == Bandwidth::default() {
@@ -116,10 +146,15 @@ impl Policy {
         if let Some(cron) = &timing.cron {
             writeln!(f, "cron: {}", quoted(cron))?;
         }
+        writeln!(f, "jitter: {}", duration(timing.jitter))?;
+        self.zone_and_blackout(f)
+    }
+
+    fn zone_and_blackout(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let timing = &self.timing;
         if let Some(name) = timing.timezone.as_ref().and_then(|z| z.iana_name()) {
             writeln!(f, "timezone: {}", quoted(name))?;
         }
-        writeln!(f, "jitter: {}", duration(timing.jitter))?;
         if !timing.blackout.is_empty() {
             writeln!(f, "blackout:")?;
         }

@@ -16,6 +16,8 @@ pub enum When {
     /// Whole seconds, at least one.
     Every(Duration),
     Cron(Box<croner::Cron>),
+    /// By somebody else.
+    Never,
 }
 
 #[derive(Debug, Clone)]
@@ -72,6 +74,7 @@ impl Schedule {
     pub fn slot_after(&self, shift: Shift, t: Timestamp) -> Timestamp {
         let shift = shift.within(self.jitter);
         match &self.when {
+            When::Never => Timestamp::MAX,
             When::Every(every) => {
                 let every = every.as_secs().max(1) as i64;
                 let slot = (t.as_second() - shift).div_euclid(every).saturating_add(1).saturating_mul(every);
@@ -88,6 +91,10 @@ impl Schedule {
 
     /// The first moment from `t` on at which a run may begin.
     pub fn open_at(&self, t: Timestamp) -> Timestamp {
+        // What never comes is held up by nothing.
+        if t == Timestamp::MAX {
+            return t;
+        }
         // A policy whose week has no gap is refused where it is read.
         open_at(&self.blackout, &self.zone, t).unwrap_or(Timestamp::MAX)
     }
@@ -97,6 +104,7 @@ impl Schedule {
     fn owed(&self, shift: Shift, past: &Past, now: Timestamp) -> Timestamp {
         // A clock that was set back must not make the past a future to wait for.
         match (past.begun.map(|b| b.min(now)), &self.when) {
+            (_, When::Never) => Timestamp::MAX,
             (Some(begun), _) => self.slot_after(shift, begun),
             (None, When::Every(_)) => past.since.min(now),
             (None, When::Cron(_)) => self.slot_after(shift, past.since.min(now)),

@@ -6,6 +6,7 @@ use crate::name::{DomainName, DomainUuid};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::{Path, PathBuf};
 
 /// How a policy names domains: a name, a pattern with `*` and `?`, a UUID, or a tag.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -125,21 +126,45 @@ pub struct Selection {
     pub unmatched: Vec<(usize, Selector)>,
 }
 
-/// Who goes where. `urls`: the target's URL by its name; two names of one URL are one target.
-pub fn select(policies: &[Policy], domains: &[SeenDomain], urls: &BTreeMap<String, String>) -> Selection {
+/// A replica of a store on this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SeenReplica {
+    /// The domain it is of; a source's tags do not travel.
+    pub domain: SeenDomain,
+    pub store: PathBuf,
+}
+
+/// How a store on this host is written as a target.
+pub fn store_url(store: &Path) -> String {
+    format!("local:{}", store.display())
+}
+
+/// Who goes where. `urls`: the target's URL by its name; two names of one URL are one target. Policies of a target: which
+/// replicas they mean.
+pub fn select(
+    policies: &[Policy],
+    domains: &[SeenDomain],
+    replicas: &[SeenReplica],
+    urls: &BTreeMap<String, String>,
+) -> Selection {
     let mut found = Selection::default();
-    let mut taken: BTreeMap<(DomainUuid, &str), usize> = BTreeMap::new();
+    let mut taken: BTreeMap<(DomainUuid, String), usize> = BTreeMap::new();
     for (at, policy) in policies.iter().enumerate() {
+        let known: Vec<&SeenDomain> = match &policy.store {
+            None => domains.iter().collect(),
+            Some(store) => replicas.iter().filter(|r| r.store == *store).map(|r| &r.domain).collect(),
+        };
+        let targets = policy.store.as_ref().map_or_else(|| policy.targets.clone(), |store| vec![store_url(store)]);
         let named = policy.domains.iter().filter(|s| matches!(s, Selector::Name(_) | Selector::Uuid(_)));
-        let missing = named.filter(|s| !domains.iter().any(|d| s.means(d)));
+        let missing = named.filter(|s| !known.iter().any(|d| s.means(d)));
         found.unmatched.extend(missing.map(|s| (at, s.clone())));
-        for domain in domains.iter().filter(|d| policy.means(d)) {
-            for target in &policy.targets {
-                let url = urls.get(target).map_or(target.as_str(), String::as_str);
-                match taken.get(&(domain.uuid.clone(), url)) {
+        for domain in known.into_iter().filter(|d| policy.means(d)) {
+            for target in &targets {
+                let key = (domain.uuid.clone(), urls.get(target).unwrap_or(target).clone());
+                match taken.get(&key) {
                     Some(&first) => found.clashes.push(clash(&policies[first], policy, domain, target)),
                     None => {
-                        taken.insert((domain.uuid.clone(), url), at);
+                        taken.insert(key, at);
                         found.pairs.push(Pair { policy: at, domain: domain.clone(), target: target.clone() });
                     }
                 }
@@ -171,7 +196,6 @@ fn clash(first: &Policy, second: &Policy, domain: &SeenDomain, target: &str) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
 
     fn uuid(n: usize) -> DomainUuid {
         DomainUuid::new(format!("00000000-0000-0000-0000-{n:012x}")).unwrap()
@@ -220,7 +244,7 @@ mod tests {
     fn names_patterns_and_uuids_mean_and_exclusions_do_not() {
         let all = domains("web01 web02 web-test db01");
         let text = format!("domains: [web*, {}]\nexclude: [\"*-test\"]\ntargets: [x, y]\n", uuid(3));
-        let s = select(&[policy("p", &text)], &all, &urls());
+        let s = select(&[policy("p", &text)], &all, &[], &urls());
         assert_eq!(pairs(&s), ["0:web01>x", "0:web01>y", "0:web02>x", "0:web02>y", "0:db01>x", "0:db01>y"]);
         assert!(s.clashes.is_empty() && s.unmatched.is_empty());
     }
@@ -229,7 +253,7 @@ mod tests {
     fn a_domain_of_two_policies_is_said_with_both_files_and_kept_by_the_first() {
         let a = policy("a", "domains: [web01]\ntargets: [x]\n");
         let b = policy("b", "domains: [web*, nobody]\ntargets: [z, y]\n");
-        let s = select(&[a, b], &domains("web01 web02"), &urls());
+        let s = select(&[a, b], &domains("web01 web02"), &[], &urls());
         assert_eq!(pairs(&s), ["0:web01>x", "1:web01>y", "1:web02>z", "1:web02>y"]);
         let [e] = s.clashes.as_slice() else { panic!("{:?}", s.clashes) };
         let text = e.to_string();
@@ -241,14 +265,25 @@ mod tests {
     fn tags_mean_whoever_bears_them() {
         let mut all = domains("web01 db01 gold");
         all[1].tags = vec!["gold".to_owned(), "x".to_owned()];
-        let s = select(&[policy("p", "domains: [\"tag:gold\"]\ntargets: [x]\n")], &all, &urls());
+        let s = select(&[policy("p", "domains: [\"tag:gold\"]\ntargets: [x]\n")], &all, &[], &urls());
         assert_eq!(pairs(&s), ["0:db01>x"], "a tag is no name");
-        let s = select(&[policy("p", "domains: [\"*\"]\nexclude: [\"tag:x\"]\ntargets: [x]\n")], &all, &urls());
+        let s = select(&[policy("p", "domains: [\"*\"]\nexclude: [\"tag:x\"]\ntargets: [x]\n")], &all, &[], &urls());
         assert_eq!(pairs(&s), ["0:web01>x", "0:gold>x"]);
-        let none = select(&[policy("p", "domains: [\"tag:none\"]\ntargets: [x]\n")], &all, &urls());
+        let none = select(&[policy("p", "domains: [\"tag:none\"]\ntargets: [x]\n")], &all, &[], &urls());
         assert!(none.unmatched.is_empty(), "nobody has to bear a tag");
         for wrong in ["tag:", "tag:a b", "tag:a*"] {
             assert!(Selector::try_from(wrong.to_owned()).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_policy_of_a_target_means_the_replicas_of_its_store() {
+        let text = "name: t\nreplicas: [\"web*\"]\nexclude: [web02]\nroot: /srv/a\nscrub: {every: 1d}\n";
+        let policy = Policy::parse(text, Path::new("t.yaml"), &[]).unwrap();
+        let all = domains("web01 web02 web03");
+        let replica = |n: usize, store: &str| SeenReplica { domain: all[n].clone(), store: store.into() };
+        let replicas = [replica(0, "/srv/a"), replica(1, "/srv/a"), replica(2, "/srv/b")];
+        let s = select(&[policy], &all, &replicas, &urls());
+        assert_eq!(pairs(&s), ["0:web01>local:/srv/a"]);
     }
 }

@@ -41,6 +41,21 @@ hooks:
   on_breach: {command: [/bin/true]}
 "#;
 
+const OF_A_TARGET: &str = r#"
+name: watch
+replicas: ["web*", db01]
+exclude: ["*-test"]
+root: /srv/replicas
+timezone: Europe/Berlin
+blackout: [{from: "08:00", to: "18:00"}]
+rpo: 1h
+drill: {every: 7d, probes: [agent, "serial:login:"], within: 2m}
+verify: {every: 1d}
+scrub: {cron: "0 4 * * SUN"}
+retry: {first: 10s, max: 5m}
+hooks: {on_failure: {command: [/bin/true]}, on_breach: {command: [/bin/true]}}
+"#;
+
 fn parse(text: &str) -> Result<Policy> {
     Policy::parse(text, Path::new("p.yaml"), &["dr1", "vault"])
 }
@@ -70,7 +85,7 @@ fn a_policy_is_what_it_says_and_the_rest_is_documented_defaults() {
 /// `policy show` prints a policy: whoever copies it has the same one.
 #[test]
 fn what_is_shown_reads_back_as_the_same_policy() {
-    for text in [FULL, "name: a\ndomains: [web]\ntargets: [dr1]\nevery: 90s\nrpo: 1h\n"] {
+    for text in [FULL, OF_A_TARGET, "name: a\ndomains: [web]\ntargets: [dr1]\nevery: 90s\nrpo: 1h\n"] {
         let p = parse(text).unwrap();
         assert_eq!(parse(&p.to_string()).unwrap_or_else(|e| panic!("{e}\n{p}")), p);
     }
@@ -84,9 +99,9 @@ fn known_to_the_parser(text: &str) -> Vec<String> {
     list.split(", ").map(str::to_owned).collect()
 }
 
-fn of_the_table(group: &str) -> Vec<String> {
+fn of_the_table(keys: &[keys::Key], group: &str) -> Vec<String> {
     let mut names: Vec<String> = Vec::new();
-    for rest in keys::KEYS.iter().filter_map(|k| k.path.strip_prefix(group)) {
+    for rest in keys.iter().filter_map(|k| k.path.strip_prefix(group)) {
         let name = rest.split('.').next().unwrap().trim_end_matches("[]").to_owned();
         if !names.contains(&name) {
             names.push(name);
@@ -119,7 +134,18 @@ fn the_table_has_exactly_the_keys_that_are_read() {
         ("hooks.on_failure.", "hooks: {on_failure: {zzzzzzzz: 1}}\n"),
         ("hooks.on_breach.", "hooks: {on_breach: {zzzzzzzz: 1}}\n"),
     ] {
-        assert_eq!(sorted(known_to_the_parser(text)), sorted(of_the_table(group)), "{group}");
+        assert_eq!(sorted(known_to_the_parser(text)), sorted(of_the_table(keys::KEYS, group)), "{group}");
+    }
+    for (group, text) in [
+        ("", "zzzzzzzz: 1\n"),
+        ("drill.", "drill: {zzzzzzzz: 1}\n"),
+        ("verify.", "verify: {zzzzzzzz: 1}\n"),
+        ("blackout[].", "blackout: [{zzzzzzzz: 1}]\n"),
+        ("retry.", "retry: {zzzzzzzz: 1}\n"),
+        ("hooks.", "hooks: {zzzzzzzz: 1}\n"),
+    ] {
+        let text = format!("replicas: [a]\n{text}");
+        assert_eq!(sorted(known_to_the_parser(&text)), sorted(of_the_table(keys::REPLICA_KEYS, group)), "{group}");
     }
 }
 
@@ -193,6 +219,9 @@ fn the_schema_agrees_with_the_parser() {
         agrees(&format!("{short}{wrong}"), false);
     }
     agrees("name: a\ndomains: [web]\nevery: 5m\n", false);
+    agrees(OF_A_TARGET, true);
+    agrees("name: a\nreplicas: [web]\nevery: 5m\n", false);
+    agrees("name: a\nreplicas: [web]\ndrill: {every: 1d}\n", false);
 }
 
 /// A word of ours, whatever other dialects of YAML take it for.
@@ -208,4 +237,17 @@ fn two_policies_of_one_name_are_found() {
     let other = Policy { file: "q.yaml".into(), ..one.clone() };
     let e = no_name_twice(&[one, other]).unwrap_err().to_string();
     assert!(e.contains("p.yaml") && e.contains("q.yaml"), "{e}");
+}
+
+#[test]
+fn a_policy_of_a_target_has_checks_and_no_runs() {
+    let p = parse(OF_A_TARGET).unwrap();
+    assert_eq!(p.store.as_deref(), Some(Path::new("/srv/replicas")));
+    assert!(p.means(&domain("web1")) && !p.means(&domain("web-test")));
+    let now = "2026-11-25T00:00:00Z".parse().unwrap();
+    let past = schedule::Past { since: now, begun: Some(now), retry_at: None };
+    let shift = schedule::Shift::of("a", "b");
+    assert!(p.schedule(&TimeZone::UTC).next(shift, &past, now, 3).is_empty(), "the sources run");
+    let root = parse("name: a\nreplicas: [web]\nscrub: {every: 1d}\n").unwrap().store;
+    assert_eq!(root.as_deref(), Some(Path::new(replicas::DEFAULT_ROOT)));
 }

@@ -199,7 +199,7 @@ fn rpos(
     };
     let urls = config.urls();
     let mut rpos = BTreeMap::new();
-    for pair in select(&policies, &seen, &urls).pairs {
+    for pair in select(&policies, &seen, &[], &urls).pairs {
         let Some(rpo) = policies[pair.policy].rpo else { continue };
         let (uuid, url) = (pair.domain.uuid, urls[&pair.target].clone());
         if !rows.iter().any(|r| r.uuid == uuid && r.target.as_ref() == Some(&url)) {
