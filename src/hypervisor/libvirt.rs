@@ -54,7 +54,7 @@ impl Default for Deadlines {
 
 /// libvirt behind one connection, which is reopened when it breaks.
 pub struct LibvirtHypervisor {
-    gate: Gate,
+    pub(super) gate: Gate,
     pub(super) deadlines: Deadlines,
 }
 
@@ -488,7 +488,7 @@ fn view_once(domain: &Domain) -> Result<DomainView, Failure> {
     })
 }
 
-fn power(domain: &Domain) -> Result<Power, VirtError> {
+pub(super) fn power(domain: &Domain) -> Result<Power, VirtError> {
     let (state, _reason) = sys::state(domain)?;
     Ok(match state {
         _ if domain.id().is_none() => Power::Off,

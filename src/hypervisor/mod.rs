@@ -15,6 +15,9 @@ pub mod guest;
 mod guest_agent;
 #[cfg(feature = "libvirt")]
 pub mod libvirt;
+pub mod machine;
+#[cfg(feature = "libvirt")]
+mod machine_libvirt;
 #[cfg(feature = "libvirt")]
 mod pull;
 pub mod stored;
