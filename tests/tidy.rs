@@ -29,7 +29,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("replica", &["error", "failpoint", "name", "block", "patch", "image"]),
     ("agent", &["error", "failpoint", "name", "block", "wire", "transport", "replica"]),
     ("replicate", &["error", "failpoint", "name", "block", "patch", "image", "hypervisor", "replica"]),
-    ("recovery", &["error", "failpoint", "name", "block", "yaml", "image", "hypervisor", "replica"]),
+    ("recovery", &["error", "failpoint", "name", "block", "yaml", "image", "hypervisor", "replica", "replicate"]),
     // It knows a run by its report and its journal, and a domain by its name; the rest is the children's.
     ("daemon", &["error", "name", "config", "policy", "replica", "replicate", "units"]),
     (

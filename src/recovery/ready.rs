@@ -6,6 +6,7 @@ use super::definition::remark::{Remark, Verdict};
 use super::mapping::Attach;
 use crate::hypervisor::machine::{Capabilities, HostView};
 use crate::name::{DomainName, DomainUuid};
+use crate::replica::{PointView, ReplicaView};
 use serde::Serialize;
 use std::path::PathBuf;
 
@@ -101,16 +102,29 @@ pub fn judge(
     findings
 }
 
+/// What is known of the point that it would come from.
+pub fn point(view: &ReplicaView, point: &PointView) -> Finding {
+    let is_head = view.head().is_some_and(|head| head.id == point.id);
+    match view.damaged.first().filter(|_| is_head) {
+        Some(damage) => red(
+            Question::Point,
+            format!("point {}: a scrub found {} of it damaged", point.id, damage.disk),
+            "run `virt-replica verify` on older points, and take the newest that is whole (--point)",
+        ),
+        None => green(Question::Point, format!("point {}, frozen at {}", point.id, point.frozen_at)),
+    }
+}
+
 /// The worst of them; green if there is none.
 pub fn worst(findings: &[Finding]) -> Color {
     findings.iter().map(|f| f.color).max().unwrap_or(Color::Green)
 }
 
-pub(super) fn green(question: Question, what: impl Into<String>) -> Finding {
+fn green(question: Question, what: impl Into<String>) -> Finding {
     Finding { question, color: Color::Green, what: what.into(), advice: None }
 }
 
-pub fn red(question: Question, what: impl Into<String>, advice: impl Into<String>) -> Finding {
+fn red(question: Question, what: impl Into<String>, advice: impl Into<String>) -> Finding {
     Finding { question, color: Color::Red, what: what.into(), advice: Some(advice.into()) }
 }
 

@@ -2,8 +2,9 @@
 //!
 //! Near and far are the same trait here too: the store implements it, and so does the agent's client.
 
-use super::Attachment;
+use super::{Attachment, PointView};
 use crate::error::Result;
+use crate::image::Chain;
 use crate::name::{DiskName, PointId};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -37,6 +38,23 @@ pub trait Upkeep: Send + Sync {
     /// target allows. `None`: none does. One at a time ([`Kind::Busy`](crate::error::Kind::Busy) otherwise); replication goes
     /// on beside it. [`Kind::Space`](crate::error::Kind::Space) where the target has no room for a second whole copy.
     fn shorten(&self) -> Result<Option<Box<dyn Shortening>>>;
+}
+
+/// A point that stays as it is while somebody else, such as a QEMU program, reads its images.
+pub trait Held: Send {
+    fn point(&self) -> &PointView;
+
+    /// The images of a disk, uppermost first.
+    fn images(&self, disk: &DiskName) -> Result<Chain>;
+
+    /// The content of an attachment, if the point has it. [`Kind::Corrupt`](crate::error::Kind::Corrupt) if it is not what
+    /// was sealed.
+    fn attachment(&self, name: Attachment) -> Result<Option<Vec<u8>>>;
+
+    /// Prolongs the lease; to be called every minute.
+    fn renew(&mut self) -> Result<()>;
+
+    fn release(self: Box<Self>);
 }
 
 /// Images that stand alone under way. As with a scrub, nothing happens but in [`Shortening::step`]; what was copied of a

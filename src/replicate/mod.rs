@@ -21,7 +21,7 @@ pub mod plan;
 pub mod pump;
 pub mod quiesce;
 pub mod report;
-mod room;
+pub(crate) mod room;
 pub mod settle;
 pub mod survey;
 mod tail;
