@@ -193,6 +193,9 @@ mod source {
     use crate::hypervisor::libvirt::LibvirtHypervisor;
     use crate::hypervisor::stored::StoredBitmaps;
     use crate::image::open;
+    use crate::name::RunId;
+    use crate::recovery::drills::DrillRecord;
+    use crate::recovery::{drill, drills};
     use crate::replica::Replica;
     use crate::replicate::cycle::{Ports, Request, Watch};
     use crate::replicate::deadman::{self, Charge, Deadman};
@@ -264,6 +267,16 @@ mod source {
             repair: Option<&crate::replicate::settle::SettleOptions>,
         ) -> Result<doctor::Finding> {
             self.with_ports(None, |ports| doctor::examine(ports, &self.options.state, uuid, repair))
+        }
+
+        /// Drills on this host that were cut short.
+        pub fn abandoned_drills(&self) -> Result<Vec<DrillRecord>> {
+            drills::left_behind(&self.options.state)
+        }
+
+        /// Removes what is left of one of them.
+        pub fn settle_drill(&self, id: &RunId) -> Result<()> {
+            drill::settle(&self.hypervisor, &self.options.state, Some(id)).map(drop)
         }
 
         /// The dead-man's process: guards the domain until the driver's end of file.

@@ -33,6 +33,8 @@ mod crash;
 mod crash_backup;
 #[path = "lab/suite/crash_bench.rs"]
 mod crash_bench;
+#[path = "lab/suite/crash_drill.rs"]
+mod crash_drill;
 #[path = "lab/suite/crash_hands.rs"]
 mod crash_hands;
 #[path = "lab/suite/crash_machine.rs"]
@@ -52,6 +54,8 @@ mod domain;
 mod formats;
 #[path = "lab/suite/points.rs"]
 mod points;
+#[path = "lab/suite/recovery.rs"]
+mod recovery;
 #[path = "lab/suite/room.rs"]
 mod room;
 #[path = "lab/suite/scrub.rs"]

@@ -39,7 +39,12 @@ impl Machines for LibvirtHypervisor {
             let mut networks = Vec::new();
             // Without the network driver there is none.
             for network in conn.list_all_networks(0).unwrap_or_default() {
-                networks.push(NetworkView { name: network.name()?, active: network.is_active()? });
+                match network.is_active() {
+                    Ok(active) => networks.push(NetworkView { name: network.name()?, active }),
+                    // It went between the list and the look, as a drill's does.
+                    Err(e) if e.code().is(ErrorNumber::NoNetwork) => {}
+                    Err(e) => return Err(e.into()),
+                }
             }
             let mut domains = Vec::new();
             for domain in conn.list_all_domains(0)? {

@@ -186,11 +186,11 @@ pub fn run(ports: &Ports, request: &Request, held: &mut dyn Held, stop: &AtomicB
     Ok(report)
 }
 
-/// Settles drills that were cut short: their copies are ended, and what was made for them is removed. Gives their records;
-/// those under way are left alone.
-pub fn settle(machines: &dyn Machines, state: &Path) -> Result<Vec<DrillRecord>> {
+/// Settles drills that were cut short, or only this one of them: their copies are ended, and what was made for them is
+/// removed. Gives their records; those under way are left alone.
+pub fn settle(machines: &dyn Machines, state: &Path, only: Option<&RunId>) -> Result<Vec<DrillRecord>> {
     let mut settled = Vec::new();
-    for (drill, record) in drills::abandoned(state)? {
+    for (drill, record) in drills::abandoned(state)?.into_iter().filter(|(_, r)| only.is_none_or(|id| r.id == *id)) {
         clean(machines, &record).map_err(|e| e.domain(&record.domain))?;
         drill.close()?;
         settled.push(record);
@@ -288,7 +288,10 @@ impl Drill<'_> {
     fn gather(&self, evidence: &mut [Evidence], held: &mut dyn Held, stop: &AtomicBool) -> Result<()> {
         let until = Instant::now() + self.request.within;
         loop {
-            for (probe, evidence) in self.request.probes.iter().zip(evidence.iter_mut()) {
+            let mut probes: Vec<_> = self.request.probes.iter().zip(evidence.iter_mut()).collect();
+            // What answers at once first: an agent that is not there yet costs seconds.
+            probes.sort_by_key(|(probe, _)| !matches!(probe, Probe::Serial(_)));
+            for (probe, evidence) in probes {
                 if evidence.after_ms.is_none() && self.seen(probe, until)? {
                     evidence.after_ms = Some(self.elapsed_ms());
                     (self.ports.say)(&format!("seen: {probe}"));

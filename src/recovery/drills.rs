@@ -143,6 +143,11 @@ pub fn abandoned(state: &Path) -> Result<Vec<(DrillState, DrillRecord)>> {
     Ok(found)
 }
 
+/// The records of drills that were cut short, for `doctor`.
+pub fn left_behind(state: &Path) -> Result<Vec<DrillRecord>> {
+    Ok(abandoned(state)?.into_iter().map(|(_, record)| record).collect())
+}
+
 /// Removes the oldest reports beyond those that are kept. What has a record stays.
 pub fn forget_old(state: &Path) -> Result<()> {
     let age = |dir: &PathBuf| fs::metadata(dir.join(REPORT)).and_then(|m| m.modified()).ok();

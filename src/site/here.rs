@@ -156,7 +156,7 @@ impl Here {
 
     /// Removes what is left of drills that were cut short.
     pub fn settle_drills(&self) -> Result<Vec<drills::DrillRecord>> {
-        drill::settle(&self.hypervisor, &self.options.state)
+        drill::settle(&self.hypervisor, &self.options.state, None)
     }
 }
 

@@ -1,0 +1,55 @@
+//! What the replica is for, with a guest that writes: it is drilled on host b while replication goes on.
+
+use super::crash_drill::Drills;
+use super::domain::Disk;
+use super::support::{Host, Lab, PATIENCE};
+
+/// The number behind `resume` on the console of a copy: the last line that it found on its disks.
+fn resumed_at(console: &str) -> u64 {
+    let line = console.lines().find_map(|l| l.trim().strip_prefix("resume ")).expect("the copy's guest has begun");
+    line.parse().expect("a number")
+}
+
+#[test]
+fn two_drills_at_once_while_replication_goes_on() {
+    let lab = Lab::get();
+    let vm = lab
+        .domain("drill")
+        .disk(Disk::ext4("64M", "qcow2"))
+        .disk(Disk::ext4("64M", "raw"))
+        .devices("<interface type='user'><model type='virtio'/></interface>")
+        .agent("yes")
+        .running();
+    vm.wait_acked(5);
+    let acked = vm.acked();
+    let first = vm.sync().sealed();
+    let point = first.id().to_owned();
+    let drills = Drills::of(&vm);
+    let ready = drills.run("", &["ready", &vm.name, "--json"]).success();
+    assert_eq!(Drills::report(&ready)["ready"], true);
+
+    let name = vm.name.as_str();
+    let one =
+        drills.start("", &["drill", name, "--point", &point, "--probe", "agent", "--probe", "serial:ack ", "--json"]);
+    let two = drills.start("", &["drill", name, "--probe", "serial:ack ", "--json"]);
+    // Runs and a prune beside them: the point that is drilled is in use.
+    vm.sync().sealed();
+    vm.sync_with("", &["--keep", "last=1"]).sealed();
+    for drill in [one, two] {
+        let report = Drills::report(&drill.wait(PATIENCE).success());
+        assert_eq!((&report["outcome"], &report["point_untouched"]), (&"passed".into(), &true.into()), "{report:#}");
+        assert!(report["rto_ms"].as_u64() > report["start_ms"].as_u64(), "{report:#}");
+        let found = resumed_at(report["console_tail"].as_str().unwrap());
+        assert!(found >= acked, "line {acked} was acknowledged before the freeze, the copy has {found}: {report:#}");
+    }
+    assert_eq!(drills.left(), [""; 0]);
+    vm.still_writes();
+    let store = super::support::STORE;
+    Host::B.virt_replica(&["verify", name, "--to", store]).success();
+
+    // What is not seen is a failure, and leaves nothing either.
+    let failed = drills.run("", &["drill", name, "--probe", "serial:never", "--within", "1s", "--json"]).exit(1);
+    let report = Drills::report(&failed);
+    assert_eq!((&report["outcome"], &report["cleaned"]), (&"failed".into(), &true.into()), "{report:#}");
+    assert_eq!(drills.left(), [""; 0]);
+}
