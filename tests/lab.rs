@@ -35,6 +35,8 @@ mod crash_backup;
 mod crash_bench;
 #[path = "lab/suite/crash_drill.rs"]
 mod crash_drill;
+#[path = "lab/suite/crash_failover.rs"]
+mod crash_failover;
 #[path = "lab/suite/crash_hands.rs"]
 mod crash_hands;
 #[path = "lab/suite/crash_machine.rs"]

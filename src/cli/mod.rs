@@ -7,6 +7,7 @@ mod daemon;
 mod doctor;
 mod drill;
 mod export;
+mod failover;
 // A build without libvirt reads the arguments and goes no further.
 #[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
 mod here;
@@ -138,6 +139,8 @@ enum Command {
     Ready(ready::ReadyArgs),
     /// On a target: boot a throw-away copy of a point, and wait for evidence that it works
     Drill(drill::DrillArgs),
+    /// On a target: bring a domain up here because its source is gone; undo that, or make it the truth
+    Failover(failover::FailoverArgs),
     /// Explain what is left of a run that was cut short, and mend it on request
     Doctor(doctor::DoctorArgs),
     /// Check policies, and say what they mean and when
@@ -178,6 +181,7 @@ impl Command {
             Command::Unpin(args) => args.json,
             Command::Doctor(args) => args.json,
             Command::Ready(args) => args.json,
+            Command::Failover(args) => args.json,
             Command::Drill(args) => args.json,
             Command::Seed(args) => args.json,
             Command::Policy(args) => args.json(),
@@ -207,6 +211,7 @@ pub fn main() -> ExitCode {
         Command::Export(args) => export::export(args, &cli.globals, output),
         Command::Doctor(args) => doctor::doctor(args, &cli.globals, output),
         Command::Ready(args) => ready::ready(args, &cli.globals, output),
+        Command::Failover(args) => failover::failover(args, &cli.globals, output),
         Command::Drill(args) => drill::drill(args, &cli.globals, output),
         Command::Seed(args) => seed::seed(args, output),
         Command::Policy(args) => policy::policy(args, &cli.globals, output),

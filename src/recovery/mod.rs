@@ -8,6 +8,7 @@
 pub mod definition;
 pub mod drill;
 pub mod drills;
+pub mod failover;
 pub mod mapping;
 pub mod overlays;
 pub mod probe;

@@ -18,6 +18,7 @@ mod lock;
 pub mod manifest;
 pub mod pace;
 mod point;
+mod promote;
 mod prune;
 pub mod receive;
 mod reserve;

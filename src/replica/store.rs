@@ -20,6 +20,7 @@ use super::lease;
 use super::lock::WriterLock;
 use super::manifest::{self, MANIFEST_FILE, MANIFEST_MAX, Manifest, POINTS_DIR, REPLICAS_DIR};
 use super::point::OpenPoint;
+use super::promote;
 use super::seed;
 use super::upkeep::Held;
 use super::{
@@ -449,6 +450,9 @@ fn check_request(request: &BeginPoint, uuid: &DomainUuid) -> Result<()> {
 
 /// Whether the run builds on what is here (I14, I15, I16).
 fn check_head(request: &BeginPoint, manifest: &Manifest) -> Result<()> {
+    if let Some(promotion) = &manifest.promotion {
+        return Err(promote::refusal(promotion).domain(&request.name));
+    }
     if request.generation < manifest.generation {
         return Err(Error::new(
             Kind::Conflict,

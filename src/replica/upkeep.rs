@@ -5,7 +5,7 @@
 use super::{Attachment, PointView};
 use crate::error::Result;
 use crate::image::Chain;
-use crate::name::{DiskName, PointId};
+use crate::name::{DiskName, Generation, PointId};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -55,6 +55,32 @@ pub trait Held: Send {
     fn renew(&mut self) -> Result<()>;
 
     fn release(self: Box<Self>);
+}
+
+/// A replica whose domain is brought up on the host of the store: who may write to it, and that its point stays.
+pub trait Promoting: Send + Sync {
+    /// The promotion that is in force.
+    fn promoted(&self) -> Result<Option<Promoted>>;
+
+    /// From its return no run is accepted, and the point stays with all it stands on; durable. The same one again is no error;
+    /// [`Kind::Conflict`](crate::error::Kind::Conflict) while another is in force, [`Kind::Busy`](crate::error::Kind::Busy)
+    /// while somebody writes to the replica.
+    fn promote(&self, point: &PointId) -> Result<()>;
+
+    /// Runs are accepted again; durable. No error if there is no promotion; [`Kind::Refused`](crate::error::Kind::Refused) once
+    /// it was committed.
+    fn withdraw(&self) -> Result<()>;
+
+    /// There is no way back: the generation rises, durably. Gives the new one; the second time the same.
+    fn commit(&self) -> Result<Generation>;
+}
+
+/// That the domain was brought up on the host of the store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Promoted {
+    pub point: PointId,
+    pub since: Timestamp,
+    pub committed: bool,
 }
 
 /// Images that stand alone under way. As with a scrub, nothing happens but in [`Shortening::step`]; what was copied of a

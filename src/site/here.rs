@@ -2,10 +2,12 @@
 
 use super::one_of;
 use crate::error::{Error, Kind, Result};
+use crate::hypervisor::Power;
 use crate::hypervisor::libvirt::LibvirtHypervisor;
 use crate::hypervisor::machine::Machines as _;
-use crate::name::{DomainName, DomainUuid, PointId};
+use crate::name::{DomainName, DomainUuid, Generation, PointId};
 use crate::recovery::definition::{self, Definition, Macs, Nics, Wish};
+use crate::recovery::failover::{self, FailoverRecord, FailoverState};
 use crate::recovery::mapping::{MacPolicy, Mapping};
 use crate::recovery::ready::{self, Finding, Room};
 use crate::recovery::{definition_of, drill, drills, overlays};
@@ -100,7 +102,7 @@ impl Here {
     /// The definition of a failover.
     fn definition_here(&self, found: &Found, held: &dyn Held) -> Result<Definition> {
         let mapping = &self.options.mapping;
-        let overlays = overlays::named(held, &mapping.images_dir().join(format!("vr-failover-{}", found.uuid)));
+        let overlays = overlays::named(held, &mapping.images_dir().join(failover::dir_name(&found.uuid)));
         let wish = Wish {
             name: found.name.clone(),
             uuid: found.uuid.clone(),
@@ -115,6 +117,69 @@ impl Here {
             nvram: overlays.nvram.clone(),
         };
         definition::render(&definition_of(held)?, &wish, mapping)
+    }
+
+    /// As [`Here::find`]; without a point it is that of the failover that is under way, if there is one.
+    pub fn find_for_failover(&self, name_or_uuid: &str, point: Option<&PointId>) -> Result<Found> {
+        let found = self.find(name_or_uuid, point)?;
+        match failover::peek(&self.options.state, &found.uuid)? {
+            Some(record) if point.is_none() => self.find(name_or_uuid, Some(&record.point)),
+            _ => Ok(found),
+        }
+    }
+
+    /// Brings the domain up here, or goes on with what was begun: see [`failover::run`]. `ask`: URI of the source's libvirt.
+    pub fn failover(&self, found: &Found, ask: Option<&str>, say: &dyn Fn(&str)) -> Result<FailoverRecord> {
+        let state = FailoverState::open(&self.options.state, &found.uuid)?;
+        if let Some(uri) = ask {
+            source_runs(uri, found, say)?;
+        }
+        let held = self.hold(found, "failover")?;
+        let done = self.failover_from(found, held.as_ref(), &state, say);
+        held.release();
+        done.map_err(|e| e.domain(&found.name))
+    }
+
+    fn failover_from(
+        &self,
+        found: &Found,
+        held: &dyn Held,
+        state: &FailoverState,
+        say: &dyn Fn(&str),
+    ) -> Result<FailoverRecord> {
+        let definition = self.definition_here(found, held)?;
+        // What was begun is found here by its own name.
+        if state.record()?.is_none() {
+            let host = self.hypervisor.host(&definition.machine)?;
+            let mut findings = vec![ready::point(&found.view, &found.point)];
+            findings.extend(ready::judge(&definition, &found.name, &found.uuid, &host, &self.room()));
+            if let Some(red) = findings.iter().find(|f| f.color == ready::Color::Red) {
+                let e = Error::new(Kind::Conflict, format!("it cannot be brought up here: {}", red.what));
+                return Err(e.hint(red.advice.clone().unwrap_or_default()));
+            }
+        }
+        let dir = self.options.mapping.images_dir().join(failover::dir_name(&found.uuid));
+        let plan = failover::Plan { domain: &found.name, uuid: &found.uuid, dir, definition: &definition };
+        let store = self.store(&found.uuid)?;
+        failover::run(&self.failover_ports(&store, say), state, &plan, held)
+    }
+
+    fn failover_ports<'a>(&'a self, store: &'a Store, say: &'a dyn Fn(&str)) -> failover::Ports<'a> {
+        failover::Ports { machines: &self.hypervisor, replica: store, clock: &Timestamp::now, say }
+    }
+
+    /// See [`failover::undo`].
+    pub fn undo_failover(&self, name_or_uuid: &str, say: &dyn Fn(&str)) -> Result<FailoverRecord> {
+        let found = self.find(name_or_uuid, None)?;
+        let (state, store) = (FailoverState::open(&self.options.state, &found.uuid)?, self.store(&found.uuid)?);
+        failover::undo(&self.failover_ports(&store, say), &state).map_err(|e| e.domain(&found.name))
+    }
+
+    /// See [`failover::commit`].
+    pub fn commit_failover(&self, name_or_uuid: &str, say: &dyn Fn(&str)) -> Result<(FailoverRecord, Generation)> {
+        let found = self.find(name_or_uuid, None)?;
+        let (state, store) = (FailoverState::open(&self.options.state, &found.uuid)?, self.store(&found.uuid)?);
+        failover::commit(&self.failover_ports(&store, say), &state).map_err(|e| e.domain(&found.name))
     }
 
     /// Settles what earlier drills left, then drills this point: see [`drill::run`].
@@ -157,6 +222,24 @@ impl Here {
     /// Removes what is left of drills that were cut short.
     pub fn settle_drills(&self) -> Result<Vec<drills::DrillRecord>> {
         drill::settle(&self.hypervisor, &self.options.state, None)
+    }
+}
+
+/// [`Kind::Conflict`] if the source's libvirt answers and says that it runs the domain. No answer is what was expected.
+fn source_runs(uri: &str, found: &Found, say: &dyn Fn(&str)) -> Result<()> {
+    let power = LibvirtHypervisor::connect(Some(uri)).and_then(|source| source.power(&found.uuid));
+    match power {
+        Ok(Some(Power::Running | Power::Paused)) => {
+            let what = format!("the source answers ({uri}), and the domain runs there: two of them would write");
+            Err(Error::new(Kind::Conflict, what)
+                .domain(&found.name)
+                .hint("shut it off there first (`virsh shutdown`), and make a last run if you can"))
+        }
+        Ok(_) => Ok(()),
+        Err(e) => {
+            say(&format!("the source does not answer: {}", e.chain()));
+            Ok(())
+        }
     }
 }
 

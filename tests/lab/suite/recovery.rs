@@ -1,6 +1,7 @@
 //! What the replica is for, with a guest that writes: it is drilled on host b while replication goes on.
 
 use super::crash_drill::Drills;
+use super::crash_failover::OnB;
 use super::domain::Disk;
 use super::support::{Host, Lab, PATIENCE};
 
@@ -52,4 +53,48 @@ fn two_drills_at_once_while_replication_goes_on() {
     let report = Drills::report(&failed);
     assert_eq!((&report["outcome"], &report["cleaned"]), (&"failed".into(), &true.into()), "{report:#}");
     assert_eq!(drills.left(), [""; 0]);
+}
+
+/// The source is lost, the domain runs on b; the source comes back and is refused; it is undone, and done for good.
+#[test]
+fn an_unplanned_failover_loses_nothing_older_than_the_freeze_and_the_old_source_is_refused() {
+    let lab = Lab::get();
+    let vm = lab.domain("failover").disk(Disk::ext4("64M", "qcow2")).guest().running();
+    vm.wait_acked(5);
+    let acked = vm.acked();
+    vm.sync().sealed();
+    let (b, there) = (Drills::of(&vm), OnB(&vm));
+    let name = vm.name.as_str();
+    // Nobody fails over by accident.
+    b.run("", &["failover", name, "--unplanned"]).exit(2).says(&["--source-is-dead"]);
+    let up = ["failover", name, "--unplanned", "--source-is-dead", "--json"];
+    vm.virsh(&["destroy"]);
+    b.run("", &up).success();
+    assert!(there.runs());
+    // Once more: it is done already.
+    b.run("", &up).success();
+
+    // The old source is back, and boots its guest: nothing of it gets in.
+    vm.virsh(&["start"]);
+    let refused = vm.sync_with("", &[]).failed(1).says(&["brought up on the target", "leave the domain here shut off"]);
+    assert_eq!(refused.step(), 3, "before the guest is touched");
+    vm.virsh(&["destroy"]);
+
+    // What the guest on b writes goes on from where the point was.
+    let overlay = format!("{}/vda.qcow2", there.overlays());
+    std::thread::sleep(std::time::Duration::from_secs(6));
+    Host::B.ok(&["virsh", "-q", "destroy", name]);
+    let lines = Host::B.output(&["/lab/tools/guest", "lines", &overlay, "qcow2"]).lines().count() as u64;
+    assert!(lines > acked, "line {acked} was acknowledged before the freeze, b has {lines}");
+    let point = super::domain::image_of(&vm.head(), "vda");
+    let kept = Host::B.output(&["/lab/tools/guest", "lines", &point, "qcow2"]).lines().count() as u64;
+    assert!(acked <= kept && kept < lines, "the point has {kept} lines, the guest on b wrote up to {lines}");
+
+    // Undone: its source replicates again.
+    b.run("", &["failover", name, "--undo"]).exit(2).says(&["--lose-its-writes"]);
+    b.run("", &["failover", name, "--undo", "--lose-its-writes"]).success().says(&["may replicate again"]);
+    vm.virsh(&["start"]);
+    vm.wait_acked(vm.acked() + 1);
+    vm.sync().sealed();
+    Host::B.virt_replica(&["verify", name, "--to", super::support::STORE]).success();
 }
