@@ -60,6 +60,8 @@ mod points;
 mod recovery;
 #[path = "lab/suite/room.rs"]
 mod room;
+#[path = "lab/suite/runbooks.rs"]
+mod runbooks;
 #[path = "lab/suite/scrub.rs"]
 mod scrub;
 #[path = "lab/suite/seeds.rs"]

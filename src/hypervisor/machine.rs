@@ -64,6 +64,8 @@ pub struct HostView {
     pub bridges: Vec<String>,
     pub domains: Vec<Neighbour>,
     pub free_memory_bytes: u64,
+    /// The user that QEMU runs as unless a domain says otherwise; `None`: libvirt does not say.
+    pub qemu_uid: Option<u32>,
 }
 
 /// libvirt's word on what QEMU of this host can do for one kind of machine.
@@ -124,6 +126,16 @@ pub fn parse_capabilities(xml: &str) -> Result<Capabilities> {
     })
 }
 
+/// The user that QEMU runs as, by libvirt's `<capabilities>`: its security model `dac` names it.
+pub fn qemu_uid(xml: &str) -> Result<Option<u32>> {
+    let doc = document(xml)?;
+    let models = child(doc.root_element(), "host").into_iter().flat_map(|h| children(h, "secmodel"));
+    let mut dac = models.filter(|m| child(*m, "model").is_some_and(|n| text_of(n) == "dac"));
+    let label = dac.next().and_then(|m| child(m, "baselabel")).map(text_of);
+    // `+64055:+64055`
+    Ok(label.and_then(|l| l.split(':').next()?.trim_start_matches('+').parse().ok()))
+}
+
 /// The MAC addresses of a domain's interfaces, in lower case.
 pub fn macs_of(xml: &str) -> Result<Vec<String>> {
     let doc = document(xml)?;
@@ -151,6 +163,14 @@ mod tests {
         assert!(c.host_passthrough && c.uefi && c.secure_boot && c.tpm_emulator);
         assert_eq!(parse_capabilities("<domainCapabilities/>").unwrap(), Capabilities::default());
         assert_eq!(parse_capabilities("<domain/>").unwrap_err().kind(), Kind::Protocol);
+    }
+
+    #[test]
+    fn the_user_of_qemu_is_that_of_the_model_dac() {
+        let xml = "<capabilities><host><secmodel><model>apparmor</model><baselabel type='kvm'>x</baselabel></secmodel>\
+            <secmodel><model>dac</model><baselabel type='kvm'>+64055:+64055</baselabel></secmodel></host></capabilities>";
+        assert_eq!(qemu_uid(xml).unwrap(), Some(64055));
+        assert_eq!(qemu_uid("<capabilities/>").unwrap(), None);
     }
 
     #[test]

@@ -56,7 +56,8 @@ impl Machines for LibvirtHypervisor {
                 }
             }
             let machine = capabilities(conn, &machine)?;
-            Ok(HostView { machine, networks, bridges: Vec::new(), domains, free_memory_bytes: 0 })
+            let qemu_uid = machine::qemu_uid(&conn.capabilities()?)?;
+            Ok(HostView { machine, networks, bridges: Vec::new(), domains, free_memory_bytes: 0, qemu_uid })
         })?;
         (view.bridges, view.free_memory_bytes) = (bridges(), available_memory_bytes()?);
         Ok(view)

@@ -130,7 +130,8 @@ struct Drill<'a> {
 /// the copy is gone with all that was made for it, or is in a record that the next drill settles.
 pub fn run(ports: &Ports, request: &Request, held: &mut dyn Held, stop: &AtomicBool) -> Result<Report> {
     let since = Instant::now();
-    let (record, definition) = prepare(ports, request, held)?;
+    let (record, definition, qemu_uid) = prepare(ports, request, held)?;
+    overlays::let_qemu_pass(held, qemu_uid)?;
     let before = overlays::stamps(held)?;
     let state = DrillState::create(request.state, &request.id)?;
     state.write(&record)?;
@@ -212,7 +213,7 @@ fn clean(machines: &dyn Machines, record: &DrillRecord) -> Result<()> {
 }
 
 /// Decides everything, and touches nothing.
-fn prepare(ports: &Ports, request: &Request, held: &mut dyn Held) -> Result<(DrillRecord, Definition)> {
+fn prepare(ports: &Ports, request: &Request, held: &mut dyn Held) -> Result<(DrillRecord, Definition, Option<u32>)> {
     let place = |e: Error| e.domain(&request.domain).point(&held.point().id);
     let name = drills::dir_name(&request.id);
     let dir = request.mapping.images_dir().join(&name);
@@ -260,7 +261,7 @@ fn prepare(ports: &Ports, request: &Request, held: &mut dyn Held) -> Result<(Dri
         dir,
         started_at: (ports.clock)(),
     };
-    Ok((record, definition))
+    Ok((record, definition, host.qemu_uid))
 }
 
 impl Drill<'_> {

@@ -9,6 +9,7 @@ use crate::image::qemu_img;
 use crate::image::{Chain, Format, Layer};
 use crate::name::{DiskName, Generation};
 use crate::replica::{Attachment, Consistency, DiskStats, PointDisk, PointView};
+use std::os::unix::fs::PermissionsExt;
 use std::sync::Mutex;
 
 const XML: &str = "<domain type='qemu'><memory unit='MiB'>64</memory><os><type arch='x86_64' machine='pc'>hvm</type></os>\
@@ -54,6 +55,7 @@ impl Machines for Host {
             bridges: Vec::new(),
             domains: Vec::new(),
             free_memory_bytes: 1 << 30,
+            qemu_uid: Some(64055),
         })
     }
 
@@ -63,7 +65,11 @@ impl Machines for Host {
         let text = |start: &str, end: char| xml.split(start).nth(1).unwrap().split(end).next().unwrap().to_owned();
         std::fs::write(text("<source path='", '\''), self.says).unwrap();
         let overlay = text("<source file='", '\'');
-        assert!(qemu_img::info(Path::new(&overlay), Format::Qcow2, false).unwrap().backing.is_some());
+        let below = qemu_img::info(Path::new(&overlay), Format::Qcow2, false).unwrap().backing.unwrap();
+        for dir in Path::new(&below).ancestors().skip(1).take(5) {
+            let mode = std::fs::metadata(dir).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o701, "QEMU's user comes through {}, and sees nothing else", dir.display());
+        }
         assert!(self.networks.lock().unwrap().contains(&text("<source network='", '\'')), "its network comes first");
         if let Some(image) = &self.writes_below {
             std::fs::write(image, "x").unwrap();
@@ -162,7 +168,11 @@ impl Bench {
     }
 
     fn point(&self) -> Point {
-        let image = self.temp.path().join("point.qcow2");
+        let dir = self.temp.path().join("store/replicas/uuid/points/one");
+        std::fs::create_dir_all(&dir).unwrap();
+        let closed = std::fs::Permissions::from_mode(0o700);
+        dir.ancestors().take(5).for_each(|d| std::fs::set_permissions(d, closed.clone()).unwrap());
+        let image = dir.join("vda.qcow2");
         let size = DiskSize(1 << 20);
         if !image.exists() {
             drop(crate::image::qcow2::create(&image, size, None).unwrap());
@@ -270,7 +280,11 @@ fn whatever_the_host_refuses_nothing_is_left_or_the_next_drill_removes_it() {
 #[test]
 fn a_point_that_was_written_to_is_no_success() {
     let bench = Bench::new();
-    let host = Host { says: "ok", writes_below: Some(bench.temp.path().join("point.qcow2")), ..Host::default() };
+    let host = Host {
+        says: "ok",
+        writes_below: Some(bench.temp.path().join("store/replicas/uuid/points/one/vda.qcow2")),
+        ..Host::default()
+    };
     let report = bench.drill(&host, 1, "serial:ok", false).unwrap();
     assert_eq!((report.outcome, report.error_kind), (Outcome::Failed, Some(Kind::Corrupt)));
     assert!(!report.point_untouched && report.cleaned);

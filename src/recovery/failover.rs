@@ -190,6 +190,10 @@ pub fn run(ports: &Ports, state: &FailoverState, plan: &Plan, held: &dyn Held) -
             return Err(Error::new(Kind::Conflict, what)
                 .hint("run `virt-replica failover DOMAIN --undo --lose-its-writes` to its end first"));
         }
+        // Nobody was told of that point yet, and there may be a newer one.
+        (Next::Remake, Some(record)) if ports.replica.promoted()?.is_none() => {
+            FailoverRecord { point: held.point().id.clone(), frozen_at: held.point().frozen_at, ..record }
+        }
         (_, Some(record)) if record.point != held.point().id => {
             let what =
                 format!("the domain was brought up here from point {}, not from {}", record.point, held.point().id);

@@ -228,6 +228,13 @@ fn broken_off_anywhere_the_same_command_finishes_and_no_write_is_lost() {
 }
 
 #[test]
+fn a_point_that_was_sealed_before_the_source_was_refused_is_not_passed_by() {
+    let bench = Bench::new();
+    assert!(bench.run(Some(0), 1).is_err(), "the record is there, and nothing else");
+    assert_eq!(bench.run(None, 2).unwrap().point.seq(), 2);
+}
+
+#[test]
 fn an_undo_broken_off_anywhere_is_finished_and_the_source_is_let_in_last() {
     for verbs in 0..5 {
         let bench = Bench::new();

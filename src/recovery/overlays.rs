@@ -9,7 +9,7 @@ use crate::replica::Attachment;
 use crate::replica::upkeep::Held;
 use crate::replicate::journal::{Stamp, sync_dir};
 use std::fs;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// QEMU's sector: an image's size is a multiple of this.
@@ -60,6 +60,28 @@ pub fn make(held: &dyn Held, dir: &Path) -> Result<Overlays> {
     }
     sync_dir(dir)?;
     dir.parent().map_or(Ok(()), sync_dir).map(|()| overlays)
+}
+
+/// Lets QEMU through to the images of the point, if it runs as a user of its own: directories of a store are closed to others.
+/// To pass is all that it may; the files are given to it by libvirt, for as long as it runs.
+pub fn let_qemu_pass(held: &dyn Held, qemu_uid: Option<u32>) -> Result<()> {
+    if qemu_uid == Some(0) {
+        return Ok(());
+    }
+    for disk in &held.point().disks {
+        for layer in held.images(&disk.name)?.0 {
+            // ROOT/replicas/UUID/points/POINT/DISK.qcow2
+            for dir in layer.path.ancestors().skip(1).take(5) {
+                let at = |e| Error::io("cannot let QEMU through to the point's images", dir, e);
+                let mut mode = fs::metadata(dir).map_err(at)?.permissions();
+                if mode.mode() & 0o001 == 0 {
+                    mode.set_mode(mode.mode() | 0o001);
+                    fs::set_permissions(dir, mode).map_err(at)?;
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Removes `dir` and all in it; no error if it is not there. The caller answers for it that it is ours.

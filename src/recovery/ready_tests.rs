@@ -54,6 +54,7 @@ fn able() -> HostView {
             macs: vec!["52:54:00:00:00:01".into()],
         }],
         free_memory_bytes: 1 << 30,
+        qemu_uid: Some(0),
     }
 }
 

@@ -18,6 +18,7 @@
 //! A reader ignores fields it does not know and refuses a version it does not know.
 //! Format: docs/formats/replica.md.
 
+use super::upkeep::Promoted;
 use super::{Attachment, Consistency, DiskStats, PointDisk, PointView};
 use crate::block::DiskSize;
 use crate::block::digest::Digest;
@@ -125,17 +126,7 @@ pub struct Manifest {
     links: Vec<Point>,
     /// The domain was brought up on this host: no run is accepted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub promotion: Option<Promotion>,
-}
-
-/// That a domain was brought up from a point, on the host of the store.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Promotion {
-    pub point: PointId,
-    pub since: Timestamp,
-    /// It is not to be undone any more.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub committed: bool,
+    pub promotion: Option<Promoted>,
 }
 
 /// A sealed point as the manifest records it.

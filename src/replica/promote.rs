@@ -8,7 +8,6 @@
 //! - A promotion that is withdrawn has changed nothing of any point.
 
 use super::lease::Leases;
-use super::manifest::Promotion;
 use super::store::{Store, publish};
 use super::upkeep::{Promoted, Promoting};
 use crate::error::{Error, Kind, Result};
@@ -18,10 +17,7 @@ impl Promoting for Store {
     fn promoted(&self) -> Result<Option<Promoted>> {
         let manifest =
             self.replica_dir()?.map(|dir| super::store::read_manifest(&dir, &self.uuid)).transpose()?.flatten();
-        let told = |m: super::manifest::Manifest| {
-            m.promotion.map(|p| Promoted { point: p.point, since: p.since, committed: p.committed })
-        };
-        Ok(manifest.and_then(told))
+        Ok(manifest.and_then(|m| m.promotion))
     }
 
     fn promote(&self, point: &PointId) -> Result<()> {
@@ -40,7 +36,7 @@ impl Promoting for Store {
         }
         let now = (self.clock)();
         Leases::keep(&dir, point, now)?;
-        manifest.promotion = Some(Promotion { point: point.clone(), since: now, committed: false });
+        manifest.promotion = Some(Promoted { point: point.clone(), since: now, committed: false });
         publish(&dir, &manifest)
     }
 
@@ -91,23 +87,29 @@ fn alive(e: Error) -> Error {
     }
 }
 
-/// Why no run is accepted while the domain runs here; to be read at 3 a.m.
-pub(super) fn refusal(promotion: &Promotion) -> Error {
-    let what = match promotion.committed {
-        false => format!(
-            "the domain was brought up on the target at {}, from point {}: what runs there now may be ahead of this host",
-            promotion.since, promotion.point
-        ),
-        true => format!(
-            "the domain lives on the target since {}, and that was committed: this host has an old copy of it",
-            promotion.since
-        ),
-    };
-    let hint = match promotion.committed {
-        false => {
-            "leave the domain here shut off; if the one on the target is not needed, `virt-replica failover DOMAIN --undo` there lets runs in again"
+impl Promoted {
+    /// Why no run is accepted, to be read at 3 a.m.
+    pub fn why(&self) -> String {
+        let (since, point) = (self.since, &self.point);
+        match self.committed {
+            false => format!(
+                "the domain was brought up on the target at {since}, from point {point}: what runs there now may be ahead of this host"
+            ),
+            true => format!(
+                "the domain lives on the target since {since}, and that was committed: this host has an old copy of it"
+            ),
         }
-        true => "leave the domain here shut off, and do not start it: nothing here is newer than what the target has",
-    };
-    Error::new(Kind::Conflict, what).hint(hint)
+    }
+
+    /// What to do about it, at the source.
+    pub fn advice(&self) -> &'static str {
+        match self.committed {
+            false => {
+                "leave the domain here shut off; if the one on the target is not needed, `virt-replica failover DOMAIN --undo` there lets runs in again"
+            }
+            true => {
+                "leave the domain here shut off, and do not start it: nothing here is newer than what the target has"
+            }
+        }
+    }
 }

@@ -20,7 +20,6 @@ use super::lease;
 use super::lock::WriterLock;
 use super::manifest::{self, MANIFEST_FILE, MANIFEST_MAX, Manifest, POINTS_DIR, REPLICAS_DIR};
 use super::point::OpenPoint;
-use super::promote;
 use super::seed;
 use super::upkeep::Held;
 use super::{
@@ -182,6 +181,7 @@ impl Replica for Store {
             open_point: None,
             seeds: Vec::new(),
             damaged: Vec::new(),
+            promoted: None,
         };
         let Some(dir) = self.replica_dir()? else { return Ok(view) };
         // First the directories, then the manifest: a point that is sealed in between is named, not open.
@@ -195,6 +195,7 @@ impl Replica for Store {
         if let Some(manifest) = &manifest {
             let points_dir = path.join(POINTS_DIR);
             view.generation = manifest.generation;
+            view.promoted = manifest.promotion.clone();
             view.points = manifest.points().iter().map(|p| p.view(&points_dir)).collect();
             view.damaged = damage::head_damage(&damage::in_head(&dir, manifest));
         }
@@ -451,7 +452,8 @@ fn check_request(request: &BeginPoint, uuid: &DomainUuid) -> Result<()> {
 /// Whether the run builds on what is here (I14, I15, I16).
 fn check_head(request: &BeginPoint, manifest: &Manifest) -> Result<()> {
     if let Some(promotion) = &manifest.promotion {
-        return Err(promote::refusal(promotion).domain(&request.name));
+        let e = Error::new(Kind::Conflict, promotion.why()).domain(&request.name);
+        return Err(e.hint(promotion.advice()));
     }
     if request.generation < manifest.generation {
         return Err(Error::new(

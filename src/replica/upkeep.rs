@@ -80,6 +80,8 @@ pub trait Promoting: Send + Sync {
 pub struct Promoted {
     pub point: PointId,
     pub since: Timestamp,
+    /// It is not to be undone any more.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub committed: bool,
 }
 

@@ -119,11 +119,11 @@ impl Here {
         definition::render(&definition_of(held)?, &wish, mapping)
     }
 
-    /// As [`Here::find`]; without a point it is that of the failover that is under way, if there is one.
+    /// As [`Here::find`]; without a point it is the one that was promoted, if any was.
     pub fn find_for_failover(&self, name_or_uuid: &str, point: Option<&PointId>) -> Result<Found> {
         let found = self.find(name_or_uuid, point)?;
-        match failover::peek(&self.options.state, &found.uuid)? {
-            Some(record) if point.is_none() => self.find(name_or_uuid, Some(&record.point)),
+        match &found.view.promoted {
+            Some(promoted) if point.is_none() => self.find(name_or_uuid, Some(&promoted.point)),
             _ => Ok(found),
         }
     }
@@ -148,9 +148,9 @@ impl Here {
         say: &dyn Fn(&str),
     ) -> Result<FailoverRecord> {
         let definition = self.definition_here(found, held)?;
+        let host = self.hypervisor.host(&definition.machine)?;
         // What was begun is found here by its own name.
         if state.record()?.is_none() {
-            let host = self.hypervisor.host(&definition.machine)?;
             let mut findings = vec![ready::point(&found.view, &found.point)];
             findings.extend(ready::judge(&definition, &found.name, &found.uuid, &host, &self.room()));
             if let Some(red) = findings.iter().find(|f| f.color == ready::Color::Red) {
@@ -158,6 +158,7 @@ impl Here {
                 return Err(e.hint(red.advice.clone().unwrap_or_default()));
             }
         }
+        overlays::let_qemu_pass(held, host.qemu_uid)?;
         let dir = self.options.mapping.images_dir().join(failover::dir_name(&found.uuid));
         let plan = failover::Plan { domain: &found.name, uuid: &found.uuid, dir, definition: &definition };
         let store = self.store(&found.uuid)?;
