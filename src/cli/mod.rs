@@ -139,7 +139,7 @@ enum Command {
     Ready(ready::ReadyArgs),
     /// On a target: boot a throw-away copy of a point, and wait for evidence that it works
     Drill(drill::DrillArgs),
-    /// On a target: bring a domain up here because its source is gone; undo that, or make it the truth
+    /// On a target: bring a domain up here without its source, or undo that
     Failover(failover::FailoverArgs),
     /// Explain what is left of a run that was cut short, and mend it on request
     Doctor(doctor::DoctorArgs),

@@ -536,9 +536,9 @@ mod tests {
 
     #[test]
     fn a_future_version_is_refused_for_its_number() {
-        let e = Manifest::parse(br#"{"format":"virt-replica manifest","version":4,"points":"elsewhere"}"#).unwrap_err();
+        let e = Manifest::parse(br#"{"format":"virt-replica manifest","version":5,"points":"elsewhere"}"#).unwrap_err();
         assert_eq!(e.kind(), Kind::Protocol);
-        assert!(e.to_string().contains("version 4"), "{e}");
+        assert!(e.to_string().contains("version 5"), "{e}");
     }
 
     #[test]
