@@ -195,6 +195,7 @@ mod source {
     use crate::image::open;
     use crate::name::RunId;
     use crate::recovery::drills::DrillRecord;
+    use crate::recovery::failover::{self, FailoverRecord};
     use crate::recovery::{drill, drills};
     use crate::replica::Replica;
     use crate::replicate::cycle::{Ports, Request, Watch};
@@ -272,6 +273,11 @@ mod source {
         /// Drills on this host that were cut short.
         pub fn abandoned_drills(&self) -> Result<Vec<DrillRecord>> {
             drills::left_behind(&self.options.state)
+        }
+
+        /// Failovers on this host that have not come to their end.
+        pub fn unfinished_failovers(&self) -> Result<Vec<FailoverRecord>> {
+            failover::left_behind(&self.options.state)
         }
 
         /// Removes what is left of one of them.

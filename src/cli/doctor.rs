@@ -40,6 +40,7 @@ mod examine {
     use virt_replica::hypervisor::Hypervisor as _;
     use virt_replica::name::DomainUuid;
     use virt_replica::recovery::drills::DrillRecord;
+    use virt_replica::recovery::failover::{FailoverRecord, Stage};
     use virt_replica::replicate::doctor::{Finding, Health};
     use virt_replica::replicate::journal;
     use virt_replica::replicate::report::Report;
@@ -54,7 +55,7 @@ mod examine {
         let repair = args.repair.then_some(&options);
         let patients = match &args.domain {
             Some(name) => match find(&site, name) {
-                // On a target nobody but a drill may know it.
+                // On a target nobody but a drill or a failover may know it.
                 Err(e) if e.kind() == Kind::NotFound && drilled(&site, name)? => Vec::new(),
                 found => vec![found?],
             },
@@ -62,6 +63,7 @@ mod examine {
         };
         let mut findings: Vec<Finding> = patients.iter().map(|uuid| examine(&site, uuid, repair)).collect();
         findings.extend(drills(&site, args)?);
+        findings.extend(failovers(&site, args)?);
         match output.json {
             true => print_json(&json!({ "domains": findings }))?,
             false => print(&describe(&findings, args.domain.is_some()))?,
@@ -92,7 +94,31 @@ mod examine {
     }
 
     fn drilled(site: &Site, name: &str) -> Result<bool> {
-        Ok(site.abandoned_drills()?.iter().any(|r| r.domain.as_str() == name || r.uuid.as_str() == name))
+        let drills = site.abandoned_drills()?.into_iter().map(|r| (r.domain, r.uuid));
+        let failovers = site.unfinished_failovers()?.into_iter().map(|r| (r.domain, r.uuid));
+        Ok(drills.chain(failovers).any(|(domain, uuid)| domain.as_str() == name || uuid.as_str() == name))
+    }
+
+    /// Failovers that were cut short. Up or down is for a person to say: nothing is done about them here.
+    fn failovers(site: &Site, args: &DoctorArgs) -> Result<Vec<Finding>> {
+        let wanted = |r: &FailoverRecord| {
+            args.domain.as_ref().is_none_or(|name| r.domain.as_str() == name || r.uuid.as_str() == name)
+        };
+        let left = site.unfinished_failovers()?.into_iter().filter(wanted);
+        Ok(left
+            .map(|record| {
+                let (what, options) = match record.stage {
+                    Stage::Undoing => ("undoing of a failover", "--undo --lose-its-writes"),
+                    _ => ("failover", "--unplanned --source-is-dead"),
+                };
+                let explanation = vec![
+                    format!("the {what} to point {}, begun at {}, was cut short", record.point, record.started_at),
+                    format!("what to do: `virt-replica failover {} {options}` goes on from there", record.domain),
+                ];
+                let (uuid, domain) = (record.uuid, Some(record.domain.to_string()));
+                Finding { uuid, domain, health: Health::NeedsPerson, explanation, done: Vec::new() }
+            })
+            .collect())
     }
 
     /// Drills on this host that were cut short, and, to mend it, nothing of them any more.

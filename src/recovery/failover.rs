@@ -126,9 +126,23 @@ fn peek_in(dir: &Path) -> Result<Option<FailoverRecord>> {
     }
 }
 
-/// The failover of a domain, read without its lock.
-pub fn peek(state: &Path, uuid: &DomainUuid) -> Result<Option<FailoverRecord>> {
-    peek_in(&state_dir(state, uuid))
+/// Failovers of this host that were cut short on their way up or down, read without their locks.
+pub fn left_behind(state: &Path) -> Result<Vec<FailoverRecord>> {
+    let dir = state.join("recovery").join("failovers");
+    let entries = match fs::read_dir(&dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(Error::io("cannot read the directory of failovers", &dir, e)),
+    };
+    let mut left = Vec::new();
+    for entry in entries.flatten() {
+        if let Some(record) = peek_in(&entry.path())?
+            && matches!(record.stage, Stage::Begun | Stage::Made | Stage::Undoing)
+        {
+            left.push(record);
+        }
+    }
+    Ok(left)
 }
 
 /// What a failover needs of the world.
