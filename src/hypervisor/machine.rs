@@ -8,6 +8,7 @@ use super::xml::{child, children, document, text_of};
 use crate::error::{Error, Kind, Result};
 use crate::name::DomainUuid;
 use serde::Serialize;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 pub trait Machines: Send + Sync {
@@ -36,6 +37,14 @@ pub trait Machines: Send + Sync {
     fn start_network(&self, name: &str, bridge: &str) -> Result<()>;
 
     fn stop_network(&self, name: &str) -> Result<()>;
+
+    /// Takes a foot into a network of [`Machines::start_network`], beside a guest of this address: the host stays outside.
+    fn join_network(&self, name: &str, bridge: &str, guest: (Ipv4Addr, u8)) -> Result<()>;
+
+    /// Whether somebody in there accepts a connection, within this time. Needs [`Machines::join_network`].
+    fn connects(&self, network: &str, to: SocketAddr, within: Duration) -> Result<bool>;
+
+    fn leave_network(&self, name: &str) -> Result<()>;
 
     /// Asks the guest agent whether it is there.
     fn ping_guest_agent(&self, uuid: &DomainUuid, within: Duration) -> Result<()>;

@@ -4,11 +4,13 @@
 
 use super::Power;
 use super::gate::{Call, Failure, Line, Repeat};
+use super::inside;
 use super::libvirt::{LibvirtHypervisor, lookup};
 use super::machine::{self, Capabilities, HostView, Machine, Machines, Neighbour, NetworkView};
 use super::xml::escape;
 use crate::error::{Error, Kind, Result};
 use crate::name::DomainUuid;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 use virt::domain::Domain;
 use virt::error::{Error as VirtError, ErrorNumber};
@@ -153,6 +155,22 @@ impl Machines for LibvirtHypervisor {
                 Err(e) => Err(e.into()),
             }
         })
+    }
+
+    fn join_network(&self, name: &str, bridge: &str, (guest, prefix): (Ipv4Addr, u8)) -> Result<()> {
+        let ours = inside::beside(guest, prefix)
+            .ok_or_else(|| Error::new(Kind::Usage, format!("{guest}/{prefix} has no room for another address")))?;
+        // `vrd0123456789ab`, and beside it `vrp0123456789ab`.
+        let device = format!("vrp{}", bridge.trim_start_matches("vrd"));
+        inside::join(name, bridge, &device, (ours, prefix))
+    }
+
+    fn connects(&self, network: &str, to: SocketAddr, within: Duration) -> Result<bool> {
+        inside::connects(network, to, within)
+    }
+
+    fn leave_network(&self, name: &str) -> Result<()> {
+        inside::leave(name)
     }
 
     fn ping_guest_agent(&self, uuid: &DomainUuid, within: Duration) -> Result<()> {

@@ -13,6 +13,7 @@ pub mod gate;
 pub mod guest;
 #[cfg(feature = "libvirt")]
 mod guest_agent;
+pub mod inside;
 #[cfg(feature = "libvirt")]
 pub mod libvirt;
 pub mod machine;

@@ -17,6 +17,7 @@ use super::ready::{self, Color, Room};
 use super::{definition_of, overlays};
 use crate::error::{Error, Kind, Result, printable};
 use crate::failpoint;
+use crate::hypervisor::inside;
 use crate::hypervisor::machine::{Machines, NetworkView};
 use crate::name::{DomainName, DomainUuid, PointId, RunId};
 use crate::replica::upkeep::Held;
@@ -30,8 +31,9 @@ use std::time::{Duration, Instant};
 /// How often evidence is looked for.
 const POLL: Duration = Duration::from_millis(250);
 
-/// How long the guest agent, and a script, may take for one answer.
+/// How long the guest agent, somebody who is connected to, and a script may take for one answer.
 const AGENT_WITHIN: Duration = Duration::from_secs(2);
+const CONNECT_WITHIN: Duration = Duration::from_secs(1);
 const SCRIPT_WITHIN: Duration = Duration::from_secs(60);
 
 /// How much of what the guest said goes into the report, and is kept beside it, in bytes.
@@ -204,6 +206,7 @@ fn clean(machines: &dyn Machines, record: &DrillRecord) -> Result<()> {
     machines.destroy(&record.drill_uuid)?;
     failpoint!("d5");
     if let Some(network) = &record.network {
+        machines.leave_network(network)?;
         machines.stop_network(network)?;
     }
     failpoint!("d6");
@@ -231,10 +234,15 @@ fn prepare(ports: &Ports, request: &Request, held: &mut dyn Held) -> Result<(Dri
     };
     let definition = definition::render(&definition_of(held).map_err(place)?, &wish, request.mapping).map_err(place)?;
     definition.xml().map_err(place)?;
+    let guests: Vec<_> = request.probes.iter().filter_map(Probe::guest).collect();
+    if guests.windows(2).any(|pair| inside::beside(pair[0].0, pair[0].1) != inside::beside(pair[1].0, pair[1].1)) {
+        return Err(place(Error::new(Kind::Usage, "the probes by tcp cannot all be reached from one address")));
+    }
     for probe in &request.probes {
         let missing = match probe {
             Probe::Agent if !definition.guest_agent => "the domain has no channel for the guest agent",
             Probe::Serial(_) if !definition.serial => "the domain has no serial line",
+            Probe::Tcp { .. } if definition.attached.is_empty() => "the domain is on no network",
             _ => continue,
         };
         return Err(place(Error::new(Kind::Usage, format!("'{probe}' can never be seen: {missing}"))));
@@ -276,7 +284,11 @@ impl Drill<'_> {
         failpoint!("d2");
         if let Some(network) = &self.record.network {
             // The kernel takes 15 bytes for the name of a device.
-            self.ports.machines.start_network(network, &format!("vrd{}", &self.request.id.as_str()[..12]))?;
+            let bridge = format!("vrd{}", &self.request.id.as_str()[..12]);
+            self.ports.machines.start_network(network, &bridge)?;
+            if let Some(guest) = self.request.probes.iter().find_map(Probe::guest) {
+                self.ports.machines.join_network(network, &bridge, guest)?;
+            }
         }
         failpoint!("d3");
         (self.ports.say)("starting the copy");
@@ -323,6 +335,10 @@ impl Drill<'_> {
         match probe {
             Probe::Agent => Ok(self.ports.machines.ping_guest_agent(&self.record.drill_uuid, AGENT_WITHIN).is_ok()),
             Probe::Serial(text) => probe::console_says(&self.console(), text),
+            Probe::Tcp { guest, port, .. } => {
+                let network = self.record.network.as_deref().expect("without one the probe is refused before");
+                self.ports.machines.connects(network, inside::socket(*guest, *port), CONNECT_WITHIN)
+            }
             Probe::Script(path) => {
                 let console = self.console();
                 let environment = [

@@ -9,6 +9,7 @@ use crate::image::qemu_img;
 use crate::image::{Chain, Format, Layer};
 use crate::name::{DiskName, Generation};
 use crate::replica::{Attachment, Consistency, DiskStats, PointDisk, PointView};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Mutex;
 
@@ -113,6 +114,21 @@ impl Machines for Host {
         self.does("stop_network")?;
         self.networks.lock().unwrap().retain(|n| n != name);
         Ok(())
+    }
+
+    fn join_network(&self, name: &str, _: &str, (guest, prefix): (Ipv4Addr, u8)) -> Result<()> {
+        self.does("join")?;
+        assert!(self.networks.lock().unwrap().iter().any(|n| n == name), "it is made first");
+        assert_eq!((guest.to_string().as_str(), prefix), ("192.0.2.10", 24));
+        Ok(())
+    }
+
+    fn connects(&self, _: &str, to: SocketAddr, _: Duration) -> Result<bool> {
+        Ok(to.port() == 22)
+    }
+
+    fn leave_network(&self, _: &str) -> Result<()> {
+        self.does("leave")
     }
 
     fn ping_guest_agent(&self, _: &DomainUuid, _: Duration) -> Result<()> {
@@ -242,7 +258,18 @@ fn a_guest_that_shows_what_is_waited_for_passes_and_nothing_is_left_but_the_proo
         serde_json::from_slice(&std::fs::read(report.kept.join(drills::REPORT)).unwrap()).unwrap();
     assert_eq!((&kept["outcome"], &kept["point"]), (&"passed".into(), &report.point.as_str().into()));
     let done = host.done.lock().unwrap().join(" ");
-    assert_eq!(done, "host network start screenshot destroy stop_network");
+    assert_eq!(done, "host network start screenshot destroy leave stop_network");
+}
+
+#[test]
+fn a_guest_that_accepts_a_connection_is_reached_from_inside_its_network() {
+    let (bench, host) = (Bench::new(), Host::default());
+    let report = bench.drill(&host, 1, "tcp:192.0.2.10/24:22", false).unwrap();
+    assert_eq!((report.outcome, report.error.as_deref()), (Outcome::Passed, None));
+    let done = host.done.lock().unwrap().join(" ");
+    assert_eq!(done, "host network join start screenshot destroy leave stop_network");
+    let closed = bench.drill(&host, 2, "tcp:192.0.2.10/24:23", false).unwrap();
+    assert!(closed.outcome == Outcome::Failed && closed.cleaned && host.is_clean());
 }
 
 #[test]
@@ -263,7 +290,9 @@ fn what_is_not_seen_in_time_fails_and_is_cleaned_up_all_the_same() {
 fn whatever_the_host_refuses_nothing_is_left_or_the_next_drill_removes_it() {
     let bench = Bench::new();
     for (id, (verb, cleaned)) in
-        [("network", true), ("start", true), ("destroy", false), ("stop_network", false)].into_iter().enumerate()
+        [("network", true), ("start", true), ("destroy", false), ("leave", false), ("stop_network", false)]
+            .into_iter()
+            .enumerate()
     {
         let host = Host { says: "ok", ..Host::default() };
         *host.fails_at.lock().unwrap() = Some(verb);

@@ -85,6 +85,15 @@ impl Machines for World {
     fn stop_network(&self, _: &str) -> Result<()> {
         unreachable!("a failover goes where its network is")
     }
+    fn join_network(&self, _: &str, _: &str, _: (std::net::Ipv4Addr, u8)) -> Result<()> {
+        unreachable!("a failover goes where its network is")
+    }
+    fn connects(&self, _: &str, _: std::net::SocketAddr, _: Duration) -> Result<bool> {
+        unreachable!("a failover goes where its network is")
+    }
+    fn leave_network(&self, _: &str) -> Result<()> {
+        unreachable!("a failover goes where its network is")
+    }
     fn ping_guest_agent(&self, _: &DomainUuid, _: Duration) -> Result<()> {
         unreachable!("nobody waits for evidence")
     }

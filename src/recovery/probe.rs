@@ -1,9 +1,11 @@
-//! Evidence that a guest works, looked for from outside: its agent answers, its serial line says something, a program of the
-//! operator's is content.
+//! Evidence that a guest works, looked for from outside: its agent answers, its serial line says something, it accepts a
+//! connection, a program of the operator's is content.
 
 use crate::error::{Error, Kind, Result};
+use crate::hypervisor::inside;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
+use std::net::Ipv4Addr;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -18,16 +20,29 @@ const CONSOLE_MAX: u64 = 4 << 20;
 pub enum Probe {
     /// The guest agent answers.
     Agent,
+    /// Somebody at this address of the guest's accepts a connection; the prefix says what its network is.
+    Tcp { guest: Ipv4Addr, prefix: u8, port: u16 },
     /// The first serial line has said this.
     Serial(String),
     /// This program ends with 0. It is run again until it does.
     Script(PathBuf),
 }
 
+impl Probe {
+    /// The address and prefix that it is to be reached at.
+    pub fn guest(&self) -> Option<(Ipv4Addr, u8)> {
+        match self {
+            Probe::Tcp { guest, prefix, .. } => Some((*guest, *prefix)),
+            _ => None,
+        }
+    }
+}
+
 impl std::fmt::Display for Probe {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Probe::Agent => f.write_str("agent"),
+            Probe::Tcp { guest, prefix, port } => write!(f, "tcp:{guest}/{prefix}:{port}"),
             Probe::Serial(text) => write!(f, "serial:{text}"),
             Probe::Script(path) => write!(f, "script:{}", path.display()),
         }
@@ -40,12 +55,25 @@ impl FromStr for Probe {
     fn from_str(text: &str) -> Result<Self> {
         match text.split_once(':') {
             None if text == "agent" => Ok(Probe::Agent),
+            Some(("tcp", to)) => tcp(to).ok_or_else(|| {
+                Error::new(Kind::Usage, format!("'{text}' is no probe"))
+                    .hint("write the guest's address, its prefix and the port: tcp:192.0.2.10/24:22")
+            }),
             Some(("serial", said)) if !said.is_empty() => Ok(Probe::Serial(said.to_owned())),
             Some(("script", path)) if path.starts_with('/') => Ok(Probe::Script(path.into())),
             _ => Err(Error::new(Kind::Usage, format!("'{text}' is no probe"))
-                .hint("write agent, serial:TEXT, or script:/PATH")),
+                .hint("write agent, serial:TEXT, tcp:ADDRESS/PREFIX:PORT, or script:/PATH")),
         }
     }
+}
+
+/// `192.0.2.10/24:22`
+fn tcp(text: &str) -> Option<Probe> {
+    let (address, port) = text.rsplit_once(':')?;
+    let (guest, prefix) = address.split_once('/')?;
+    let (guest, prefix, port) = (guest.parse().ok()?, prefix.parse().ok()?, port.parse().ok()?);
+    inside::beside(guest, prefix)?;
+    Some(Probe::Tcp { guest, prefix, port })
 }
 
 /// Whether the end of the console's file holds `text`. A file that is not there has said nothing.
@@ -106,10 +134,21 @@ mod tests {
 
     #[test]
     fn a_probe_is_read_and_written_alike() {
-        for text in ["agent", "serial:login: ", "script:/usr/local/bin/check"] {
+        for text in ["agent", "serial:login: ", "tcp:192.0.2.10/24:22", "script:/usr/local/bin/check"] {
             assert_eq!(text.parse::<Probe>().unwrap().to_string(), text);
         }
-        for bad in ["", "agents", "serial:", "script:check", "tcp:22", "script"] {
+        for bad in [
+            "",
+            "agents",
+            "serial:",
+            "script:check",
+            "tcp:22",
+            "tcp:192.0.2.10:22",
+            "tcp:192.0.2.10/32:22",
+            "tcp:x/24:22",
+            "tcp:192.0.2.10/24:70000",
+            "script",
+        ] {
             assert_eq!(bad.parse::<Probe>().unwrap_err().kind(), Kind::Usage, "{bad}");
         }
     }

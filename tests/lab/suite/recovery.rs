@@ -30,8 +30,22 @@ fn two_drills_at_once_while_replication_goes_on() {
     assert_eq!(Drills::report(&ready)["ready"], true);
 
     let name = vm.name.as_str();
-    let one =
-        drills.start("", &["drill", name, "--point", &point, "--probe", "agent", "--probe", "serial:ack ", "--json"]);
+    let one = drills.start(
+        "",
+        &[
+            "drill",
+            name,
+            "--point",
+            &point,
+            "--probe",
+            "agent",
+            "--probe",
+            "serial:ack ",
+            "--probe",
+            "tcp:192.0.2.10/24:22",
+            "--json",
+        ],
+    );
     let two = drills.start("", &["drill", name, "--probe", "serial:ack ", "--json"]);
     // Runs and a prune beside them: the point that is drilled is in use.
     vm.sync().sealed();
