@@ -1,6 +1,5 @@
 //! Commands that run on the target itself: where its store is, and what its mapping says.
 
-use super::Globals;
 use clap::Args;
 use std::path::PathBuf;
 use virt_replica::transport::target::ROOT_DEFAULT;
@@ -18,6 +17,7 @@ pub struct HereArgs {
 
 #[cfg(feature = "libvirt")]
 mod connect {
+    use super::super::Globals;
     use super::*;
     use virt_replica::error::Result;
     use virt_replica::recovery::mapping::{MAPPING_FILE, Mapping};
