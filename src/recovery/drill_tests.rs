@@ -1,14 +1,11 @@
 //! A drill against a host that does as it is told, one that does not, and one that dies: with real overlays.
 
 use super::*;
-use crate::block::DiskSize;
-use crate::block::digest::Digest;
 use crate::hypervisor::Power;
 use crate::hypervisor::machine::{Capabilities, HostView, Machine};
+use crate::image::Format;
 use crate::image::qemu_img;
-use crate::image::{Chain, Format, Layer};
-use crate::name::{DiskName, Generation};
-use crate::replica::{Attachment, Consistency, DiskStats, PointDisk, PointView};
+use crate::recovery::point_tests::Point;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Mutex;
@@ -141,33 +138,6 @@ impl Machines for Host {
     }
 }
 
-/// A point of one image, in a directory of the test's.
-struct Point {
-    view: PointView,
-    image: PathBuf,
-}
-
-impl Held for Point {
-    fn point(&self) -> &PointView {
-        &self.view
-    }
-
-    fn images(&self, _: &DiskName) -> Result<Chain> {
-        let layer = Layer { path: self.image.clone(), format: Format::Qcow2, block_device: false, data_file: None };
-        Ok(Chain(vec![layer]))
-    }
-
-    fn attachment(&self, name: Attachment) -> Result<Option<Vec<u8>>> {
-        Ok((name == Attachment::InactiveXml).then(|| XML.as_bytes().to_vec()))
-    }
-
-    fn renew(&mut self) -> Result<()> {
-        Ok(())
-    }
-
-    fn release(self: Box<Self>) {}
-}
-
 /// A store, a place for overlays and a place for state.
 struct Bench {
     temp: tempfile::TempDir,
@@ -188,31 +158,7 @@ impl Bench {
         std::fs::create_dir_all(&dir).unwrap();
         let closed = std::fs::Permissions::from_mode(0o700);
         dir.ancestors().take(5).for_each(|d| std::fs::set_permissions(d, closed.clone()).unwrap());
-        let image = dir.join("vda.qcow2");
-        let size = DiskSize(1 << 20);
-        if !image.exists() {
-            drop(crate::image::qcow2::create(&image, size, None).unwrap());
-        }
-        let disk = PointDisk {
-            name: DiskName::new("vda").unwrap(),
-            image: image.clone(),
-            size,
-            root: Digest::ZERO,
-            stats: DiskStats::default(),
-        };
-        let run = RunId::from_bits(7);
-        let view = PointView {
-            id: PointId::from_parts(1, &run),
-            generation: Generation(1),
-            frozen_at: Timestamp::UNIX_EPOCH,
-            sealed_at: Timestamp::UNIX_EPOCH,
-            consistency: Consistency::Crash,
-            consistency_reason: None,
-            run,
-            disks: vec![disk],
-            attachments: vec![Attachment::InactiveXml],
-        };
-        Point { view, image }
+        Point::in_dir(&dir, 1, Some(XML))
     }
 
     fn drill(&self, host: &Host, id: u64, probe: &str, stop: bool) -> Result<Report> {

@@ -2,15 +2,12 @@
 //! guest run here while its source is let in, and no overlay that it may have written to is made anew.
 
 use super::*;
-use crate::block::DiskSize;
-use crate::block::digest::Digest;
 use crate::hypervisor::machine::{HostView, Machine};
-use crate::image::{Chain, Format, Layer};
-use crate::name::{DiskName, RunId};
+use crate::name::DiskName;
 use crate::recovery::definition::{self, Macs, Nics, Wish};
 use crate::recovery::mapping::Mapping;
+use crate::recovery::point_tests::Point;
 use crate::replica::upkeep::Promoted;
-use crate::replica::{Attachment, Consistency, DiskStats, PointDisk, PointView};
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -129,25 +126,6 @@ impl Promoting for World {
     }
 }
 
-struct Point(PointView);
-
-impl Held for Point {
-    fn point(&self) -> &PointView {
-        &self.0
-    }
-    fn images(&self, _: &DiskName) -> Result<Chain> {
-        let path = self.0.disks[0].image.clone();
-        Ok(Chain(vec![Layer { path, format: Format::Qcow2, block_device: false, data_file: None }]))
-    }
-    fn attachment(&self, _: Attachment) -> Result<Option<Vec<u8>>> {
-        Ok(None)
-    }
-    fn renew(&mut self) -> Result<()> {
-        Ok(())
-    }
-    fn release(self: Box<Self>) {}
-}
-
 struct Bench {
     temp: tempfile::TempDir,
     world: World,
@@ -167,24 +145,7 @@ impl Bench {
     }
 
     fn point(&self, seq: u64) -> Point {
-        let image = self.temp.path().join("point.qcow2");
-        let size = DiskSize(1 << 20);
-        if !image.exists() {
-            drop(crate::image::qcow2::create(&image, size, None).unwrap());
-        }
-        let (run, stats) = (RunId::from_bits(7), DiskStats::default());
-        let disks = vec![PointDisk { name: DiskName::new("vda").unwrap(), image, size, root: Digest::ZERO, stats }];
-        Point(PointView {
-            id: PointId::from_parts(seq, &run),
-            generation: Generation(1),
-            frozen_at: Timestamp::UNIX_EPOCH,
-            sealed_at: Timestamp::UNIX_EPOCH,
-            consistency: Consistency::Crash,
-            consistency_reason: None,
-            run,
-            disks,
-            attachments: Vec::new(),
-        })
+        Point::in_dir(self.temp.path(), seq, None)
     }
 
     fn with<T>(&self, verbs: Option<usize>, act: impl FnOnce(&Ports, &FailoverState) -> Result<T>) -> Result<T> {

@@ -1,7 +1,8 @@
 //! What the replica is for: to bring a domain up on this host, the target, whether for a while or for good.
 //!
 //! [`definition`] makes of the source's definition one that may be started here, [`ready`] says beforehand whether it can
-//! be. Both are pure. [`mapping`] is what the operator says of this host's networks, machines and paths.
+//! be. Both are pure. [`mapping`] is what the operator says of this host's networks, machines and paths. [`drill`] and
+//! [`failover`] act.
 //!
 //! A point is never booted itself (I20): the guest writes to overlays. Crash order: docs/recovery.md.
 
@@ -11,6 +12,8 @@ pub mod drills;
 pub mod failover;
 pub mod mapping;
 pub mod overlays;
+#[cfg(test)]
+mod point_tests;
 pub mod probe;
 pub mod ready;
 
