@@ -7,8 +7,8 @@
 //!              |
 //!       site · daemon        site: the only file that names concrete adapters; daemon: policies obeyed, unattended
 //!              |
-//!          replicate         the story: settle, observe, plan, freeze, ship, seal, commit, retire
-//!              |                 (start reading at replicate/cycle.rs)
+//!    replicate · recovery    the story: settle, observe, plan, freeze, ship, seal, commit, retire
+//!              |                 (start reading at replicate/cycle.rs); and what the replica is for
 //!     plan · decide           pure: plain views in, values out
 //!              |
 //!  image  hypervisor  replica  transport      ports: traits, plain views, and their adapters
@@ -43,6 +43,8 @@ pub mod transport;
 pub mod config;
 
 pub mod replicate;
+
+pub mod recovery;
 
 pub mod daemon;
 pub mod site;

@@ -1,4 +1,4 @@
-//! The only file that names concrete adapters: from a hypervisor's URI and a target's name to ready-made ports.
+//! The only module that names concrete adapters: from a hypervisor's URI and a target's name to ready-made ports.
 
 use crate::agent::client::AgentClient;
 use crate::agent::{ReplicaOpener, ServeOptions, Served, serve_stdio};
@@ -10,6 +10,7 @@ use crate::image::qemu_nbd::QemuNbd;
 use crate::name::{DiskName, DomainName, DomainUuid, PointId};
 use crate::replica::ReplicaView;
 use crate::replica::store::{self, Limits, Store};
+use crate::replica::upkeep::Held as _;
 use crate::replicate::offline;
 use crate::transport::Transport;
 use crate::transport::local::LocalTransport;
@@ -20,6 +21,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+
+#[cfg(feature = "libvirt")]
+pub mod here;
 
 #[cfg(feature = "libvirt")]
 pub use source::{Site, SiteOptions};
@@ -120,7 +124,7 @@ pub fn serve_nbd(
     stop: &AtomicBool,
 ) -> Result<()> {
     let store = Store::open(root, uuid, Timestamp::now)?;
-    let mut held = store.hold(point, "nbd")?;
+    let mut held = Box::new(store.hold(point, "nbd")?);
     let served = held.images(disk).and_then(|images| QemuNbd::start_at(&images, socket)).and_then(|mut server| {
         let mut serving = ready();
         while serving.is_ok() && !stop.load(Ordering::Relaxed) {
@@ -164,27 +168,28 @@ pub fn replicas_of(root: &Path) -> Result<Vec<(DomainUuid, DomainName, ReplicaVi
 
 /// The UUID of a replica by its domain's name or UUID, for a target whose source may be gone.
 pub fn find_replica(client: &AgentClient, name_or_uuid: &str) -> Result<(DomainUuid, DomainName)> {
-    let all = client.find("")?;
-    let mut found = all.into_iter().filter(|(u, n)| u.as_str() == name_or_uuid || n.as_str() == name_or_uuid);
-    let Some(first) = found.next() else {
-        return Err(Error::new(
-            Kind::NotFound,
-            format!("{} has no replica of a domain '{name_or_uuid}'", client.host()),
-        )
-        .hint("`virt-replica sync DOMAIN --to TARGET` makes the first point"));
-    };
+    one_of(client.find("")?.into_iter(), name_or_uuid, client.host()).map_err(|e| match e.kind() {
+        Kind::NotFound => e.hint("`virt-replica sync DOMAIN --to TARGET` makes the first point"),
+        _ => e,
+    })
+}
+
+/// The one replica of this name or UUID among `all` that `holder` has.
+fn one_of(
+    all: impl Iterator<Item = (DomainUuid, DomainName)>,
+    name_or_uuid: &str,
+    holder: &str,
+) -> Result<(DomainUuid, DomainName)> {
+    let mut found = all.filter(|(u, n)| u.as_str() == name_or_uuid || n.as_str() == name_or_uuid);
+    let missing = || Error::new(Kind::NotFound, format!("{holder} has no replica of a domain '{name_or_uuid}'"));
+    let first = found.next().ok_or_else(missing)?;
     match found.next() {
         None => Ok(first),
-        Some(second) => Err(Error::new(
-            Kind::Usage,
-            format!(
-                "{} has replicas of two domains named '{name_or_uuid}': {} and {}",
-                client.host(),
-                first.0,
-                second.0
-            ),
-        )
-        .hint("name one of them by its UUID")),
+        Some(second) => {
+            let what =
+                format!("{holder} has replicas of two domains named '{name_or_uuid}': {} and {}", first.0, second.0);
+            Err(Error::new(Kind::Usage, what).hint("name one of them by its UUID"))
+        }
     }
 }
 
@@ -194,6 +199,10 @@ mod source {
     use crate::hypervisor::libvirt::LibvirtHypervisor;
     use crate::hypervisor::stored::StoredBitmaps;
     use crate::image::open;
+    use crate::name::RunId;
+    use crate::recovery::drills::DrillRecord;
+    use crate::recovery::failover::{self, FailoverRecord};
+    use crate::recovery::{drill, drills};
     use crate::replica::Replica;
     use crate::replicate::cycle::{Ports, Request, Watch};
     use crate::replicate::deadman::{self, Charge, Deadman};
@@ -265,6 +274,21 @@ mod source {
             repair: Option<&crate::replicate::settle::SettleOptions>,
         ) -> Result<doctor::Finding> {
             self.with_ports(None, |ports| doctor::examine(ports, &self.options.state, uuid, repair))
+        }
+
+        /// Drills on this host that were cut short.
+        pub fn abandoned_drills(&self) -> Result<Vec<DrillRecord>> {
+            drills::left_behind(&self.options.state)
+        }
+
+        /// Failovers on this host that have not come to their end.
+        pub fn unfinished_failovers(&self) -> Result<Vec<FailoverRecord>> {
+            failover::left_behind(&self.options.state)
+        }
+
+        /// Removes what is left of one of them.
+        pub fn settle_drill(&self, id: &RunId) -> Result<()> {
+            drill::settle(&self.hypervisor, &self.options.state, Some(id)).map(drop)
         }
 
         /// The dead-man's process: guards the domain until the driver's end of file.

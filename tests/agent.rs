@@ -131,6 +131,7 @@ impl Replica for FakeReplica {
             open_point: None,
             seeds: Vec::new(),
             damaged: vec![],
+            promoted: None,
         })
     }
 

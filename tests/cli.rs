@@ -18,9 +18,9 @@ use virt_replica::replica::{BeginDisk, BeginPoint, Consistency, DiskStats, Mode,
 use virt_replica::replicate::pump::{self, Progress, Shipment};
 
 const UUID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
-const COMMANDS: [&str; 14] = [
+const COMMANDS: [&str; 17] = [
     "daemon", "policy", "sync", "plan", "points", "status", "verify", "scrub", "prune", "pin", "unpin", "export",
-    "doctor", "agent",
+    "ready", "drill", "failover", "doctor", "agent",
 ];
 
 /// The program with nothing in its environment but a time zone.
@@ -183,6 +183,14 @@ fn wrong_usage_is_told_with_code_2() {
         &["export", "web01", "--to", "/r"],
         &["export", "web01", "--to", "/r", "--output", "/o", "--nbd", "/s"],
         &["agent", "--min-age", "7"],
+        &["drill", "web01"],
+        &["drill", "web01", "--probe", "tcp:22"],
+        &["failover", "web01"],
+        &["failover", "web01", "--source-is-dead"],
+        &["failover", "web01", "--unplanned"],
+        &["failover", "web01", "--undo"],
+        &["failover", "web01", "--undo", "--lose-its-writes", "--commit"],
+        &["failover", "web01", "--commit", "--point", "000001-00000000"],
         &["points", "web01", "--to", "host:/srv"],
         &["points", "web01", "--to", "ssh://-oProxyCommand=x/srv"],
     ] {

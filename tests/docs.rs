@@ -7,6 +7,7 @@ use std::path::{Component, Path, PathBuf};
 use std::process::Command;
 use virt_replica::config::{Config, DaemonConfig, Defaults, LinkConfig, TargetConfig};
 use virt_replica::policy::{Policy, keys};
+use virt_replica::recovery::mapping::{MAPPING_FILE, MacPolicy, Mapping};
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -235,7 +236,13 @@ fn every_policy_file_is_read_by_the_code() {
     let sample = Config::load(&root().join("policies/virt-replica.yaml"), true).unwrap();
     let (mut policies, mut configurations) = (0, 0);
     for path in found {
-        let read = if path.parent().is_some_and(|d| d.ends_with("policies.d")) {
+        let read = if path.ends_with(MAPPING_FILE) {
+            // Every key of it: taking it apart makes a new one an error here.
+            let Mapping { networks, machines, cpus, paths, macs, images } = Mapping::load(&path, true).unwrap();
+            assert!(networks.len() > 3 && !machines.is_empty() && !cpus.is_empty() && !paths.is_empty());
+            assert!(macs == MacPolicy::Keep && images.is_some());
+            Ok(())
+        } else if path.parent().is_some_and(|d| d.ends_with("policies.d")) {
             policies += 1;
             sample.policy(&path).map(drop)
         } else {

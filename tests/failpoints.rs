@@ -1,4 +1,4 @@
-//! docs/replication.md numbers the steps of a run. Every failpoint has a row there and a test that kills the program at
+//! docs/replication.md numbers the steps of a run, docs/recovery.md those of a drill and a failover. Every failpoint has a row there and a test that kills the program at
 //! that number; every row has a failpoint. Where order is safety, the numbers must not drift.
 
 use std::collections::BTreeMap;
@@ -38,20 +38,28 @@ fn in_source() -> BTreeMap<String, Vec<String>> {
     found
 }
 
-/// Number -> who, tests; the rows of the tables of steps: of a run, of a backup, of a prune, of a shortening.
+/// Number -> who, tests; the rows of the tables of steps: of a run, of a backup, of a prune, of a shortening, of a drill, of a failover.
 fn in_docs() -> BTreeMap<String, (String, Vec<String>)> {
-    let text = fs::read_to_string(root().join("docs/replication.md")).unwrap();
+    let pages = ["docs/replication.md", "docs/recovery.md"];
+    let text = pages.map(|page| fs::read_to_string(root().join(page)).unwrap()).join("\n## \n");
     let section = |title: &str| {
         let section = text.split(title).nth(1).unwrap_or_else(|| panic!("there is no section {title:?}"));
         section.split("\n## ").next().unwrap().to_owned()
     };
-    let titles = ["## Every step and its failpoint", "## By backup", "## Removing points", "## Keeping chains short"];
+    let titles = [
+        "## Every step and its failpoint",
+        "## By backup",
+        "## Removing points",
+        "## Keeping chains short",
+        "## A drill, step by step",
+        "## A failover, step by step",
+    ];
     let sections = titles.map(section).concat();
     let mut rows = BTreeMap::new();
     for line in sections.lines() {
         let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
         let [number, who, _, _, tests] = cells[..] else { continue };
-        if !number.trim_start_matches(['b', 'p', 's']).starts_with(|c: char| c.is_ascii_digit()) {
+        if !number.trim_start_matches(['b', 'p', 's', 'd', 'f']).starts_with(|c: char| c.is_ascii_digit()) {
             continue;
         }
         let tests = tests.split(", ").map(|t| t.trim_matches('`').to_owned()).collect();

@@ -33,6 +33,10 @@ mod crash;
 mod crash_backup;
 #[path = "lab/suite/crash_bench.rs"]
 mod crash_bench;
+#[path = "lab/suite/crash_drill.rs"]
+mod crash_drill;
+#[path = "lab/suite/crash_failover.rs"]
+mod crash_failover;
 #[path = "lab/suite/crash_hands.rs"]
 mod crash_hands;
 #[path = "lab/suite/crash_hooks.rs"]
@@ -58,8 +62,12 @@ mod formats;
 mod limits;
 #[path = "lab/suite/points.rs"]
 mod points;
+#[path = "lab/suite/recovery.rs"]
+mod recovery;
 #[path = "lab/suite/room.rs"]
 mod room;
+#[path = "lab/suite/runbooks.rs"]
+mod runbooks;
 #[path = "lab/suite/scrub.rs"]
 mod scrub;
 #[path = "lab/suite/seeds.rs"]

@@ -11,7 +11,7 @@ use virt_replica::block::digest::Digest;
 use virt_replica::error::Kind;
 use virt_replica::name::{DiskName, PointId};
 use virt_replica::replica::store::Store;
-use virt_replica::replica::upkeep::{Damage, DamageKind, ScrubStep, Scrubbing, Upkeep};
+use virt_replica::replica::upkeep::{Damage, DamageKind, Held as _, ScrubStep, Scrubbing, Upkeep};
 use virt_replica::replica::{Attachment, BeginPoint, Replica};
 
 const BLOCK: u64 = BLOCK_LEN as u64;
@@ -205,7 +205,7 @@ fn links_are_read_like_points() {
     blocks(&store, "abcd .xy. ...z");
     let ids = points(&store);
     rot(&store, 2, b'x');
-    let reader = store.hold(&ids[2], "a test").unwrap();
+    let reader = Box::new(store.hold(&ids[2], "a test").unwrap());
     let report = store.prune(&[ids[1].clone()], &mut |_, _| {}).unwrap();
     assert_eq!(report.waiting.len(), 1, "{report:?}");
     let (bytes, found) = scrub(&store);

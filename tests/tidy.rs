@@ -30,11 +30,24 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("replica", &["error", "failpoint", "name", "block", "patch", "image"]),
     ("agent", &["error", "failpoint", "name", "block", "wire", "transport", "replica"]),
     ("replicate", &["error", "failpoint", "hook", "name", "block", "patch", "image", "hypervisor", "replica", "units"]),
+    ("recovery", &["error", "failpoint", "name", "block", "yaml", "image", "hypervisor", "replica", "replicate"]),
     // It knows a run by its report and its journal, and a domain by its name; the rest is the children's.
     ("daemon", &["error", "hook", "name", "config", "policy", "replica", "replicate", "units"]),
     (
         "site",
-        &["error", "name", "block", "image", "transport", "hypervisor", "replica", "agent", "replicate", "config"],
+        &[
+            "error",
+            "name",
+            "block",
+            "image",
+            "transport",
+            "hypervisor",
+            "replica",
+            "agent",
+            "replicate",
+            "recovery",
+            "config",
+        ],
     ),
 ];
 

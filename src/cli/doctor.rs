@@ -39,6 +39,8 @@ mod examine {
     use virt_replica::error::{Error, Kind};
     use virt_replica::hypervisor::Hypervisor as _;
     use virt_replica::name::DomainUuid;
+    use virt_replica::recovery::drills::DrillRecord;
+    use virt_replica::recovery::failover::{FailoverRecord, Stage};
     use virt_replica::replicate::doctor::{Finding, Health};
     use virt_replica::replicate::journal;
     use virt_replica::replicate::report::Report;
@@ -52,10 +54,16 @@ mod examine {
         let options = SettleOptions { ready_within: args.ready_timeout, ..SettleOptions::default() };
         let repair = args.repair.then_some(&options);
         let patients = match &args.domain {
-            Some(name) => vec![find(&site, name)?],
+            Some(name) => match find(&site, name) {
+                // On a target nobody but a drill or a failover may know it.
+                Err(e) if e.kind() == Kind::NotFound && drilled(&site, name)? => Vec::new(),
+                found => vec![found?],
+            },
             None => everybody(&site)?,
         };
-        let findings: Vec<Finding> = patients.iter().map(|uuid| examine(&site, uuid, repair)).collect();
+        let mut findings: Vec<Finding> = patients.iter().map(|uuid| examine(&site, uuid, repair)).collect();
+        findings.extend(drills(&site, args)?);
+        findings.extend(failovers(&site, args)?);
         match output.json {
             true => print_json(&json!({ "domains": findings }))?,
             false => print(&describe(&findings, args.domain.is_some()))?,
@@ -83,6 +91,69 @@ mod examine {
                 .collect(),
             done: Vec::new(),
         })
+    }
+
+    fn drilled(site: &Site, name: &str) -> Result<bool> {
+        let drills = site.abandoned_drills()?.into_iter().map(|r| (r.domain, r.uuid));
+        let failovers = site.unfinished_failovers()?.into_iter().map(|r| (r.domain, r.uuid));
+        Ok(drills.chain(failovers).any(|(domain, uuid)| domain.as_str() == name || uuid.as_str() == name))
+    }
+
+    /// Failovers that were cut short. Up or down is for a person to say: nothing is done about them here.
+    fn failovers(site: &Site, args: &DoctorArgs) -> Result<Vec<Finding>> {
+        let wanted = |r: &FailoverRecord| {
+            args.domain.as_ref().is_none_or(|name| r.domain.as_str() == name || r.uuid.as_str() == name)
+        };
+        let left = site.unfinished_failovers()?.into_iter().filter(wanted);
+        Ok(left
+            .map(|record| {
+                let (what, options) = match record.stage {
+                    Stage::Undoing => ("undoing of a failover", "--undo --lose-its-writes"),
+                    _ => ("failover", "--unplanned --source-is-dead"),
+                };
+                let explanation = vec![
+                    format!("the {what} to point {}, begun at {}, was cut short", record.point, record.started_at),
+                    format!("what to do: `virt-replica failover {} {options}` goes on from there", record.domain),
+                ];
+                let (uuid, domain) = (record.uuid, Some(record.domain.to_string()));
+                Finding { uuid, domain, health: Health::NeedsPerson, explanation, done: Vec::new() }
+            })
+            .collect())
+    }
+
+    /// Drills on this host that were cut short, and, to mend it, nothing of them any more.
+    fn drills(site: &Site, args: &DoctorArgs) -> Result<Vec<Finding>> {
+        let wanted = |r: &DrillRecord| {
+            args.domain.as_ref().is_none_or(|name| r.domain.as_str() == name || r.uuid.as_str() == name)
+        };
+        let left = site.abandoned_drills()?.into_iter().filter(wanted);
+        Ok(left
+            .map(|record| {
+                let done = if args.repair { site.settle_drill(&record.id).map(|_| true) } else { Ok(false) };
+                let (health, error) = match &done {
+                    Ok(true) => (Health::Repaired, None),
+                    Ok(false) => (Health::Repairable, None),
+                    Err(e) => (Health::NeedsPerson, Some(e.chain())),
+                };
+                let what = format!(
+                    "a drill of point {} was cut short: its copy '{}' may run on, with overlays in {}",
+                    record.point,
+                    record.drill_domain,
+                    record.dir.display()
+                );
+                Finding {
+                    uuid: record.uuid.clone(),
+                    domain: Some(record.domain.to_string()),
+                    health,
+                    explanation: std::iter::once(what).chain(error).collect(),
+                    done: if health == Health::Repaired {
+                        vec!["the copy and all that was made for it is gone".into()]
+                    } else {
+                        Vec::new()
+                    },
+                }
+            })
+            .collect())
     }
 
     /// All domains that libvirt knows, and all that have state here.

@@ -5,7 +5,12 @@
 
 mod daemon;
 mod doctor;
+mod drill;
 mod export;
+mod failover;
+// A build without libvirt reads the arguments and goes no further.
+#[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
+mod here;
 mod limits;
 mod logging;
 // A build without libvirt prints less than it could.
@@ -16,6 +21,7 @@ mod points;
 mod policy;
 mod progress;
 mod prune;
+mod ready;
 #[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
 mod render;
 mod scrub;
@@ -130,6 +136,12 @@ enum Command {
     Unpin(pin::UnpinArgs),
     /// Hand out a disk of a point: as a file, or over NBD on the target itself
     Export(export::ExportArgs),
+    /// On a target: say whether a domain could be brought up here, and what is missing
+    Ready(ready::ReadyArgs),
+    /// On a target: boot a throw-away copy of a point, and wait for evidence that it works
+    Drill(drill::DrillArgs),
+    /// On a target: bring a domain up here without its source, or undo that
+    Failover(failover::FailoverArgs),
     /// Explain what is left of a run that was cut short, and mend it on request
     Doctor(doctor::DoctorArgs),
     /// Check policies, and say what they mean and when
@@ -169,6 +181,9 @@ impl Command {
             Command::Pin(args) => args.json,
             Command::Unpin(args) => args.json,
             Command::Doctor(args) => args.json,
+            Command::Ready(args) => args.json,
+            Command::Failover(args) => args.json,
+            Command::Drill(args) => args.json,
             Command::Seed(args) => args.json,
             Command::Policy(args) => args.json(),
             Command::Agent(_) | Command::Daemon(_) | Command::Deadman(_) => false,
@@ -196,6 +211,9 @@ pub fn main() -> ExitCode {
         Command::Unpin(args) => pin::unpin(args, &cli.globals),
         Command::Export(args) => export::export(args, &cli.globals, output),
         Command::Doctor(args) => doctor::doctor(args, &cli.globals, output),
+        Command::Ready(args) => ready::ready(args, &cli.globals, output),
+        Command::Failover(args) => failover::failover(args, &cli.globals, output),
+        Command::Drill(args) => drill::drill(args, &cli.globals, output),
         Command::Seed(args) => seed::seed(args, output),
         Command::Policy(args) => policy::policy(args, &cli.globals, output),
         Command::Daemon(args) => daemon::daemon(args, &cli.globals),

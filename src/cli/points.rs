@@ -35,7 +35,7 @@ pub fn points(args: &PointsArgs, globals: &Globals, output: Output) -> Result<Ex
         true => print_json(&json!({
             "domain": name, "uuid": uuid, "target": target.url.to_string(), "generation": view.generation, "path": view.path,
             "points": view.points, "pins": holds.pins, "leases": holds.leases, "links": holds.links, "depth": holds.depth,
-            "scrub": holds.scrub,
+            "scrub": holds.scrub, "promoted": view.promoted,
         }))?,
         false => print(&describe(&name, &target.url, &view, &holds))?,
     }

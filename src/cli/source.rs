@@ -4,7 +4,7 @@ use super::Globals;
 use super::target::Target;
 use virt_replica::config::Config;
 use virt_replica::error::{Error, Result};
-use virt_replica::name::{Generation, RunId};
+use virt_replica::name::{DomainUuid, Generation, RunId};
 use virt_replica::patch::Compression;
 use virt_replica::policy::select::SeenDomain;
 use virt_replica::replicate::choice::CaptureWish;
@@ -66,13 +66,21 @@ pub fn request(
 }
 
 /// The name of a new run: 64 random bits.
-fn new_run() -> Result<RunId> {
+pub fn new_run() -> Result<RunId> {
     let mut bits = [0u8; 8];
     let got = rustix::rand::getrandom(&mut bits, rustix::rand::GetRandomFlags::empty())
         .map_err(|e| Error::from_io("cannot draw random bits", e.into()))?;
     // The kernel never cuts a request this short once its pool is ready, and waits until it is.
     assert_eq!(got, bits.len(), "getrandom gives up to 256 bytes whole");
     Ok(RunId::from_bits(u64::from_le_bytes(bits)))
+}
+
+/// A new UUID, as random as they are.
+pub fn new_uuid() -> Result<DomainUuid> {
+    let (high, low) = (new_run()?, new_run()?);
+    let (high, low) = (high.as_str(), low.as_str());
+    // Version 4, and the variant of RFC 9562.
+    DomainUuid::new(format!("{}-{}-4{}-8{}-{}", &high[..8], &high[8..12], &high[13..], &low[1..4], &low[4..]))
 }
 
 /// 64 bits that shorten a wait; where no random ones are to be had, the wait is its full length.

@@ -465,7 +465,7 @@ fn view_once(domain: &Domain) -> Result<DomainView, Failure> {
     })
 }
 
-fn power(domain: &Domain) -> Result<Power, VirtError> {
+pub(super) fn power(domain: &Domain) -> Result<Power, VirtError> {
     let (state, _reason) = sys::state(domain)?;
     Ok(match state {
         _ if domain.id().is_none() => Power::Off,

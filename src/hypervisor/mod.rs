@@ -13,8 +13,12 @@ pub mod gate;
 pub mod guest;
 #[cfg(feature = "libvirt")]
 mod guest_agent;
+pub mod inside;
 #[cfg(feature = "libvirt")]
 pub mod libvirt;
+pub mod machine;
+#[cfg(feature = "libvirt")]
+mod machine_libvirt;
 #[cfg(feature = "libvirt")]
 pub mod names;
 #[cfg(feature = "libvirt")]

@@ -208,7 +208,7 @@ fn splice(xml: &str, mut edits: Vec<(Range<usize>, String)>) -> String {
 
 // --- reading ---------------------------------------------------------------------------------------------------------
 
-pub(super) fn document(xml: &str) -> Result<Document<'_>> {
+pub(crate) fn document(xml: &str) -> Result<Document<'_>> {
     if xml.len() > XML_LEN_MAX {
         return Err(bad_xml(format!("it has more than {XML_LEN_MAX} bytes")));
     }
@@ -221,22 +221,22 @@ fn bad_xml(why: impl std::fmt::Display) -> Error {
     Error::new(Kind::Corrupt, format!("not a domain's XML: {why}"))
 }
 
-fn domain_element<'a, 'i>(doc: &'a Document<'i>) -> Result<Node<'a, 'i>> {
+pub(crate) fn domain_element<'a, 'i>(doc: &'a Document<'i>) -> Result<Node<'a, 'i>> {
     let root = doc.root_element();
     if root.has_tag_name("domain") { Ok(root) } else { Err(bad_xml("its element is not <domain>")) }
 }
 
 /// Children of this name without a namespace.
-pub(super) fn children<'a, 'i: 'a>(node: Node<'a, 'i>, name: &'static str) -> impl Iterator<Item = Node<'a, 'i>> {
+pub(crate) fn children<'a, 'i: 'a>(node: Node<'a, 'i>, name: &'static str) -> impl Iterator<Item = Node<'a, 'i>> {
     node.children().filter(move |c| c.has_tag_name(name) && c.tag_name().namespace().is_none())
 }
 
-fn child<'a, 'i: 'a>(node: Node<'a, 'i>, name: &'static str) -> Option<Node<'a, 'i>> {
+pub(crate) fn child<'a, 'i: 'a>(node: Node<'a, 'i>, name: &'static str) -> Option<Node<'a, 'i>> {
     children(node, name).next()
 }
 
 /// All text directly inside; comments may split it.
-fn text_of(node: Node) -> String {
+pub(crate) fn text_of(node: Node) -> String {
     node.children().filter(|c| c.is_text()).filter_map(|c| c.text()).collect()
 }
 
@@ -450,7 +450,7 @@ fn with_indent(node: Node) -> Range<usize> {
     before.map_or(node.range().start, |p| p.range().start)..node.range().end
 }
 
-pub(super) fn path_text(path: &Path) -> Result<&str> {
+pub(crate) fn path_text(path: &Path) -> Result<&str> {
     let text =
         path.to_str().ok_or_else(|| Error::new(Kind::Usage, "libvirt takes no path that is not UTF-8").path(path))?;
     if path.is_absolute() { Ok(text) } else { Err(Error::new(Kind::Usage, "the path is not absolute").path(path)) }
@@ -458,7 +458,7 @@ pub(super) fn path_text(path: &Path) -> Result<&str> {
 
 /// Text as it may stand in an attribute or an element. White space other than a blank is written as a reference,
 /// because a parser would turn it into blanks; characters that XML cannot carry are refused.
-pub(super) fn escape(text: &str) -> Result<String> {
+pub(crate) fn escape(text: &str) -> Result<String> {
     let mut out = String::with_capacity(text.len() + 16);
     for c in text.chars() {
         match c {

@@ -5,7 +5,7 @@
 //! - A lease is written before the manifest is read for the point, both under the gate that prune holds alone: a point
 //!   that was found under a lease stays, and its images stay as they are, until the lease is over.
 //! - A lease is over when it is released, and at the latest when it expires: a reader that was killed is in nobody's way
-//!   for long. The clock is the target's.
+//!   for long. The clock is the target's. A failover's lease alone knows no end but its release.
 
 use super::files::Dir;
 use super::manifest::LEASES_DIR;
@@ -32,6 +32,8 @@ const LEASES_MAX: usize = 4096;
 /// The lock of the gate. Never removed.
 const GATE_FILE: &str = "gate";
 const SUFFIX: &str = ".json";
+/// The lease of a failover: one at a time, for as long as that takes.
+const KEPT_FILE: &str = "failover.json";
 
 pub(super) struct Leases {
     dir: Dir,
@@ -99,6 +101,28 @@ impl Leases {
             }
         }
         Ok(())
+    }
+
+    /// Keeps `point` as it is until [`Leases::let_go`], whoever is alive then. Durable when it returns. The caller holds the
+    /// writer's lock.
+    pub fn keep(replica: &Dir, point: &PointId, now: Timestamp) -> Result<()> {
+        let leases = Self::of(replica)?;
+        let _gate = leases.gate(FlockOperation::NonBlockingLockShared, PATIENCE)?;
+        let lease = Lease {
+            point: point.clone(),
+            owner: "this host".to_owned(),
+            purpose: "failover".to_owned(),
+            since: now,
+            expires: Timestamp::MAX,
+        };
+        let holder = Holder { dir: leases.dir, name: KEPT_FILE.to_owned(), lease };
+        holder.write()?;
+        holder.dir.sync()
+    }
+
+    /// Ends what [`Leases::keep`] began; no error if nothing did.
+    pub fn let_go(replica: &Dir) -> Result<()> {
+        Self::of(replica)?.dir.remove(KEPT_FILE)
     }
 
     /// Takes a lease on `point`, looks with `find` whether the point is there, and gives what it found.

@@ -13,11 +13,12 @@
 //! - points ascend by sequence, ids are unique, links included;
 //! - a disk's backing image is that of the point or link just below, which has that disk;
 //! - no point is of a younger generation than the manifest;
-//! - the head is a point.
+//! - the head is a point, and so is what was promoted.
 //!
 //! A reader ignores fields it does not know and refuses a version it does not know.
 //! Format: docs/formats/replica.md.
 
+use super::upkeep::Promoted;
 use super::{Attachment, Consistency, DiskStats, PointDisk, PointView};
 use crate::block::DiskSize;
 use crate::block::digest::Digest;
@@ -37,9 +38,13 @@ pub const VERSION: u32 = 1;
 /// unsealed point, and remove them.
 const VERSION_WITH_LINKS: u32 = 2;
 
-/// The version of a manifest with a disk that is detaching, and the newest this program reads. A program that does not know
-/// of it would take the image for damaged.
+/// The version of a manifest with a disk that is detaching. A program that does not know of it would take the image for
+/// damaged.
 const VERSION_DETACHING: u32 = 3;
+
+/// The version of a manifest with a promotion, and the newest this program reads. A program that does not know of it would
+/// accept runs of the old source.
+const VERSION_PROMOTED: u32 = 4;
 
 /// Largest manifest read or written, in bytes: tens of thousands of points.
 pub const MANIFEST_MAX: usize = 64 << 20;
@@ -119,6 +124,9 @@ pub struct Manifest {
     /// Removed points that are still read through, oldest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     links: Vec<Point>,
+    /// The domain was brought up on this host: no run is accepted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub promotion: Option<Promoted>,
 }
 
 /// A sealed point as the manifest records it.
@@ -183,7 +191,7 @@ impl Manifest {
     /// Of a domain that has no point yet. Exists in memory only: a manifest is first written by the first seal.
     pub fn new(uuid: DomainUuid, name: DomainName, generation: Generation) -> Self {
         let (points, links) = (Vec::new(), Vec::new());
-        Self { format: FORMAT.to_owned(), version: VERSION, uuid, name, generation, points, links }
+        Self { format: FORMAT.to_owned(), version: VERSION, uuid, name, generation, points, links, promotion: None }
     }
 
     /// Reads and checks a manifest. [`Kind::Protocol`] for another program's version, [`Kind::Corrupt`] for the rest.
@@ -196,11 +204,11 @@ impl Manifest {
         if preamble.format != FORMAT {
             return Err(corrupt(format!("this is not a {FORMAT}")));
         }
-        if !(VERSION..=VERSION_DETACHING).contains(&preamble.version) {
+        if !(VERSION..=VERSION_PROMOTED).contains(&preamble.version) {
             return Err(Error::new(
                 Kind::Protocol,
                 format!(
-                    "the manifest has version {}, this program reads versions {VERSION} to {VERSION_DETACHING}",
+                    "the manifest has version {}, this program reads versions {VERSION} to {VERSION_PROMOTED}",
                     preamble.version
                 ),
             )
@@ -214,10 +222,11 @@ impl Manifest {
     /// The document as written. Indented: somebody may have to read it on a bad day.
     pub fn to_json(&self) -> Result<Vec<u8>> {
         let detaching = self.points.iter().chain(&self.links).any(Point::is_detaching);
-        let version = match (detaching, self.links.is_empty()) {
-            (true, _) => VERSION_DETACHING,
-            (false, false) => VERSION_WITH_LINKS,
-            (false, true) => VERSION,
+        let version = match (&self.promotion, detaching, self.links.is_empty()) {
+            (Some(_), ..) => VERSION_PROMOTED,
+            (None, true, _) => VERSION_DETACHING,
+            (None, false, false) => VERSION_WITH_LINKS,
+            (None, false, true) => VERSION,
         };
         let document = Self { version, ..self.clone() };
         let mut json =
@@ -289,6 +298,9 @@ impl Manifest {
             }
             if self.head().is_some_and(|head| head.id == *id) {
                 return Err(Error::new(Kind::Refused, "the newest point is never removed").point(id));
+            }
+            if self.promotion.as_ref().is_some_and(|p| p.point == *id) {
+                return Err(Error::new(Kind::Refused, "the domain runs here from this point").point(id));
             }
         }
         let gone = self.points.extract_if(.., |p| ids.contains(&p.id));
@@ -383,6 +395,9 @@ impl Manifest {
                 );
             }
             below = Some(point);
+        }
+        if let Some(promotion) = self.promotion.as_ref().filter(|p| self.point(&p.point).is_none()) {
+            return Err(corrupt("the manifest contradicts itself: it is promoted to no point").point(&promotion.point));
         }
         match (self.head(), self.links.last()) {
             (head, Some(link)) if head.is_none_or(|h| h.id.seq() < link.id.seq()) => {
@@ -521,9 +536,9 @@ mod tests {
 
     #[test]
     fn a_future_version_is_refused_for_its_number() {
-        let e = Manifest::parse(br#"{"format":"virt-replica manifest","version":4,"points":"elsewhere"}"#).unwrap_err();
+        let e = Manifest::parse(br#"{"format":"virt-replica manifest","version":5,"points":"elsewhere"}"#).unwrap_err();
         assert_eq!(e.kind(), Kind::Protocol);
-        assert!(e.to_string().contains("version 4"), "{e}");
+        assert!(e.to_string().contains("version 5"), "{e}");
     }
 
     #[test]

@@ -18,6 +18,7 @@ mod lock;
 pub mod manifest;
 pub mod pace;
 mod point;
+mod promote;
 mod prune;
 pub mod receive;
 mod reserve;
@@ -124,6 +125,9 @@ pub struct ReplicaView {
     /// Disks of which the head reads what a scrub found damaged.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub damaged: Vec<HeadDamage>,
+    /// The domain was brought up on the target: no run is accepted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub promoted: Option<upkeep::Promoted>,
 }
 
 /// What a scrub found damaged of a disk, as far as the head reads it.

@@ -114,7 +114,7 @@ impl Store {
     }
 
     /// The replica and its manifest, to be changed under the lock.
-    fn to_change(&self) -> Result<(Dir, WriterLock, Manifest)> {
+    pub(super) fn to_change(&self) -> Result<(Dir, WriterLock, Manifest)> {
         if self.open.lock().expect("no code panics with this lock").is_some() {
             return Err(Error::new(Kind::Usage, "a point is being written in this session"));
         }

@@ -21,6 +21,7 @@ use super::lock::WriterLock;
 use super::manifest::{self, MANIFEST_FILE, MANIFEST_MAX, Manifest, POINTS_DIR, REPLICAS_DIR};
 use super::point::OpenPoint;
 use super::seed;
+use super::upkeep::Held;
 use super::{
     Attachment, BeginPoint, Begun, DiskApplied, NODES_MAX, PointView, Replica, ReplicaView, SealPoint, VerifyReport,
     check_blocks, verify,
@@ -180,6 +181,7 @@ impl Replica for Store {
             open_point: None,
             seeds: Vec::new(),
             damaged: Vec::new(),
+            promoted: None,
         };
         let Some(dir) = self.replica_dir()? else { return Ok(view) };
         // First the directories, then the manifest: a point that is sealed in between is named, not open.
@@ -193,6 +195,7 @@ impl Replica for Store {
         if let Some(manifest) = &manifest {
             let points_dir = path.join(POINTS_DIR);
             view.generation = manifest.generation;
+            view.promoted = manifest.promotion.clone();
             view.points = manifest.points().iter().map(|p| p.view(&points_dir)).collect();
             view.damaged = damage::head_damage(&damage::in_head(&dir, manifest));
         }
@@ -323,26 +326,39 @@ impl Reading {
     }
 }
 
-/// A point that stays as it is while somebody else, such as a QEMU program, reads its images.
+/// A point of this store that is held.
 pub struct HeldPoint {
     reading: Reading,
-    point: PointId,
+    view: PointView,
     clock: Clock,
 }
 
-impl HeldPoint {
-    /// The images of a disk, uppermost first.
-    pub fn images(&self, disk: &DiskName) -> Result<crate::image::Chain> {
-        chain::images(&self.reading.points, &self.reading.manifest, &self.point, disk)
+impl Held for HeldPoint {
+    fn point(&self) -> &PointView {
+        &self.view
     }
 
-    /// Prolongs the lease; to be called every minute.
-    pub fn renew(&mut self) -> Result<()> {
+    fn images(&self, disk: &DiskName) -> Result<crate::image::Chain> {
+        chain::images(&self.reading.points, &self.reading.manifest, &self.view.id, disk)
+    }
+
+    fn attachment(&self, name: Attachment) -> Result<Option<Vec<u8>>> {
+        let point = self.reading.manifest.point(&self.view.id).expect("it was found when it was leased");
+        let Some(attached) = point.attachments.iter().find(|a| a.name == name) else { return Ok(None) };
+        verify::read_attachment(&self.reading.points, &self.view.id, attached)
+            .and_then(|content| {
+                let damaged = || Error::new(Kind::Corrupt, "the file is not what was sealed");
+                content.map(Some).ok_or_else(|| damaged().path(attached.name.file_name()))
+            })
+            .map_err(|e| e.point(&self.view.id))
+    }
+
+    fn renew(&mut self) -> Result<()> {
         let now = (self.clock)();
         self.reading.lease.as_mut().map_or(Ok(()), |lease| lease.renew(now))
     }
 
-    pub fn release(self) {
+    fn release(self: Box<Self>) {
         self.reading.release();
     }
 }
@@ -350,7 +366,10 @@ impl HeldPoint {
 impl Store {
     /// Leases a point for `purpose`.
     pub fn hold(&self, point: &PointId, purpose: &str) -> Result<HeldPoint> {
-        Ok(HeldPoint { reading: self.read(point, purpose)?, point: point.clone(), clock: self.clock.clone() })
+        let reading = self.read(point, purpose)?;
+        let record = reading.manifest.point(point).expect("read says so");
+        let view = record.view(&self.path().join(POINTS_DIR));
+        Ok(HeldPoint { reading, view, clock: self.clock.clone() })
     }
 
     /// Leases a point for reading. [`Kind::NotFound`] if there is no such point.
@@ -432,6 +451,10 @@ fn check_request(request: &BeginPoint, uuid: &DomainUuid) -> Result<()> {
 
 /// Whether the run builds on what is here (I14, I15, I16).
 fn check_head(request: &BeginPoint, manifest: &Manifest) -> Result<()> {
+    if let Some(promotion) = &manifest.promotion {
+        let e = Error::new(Kind::Conflict, promotion.why()).domain(&request.name);
+        return Err(e.hint(promotion.advice()));
+    }
     if request.generation < manifest.generation {
         return Err(Error::new(
             Kind::Conflict,

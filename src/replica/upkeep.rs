@@ -2,9 +2,10 @@
 //!
 //! Near and far are the same trait here too: the store implements it, and so does the agent's client.
 
-use super::Attachment;
+use super::{Attachment, PointView};
 use crate::error::Result;
-use crate::name::{DiskName, PointId};
+use crate::image::Chain;
+use crate::name::{DiskName, Generation, PointId};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -37,6 +38,51 @@ pub trait Upkeep: Send + Sync {
     /// target allows. `None`: none does. One at a time ([`Kind::Busy`](crate::error::Kind::Busy) otherwise); replication goes
     /// on beside it. [`Kind::Space`](crate::error::Kind::Space) where the target has no room for a second whole copy.
     fn shorten(&self) -> Result<Option<Box<dyn Shortening>>>;
+}
+
+/// A point that stays as it is while somebody else, such as a QEMU program, reads its images.
+pub trait Held: Send {
+    fn point(&self) -> &PointView;
+
+    /// The images of a disk, uppermost first.
+    fn images(&self, disk: &DiskName) -> Result<Chain>;
+
+    /// The content of an attachment, if the point has it. [`Kind::Corrupt`](crate::error::Kind::Corrupt) if it is not what
+    /// was sealed.
+    fn attachment(&self, name: Attachment) -> Result<Option<Vec<u8>>>;
+
+    /// Prolongs the lease; to be called every minute.
+    fn renew(&mut self) -> Result<()>;
+
+    fn release(self: Box<Self>);
+}
+
+/// A replica whose domain is brought up on the host of the store: who may write to it, and that its point stays.
+pub trait Promoting: Send + Sync {
+    /// The promotion that is in force.
+    fn promoted(&self) -> Result<Option<Promoted>>;
+
+    /// From its return no run is accepted, and the point stays with all it stands on; durable. The same one again is no error;
+    /// [`Kind::Conflict`](crate::error::Kind::Conflict) while another is in force, [`Kind::Busy`](crate::error::Kind::Busy)
+    /// while somebody writes to the replica.
+    fn promote(&self, point: &PointId) -> Result<()>;
+
+    /// Runs are accepted again; durable. No error if there is no promotion; [`Kind::Refused`](crate::error::Kind::Refused) once
+    /// it was committed.
+    fn withdraw(&self) -> Result<()>;
+
+    /// There is no way back: the generation rises, durably. Gives the new one; the second time the same.
+    fn commit(&self) -> Result<Generation>;
+}
+
+/// That the domain was brought up on the host of the store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Promoted {
+    pub point: PointId,
+    pub since: Timestamp,
+    /// It is not to be undone any more.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub committed: bool,
 }
 
 /// Images that stand alone under way. As with a scrub, nothing happens but in [`Shortening::step`]; what was copied of a

@@ -6,7 +6,7 @@
 
 use super::chain;
 use super::files::Dir;
-use super::manifest::{self, Manifest, Point};
+use super::manifest::{self, Attached, Manifest, Point};
 use super::{ATTACHMENT_MAX, Attachment, VerifyDisk, VerifyReport};
 use crate::block::changes::{RUN_DIGESTS_MAX, Run};
 use crate::block::digest::{Digest, block_digest};
@@ -16,7 +16,7 @@ use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize};
 use crate::error::{Error, Kind, Result};
 use crate::image::qcow2::{self, Qcow2Image};
 use crate::image::{Chain, Image};
-use crate::name::DiskName;
+use crate::name::{DiskName, PointId};
 use std::collections::BTreeSet;
 use std::ops::Range;
 
@@ -53,21 +53,25 @@ pub(super) fn verify(
 }
 
 pub(super) fn damaged_attachments(points: &Dir, point: &Point) -> Result<Vec<Attachment>> {
-    let dir = points.sub(point.id.as_str())?;
     let mut damaged = Vec::new();
     for attached in &point.attachments {
-        let content = dir.as_ref().map(|d| d.read(attached.name.file_name(), ATTACHMENT_MAX)).transpose();
-        let whole = match content {
-            Ok(content) => content.flatten().is_some_and(|c| Digest(*blake3::hash(&c).as_bytes()) == attached.blake3),
-            // Longer than any attachment: it is not what was sealed.
-            Err(e) if e.kind() == Kind::Corrupt => false,
-            Err(e) => return Err(e),
-        };
-        if !whole {
+        if read_attachment(points, &point.id, attached)?.is_none() {
             damaged.push(attached.name);
         }
     }
     Ok(damaged)
+}
+
+/// An attachment's content; `None` if that is not what was sealed, or is gone.
+pub(super) fn read_attachment(points: &Dir, point: &PointId, attached: &Attached) -> Result<Option<Vec<u8>>> {
+    let dir = points.sub(point.as_str())?;
+    let content = dir.as_ref().map(|d| d.read(attached.name.file_name(), ATTACHMENT_MAX)).transpose();
+    match content {
+        Ok(content) => Ok(content.flatten().filter(|c| Digest(*blake3::hash(c).as_bytes()) == attached.blake3)),
+        // Longer than any attachment: it is not what was sealed.
+        Err(e) if e.kind() == Kind::Corrupt => Ok(None),
+        Err(e) => Err(e),
+    }
 }
 
 fn verify_disk(

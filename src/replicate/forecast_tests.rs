@@ -76,6 +76,7 @@ fn replica(frozen_at: Option<i64>) -> ReplicaView {
         open_point: None,
         seeds: Vec::new(),
         damaged: Vec::new(),
+        promoted: None,
     }
 }
 

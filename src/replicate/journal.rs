@@ -406,7 +406,7 @@ fn known_version(format: u32, path: &Path) -> Result<()> {
         .hint("it was written by a newer virt-replica: use that one to settle the domain"))
 }
 
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+pub(crate) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     let mut text = Vec::new();
     match File::open(path).and_then(|f| f.take(DOCUMENT_MAX).read_to_end(&mut text)) {
         Ok(_) => {}
@@ -421,12 +421,12 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     })
 }
 
-fn to_json(value: &impl Serialize) -> Vec<u8> {
+pub(crate) fn to_json(value: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec_pretty(value).expect("our documents are plain data")
 }
 
 /// Replaces `dir/name` whole: temp, fsync, rename, directory fsync.
-fn replace(dir: &Path, name: &str, content: &[u8]) -> Result<()> {
+pub(crate) fn replace(dir: &Path, name: &str, content: &[u8]) -> Result<()> {
     let path = dir.join(name);
     let fail = |e: std::io::Error| Error::io("cannot write durably", &path, e);
     let mut temp = tempfile::Builder::new().prefix(".new-").tempfile_in(dir).map_err(fail)?;

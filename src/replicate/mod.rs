@@ -22,7 +22,7 @@ pub mod plan;
 pub mod pump;
 pub mod quiesce;
 pub mod report;
-mod room;
+pub(crate) mod room;
 pub mod settle;
 mod surroundings;
 pub mod survey;

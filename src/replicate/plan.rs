@@ -13,6 +13,7 @@ use crate::error::{Error, Kind};
 use crate::hypervisor::{DiskKind, DiskView, DomainView, Power};
 use crate::image::{Chain, Layer};
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
+use crate::replica::upkeep::Promoted;
 use crate::replica::{DiskStats, HeadDamage, Mode, ReplicaView, SeedView};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -165,6 +166,8 @@ pub enum Conflict {
     Unsettled { what: String },
     /// The replica belongs to a later direction of replication than this host knows.
     Promoted { ours: Generation, theirs: Generation },
+    /// The domain was brought up on the target.
+    BroughtUp { promoted: Promoted },
     /// No disk is left to replicate.
     NoDisks,
     /// An image's size is not known: libvirt cannot look at it.
@@ -220,6 +223,7 @@ impl Conflict {
             Conflict::Promoted { .. } => {
                 "the replica was failed over, or another host became its source: do not replicate over it; decide which side is right first".into()
             }
+            Conflict::BroughtUp { promoted } => promoted.advice().into(),
             Conflict::NoDisks => "see the reasons of the skipped disks".into(),
             Conflict::SizeUnknown { .. } => "check that libvirt can open the image: virsh domblkinfo DOMAIN DISK".into(),
             Conflict::NoOverlaySpace { .. } => {
@@ -251,6 +255,7 @@ impl std::fmt::Display for Conflict {
                 write!(f, "it is on {}, an overlay of virt-replica that this host has no record of", overlay.display())
             }
             Conflict::Unsettled { what } => write!(f, "an earlier run could not be settled: {what}"),
+            Conflict::BroughtUp { promoted } => f.write_str(&promoted.why()),
             Conflict::Promoted { ours, theirs } => {
                 write!(f, "the replica has generation {theirs}, this host only knows generation {ours}")
             }
@@ -348,7 +353,9 @@ pub fn plan(
         plan.notes
             .push("the domain has a saved memory image: it does not travel, the point is as after a power cut".into());
     }
-    if replica.generation > our_generation {
+    if let Some(promoted) = &replica.promoted {
+        plan.conflicts.push(Conflict::BroughtUp { promoted: promoted.clone() });
+    } else if replica.generation > our_generation {
         plan.conflicts.push(Conflict::Promoted { ours: our_generation, theirs: replica.generation });
     }
     if let Some(job) = &domain.domain_job {

@@ -117,6 +117,7 @@ fn replica(disks: &str) -> ReplicaView {
         open_point: None,
         seeds: Vec::new(),
         damaged: Vec::new(),
+        promoted: None,
     }
 }
 
@@ -282,6 +283,21 @@ fn a_replica_of_a_later_generation_is_not_written_to() {
     promoted.generation = Generation(2);
     let plan = plan(&domain, &facts(&domain), &promoted, Generation(1), &PlanOptions::default());
     assert_eq!(plan.conflicts, [Conflict::Promoted { ours: Generation(1), theirs: Generation(2) }]);
+}
+
+#[test]
+fn a_replica_whose_domain_runs_on_the_target_is_not_written_to_whatever_its_generation() {
+    let domain = domain("vda");
+    for committed in [false, true] {
+        let mut replica = replica("vda");
+        let point = replica.head().unwrap().id.clone();
+        replica.promoted =
+            Some(crate::replica::upkeep::Promoted { point, since: jiff::Timestamp::UNIX_EPOCH, committed });
+        let plan = plan(&domain, &facts(&domain), &replica, Generation(1), &PlanOptions::default());
+        let refusal = plan.refusal().expect("it is refused");
+        assert_eq!(refusal.kind(), Kind::Conflict);
+        assert!(refusal.hint_text().unwrap().starts_with("leave the domain here shut off"), "{}", refusal.chain());
+    }
 }
 
 #[test]

@@ -144,7 +144,7 @@ fn cut_short(capture: CaptureKind, overlay: &Overlay, free_bytes: u64) -> Error 
 }
 
 /// Free bytes for an unprivileged writer, as QEMU is one; `None` where there is no such directory.
-pub(super) fn free_bytes(dir: &Path) -> Option<u64> {
+pub(crate) fn free_bytes(dir: &Path) -> Option<u64> {
     let s = rustix::fs::statvfs(dir).ok()?;
     Some(s.f_bavail.saturating_mul(s.f_frsize))
 }

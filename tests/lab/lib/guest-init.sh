@@ -36,6 +36,14 @@ wait_for() { # wait_for DEVICE: probing is asynchronous
   [ -b "$1" ]
 }
 
+# With a network device it is 192.0.2.10, and accepts connections on port 22; nobody else is there to be asked for an address.
+start_network() {
+  [ -e /sys/class/net/eth0 ] || return 0
+  ip address add 192.0.2.10/24 dev eth0
+  ip link set eth0 up
+  while :; do nc -l -p 22 </dev/null >/dev/null 2>&1; done &
+}
+
 mount_disks() {
   wait_for /dev/vda || stop "no disk"
   mount -t ext4 /dev/vda /data || stop "cannot mount /dev/vda"
@@ -130,6 +138,7 @@ report() {
 }
 
 start
+start_network
 mount_disks
 start_agent
 case $mode in

@@ -1,0 +1,114 @@
+//! `failover`: brings a domain up on this host because its source is gone; undoes that, or makes it the truth.
+
+use super::Globals;
+use super::here::HereArgs;
+use super::output::{Exit, Output};
+use clap::{ArgGroup, Args};
+use virt_replica::error::Result;
+use virt_replica::name::PointId;
+
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("what").args(["unplanned", "undo", "commit"]).required(true))]
+pub struct FailoverArgs {
+    /// Name or UUID of the domain
+    domain: String,
+    /// Bring it up from a point, without its source; what it wrote since that point is not here
+    #[arg(long, requires = "source_is_dead")]
+    unplanned: bool,
+    /// You have made sure that the domain cannot run at its source any more: the host is off, or cut from storage and network
+    #[arg(long, requires = "unplanned")]
+    source_is_dead: bool,
+    /// The point [default: the head]
+    #[arg(long, value_name = "POINT", requires = "unplanned")]
+    point: Option<PointId>,
+    /// Ask libvirt of the source first (qemu+ssh://a/system), and go no further if the domain runs there
+    #[arg(long, value_name = "URI", requires = "unplanned")]
+    ask: Option<String>,
+    /// End it here, throw away what it wrote here, and let its source replicate again
+    #[arg(long, requires = "lose_its_writes")]
+    undo: bool,
+    /// You know that everything written here since the failover is lost
+    #[arg(long, requires = "undo")]
+    lose_its_writes: bool,
+    /// Make it the truth: the generation rises, the old source is refused for ever, and there is no undo
+    #[arg(long)]
+    commit: bool,
+    #[command(flatten)]
+    here: HereArgs,
+    /// Print JSON for scripts
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[cfg(not(feature = "libvirt"))]
+pub fn failover(_: &FailoverArgs, _: &Globals, _: Output) -> Result<Exit> {
+    super::no_libvirt("failover")
+}
+
+#[cfg(feature = "libvirt")]
+pub use act::failover;
+
+#[cfg(feature = "libvirt")]
+mod act {
+    use super::*;
+    use crate::cli::output::{Message, print};
+    use crate::cli::{progress, render};
+    use serde_json::json;
+    use virt_replica::name::Generation;
+    use virt_replica::recovery::failover::FailoverRecord;
+
+    pub fn failover(args: &FailoverArgs, globals: &Globals, output: Output) -> Result<Exit> {
+        let here = args.here.connect(globals)?;
+        let say = |what: &str| match (output.json, output.quiet) {
+            // A reader that has gone away must not end a failover in the middle.
+            (true, _) => drop(Message { message_type: "step", body: json!({ "what": what }) }.print()),
+            (false, true) => {}
+            (false, false) => progress::say(what),
+        };
+        let (record, generation, action) = if args.undo {
+            (here.undo_failover(&args.domain, &say)?, None, "undone")
+        } else if args.commit {
+            let (record, generation) = here.commit_failover(&args.domain, &say)?;
+            (record, Some(generation), "committed")
+        } else {
+            let found = here.find_for_failover(&args.domain, args.point.as_ref())?;
+            (here.failover(&found, args.ask.as_deref(), &say)?, None, "running")
+        };
+        match output.json {
+            true => Message { message_type: "failover", body: body(&record, generation, action) }.print()?,
+            false => print(&describe(&record, generation, action))?,
+        }
+        Ok(Exit::Done)
+    }
+
+    fn body(record: &FailoverRecord, generation: Option<Generation>, action: &str) -> serde_json::Value {
+        json!({
+            "domain": record.domain, "uuid": record.uuid, "point": record.point, "frozen_at": record.frozen_at,
+            "since": record.started_at, "overlays": record.dir, "action": action, "generation": generation,
+        })
+    }
+
+    fn describe(record: &FailoverRecord, generation: Option<Generation>, action: &str) -> String {
+        let (name, point) = (&record.domain, &record.point);
+        match (action, generation) {
+            ("running", _) => [
+                format!("{name} runs here, from point {point}, as it was at {}", render::time(record.frozen_at)),
+                render::wrap("  ", "its source is refused from now on; keep it shut off"),
+                render::wrap("  ", &format!("what it writes goes to {}", record.dir.display())),
+                render::wrap(
+                    "  next: ",
+                    &format!(
+                        "`virt-replica failover {name} --commit` to stay, or `--undo --lose-its-writes` to go back"
+                    ),
+                ),
+            ]
+            .join("\n"),
+            ("committed", Some(generation)) => {
+                format!("{name} lives here now: generation {generation}; its old source is refused for ever")
+            }
+            _ => format!(
+                "{name} does not run here any more, and what it wrote here is gone; its source may replicate again"
+            ),
+        }
+    }
+}

@@ -1,0 +1,39 @@
+//! Commands that run on the target itself: where its store is, and what its mapping says.
+
+use clap::Args;
+use std::path::PathBuf;
+use virt_replica::transport::target::ROOT_DEFAULT;
+
+/// Where this host keeps replicas.
+#[derive(Debug, Args)]
+pub struct HereArgs {
+    /// Directory of the store
+    #[arg(long, value_name = "DIR", default_value = ROOT_DEFAULT)]
+    root: PathBuf,
+    /// What networks, machine types and paths of the source are here [default: recovery.yaml beside the configuration]
+    #[arg(long, value_name = "FILE")]
+    mapping: Option<PathBuf>,
+}
+
+#[cfg(feature = "libvirt")]
+mod connect {
+    use super::super::Globals;
+    use super::*;
+    use virt_replica::error::Result;
+    use virt_replica::recovery::mapping::{MAPPING_FILE, Mapping};
+    use virt_replica::site::here::{Here, HereOptions};
+
+    impl HereArgs {
+        /// Reads the mapping and connects to libvirt.
+        pub fn connect(&self, globals: &Globals) -> Result<Here> {
+            let beside = globals.config_path().with_file_name(MAPPING_FILE);
+            let mapping = Mapping::load(self.mapping.as_deref().unwrap_or(&beside), self.mapping.is_some())?;
+            Here::connect(HereOptions {
+                uri: globals.uri(),
+                root: self.root.clone(),
+                state: globals.state_dir.clone(),
+                mapping,
+            })
+        }
+    }
+}

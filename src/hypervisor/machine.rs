@@ -1,0 +1,191 @@
+//! The port to a host that is to run a domain which is not its own: what it can do, and the verbs that bring one up and away.
+//!
+//! Every verb blocks, at most its deadline. What is asked for and is so already is no error: whoever was killed in the
+//! middle does it all again.
+
+use super::Power;
+use super::xml::{child, children, document, text_of};
+use crate::error::{Error, Kind, Result};
+use crate::name::DomainUuid;
+use serde::Serialize;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+pub trait Machines: Send + Sync {
+    /// Looks at the host, as far as it decides whether this machine can run there.
+    fn host(&self, machine: &Machine) -> Result<HostView>;
+
+    /// Starts a domain that leaves no definition behind. `Refused`, with libvirt's words, if it cannot be.
+    fn start_transient(&self, xml: &str) -> Result<()>;
+
+    /// Defines a domain, or defines it anew. `Refused` if libvirt finds fault with the XML.
+    fn define(&self, xml: &str) -> Result<()>;
+
+    /// Starts a defined domain.
+    fn start(&self, uuid: &DomainUuid) -> Result<()>;
+
+    /// Ends a domain at once, as a power cut does. Returns when its QEMU is gone.
+    fn destroy(&self, uuid: &DomainUuid) -> Result<()>;
+
+    /// Removes the definition of a domain that is off, and nothing of its files.
+    fn undefine(&self, uuid: &DomainUuid) -> Result<()>;
+
+    /// How a domain stands; `None`: there is no such domain.
+    fn power(&self, uuid: &DomainUuid) -> Result<Option<Power>>;
+
+    /// Makes a network that leads nowhere, gone with the host's next boot. The bridge's name has at most 15 bytes.
+    fn start_network(&self, name: &str, bridge: &str) -> Result<()>;
+
+    fn stop_network(&self, name: &str) -> Result<()>;
+
+    /// Takes a foot into a network of [`Machines::start_network`], beside a guest of this address: the host stays outside.
+    fn join_network(&self, name: &str, bridge: &str, guest: (Ipv4Addr, u8)) -> Result<()>;
+
+    /// Whether somebody in there accepts a connection, within this time. Needs [`Machines::join_network`].
+    fn connects(&self, network: &str, to: SocketAddr, within: Duration) -> Result<bool>;
+
+    fn leave_network(&self, name: &str) -> Result<()>;
+
+    /// Asks the guest agent whether it is there.
+    fn ping_guest_agent(&self, uuid: &DomainUuid, within: Duration) -> Result<()>;
+
+    /// A picture of the first screen, in a format of QEMU's choice (PNG or PPM).
+    fn screenshot(&self, uuid: &DomainUuid) -> Result<Vec<u8>>;
+}
+
+/// What kind of machine a definition asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Machine {
+    /// `kvm` or `qemu`.
+    pub virt_type: String,
+    pub arch: String,
+    /// As the definition calls it: `pc-q35-7.2`.
+    pub machine: String,
+}
+
+/// A host, at one moment.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HostView {
+    /// What it can do with such a machine; `Err`: libvirt's words, why it cannot.
+    pub machine: Result<Capabilities, String>,
+    pub networks: Vec<NetworkView>,
+    /// Network devices of the host that are bridges.
+    pub bridges: Vec<String>,
+    pub domains: Vec<Neighbour>,
+    pub free_memory_bytes: u64,
+    /// The user that QEMU runs as unless a domain says otherwise; `None`: libvirt does not say.
+    pub qemu_uid: Option<u32>,
+}
+
+/// libvirt's word on what QEMU of this host can do for one kind of machine.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Path of the emulator, as libvirt would start it.
+    pub emulator: String,
+    /// Of the processor's models those that this host can show a guest.
+    pub cpu_models: Vec<String>,
+    pub host_passthrough: bool,
+    pub uefi: bool,
+    pub secure_boot: bool,
+    pub tpm_emulator: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetworkView {
+    pub name: String,
+    pub active: bool,
+}
+
+/// A domain that is there already.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Neighbour {
+    pub name: String,
+    pub uuid: String,
+    pub running: bool,
+    /// In lower case.
+    pub macs: Vec<String>,
+}
+
+/// Reads libvirt's `<domainCapabilities>`.
+pub fn parse_capabilities(xml: &str) -> Result<Capabilities> {
+    let doc = document(xml)?;
+    let root = doc.root_element();
+    if !root.has_tag_name("domainCapabilities") {
+        return Err(Error::new(Kind::Protocol, "these are no capabilities of a host"));
+    }
+    let values = |node: Option<roxmltree::Node<'_, '_>>, name: &str| -> Vec<String> {
+        let enums = node.into_iter().flat_map(|n| n.children()).filter(|e| e.has_tag_name("enum"));
+        let named = enums.filter(|e| e.attribute("name") == Some(name));
+        named.flat_map(|e| children(e, "value")).map(text_of).collect()
+    };
+    let modes: Vec<_> = child(root, "cpu").into_iter().flat_map(|c| children(c, "mode")).collect();
+    let mode = |name: &str| modes.iter().find(|m| m.attribute("name") == Some(name)).copied();
+    let models = mode("custom").into_iter().flat_map(|m| children(m, "model"));
+    let os = child(root, "os");
+    let loader = os.and_then(|o| child(o, "loader"));
+    let uefi = values(os, "firmware").iter().any(|f| f == "efi");
+    let tpm = child(root, "devices").and_then(|d| child(d, "tpm"));
+    Ok(Capabilities {
+        emulator: child(root, "path").map(text_of).unwrap_or_default(),
+        cpu_models: models.filter(|m| m.attribute("usable") != Some("no")).map(text_of).collect(),
+        host_passthrough: mode("host-passthrough").is_some_and(|m| m.attribute("supported") == Some("yes")),
+        uefi,
+        secure_boot: uefi && values(loader, "secure").iter().any(|v| v == "yes"),
+        tpm_emulator: values(tpm, "backendModel").iter().any(|b| b == "emulator"),
+    })
+}
+
+/// The user that QEMU runs as, by libvirt's `<capabilities>`: its security model `dac` names it.
+pub fn qemu_uid(xml: &str) -> Result<Option<u32>> {
+    let doc = document(xml)?;
+    let models = child(doc.root_element(), "host").into_iter().flat_map(|h| children(h, "secmodel"));
+    let mut dac = models.filter(|m| child(*m, "model").is_some_and(|n| text_of(n) == "dac"));
+    let label = dac.next().and_then(|m| child(m, "baselabel")).map(text_of);
+    // `+64055:+64055`
+    Ok(label.and_then(|l| l.split(':').next()?.trim_start_matches('+').parse().ok()))
+}
+
+/// The MAC addresses of a domain's interfaces, in lower case.
+pub fn macs_of(xml: &str) -> Result<Vec<String>> {
+    let doc = document(xml)?;
+    let devices = child(doc.root_element(), "devices");
+    let interfaces = devices.into_iter().flat_map(|d| children(d, "interface"));
+    let macs = interfaces.filter_map(|i| child(i, "mac")?.attribute("address"));
+    Ok(macs.map(str::to_ascii_lowercase).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capabilities_are_read_and_what_is_not_said_is_not_there() {
+        let xml = "<domainCapabilities><path>/usr/bin/qemu</path>\
+            <os supported='yes'><enum name='firmware'><value>efi</value></enum>\
+            <loader supported='yes'><enum name='secure'><value>yes</value><value>no</value></enum></loader></os>\
+            <cpu><mode name='host-passthrough' supported='yes'/><mode name='custom' supported='yes'>\
+            <model usable='no'>EPYC</model><model usable='yes'>Haswell</model></mode></cpu>\
+            <devices><tpm supported='yes'><enum name='backendModel'><value>emulator</value></enum></tpm></devices>\
+            </domainCapabilities>";
+        let c = parse_capabilities(xml).unwrap();
+        assert_eq!((c.emulator.as_str(), c.cpu_models.as_slice()), ("/usr/bin/qemu", &["Haswell".to_owned()][..]));
+        assert!(c.host_passthrough && c.uefi && c.secure_boot && c.tpm_emulator);
+        assert_eq!(parse_capabilities("<domainCapabilities/>").unwrap(), Capabilities::default());
+        assert_eq!(parse_capabilities("<domain/>").unwrap_err().kind(), Kind::Protocol);
+    }
+
+    #[test]
+    fn the_user_of_qemu_is_that_of_the_model_dac() {
+        let xml = "<capabilities><host><secmodel><model>apparmor</model><baselabel type='kvm'>x</baselabel></secmodel>\
+            <secmodel><model>dac</model><baselabel type='kvm'>+64055:+64055</baselabel></secmodel></host></capabilities>";
+        assert_eq!(qemu_uid(xml).unwrap(), Some(64055));
+        assert_eq!(qemu_uid("<capabilities/>").unwrap(), None);
+    }
+
+    #[test]
+    fn mac_addresses_are_compared_in_lower_case() {
+        let xml =
+            "<domain><devices><interface><mac address='52:54:00:AA:bb:01'/></interface><interface/></devices></domain>";
+        assert_eq!(macs_of(xml).unwrap(), ["52:54:00:aa:bb:01"]);
+    }
+}

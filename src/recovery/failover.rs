@@ -1,0 +1,308 @@
+//! An unplanned failover: the domain is brought up on this host from a point, because its source is gone. The way back is to
+//! undo it, which loses what the guest wrote here, or to commit it, which makes this the truth.
+//!
+//! Invariants
+//! - The replica refuses its source durably (f2) before the guest can start here (f6), and until it cannot run here any more
+//!   (f9): at no time may both sides write.
+//! - The guest writes to overlays, never to a point (I20). Its overlays are made anew only as long as it was never started: the
+//!   record says `made` (f4) before anything can start it, and from then on they are kept.
+//! - Every step may be done twice. Whatever dies, the same command goes on from the record.
+//!
+//! Steps: docs/recovery.md.
+
+use super::definition::Definition;
+use super::overlays;
+use crate::error::{Error, Kind, Result};
+use crate::failpoint;
+use crate::hypervisor::Power;
+use crate::hypervisor::machine::Machines;
+use crate::name::{DomainName, DomainUuid, Generation, PointId};
+use crate::replica::upkeep::{Held, Promoting};
+use crate::replicate::journal::{read_json, replace, sync_dir, to_json};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+const RECORD: &str = "record.json";
+
+/// A failover, from its first step until it was undone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailoverRecord {
+    /// Version of this document: 1.
+    pub format: u32,
+    pub domain: DomainName,
+    pub uuid: DomainUuid,
+    pub point: PointId,
+    /// When that point's disks stood still.
+    pub frozen_at: Timestamp,
+    /// Its overlays.
+    pub dir: PathBuf,
+    pub stage: Stage,
+    pub started_at: Timestamp,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stage {
+    /// The guest was never started: what there is of overlays is worth nothing.
+    Begun,
+    /// The overlays are complete, and the guest may have written to them.
+    Made,
+    /// It was started.
+    Running,
+    /// It is to be thrown away.
+    Undoing,
+    /// It is what the domain is now.
+    Committed,
+}
+
+/// Of the overlays of a domain's failover.
+pub fn dir_name(uuid: &DomainUuid) -> String {
+    format!("vr-failover-{uuid}")
+}
+
+/// One domain's state of failover, with its lock held. Released when dropped, also by `kill -9`.
+pub struct FailoverState {
+    dir: PathBuf,
+    _lock: File,
+}
+
+impl FailoverState {
+    /// [`Kind::Busy`] while another hand is on it.
+    pub fn open(state: &Path, uuid: &DomainUuid) -> Result<FailoverState> {
+        let dir = state_dir(state, uuid);
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir);
+        made.map_err(|e| Error::io("cannot make the directory of the failover", &dir, e))?;
+        let path = dir.join("lock");
+        let mut options = fs::OpenOptions::new();
+        let file = options.write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let file = file.map_err(|e| Error::io("cannot open the failover's lock", &path, e))?;
+        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(FailoverState { dir, _lock: file }),
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                Err(Error::new(Kind::Busy, "another program works on this failover").path(path))
+            }
+            Err(e) => Err(Error::io("cannot lock the failover", path, e.into())),
+        }
+    }
+
+    pub fn record(&self) -> Result<Option<FailoverRecord>> {
+        peek_in(&self.dir)
+    }
+
+    /// Durable when it returns.
+    fn write(&self, record: &FailoverRecord) -> Result<()> {
+        replace(&self.dir, RECORD, &to_json(record))
+    }
+
+    /// Durable when it returns.
+    fn close(&self) -> Result<()> {
+        let path = self.dir.join(RECORD);
+        fs::remove_file(&path).map_err(|e| Error::io("cannot remove the record of the failover", &path, e))?;
+        sync_dir(&self.dir)
+    }
+}
+
+fn state_dir(state: &Path, uuid: &DomainUuid) -> PathBuf {
+    state.join("recovery").join("failovers").join(uuid.as_str())
+}
+
+fn peek_in(dir: &Path) -> Result<Option<FailoverRecord>> {
+    let path = dir.join(RECORD);
+    let Some(record) = read_json::<FailoverRecord>(&path)? else { return Ok(None) };
+    if record.format != 1 {
+        let what = format!("the record of a failover has version {}, this program reads version 1", record.format);
+        return Err(Error::new(Kind::Protocol, what).path(path));
+    }
+    // Whatever the record says, no other directory is ever removed.
+    match record.dir.file_name().is_some_and(|n| *n == *dir_name(&record.uuid)) {
+        true => Ok(Some(record)),
+        false => {
+            Err(Error::new(Kind::Corrupt, "the record of a failover names a directory that is not a failover's")
+                .path(path))
+        }
+    }
+}
+
+/// Failovers of this host that were cut short on their way up or down, read without their locks.
+pub fn left_behind(state: &Path) -> Result<Vec<FailoverRecord>> {
+    let dir = state.join("recovery").join("failovers");
+    let entries = match fs::read_dir(&dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(Error::io("cannot read the directory of failovers", &dir, e)),
+    };
+    let mut left = Vec::new();
+    for entry in entries.flatten() {
+        if let Some(record) = peek_in(&entry.path())?
+            && matches!(record.stage, Stage::Begun | Stage::Made | Stage::Undoing)
+        {
+            left.push(record);
+        }
+    }
+    Ok(left)
+}
+
+/// What a failover needs of the world.
+pub struct Ports<'a> {
+    pub machines: &'a dyn Machines,
+    pub replica: &'a dyn Promoting,
+    pub clock: &'a dyn Fn() -> Timestamp,
+    /// Told what is done now, in words.
+    pub say: &'a dyn Fn(&str),
+}
+
+/// What is brought up, and where its overlays go.
+pub struct Plan<'a> {
+    pub domain: &'a DomainName,
+    pub uuid: &'a DomainUuid,
+    pub dir: PathBuf,
+    pub definition: &'a Definition,
+}
+
+/// What is to be done next about a failover; pure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// From the first step.
+    Begin,
+    /// The overlays anew, and all that follows.
+    Remake,
+    /// Define and start, with the overlays that there are.
+    Start,
+    /// It is done.
+    Nothing,
+    /// It is being thrown away: that comes to its end first.
+    FinishUndo,
+}
+
+/// From what is recorded and how the domain stands: what the command to fail over has to do.
+pub fn next(stage: Option<Stage>, power: Option<Power>) -> Next {
+    let runs = matches!(power, Some(Power::Running | Power::Paused));
+    match (stage, runs) {
+        (None, _) => Next::Begin,
+        // It cannot have been started by us; if somebody else did, its overlays are in use.
+        (Some(Stage::Begun), false) => Next::Remake,
+        (Some(Stage::Begun), true) => Next::Start,
+        (Some(Stage::Undoing), _) => Next::FinishUndo,
+        (Some(Stage::Running | Stage::Committed), true) => Next::Nothing,
+        (Some(Stage::Made | Stage::Running | Stage::Committed), _) => Next::Start,
+    }
+}
+
+/// Brings the domain up from the point that is held, or goes on where an earlier attempt was left. Returns when it was
+/// started, with the record; durable then.
+pub fn run(ports: &Ports, state: &FailoverState, plan: &Plan, held: &dyn Held) -> Result<FailoverRecord> {
+    let xml = plan.definition.xml()?;
+    let recorded = state.record()?;
+    let power = ports.machines.power(plan.uuid)?;
+    let todo = next(recorded.as_ref().map(|r| r.stage), power);
+    let mut record = match (todo, recorded) {
+        (Next::FinishUndo, Some(record)) => {
+            let what = format!("the failover of {} is being undone", record.started_at);
+            return Err(Error::new(Kind::Conflict, what)
+                .hint("run `virt-replica failover DOMAIN --undo --lose-its-writes` to its end first"));
+        }
+        // Nobody was told of that point yet, and there may be a newer one.
+        (Next::Remake, Some(record)) if ports.replica.promoted()?.is_none() => {
+            FailoverRecord { point: held.point().id.clone(), frozen_at: held.point().frozen_at, ..record }
+        }
+        (_, Some(record)) if record.point != held.point().id => {
+            let what =
+                format!("the domain was brought up here from point {}, not from {}", record.point, held.point().id);
+            return Err(Error::new(Kind::Conflict, what).hint("undo that failover first, or leave --point out"));
+        }
+        (_, Some(record)) => record,
+        (_, None) => FailoverRecord {
+            format: 1,
+            domain: plan.domain.clone(),
+            uuid: plan.uuid.clone(),
+            point: held.point().id.clone(),
+            frozen_at: held.point().frozen_at,
+            dir: plan.dir.clone(),
+            stage: Stage::Begun,
+            started_at: (ports.clock)(),
+        },
+    };
+    if todo == Next::Nothing {
+        return Ok(record);
+    }
+    if matches!(todo, Next::Begin | Next::Remake) {
+        state.write(&record)?;
+        failpoint!("f1");
+        (ports.say)("refusing the source from now on");
+        ports.replica.promote(&record.point)?;
+        failpoint!("f2");
+        (ports.say)("laying overlays on the point");
+        overlays::remove(&record.dir)?;
+        overlays::make(held, &record.dir)?;
+        failpoint!("f3");
+        record.stage = Stage::Made;
+        state.write(&record)?;
+        failpoint!("f4");
+    }
+    // Once more: whoever starts it must know that the source is refused.
+    ports.replica.promote(&record.point)?;
+    (ports.say)("starting the domain");
+    ports.machines.define(xml)?;
+    failpoint!("f5");
+    ports.machines.start(plan.uuid)?;
+    failpoint!("f6");
+    if record.stage == Stage::Made {
+        record.stage = Stage::Running;
+        state.write(&record)?;
+    }
+    failpoint!("f7");
+    Ok(record)
+}
+
+/// Throws the failover away: the domain is ended here, what it wrote is lost, and its source may replicate again.
+pub fn undo(ports: &Ports, state: &FailoverState) -> Result<FailoverRecord> {
+    let Some(mut record) = state.record()? else {
+        // The record is removed last: what is left is at most a promotion that nobody remembers.
+        return Err(Error::new(Kind::NotFound, "there is no failover of this domain to undo"));
+    };
+    if record.stage == Stage::Committed {
+        return Err(Error::new(
+            Kind::Refused,
+            "the failover was committed: what runs here is the domain, and there is no way back by undoing it",
+        ));
+    }
+    record.stage = Stage::Undoing;
+    state.write(&record)?;
+    failpoint!("f8");
+    (ports.say)("ending the domain here");
+    ports.machines.destroy(&record.uuid)?;
+    ports.machines.undefine(&record.uuid)?;
+    failpoint!("f9");
+    (ports.say)("removing its overlays");
+    overlays::remove(&record.dir)?;
+    failpoint!("f10");
+    ports.replica.withdraw()?;
+    failpoint!("f11");
+    state.close()?;
+    failpoint!("f12");
+    Ok(record)
+}
+
+/// Makes the failover the truth: the generation rises, and it cannot be undone.
+pub fn commit(ports: &Ports, state: &FailoverState) -> Result<(FailoverRecord, Generation)> {
+    let mut record =
+        state.record()?.ok_or_else(|| Error::new(Kind::NotFound, "there is no failover of this domain to commit"))?;
+    if !matches!(record.stage, Stage::Running | Stage::Committed) {
+        return Err(Error::new(Kind::Conflict, "the failover has not come to its end")
+            .hint("run the same command as before to its end first"));
+    }
+    // First what can be repeated: a record that said so, with a replica that did not, would let an old source in.
+    let generation = ports.replica.commit()?;
+    failpoint!("f13");
+    record.stage = Stage::Committed;
+    state.write(&record)?;
+    failpoint!("f14");
+    Ok((record, generation))
+}
+
+#[cfg(test)]
+#[path = "failover_tests.rs"]
+mod tests;

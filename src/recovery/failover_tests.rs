@@ -1,0 +1,288 @@
+//! A failover broken off at every step, in every order, against a host and a replica of the test's making: at no time may the
+//! guest run here while its source is let in, and no overlay that it may have written to is made anew.
+
+use super::*;
+use crate::hypervisor::machine::{HostView, Machine};
+use crate::name::DiskName;
+use crate::recovery::definition::{self, Macs, Nics, Wish};
+use crate::recovery::mapping::Mapping;
+use crate::recovery::point_tests::Point;
+use crate::replica::upkeep::Promoted;
+use std::sync::Mutex;
+use std::time::Duration;
+
+const UUID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
+const XML: &str = "<domain type='qemu'><memory unit='MiB'>64</memory><os><type arch='x86_64' machine='pc'>hvm</type></os>\
+    <devices><disk type='file' device='disk'><target dev='vda' bus='virtio'/></disk></devices></domain>";
+
+/// Host and replica in one, so that what must never be together is seen at once.
+#[derive(Default)]
+struct World {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    defined: bool,
+    running: bool,
+    promoted: Option<Promoted>,
+    generation: u64,
+    /// Verbs that may still be done; then the power fails.
+    verbs_left: Option<usize>,
+    /// Where the overlays are: the guest writes to them when it starts.
+    dir: PathBuf,
+}
+
+impl World {
+    /// Does it, unless the power has failed before, and looks at what must always hold.
+    fn does<T>(&self, act: impl FnOnce(&mut Inner) -> T) -> Result<T> {
+        let mut inner = self.inner.lock().unwrap();
+        if let Some(left) = &mut inner.verbs_left {
+            match left.checked_sub(1) {
+                Some(n) => *left = n,
+                None => return Err(Error::new(Kind::Unavailable, "the power has failed")),
+            }
+        }
+        let done = act(&mut inner);
+        assert!(!inner.running || inner.promoted.is_some(), "the guest runs, and its source is let in");
+        Ok(done)
+    }
+}
+
+impl Machines for World {
+    fn host(&self, _: &Machine) -> Result<HostView> {
+        unreachable!("whoever plans has asked")
+    }
+    fn start_transient(&self, _: &str) -> Result<()> {
+        unreachable!("a failover is defined")
+    }
+    fn define(&self, _: &str) -> Result<()> {
+        self.does(|w| w.defined = true)
+    }
+    fn start(&self, _: &DomainUuid) -> Result<()> {
+        self.does(|w| {
+            assert!(w.defined);
+            w.running = true;
+            fs::write(w.dir.join("written"), "by the guest").unwrap();
+        })
+    }
+    fn destroy(&self, _: &DomainUuid) -> Result<()> {
+        self.does(|w| w.running = false)
+    }
+    fn undefine(&self, _: &DomainUuid) -> Result<()> {
+        self.does(|w| w.defined = false)
+    }
+    fn power(&self, _: &DomainUuid) -> Result<Option<Power>> {
+        let inner = self.inner.lock().unwrap();
+        Ok(inner.defined.then_some(if inner.running { Power::Running } else { Power::Off }))
+    }
+    fn start_network(&self, _: &str, _: &str) -> Result<()> {
+        unreachable!("a failover goes where its network is")
+    }
+    fn stop_network(&self, _: &str) -> Result<()> {
+        unreachable!("a failover goes where its network is")
+    }
+    fn join_network(&self, _: &str, _: &str, _: (std::net::Ipv4Addr, u8)) -> Result<()> {
+        unreachable!("a failover goes where its network is")
+    }
+    fn connects(&self, _: &str, _: std::net::SocketAddr, _: Duration) -> Result<bool> {
+        unreachable!("a failover goes where its network is")
+    }
+    fn leave_network(&self, _: &str) -> Result<()> {
+        unreachable!("a failover goes where its network is")
+    }
+    fn ping_guest_agent(&self, _: &DomainUuid, _: Duration) -> Result<()> {
+        unreachable!("nobody waits for evidence")
+    }
+    fn screenshot(&self, _: &DomainUuid) -> Result<Vec<u8>> {
+        unreachable!("nobody waits for evidence")
+    }
+}
+
+impl Promoting for World {
+    fn promoted(&self) -> Result<Option<Promoted>> {
+        Ok(self.inner.lock().unwrap().promoted.clone())
+    }
+    fn promote(&self, point: &PointId) -> Result<()> {
+        let promoted = Promoted { point: point.clone(), since: Timestamp::UNIX_EPOCH, committed: false };
+        self.does(|w| {
+            w.promoted.get_or_insert(promoted);
+        })
+    }
+    fn withdraw(&self) -> Result<()> {
+        self.does(|w| {
+            assert!(!w.promoted.as_ref().is_some_and(|p| p.committed));
+            w.promoted = None;
+        })
+    }
+    fn commit(&self) -> Result<Generation> {
+        self.does(|w| {
+            let promoted = w.promoted.as_mut().expect("it runs here");
+            if !promoted.committed {
+                (promoted.committed, w.generation) = (true, w.generation + 1);
+            }
+            Generation(w.generation)
+        })
+    }
+}
+
+struct Bench {
+    temp: tempfile::TempDir,
+    world: World,
+    definition: Definition,
+}
+
+impl Bench {
+    fn new() -> Bench {
+        let temp = tempfile::tempdir().unwrap();
+        let disks = [(DiskName::new("vda").unwrap(), PathBuf::from("/images/vda.qcow2"))];
+        let (name, uuid) = (DomainName::new("web01").unwrap(), DomainUuid::new(UUID).unwrap());
+        let wish = Wish { name, uuid, disks: &disks, nics: Nics::Mapped, macs: Macs::Keep, console: None, nvram: None };
+        let definition = definition::render(XML, &wish, &Mapping::default()).unwrap();
+        let world = World::default();
+        world.inner.lock().unwrap().dir = temp.path().join(dir_name(&wish.uuid));
+        Bench { temp, world, definition }
+    }
+
+    fn point(&self, seq: u64) -> Point {
+        Point::in_dir(self.temp.path(), seq, None)
+    }
+
+    fn with<T>(&self, verbs: Option<usize>, act: impl FnOnce(&Ports, &FailoverState) -> Result<T>) -> Result<T> {
+        self.world.inner.lock().unwrap().verbs_left = verbs;
+        let state = FailoverState::open(self.temp.path(), &DomainUuid::new(UUID).unwrap())?;
+        let clock = || Timestamp::UNIX_EPOCH;
+        act(&Ports { machines: &self.world, replica: &self.world, clock: &clock, say: &|_| {} }, &state)
+    }
+
+    fn run(&self, verbs: Option<usize>, seq: u64) -> Result<FailoverRecord> {
+        let (domain, uuid) = (DomainName::new("web01").unwrap(), DomainUuid::new(UUID).unwrap());
+        let plan = Plan { domain: &domain, uuid: &uuid, dir: self.dir(), definition: &self.definition };
+        self.with(verbs, |ports, state| run(ports, state, &plan, &self.point(seq)))
+    }
+
+    fn undo(&self, verbs: Option<usize>) -> Result<FailoverRecord> {
+        self.with(verbs, undo)
+    }
+
+    fn dir(&self) -> PathBuf {
+        self.world.inner.lock().unwrap().dir.clone()
+    }
+
+    fn guest_wrote(&self) -> bool {
+        self.dir().join("written").exists()
+    }
+
+    fn runs(&self) -> bool {
+        self.world.inner.lock().unwrap().running
+    }
+}
+
+#[test]
+fn broken_off_anywhere_the_same_command_finishes_and_no_write_is_lost() {
+    for verbs in 0..6 {
+        let bench = Bench::new();
+        let broken = bench.run(Some(verbs), 1);
+        let wrote = bench.guest_wrote();
+        let record = bench.run(None, 1).unwrap();
+        assert_eq!((record.stage, bench.runs()), (Stage::Running, true), "after {verbs} verbs");
+        assert!(bench.guest_wrote());
+        if wrote {
+            // It had been started: what it wrote then is still there, and a third time changes nothing.
+            fs::write(bench.dir().join("written"), "more").unwrap();
+            bench.run(None, 1).unwrap();
+            assert_eq!(fs::read(bench.dir().join("written")).unwrap(), b"more", "after {verbs} verbs");
+        }
+        assert_eq!(broken.is_ok(), verbs >= 4, "a failover takes four verbs");
+    }
+}
+
+#[test]
+fn a_point_that_was_sealed_before_the_source_was_refused_is_not_passed_by() {
+    let bench = Bench::new();
+    assert!(bench.run(Some(0), 1).is_err(), "the record is there, and nothing else");
+    assert_eq!(bench.run(None, 2).unwrap().point.seq(), 2);
+}
+
+#[test]
+fn an_undo_broken_off_anywhere_is_finished_and_the_source_is_let_in_last() {
+    for verbs in 0..5 {
+        let bench = Bench::new();
+        bench.run(None, 1).unwrap();
+        let broken = bench.undo(Some(verbs));
+        if broken.is_err() {
+            let e = bench.run(None, 1).unwrap_err();
+            assert_eq!(e.kind(), Kind::Conflict, "what is half undone is not started again");
+            bench.undo(None).unwrap();
+        }
+        let world = bench.world.inner.lock().unwrap();
+        assert!(
+            !world.running && !world.defined && world.promoted.is_none() && !world.dir.exists(),
+            "after {verbs} verbs"
+        );
+        drop(world);
+        assert_eq!(bench.undo(None).unwrap_err().kind(), Kind::NotFound);
+        // And it can be brought up again, from another point.
+        assert_eq!(bench.run(None, 2).unwrap().point.seq(), 2);
+    }
+}
+
+#[test]
+fn a_guest_that_was_shut_off_is_started_with_what_it_wrote() {
+    let bench = Bench::new();
+    bench.run(None, 1).unwrap();
+    bench.world.inner.lock().unwrap().running = false;
+    fs::write(bench.dir().join("mine"), "x").unwrap();
+    assert_eq!(bench.run(None, 1).unwrap().stage, Stage::Running);
+    assert!(bench.runs() && bench.dir().join("mine").exists());
+    let e = bench.run(None, 2).unwrap_err();
+    assert!(e.kind() == Kind::Conflict && e.chain().contains("not from"), "{}", e.chain());
+}
+
+#[test]
+fn what_was_committed_is_not_undone_and_what_is_unfinished_not_committed() {
+    let bench = Bench::new();
+    let commit = |verbs| bench.with(verbs, commit);
+    assert_eq!(commit(None).unwrap_err().kind(), Kind::NotFound);
+    assert!(bench.run(Some(1), 1).is_err());
+    assert_eq!(commit(None).unwrap_err().kind(), Kind::Conflict);
+    bench.run(None, 1).unwrap();
+    assert!(commit(Some(0)).is_err());
+    for _ in 0..2 {
+        assert_eq!(commit(None).unwrap().1, Generation(1), "the second time changes nothing");
+    }
+    assert_eq!(bench.undo(None).unwrap_err().kind(), Kind::Refused);
+    assert!(bench.runs() && bench.guest_wrote());
+}
+
+#[test]
+fn every_state_has_an_answer_and_overlays_are_remade_only_before_the_first_start() {
+    let stages = [
+        None,
+        Some(Stage::Begun),
+        Some(Stage::Made),
+        Some(Stage::Running),
+        Some(Stage::Undoing),
+        Some(Stage::Committed),
+    ];
+    let powers = [None, Some(Power::Off), Some(Power::Paused), Some(Power::Running)];
+    for (stage, power) in stages.iter().flat_map(|s| powers.map(|p| (*s, p))) {
+        let todo = next(stage, power);
+        if matches!(todo, Next::Begin | Next::Remake) {
+            assert!(matches!(stage, None | Some(Stage::Begun)), "{stage:?} {power:?}");
+        }
+        if todo == Next::Nothing {
+            assert!(matches!(power, Some(Power::Running | Power::Paused)), "{stage:?} {power:?}");
+        }
+    }
+}
+
+#[test]
+fn a_record_that_names_another_directory_is_not_obeyed() {
+    let bench = Bench::new();
+    let record = bench.run(None, 1).unwrap();
+    let written = bench.with(None, |_, state| state.write(&FailoverRecord { dir: "/var/lib".into(), ..record }));
+    written.unwrap();
+    assert_eq!(bench.undo(None).unwrap_err().kind(), Kind::Corrupt);
+    assert!(bench.runs());
+}

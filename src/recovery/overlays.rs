@@ -1,0 +1,104 @@
+//! What a guest that is brought up from a point writes to: a directory with an empty overlay for each disk, and a copy of the
+//! UEFI variables. The point's images lie below and are only read (I20).
+
+use crate::block::DiskSize;
+use crate::error::{Error, Kind, Result};
+use crate::image::qemu_img;
+use crate::name::DiskName;
+use crate::replica::Attachment;
+use crate::replica::upkeep::Held;
+use crate::replicate::journal::{Stamp, sync_dir};
+use std::fs;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+/// QEMU's sector: an image's size is a multiple of this.
+const SECTOR_LEN: u64 = 512;
+
+/// The overlays of a directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Overlays {
+    pub disks: Vec<(DiskName, PathBuf)>,
+    /// A copy of the point's UEFI variables, if it has any.
+    pub nvram: Option<PathBuf>,
+}
+
+/// Where what belongs to `held` lies, or will lie, in `dir`. Touches nothing.
+pub fn named(held: &dyn Held, dir: &Path) -> Overlays {
+    let point = held.point();
+    let disks = point.disks.iter().map(|d| (d.name.clone(), dir.join(format!("{}.qcow2", d.name)))).collect();
+    let nvram = point.attachments.contains(&Attachment::Nvram).then(|| dir.join(Attachment::Nvram.file_name()));
+    Overlays { disks, nvram }
+}
+
+/// Makes `dir`, which must not exist, with an empty overlay for each disk. Its names are durable when this returns.
+pub fn make(held: &dyn Held, dir: &Path) -> Result<Overlays> {
+    // QEMU may run as a user of its own: it may enter, and does not get to know what else is there.
+    let made = fs::DirBuilder::new().mode(0o711).create(dir);
+    made.map_err(|e| match e.kind() {
+        std::io::ErrorKind::AlreadyExists => {
+            Error::new(Kind::Conflict, "the directory for the overlays is there already").path(dir)
+        }
+        _ => Error::io("cannot make the directory for the overlays", dir, e),
+    })?;
+    let overlays = named(held, dir);
+    for (disk, path) in &overlays.disks {
+        let images = held.images(disk)?;
+        let size = held.point().disk(disk).expect("it is named after it").size;
+        let size = DiskSize(size.0.next_multiple_of(SECTOR_LEN));
+        qemu_img::create_overlay(path, images.top(), size).map_err(|e| e.disk(disk))?;
+    }
+    if let Some(path) = &overlays.nvram {
+        let content = held.attachment(Attachment::Nvram)?.unwrap_or_default();
+        let mut file = fs::OpenOptions::new();
+        let written = file.write(true).create_new(true).mode(0o600).open(path).and_then(|mut f| {
+            use std::io::Write as _;
+            f.write_all(&content)?;
+            f.sync_all()
+        });
+        written.map_err(|e| Error::io("cannot write the UEFI variables", path, e))?;
+    }
+    sync_dir(dir)?;
+    dir.parent().map_or(Ok(()), sync_dir).map(|()| overlays)
+}
+
+/// Lets QEMU through to the images of the point, if it runs as a user of its own: directories of a store are closed to others.
+/// To pass is all that it may; the files are given to it by libvirt, for as long as it runs.
+pub fn let_qemu_pass(held: &dyn Held, qemu_uid: Option<u32>) -> Result<()> {
+    if qemu_uid == Some(0) {
+        return Ok(());
+    }
+    for disk in &held.point().disks {
+        for layer in held.images(&disk.name)?.0 {
+            // ROOT/replicas/UUID/points/POINT/DISK.qcow2
+            for dir in layer.path.ancestors().skip(1).take(5) {
+                let at = |e| Error::io("cannot let QEMU through to the point's images", dir, e);
+                let mut mode = fs::metadata(dir).map_err(at)?.permissions();
+                if mode.mode() & 0o001 == 0 {
+                    mode.set_mode(mode.mode() | 0o001);
+                    fs::set_permissions(dir, mode).map_err(at)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Removes `dir` and all in it; no error if it is not there. The caller answers for it that it is ours.
+pub fn remove(dir: &Path) -> Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io("cannot remove the overlays", dir, e)),
+        _ => Ok(()),
+    }
+}
+
+/// How the images of a point stand: which files, how long, written when. Equal before and after: nobody has written.
+pub fn stamps(held: &dyn Held) -> Result<Vec<Option<Stamp>>> {
+    let mut stamps = Vec::new();
+    for disk in &held.point().disks {
+        for layer in held.images(&disk.name)?.0 {
+            stamps.push(Stamp::of(&layer.path)?);
+        }
+    }
+    Ok(stamps)
+}

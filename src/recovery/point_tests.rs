@@ -1,0 +1,62 @@
+//! A point of one real image, held without a store: what drills and failovers are tested on.
+
+use crate::block::DiskSize;
+use crate::block::digest::Digest;
+use crate::error::Result;
+use crate::image::{Chain, Format, Layer};
+use crate::name::{DiskName, Generation, PointId, RunId};
+use crate::replica::upkeep::Held;
+use crate::replica::{Attachment, Consistency, DiskStats, PointDisk, PointView};
+use jiff::Timestamp;
+use std::path::Path;
+
+pub struct Point {
+    view: PointView,
+    definition: Option<&'static str>,
+}
+
+impl Point {
+    /// With an empty image `vda.qcow2` in `dir`, made if it is not there.
+    pub fn in_dir(dir: &Path, seq: u64, definition: Option<&'static str>) -> Point {
+        let (image, size) = (dir.join("vda.qcow2"), DiskSize(1 << 20));
+        if !image.exists() {
+            drop(crate::image::qcow2::create(&image, size, None).unwrap());
+        }
+        let (run, stats) = (RunId::from_bits(7), DiskStats::default());
+        let disks = vec![PointDisk { name: DiskName::new("vda").unwrap(), image, size, root: Digest::ZERO, stats }];
+        let view = PointView {
+            id: PointId::from_parts(seq, &run),
+            generation: Generation(1),
+            frozen_at: Timestamp::UNIX_EPOCH,
+            sealed_at: Timestamp::UNIX_EPOCH,
+            consistency: Consistency::Crash,
+            consistency_reason: None,
+            run,
+            disks,
+            attachments: definition.map(|_| Attachment::InactiveXml).into_iter().collect(),
+        };
+        Point { view, definition }
+    }
+}
+
+impl Held for Point {
+    fn point(&self) -> &PointView {
+        &self.view
+    }
+
+    fn images(&self, _: &DiskName) -> Result<Chain> {
+        let path = self.view.disks[0].image.clone();
+        Ok(Chain(vec![Layer { path, format: Format::Qcow2, block_device: false, data_file: None }]))
+    }
+
+    fn attachment(&self, name: Attachment) -> Result<Option<Vec<u8>>> {
+        let content = self.definition.filter(|_| name == Attachment::InactiveXml);
+        Ok(content.map(|xml| xml.as_bytes().to_vec()))
+    }
+
+    fn renew(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn release(self: Box<Self>) {}
+}

@@ -1,0 +1,317 @@
+//! Whether a domain could be brought up here, and what is missing. Pure: a definition and a view of the host in, one finding
+//! for each question out. A red one keeps a failover from being tried; every red one says what to do.
+
+use super::definition::Definition;
+use super::definition::remark::{Remark, Verdict};
+use super::mapping::Attach;
+use crate::hypervisor::machine::{Capabilities, HostView};
+use crate::name::{DomainName, DomainUuid};
+use crate::replica::{PointView, ReplicaView};
+use serde::Serialize;
+use std::path::PathBuf;
+
+/// Memory that this host's own programs keep, on top of what the guest is given.
+const MEMORY_SPARE: u64 = 64 << 20;
+
+/// Below so much free room for the overlays a start is asking for trouble: the guest is paused when it runs out.
+const ROOM_MIN: u64 = 1 << 30;
+
+/// The answer to one question.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    pub question: Question,
+    pub color: Color,
+    /// A sentence.
+    pub what: String,
+    /// What to do, in the imperative; of a red finding always there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub advice: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Color {
+    Green,
+    Yellow,
+    Red,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Question {
+    Point,
+    Machine,
+    Cpu,
+    Firmware,
+    Tpm,
+    Network,
+    Devices,
+    Name,
+    Uuid,
+    Mac,
+    Memory,
+    Room,
+}
+
+impl Question {
+    pub fn words(self) -> &'static str {
+        match self {
+            Question::Point => "point",
+            Question::Machine => "machine",
+            Question::Cpu => "processor",
+            Question::Firmware => "firmware",
+            Question::Tpm => "TPM",
+            Question::Network => "networks",
+            Question::Devices => "devices",
+            Question::Name => "name",
+            Question::Uuid => "UUID",
+            Question::Mac => "MAC addresses",
+            Question::Memory => "memory",
+            Question::Room => "room",
+        }
+    }
+}
+
+/// Where the overlays are to lie.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Room {
+    pub dir: PathBuf,
+    /// `None`: there is no such directory.
+    pub free_bytes: Option<u64>,
+}
+
+/// Answers every question about a failover of `definition`, which bears this name and UUID.
+pub fn judge(
+    definition: &Definition,
+    name: &DomainName,
+    uuid: &DomainUuid,
+    host: &HostView,
+    room: &Room,
+) -> Vec<Finding> {
+    let mut findings = vec![machine(definition, host)];
+    if let Ok(capabilities) = &host.machine {
+        findings.extend(cpu(definition, capabilities));
+        findings.extend(firmware(definition, capabilities));
+        findings.extend(tpm(definition, capabilities));
+    }
+    findings.push(networks(definition, host));
+    findings.extend(definition.remarks.iter().map(device));
+    findings.extend(collisions(definition, name, uuid, host));
+    findings.push(memory(definition, host));
+    findings.push(room_for(room));
+    findings
+}
+
+/// What is known of the point that it would come from.
+pub fn point(view: &ReplicaView, point: &PointView) -> Finding {
+    let is_head = view.head().is_some_and(|head| head.id == point.id);
+    match view.damaged.first().filter(|_| is_head) {
+        Some(damage) => red(
+            Question::Point,
+            format!("point {}: a scrub found {} of it damaged", point.id, damage.disk),
+            "run `virt-replica verify` on older points, and take the newest that is whole (--point)",
+        ),
+        None => green(Question::Point, format!("point {}, frozen at {}", point.id, point.frozen_at)),
+    }
+}
+
+/// The worst of them; green if there is none.
+pub fn worst(findings: &[Finding]) -> Color {
+    findings.iter().map(|f| f.color).max().unwrap_or(Color::Green)
+}
+
+fn green(question: Question, what: impl Into<String>) -> Finding {
+    Finding { question, color: Color::Green, what: what.into(), advice: None }
+}
+
+fn red(question: Question, what: impl Into<String>, advice: impl Into<String>) -> Finding {
+    Finding { question, color: Color::Red, what: what.into(), advice: Some(advice.into()) }
+}
+
+fn yellow(question: Question, what: impl Into<String>, advice: impl Into<String>) -> Finding {
+    Finding { question, color: Color::Yellow, what: what.into(), advice: Some(advice.into()) }
+}
+
+fn machine(d: &Definition, host: &HostView) -> Finding {
+    let m = &d.machine;
+    match &host.machine {
+        Ok(found) => {
+            green(Question::Machine, format!("{} ({}, {}) runs on {}", m.machine, m.arch, m.virt_type, found.emulator))
+        }
+        Err(said) => {
+            let what = format!("this host cannot run a {} ({}, {}): {said}", m.machine, m.arch, m.virt_type);
+            let advice = match m.virt_type.as_str() {
+                "kvm" => {
+                    "check that /dev/kvm is there and that QEMU for this architecture is installed; if it is the machine type, name one of this host's (`virsh capabilities`) under `machines:`"
+                }
+                _ => {
+                    "install QEMU for this architecture; if it is the machine type, name one of this host's (`virsh capabilities`) under `machines:`"
+                }
+            };
+            red(Question::Machine, what, advice)
+        }
+    }
+}
+
+fn cpu(d: &Definition, host: &Capabilities) -> Option<Finding> {
+    let model = d.cpu.as_ref()?;
+    // A QEMU that lists no model at all has not been asked, or emulates: then it is libvirt's word at the start.
+    Some(match host.cpu_models.is_empty() || host.cpu_models.contains(model) {
+        true => green(Question::Cpu, format!("this host has the processor model {model}")),
+        false => red(
+            Question::Cpu,
+            format!("this host cannot show a guest the processor model {model}"),
+            "name one that both hosts have (`virsh domcapabilities`) under `cpus:`, and give the source's domain the same",
+        ),
+    })
+}
+
+fn firmware(d: &Definition, host: &Capabilities) -> Option<Finding> {
+    Some(match (d.uefi, d.secure_boot) {
+        (false, _) => return None,
+        (true, _) if !host.uefi => {
+            red(Question::Firmware, "this host has no UEFI firmware", "install it (Debian: ovmf, Fedora: edk2-ovmf)")
+        }
+        (true, true) if !host.secure_boot => red(
+            Question::Firmware,
+            "this host has no UEFI firmware with secure boot",
+            "install one (Debian: ovmf has it), or switch secure boot off in the source's domain",
+        ),
+        _ => yellow(
+            Question::Firmware,
+            "UEFI: the build is the one that this host's libvirt chooses",
+            "keep the packages of the firmware alike on both hosts, and try it with `virt-replica drill`",
+        ),
+    })
+}
+
+fn tpm(d: &Definition, host: &Capabilities) -> Option<Finding> {
+    (d.tpm && !host.tpm_emulator).then(|| {
+        red(
+            Question::Tpm,
+            "this host cannot emulate a TPM",
+            "install swtpm, or take the TPM out of the source's domain",
+        )
+    })
+}
+
+fn networks(d: &Definition, host: &HostView) -> Finding {
+    for attach in &d.attached {
+        match attach {
+            Attach::None => {}
+            Attach::Bridge(name) if host.bridges.contains(name) => {}
+            Attach::Bridge(name) => {
+                let what = format!("there is no bridge '{name}' on this host");
+                return red(Question::Network, what, "make it, or name another one under `networks:`");
+            }
+            Attach::Network(name) => match host.networks.iter().find(|n| n.name == *name) {
+                Some(network) if network.active => {}
+                Some(_) => {
+                    let what = format!("the network '{name}' is not started");
+                    return red(
+                        Question::Network,
+                        what,
+                        format!("start it: virsh net-start {name}; virsh net-autostart {name}"),
+                    );
+                }
+                None => {
+                    let what = format!("libvirt here knows no network '{name}'");
+                    return red(
+                        Question::Network,
+                        what,
+                        "define it (`virsh net-list --all`), or name another one under `networks:`",
+                    );
+                }
+            },
+        }
+    }
+    match d.attached.len() {
+        0 => green(Question::Network, "the domain is on no network"),
+        n => green(Question::Network, format!("all there ({n})")),
+    }
+}
+
+/// What the source's definition had and the one for here has not.
+fn device(remark: &Remark) -> Finding {
+    let what = format!("{} {}", remark.what, remark.why);
+    match remark.verdict {
+        Verdict::LeftOut => green(Question::Devices, what),
+        Verdict::Missing => {
+            yellow(Question::Devices, what, "the guest has to do without; try it with `virt-replica drill`")
+        }
+        Verdict::Refused => {
+            let advice = match remark.what.as_str() {
+                "devices/interface" => {
+                    "say under `networks:` what that is here: one of libvirt's networks, `bridge:NAME`, or `none`"
+                }
+                "os/kernel" | "os/initrd" => "copy the file to this host and map its directory under `paths:`",
+                _ => "change the domain at the source; the next point has the new definition",
+            };
+            red(Question::Devices, what, advice)
+        }
+    }
+}
+
+fn collisions(d: &Definition, name: &DomainName, uuid: &DomainUuid, host: &HostView) -> Vec<Finding> {
+    let mut found = Vec::new();
+    match host.domains.iter().find(|n| n.name == name.as_str()) {
+        Some(other) => found.push(red(
+            Question::Name,
+            format!("a domain '{}' is here already (UUID {})", other.name, other.uuid),
+            "if it is an older copy, `virsh undefine` it; if it is another guest, rename one of the two",
+        )),
+        None => found.push(green(Question::Name, format!("no other domain here is called '{name}'"))),
+    }
+    if let Some(other) = host.domains.iter().find(|n| n.uuid == uuid.as_str() && n.name != name.as_str()) {
+        let what = format!("the domain '{}' here has the same UUID", other.name);
+        found.push(red(
+            Question::Uuid,
+            what,
+            "if it is an older copy, `virsh undefine` it; two guests of one UUID cannot be on one host",
+        ));
+    }
+    let owner = |mac: &String| host.domains.iter().find(|n| n.uuid != uuid.as_str() && n.macs.contains(mac));
+    if let Some((mac, other)) = d.macs.iter().find_map(|mac| Some((mac, owner(mac)?))) {
+        let what = format!("the domain '{}' here has the MAC address {mac} too", other.name);
+        found.push(red(
+            Question::Mac,
+            what,
+            "give one of the two another address, or write `macs: new` into the mapping",
+        ));
+    }
+    found
+}
+
+fn memory(d: &Definition, host: &HostView) -> Finding {
+    let mib = |bytes: u64| bytes >> 20;
+    let (wanted, free) = (d.memory_bytes, host.free_memory_bytes);
+    match wanted.saturating_add(MEMORY_SPARE) <= free {
+        true => green(Question::Memory, format!("the guest wants {} MiB, {} MiB are free", mib(wanted), mib(free))),
+        false => red(
+            Question::Memory,
+            format!("the guest wants {} MiB, only {} MiB are free", mib(wanted), mib(free)),
+            "stop what is not needed here, or give the source's domain less; a guest in swap is a guest that stands",
+        ),
+    }
+}
+
+fn room_for(room: &Room) -> Finding {
+    let dir = room.dir.display();
+    match room.free_bytes {
+        None => red(
+            Question::Room,
+            format!("there is no directory {dir} for the overlays"),
+            "make it, or name another one as `images:`",
+        ),
+        Some(free) if free < ROOM_MIN => yellow(
+            Question::Room,
+            format!("{} MiB are free in {dir}, where the guest's writes would go", free >> 20),
+            "make room, or name another directory as `images:`",
+        ),
+        Some(free) => green(Question::Room, format!("{} MiB are free in {dir} for the guest's writes", free >> 20)),
+    }
+}
+
+#[cfg(test)]
+#[path = "ready_tests.rs"]
+mod tests;

@@ -1,0 +1,124 @@
+//! Every question, with a host that has what it takes and one that lacks just that.
+
+use super::*;
+use crate::hypervisor::machine::{Machine, Neighbour, NetworkView};
+use crate::recovery::definition::{Macs, Nics, Wish, render};
+use crate::recovery::mapping::Mapping;
+use std::path::Path;
+
+const UUID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
+
+const GUEST: &str = "<domain type='kvm'><memory unit='MiB'>512</memory>\
+    <os firmware='efi'><type arch='x86_64' machine='pc-q35-9.0'>hvm</type><loader secure='yes'/></os>\
+    <cpu mode='custom'><model>Haswell</model></cpu><devices>\
+    <interface type='network'><mac address='52:54:00:00:00:0A'/><source network='default'/></interface>\
+    <interface type='bridge'><mac address='52:54:00:00:00:0b'/><source bridge='br0'/></interface>\
+    <tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm></devices></domain>";
+
+fn definition(mapping: &str) -> Definition {
+    let mapping = Mapping::parse(mapping, Path::new("recovery.yaml")).unwrap();
+    let (name, uuid) = names();
+    let wish = Wish {
+        name,
+        uuid,
+        disks: &[],
+        nics: Nics::Mapped,
+        macs: Macs::Keep,
+        console: None,
+        nvram: Some("/x/vars.fd".into()),
+    };
+    render(GUEST, &wish, &mapping).unwrap()
+}
+
+fn names() -> (DomainName, DomainUuid) {
+    (DomainName::new("web01").unwrap(), DomainUuid::new(UUID).unwrap())
+}
+
+fn able() -> HostView {
+    let capabilities = Capabilities {
+        emulator: "/usr/bin/qemu-system-x86_64".into(),
+        cpu_models: vec!["Haswell".into()],
+        host_passthrough: true,
+        uefi: true,
+        secure_boot: true,
+        tpm_emulator: true,
+    };
+    HostView {
+        machine: Ok(capabilities),
+        networks: vec![NetworkView { name: "lan".into(), active: true }],
+        bridges: vec!["br1".into()],
+        domains: vec![Neighbour {
+            name: "db".into(),
+            uuid: "x".into(),
+            running: true,
+            macs: vec!["52:54:00:00:00:01".into()],
+        }],
+        free_memory_bytes: 1 << 30,
+        qemu_uid: Some(0),
+    }
+}
+
+const MAPPED: &str = "networks: {default: lan, 'bridge:br0': 'bridge:br1'}";
+
+fn judged(mapping: &str, host: &HostView) -> Vec<Finding> {
+    let (name, uuid) = names();
+    let room = Room { dir: "/images".into(), free_bytes: Some(10 << 30) };
+    judge(&definition(mapping), &name, &uuid, host, &room)
+}
+
+/// The questions that are red, each of which must say what to do.
+fn reds(findings: &[Finding]) -> Vec<Question> {
+    let red: Vec<&Finding> = findings.iter().filter(|f| f.color == Color::Red).collect();
+    for finding in &red {
+        assert!(finding.advice.as_ref().is_some_and(|a| !a.is_empty()), "{finding:?}");
+    }
+    red.iter().map(|f| f.question).collect()
+}
+
+#[test]
+fn a_host_that_has_everything_is_not_red_and_says_what_differs() {
+    let findings = judged(MAPPED, &able());
+    assert_eq!(reds(&findings), [], "{findings:#?}");
+    assert_eq!(worst(&findings), Color::Yellow, "the firmware's build and the TPM's state are not the source's");
+}
+
+#[test]
+fn each_thing_that_a_host_lacks_makes_its_own_line_red() {
+    type Lack = fn(&mut HostView);
+    let lacks: [(Question, Lack); 12] = [
+        (Question::Machine, |h| h.machine = Err("the machine is not supported".into())),
+        (Question::Cpu, |h| h.machine.as_mut().unwrap().cpu_models = vec!["Penryn".into()]),
+        (Question::Firmware, |h| h.machine.as_mut().unwrap().uefi = false),
+        (Question::Firmware, |h| h.machine.as_mut().unwrap().secure_boot = false),
+        (Question::Tpm, |h| h.machine.as_mut().unwrap().tpm_emulator = false),
+        (Question::Network, |h| h.networks.clear()),
+        (Question::Network, |h| h.networks[0].active = false),
+        (Question::Network, |h| h.bridges.clear()),
+        (Question::Name, |h| h.domains[0].name = "web01".into()),
+        (Question::Uuid, |h| h.domains[0].uuid = UUID.into()),
+        (Question::Mac, |h| h.domains[0].macs = vec!["52:54:00:00:00:0a".into()]),
+        (Question::Memory, |h| h.free_memory_bytes = 512 << 20),
+    ];
+    for (question, lack) in lacks {
+        let mut host = able();
+        lack(&mut host);
+        let findings = judged(MAPPED, &host);
+        assert_eq!(reds(&findings), [question], "{findings:#?}");
+    }
+}
+
+#[test]
+fn a_network_that_nobody_mapped_is_red_and_one_that_is_left_out_is_not() {
+    assert_eq!(reds(&judged("networks: {default: lan}", &able())), [Question::Devices]);
+    assert_eq!(reds(&judged("networks: {default: lan, 'bridge:br0': none}", &able())), []);
+    let mapped = format!("{MAPPED}\nmachines: {{pc-q35-9.0: pc-q35-7.2}}\ncpus: {{Haswell: Penryn}}");
+    let d = definition(&mapped);
+    let machine = Machine { virt_type: "kvm".into(), arch: "x86_64".into(), machine: "pc-q35-7.2".into() };
+    assert_eq!((d.machine, d.cpu.as_deref()), (machine, Some("Penryn")));
+}
+
+#[test]
+fn a_directory_that_is_not_there_is_red_and_a_small_one_yellow() {
+    let room = |free_bytes| room_for(&Room { dir: "/images".into(), free_bytes }).color;
+    assert_eq!((room(None), room(Some(1 << 20)), room(Some(2 << 30))), (Color::Red, Color::Yellow, Color::Green));
+}

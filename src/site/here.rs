@@ -1,0 +1,255 @@
+//! This host as a target that runs what it keeps: its store, its libvirt, and what the operator says of both.
+
+use super::one_of;
+use crate::error::{Error, Kind, Result};
+use crate::hypervisor::Power;
+use crate::hypervisor::libvirt::LibvirtHypervisor;
+use crate::hypervisor::machine::Machines as _;
+use crate::name::{DomainName, DomainUuid, Generation, PointId};
+use crate::recovery::definition::{self, Definition, Macs, Nics, Wish};
+use crate::recovery::failover::{self, FailoverRecord, FailoverState};
+use crate::recovery::mapping::{MacPolicy, Mapping};
+use crate::recovery::ready::{self, Finding, Room};
+use crate::recovery::{definition_of, drill, drills, overlays};
+use crate::replica::store::{self, Store};
+use crate::replica::upkeep::Held;
+use crate::replica::{PointView, ReplicaView};
+use crate::replicate::room::free_bytes;
+use jiff::Timestamp;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+/// Where this host keeps what.
+#[derive(Debug, Clone)]
+pub struct HereOptions {
+    /// libvirt's URI; `None` lets libvirt decide.
+    pub uri: Option<String>,
+    /// Of the store.
+    pub root: PathBuf,
+    /// This host's own state.
+    pub state: PathBuf,
+    pub mapping: Mapping,
+}
+
+pub struct Here {
+    options: HereOptions,
+    hypervisor: LibvirtHypervisor,
+}
+
+/// A replica of this host's store, and one of its points.
+#[derive(Debug, Clone)]
+pub struct Found {
+    pub uuid: DomainUuid,
+    pub name: DomainName,
+    pub view: ReplicaView,
+    pub point: PointView,
+}
+
+impl Here {
+    /// Connects to libvirt.
+    pub fn connect(options: HereOptions) -> Result<Here> {
+        let hypervisor = LibvirtHypervisor::connect(options.uri.as_deref())?;
+        Ok(Here { options, hypervisor })
+    }
+
+    /// A replica by its domain's name or UUID, and a point of it; without a name the head.
+    pub fn find(&self, name_or_uuid: &str, point: Option<&PointId>) -> Result<Found> {
+        let all = store::list(&self.options.root)?;
+        let named = all.iter().map(|(uuid, name, _)| (uuid.clone(), name.clone()));
+        let host = format!("the store {}", self.options.root.display());
+        let (uuid, name) = one_of(named, name_or_uuid, &host).map_err(|e| match e.kind() {
+            Kind::NotFound => e.hint("this runs on the target, where the store is; is it the right one (--root)?"),
+            _ => e,
+        })?;
+        let view = all.into_iter().find(|(u, ..)| *u == uuid).expect("it was chosen among them").2;
+        let chosen = match point {
+            Some(id) => view.points.iter().find(|p| p.id == *id),
+            None => view.head(),
+        };
+        let missing = || {
+            let e = Error::new(Kind::NotFound, "the store has no such point").domain(&name);
+            point.iter().fold(e, |e, id| e.point(id)).hint("`virt-replica points DOMAIN --to ROOT` lists them")
+        };
+        let point = chosen.cloned().ok_or_else(missing)?;
+        Ok(Found { uuid, name, view, point })
+    }
+
+    fn store(&self, uuid: &DomainUuid) -> Result<Store> {
+        Store::open(&self.options.root, uuid, Timestamp::now)
+    }
+
+    fn hold(&self, found: &Found, purpose: &str) -> Result<Box<dyn Held>> {
+        Ok(Box::new(self.store(&found.uuid)?.hold(&found.point.id, purpose)?))
+    }
+
+    fn room(&self) -> Room {
+        let dir = self.options.mapping.images_dir();
+        Room { dir: dir.to_owned(), free_bytes: free_bytes(dir) }
+    }
+
+    /// Whether the domain could be brought up here from this point. Touches nothing.
+    pub fn ready(&self, found: &Found) -> Result<Vec<Finding>> {
+        let held = self.hold(found, "ready")?;
+        let definition = self.definition_here(found, held.as_ref());
+        held.release();
+        let definition = definition.map_err(|e| e.domain(&found.name).point(&found.point.id))?;
+        let host = self.hypervisor.host(&definition.machine)?;
+        let mut findings = vec![ready::point(&found.view, &found.point)];
+        findings.extend(ready::judge(&definition, &found.name, &found.uuid, &host, &self.room()));
+        Ok(findings)
+    }
+
+    /// The definition of a failover.
+    fn definition_here(&self, found: &Found, held: &dyn Held) -> Result<Definition> {
+        let mapping = &self.options.mapping;
+        let overlays = overlays::named(held, &mapping.images_dir().join(failover::dir_name(&found.uuid)));
+        let wish = Wish {
+            name: found.name.clone(),
+            uuid: found.uuid.clone(),
+            disks: &overlays.disks,
+            nics: Nics::Mapped,
+            macs: match mapping.macs {
+                MacPolicy::Keep => Macs::Keep,
+                // The same ones each time, and others for each domain.
+                MacPolicy::New => Macs::New(u64::from_str_radix(&found.uuid.as_str()[..8], 16).unwrap_or_default()),
+            },
+            console: None,
+            nvram: overlays.nvram.clone(),
+        };
+        definition::render(&definition_of(held)?, &wish, mapping)
+    }
+
+    /// As [`Here::find`]; without a point it is the one that was promoted, if any was.
+    pub fn find_for_failover(&self, name_or_uuid: &str, point: Option<&PointId>) -> Result<Found> {
+        let found = self.find(name_or_uuid, point)?;
+        match &found.view.promoted {
+            Some(promoted) if point.is_none() => self.find(name_or_uuid, Some(&promoted.point)),
+            _ => Ok(found),
+        }
+    }
+
+    /// Brings the domain up here, or goes on with what was begun: see [`failover::run`]. `ask`: URI of the source's libvirt.
+    pub fn failover(&self, found: &Found, ask: Option<&str>, say: &dyn Fn(&str)) -> Result<FailoverRecord> {
+        let state = FailoverState::open(&self.options.state, &found.uuid)?;
+        if let Some(uri) = ask {
+            source_runs(uri, found, say)?;
+        }
+        let held = self.hold(found, "failover")?;
+        let done = self.failover_from(found, held.as_ref(), &state, say);
+        held.release();
+        done.map_err(|e| e.domain(&found.name))
+    }
+
+    fn failover_from(
+        &self,
+        found: &Found,
+        held: &dyn Held,
+        state: &FailoverState,
+        say: &dyn Fn(&str),
+    ) -> Result<FailoverRecord> {
+        let definition = self.definition_here(found, held)?;
+        let host = self.hypervisor.host(&definition.machine)?;
+        // What was begun is found here by its own name.
+        if state.record()?.is_none() {
+            let mut findings = vec![ready::point(&found.view, &found.point)];
+            findings.extend(ready::judge(&definition, &found.name, &found.uuid, &host, &self.room()));
+            if let Some(red) = findings.iter().find(|f| f.color == ready::Color::Red) {
+                let e = Error::new(Kind::Conflict, format!("it cannot be brought up here: {}", red.what));
+                return Err(e.hint(red.advice.clone().unwrap_or_default()));
+            }
+        }
+        overlays::let_qemu_pass(held, host.qemu_uid)?;
+        let dir = self.options.mapping.images_dir().join(failover::dir_name(&found.uuid));
+        let plan = failover::Plan { domain: &found.name, uuid: &found.uuid, dir, definition: &definition };
+        let store = self.store(&found.uuid)?;
+        failover::run(&self.failover_ports(&store, say), state, &plan, held)
+    }
+
+    fn failover_ports<'a>(&'a self, store: &'a Store, say: &'a dyn Fn(&str)) -> failover::Ports<'a> {
+        failover::Ports { machines: &self.hypervisor, replica: store, clock: &Timestamp::now, say }
+    }
+
+    /// See [`failover::undo`].
+    pub fn undo_failover(&self, name_or_uuid: &str, say: &dyn Fn(&str)) -> Result<FailoverRecord> {
+        let found = self.find(name_or_uuid, None)?;
+        let (state, store) = (FailoverState::open(&self.options.state, &found.uuid)?, self.store(&found.uuid)?);
+        failover::undo(&self.failover_ports(&store, say), &state).map_err(|e| e.domain(&found.name))
+    }
+
+    /// See [`failover::commit`].
+    pub fn commit_failover(&self, name_or_uuid: &str, say: &dyn Fn(&str)) -> Result<(FailoverRecord, Generation)> {
+        let found = self.find(name_or_uuid, None)?;
+        let (state, store) = (FailoverState::open(&self.options.state, &found.uuid)?, self.store(&found.uuid)?);
+        failover::commit(&self.failover_ports(&store, say), &state).map_err(|e| e.domain(&found.name))
+    }
+
+    /// Settles what earlier drills left, then drills this point: see [`drill::run`].
+    pub fn drill(
+        &self,
+        found: &Found,
+        wish: DrillWish,
+        say: &dyn Fn(&str),
+        stop: &AtomicBool,
+    ) -> Result<drill::Report> {
+        for record in self.settle_drills()? {
+            say(&format!("removed what the drill {} had left", record.id));
+        }
+        let request = drill::Request {
+            id: wish.id,
+            drill_uuid: wish.uuid,
+            domain: found.name.clone(),
+            uuid: found.uuid.clone(),
+            probes: wish.probes,
+            within: wish.within,
+            state: &self.options.state,
+            mapping: &self.options.mapping,
+            bits: wish.bits,
+        };
+        let ports = drill::Ports {
+            machines: &self.hypervisor,
+            clock: &Timestamp::now,
+            room: &|dir: &Path| free_bytes(dir),
+            say,
+        };
+        let mut held = self.hold(found, "drill")?;
+        let report = drill::run(&ports, &request, held.as_mut(), stop);
+        held.release();
+        if let Err(e) = drills::forget_old(&self.options.state) {
+            tracing::warn!(error = e.chain(), "reports of old drills stay");
+        }
+        report
+    }
+
+    /// Removes what is left of drills that were cut short.
+    pub fn settle_drills(&self) -> Result<Vec<drills::DrillRecord>> {
+        drill::settle(&self.hypervisor, &self.options.state, None)
+    }
+}
+
+/// [`Kind::Conflict`] if the source's libvirt answers and says that it runs the domain. No answer is what was expected.
+fn source_runs(uri: &str, found: &Found, say: &dyn Fn(&str)) -> Result<()> {
+    let power = LibvirtHypervisor::connect(Some(uri)).and_then(|source| source.power(&found.uuid));
+    match power {
+        Ok(Some(Power::Running | Power::Paused)) => {
+            let what = format!("the source answers ({uri}), and the domain runs there: two of them would write");
+            Err(Error::new(Kind::Conflict, what)
+                .domain(&found.name)
+                .hint("shut it off there first (`virsh shutdown`), and make a last run if you can"))
+        }
+        Ok(_) => Ok(()),
+        Err(e) => {
+            say(&format!("the source does not answer: {}", e.chain()));
+            Ok(())
+        }
+    }
+}
+
+/// What is asked of a drill beside its point.
+#[derive(Debug, Clone)]
+pub struct DrillWish {
+    pub id: crate::name::RunId,
+    pub uuid: DomainUuid,
+    pub bits: u64,
+    pub probes: Vec<crate::recovery::probe::Probe>,
+    pub within: std::time::Duration,
+}
