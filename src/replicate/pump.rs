@@ -19,7 +19,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::name::{DiskName, DomainUuid};
 use crate::patch::{Header, PieceMask, RecordEncoder, StreamTail};
-use crate::replica::{DiskStats, Mode, Replica};
+use crate::replica::{DiskStats, DiskTarget, Mode};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Mutex;
@@ -76,7 +76,7 @@ pub struct Shipped {
 /// Ships one disk into the replica's open point. Returns once the target has applied everything and found the same root.
 pub fn ship(
     image: &dyn Image,
-    replica: &dyn Replica,
+    replica: &dyn DiskTarget,
     shipment: &Shipment,
     progress: &Progress,
     still_good: StillGood,
@@ -123,7 +123,7 @@ pub fn ship(
 /// Reads the image and compares it with the head, sending nothing. Returns the root and the number of differing blocks.
 pub fn compare(
     image: &dyn Image,
-    replica: &dyn Replica,
+    replica: &dyn DiskTarget,
     shipment: &Shipment,
     progress: &Progress,
     still_good: StillGood,
@@ -132,7 +132,7 @@ pub fn compare(
     Ok((root, progress.changed_blocks.load(Ordering::Relaxed)))
 }
 
-fn send(replica: &dyn Replica, shipment: &Shipment, progress: &Progress, bytes: &[u8]) -> Result<()> {
+fn send(replica: &dyn DiskTarget, shipment: &Shipment, progress: &Progress, bytes: &[u8]) -> Result<()> {
     replica.apply(&shipment.disk, bytes)?;
     progress.sent.fetch_add(bytes.len() as u64, Ordering::Relaxed);
     Ok(())
@@ -161,7 +161,7 @@ struct Done {
 
 fn scan(
     image: &dyn Image,
-    replica: &dyn Replica,
+    replica: &dyn DiskTarget,
     shipment: &Shipment,
     progress: &Progress,
     still_good: StillGood,
@@ -239,7 +239,7 @@ fn collect(
 
 fn work_on_groups(
     image: &dyn Image,
-    replica: &dyn Replica,
+    replica: &dyn DiskTarget,
     shipment: &Shipment,
     progress: &Progress,
     work: &Mutex<Receiver<Work>>,
@@ -267,7 +267,7 @@ fn work_on_groups(
 
 struct Worker<'a> {
     image: &'a dyn Image,
-    replica: &'a dyn Replica,
+    replica: &'a dyn DiskTarget,
     shipment: &'a Shipment,
     progress: &'a Progress,
     encoder: RecordEncoder,
@@ -277,7 +277,7 @@ struct Worker<'a> {
 impl<'a> Worker<'a> {
     fn new(
         image: &'a dyn Image,
-        replica: &'a dyn Replica,
+        replica: &'a dyn DiskTarget,
         shipment: &'a Shipment,
         progress: &'a Progress,
     ) -> Result<Self> {
