@@ -16,6 +16,7 @@ mod head;
 mod lease;
 mod lock;
 pub mod manifest;
+pub mod nodefile;
 pub mod pace;
 mod point;
 mod prune;
