@@ -43,5 +43,7 @@ pub mod config;
 
 pub mod replicate;
 
+pub mod plain;
+
 pub mod daemon;
 pub mod site;

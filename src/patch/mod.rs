@@ -148,6 +148,15 @@ pub struct Trailer {
     pub to_root: Digest,
 }
 
+/// Bytes of the end of a patch: the trailer's record and its payload.
+pub const TRAILER_LEN: usize = record::HEAD_LEN + record::TRAILER_LEN;
+
+/// The to-root of a patch whose last [`TRAILER_LEN`] bytes these are; `None` if they are no trailer.
+pub fn to_root_at_end(end: &[u8]) -> Option<Digest> {
+    let head = record::Head::decode(end.get(..record::HEAD_LEN)?).ok()?;
+    (end.len() == TRAILER_LEN && head.kind == record::RecordKind::End).then_some(head.digest)
+}
+
 /// Compares a block as it is after a record was applied with the digest the record names.
 pub fn check_block(block: BlockIndex, bytes: &[u8], expected: Digest) -> Result<()> {
     let found = block_digest(bytes);

@@ -10,8 +10,9 @@
 
 mod planner;
 
+use self::planner::Planner;
+pub(crate) use self::planner::expect_nodes;
 pub(super) use self::planner::suspects;
-use self::planner::{Planner, expect_nodes};
 use crate::block::digest::{BlockPieces, Digest, block_digest, node_digest, piece_digests};
 use crate::block::tree::RootBuilder;
 use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, FANOUT, GROUP_LEN, GroupIndex};
@@ -33,7 +34,7 @@ const IN_FLIGHT_MAX: usize = 8;
 const ZSTD_LEVEL: i32 = 1;
 
 /// Bytes of image whose extents are asked for at once.
-const EXTENT_WINDOW: u64 = 64 << 30;
+pub(crate) const EXTENT_WINDOW: u64 = 64 << 30;
 
 /// What to ship.
 #[derive(Debug, Clone)]
@@ -265,6 +266,21 @@ fn work_on_groups(
     }
 }
 
+/// Fills the front of the buffer with the group's bytes; holes are not read. Returns the bytes read.
+pub(crate) fn read_group(image: &dyn Image, group: ByteRange, data: &[ByteRange], buffer: &mut [u8]) -> Result<u64> {
+    let mut read = 0;
+    let mut at = group.start;
+    for range in data {
+        buffer[(at - group.start) as usize..(range.start - group.start) as usize].fill(0);
+        let part = &mut buffer[(range.start - group.start) as usize..(range.end - group.start) as usize];
+        image.read_at(range.start, part)?;
+        read += range.len();
+        at = range.end;
+    }
+    buffer[(at - group.start) as usize..group.len() as usize].fill(0);
+    Ok(read)
+}
+
 struct Worker<'a> {
     image: &'a dyn Image,
     replica: &'a dyn DiskTarget,
@@ -288,7 +304,7 @@ impl<'a> Worker<'a> {
     fn group(&mut self, work: Work) -> Result<Done> {
         let size = self.shipment.size;
         let bytes = work.group.bytes(size);
-        let read = self.read(bytes, &work.data)?;
+        let read = read_group(self.image, bytes, &work.data, &mut self.buffer)?;
         let blocks = work.group.blocks(size);
         let partial = work.suspects != ALL_SUSPECT;
         let mut head = if partial { self.head_blocks(work.head_node, &blocks)? } else { Vec::new() };
@@ -325,21 +341,6 @@ impl<'a> Worker<'a> {
         let nodes = self.replica.nodes(&self.shipment.disk, 0, blocks.clone())?;
         expect_nodes(nodes.len(), blocks)?;
         Ok(nodes)
-    }
-
-    /// Fills the buffer with the group's bytes; holes are not read. Returns the bytes read.
-    fn read(&mut self, group: ByteRange, data: &[ByteRange]) -> Result<u64> {
-        let mut read = 0;
-        let mut at = group.start;
-        for range in data {
-            self.buffer[(at - group.start) as usize..(range.start - group.start) as usize].fill(0);
-            let part = &mut self.buffer[(range.start - group.start) as usize..(range.end - group.start) as usize];
-            self.image.read_at(range.start, part)?;
-            read += range.len();
-            at = range.end;
-        }
-        self.buffer[(at - group.start) as usize..group.len() as usize].fill(0);
-        Ok(read)
     }
 
     fn slice(&self, group: ByteRange, range: ByteRange) -> &[u8] {

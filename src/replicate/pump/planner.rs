@@ -234,7 +234,7 @@ impl HeadNodes {
     }
 }
 
-pub(super) fn expect_nodes(got: usize, range: &Range<u64>) -> Result<()> {
+pub(crate) fn expect_nodes(got: usize, range: &Range<u64>) -> Result<()> {
     if got as u64 == range.end - range.start {
         return Ok(());
     }
