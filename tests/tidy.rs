@@ -22,18 +22,20 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("config", &["error", "name", "policy", "transport", "replicate", "units", "yaml"]),
     ("patch", &["error", "name", "block"]),
     ("retention", &["error", "name"]),
-    ("wire", &["error", "name", "block", "replica"]),
+    ("wire", &["error", "name", "block", "replica", "plain"]),
     ("image", &["error", "block"]),
     ("transport", &["error"]),
     ("hypervisor", &["error", "name", "block", "image"]),
     ("replica", &["error", "failpoint", "name", "block", "patch", "image"]),
-    ("agent", &["error", "failpoint", "name", "block", "wire", "transport", "replica"]),
+    ("agent", &["error", "failpoint", "name", "block", "patch", "wire", "transport", "replica", "plain"]),
     ("replicate", &["error", "failpoint", "name", "block", "patch", "image", "hypervisor", "replica"]),
+    // Images that are no domain's: the same engine, and neither store nor libvirt.
+    ("plain", &["error", "failpoint", "name", "block", "patch", "image", "replica", "replicate"]),
     // It knows a run by its report and its journal, and a domain by its name; the rest is the children's.
     ("daemon", &["error", "name", "config", "policy", "replica", "replicate", "units"]),
     (
         "site",
-        &["error", "name", "block", "image", "transport", "hypervisor", "replica", "agent", "replicate", "config"],
+        &["error", "name", "block", "image", "transport", "hypervisor", "replica", "agent", "replicate", "config", "plain"],
     ),
 ];
 

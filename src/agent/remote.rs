@@ -40,7 +40,7 @@ impl RemoteReplica {
         &self.client.shared
     }
 
-    fn set_disks(&self, disks: Vec<DiskName>) {
+    pub(super) fn set_disks(&self, disks: Vec<DiskName>) {
         *self.disks.write().expect("nothing panics under this lock") = disks;
         self.shared().forget_failure(self.handle);
     }

@@ -88,7 +88,8 @@ impl Choice {
     /// Opens the place for a patch of this header; `Conflict` if the patch is for another base.
     pub(super) fn land(self, header: &Header) -> Result<Landing> {
         self.check(header)?;
-        if header.from_root.is_none() {
+        // qemu-img makes no image empty that was not made so.
+        if header.from_root.is_none() || (header.size == DiskSize(0) && self.layer.format == Format::Qcow2) {
             return self.anew(header);
         }
         if let Some((part, held)) = self.part {
