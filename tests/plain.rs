@@ -1,11 +1,16 @@
 //! Plain images of every awkward shape, brought into step with one another in every way there is, with real files and
 //! QEMU's own tools as the judge. No libvirt, no lab.
 
-mod plain_support;
+#[path = "plain/agent.rs"]
+mod agent;
+#[path = "plain/patches.rs"]
+mod patches;
+#[path = "plain/support.rs"]
+mod support;
 
-use plain_support::*;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
+use support::*;
 use virt_replica::block::{ByteRange, DiskSize};
 use virt_replica::error::Kind;
 use virt_replica::image::Format::{Qcow2, Raw};

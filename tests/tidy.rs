@@ -35,7 +35,19 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("daemon", &["error", "name", "config", "policy", "replica", "replicate", "units"]),
     (
         "site",
-        &["error", "name", "block", "image", "transport", "hypervisor", "replica", "agent", "replicate", "config", "plain"],
+        &[
+            "error",
+            "name",
+            "block",
+            "image",
+            "transport",
+            "hypervisor",
+            "replica",
+            "agent",
+            "replicate",
+            "config",
+            "plain",
+        ],
     ),
 ];
 

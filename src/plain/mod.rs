@@ -31,6 +31,8 @@ pub mod source;
 pub mod target;
 mod undo;
 
+pub use place::meta_of;
+
 use crate::block::DiskSize;
 use crate::block::digest::Digest;
 use crate::error::{Error, Kind, Result};

@@ -82,13 +82,7 @@ impl Bench {
     }
 
     pub fn local_options(&self) -> LocalOptions {
-        LocalOptions {
-            open: self.open_options(),
-            workers: 2,
-            within: None,
-            redo_dir: self.path("redo"),
-            undo: None,
-        }
+        LocalOptions { open: self.open_options(), workers: 2, within: None, redo_dir: self.path("redo"), undo: None }
     }
 
     /// All bytes that a guest sees.
