@@ -9,6 +9,9 @@
 //!     ssh_config: /etc/virt-replica/ssh/config      # optional: instead of the user's own
 //!     known_hosts: /etc/virt-replica/ssh/known_hosts
 //!     runs_max: 2                                   # runs to this target at a time (the daemon's)
+//!     link: wan                                     # the link that leads there
+//! links:
+//!   wan: {runs_max: 3}                # runs over this link at a time, whatever their targets
 //! defaults:
 //!   overlay_dir: /srv/overlays          # overlays of all disks; without it they lie beside their images
 //!   block_overlay_dir: /srv/overlays    # overlays of disks that are block devices
@@ -51,6 +54,7 @@ const FILE_MAX: u64 = 1 << 20;
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     pub targets: BTreeMap<String, TargetConfig>,
+    pub links: BTreeMap<String, LinkConfig>,
     pub defaults: Defaults,
     pub daemon: DaemonConfig,
 }
@@ -70,6 +74,17 @@ pub struct TargetConfig {
     /// Runs that the daemon has under way to it at a time; `None`: as many as it may have at all.
     #[serde(default)]
     pub runs_max: Option<NonZeroU32>,
+    /// The link that leads to it, by its name in [`Config::links`].
+    #[serde(default)]
+    pub link: Option<String>,
+}
+
+/// A link that several targets may share.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LinkConfig {
+    /// Runs that the daemon has under way over it at a time.
+    pub runs_max: NonZeroU32,
 }
 
 /// What a command does where its options say nothing.
@@ -130,8 +145,18 @@ impl Config {
     /// Parses a configuration; `path` is for its errors only.
     pub fn parse(text: &str, path: &Path) -> Result<Config> {
         // A file of nothing but comments is YAML's null.
-        let parsed: Option<Config> = yaml::parse(text, path)?;
-        Ok(parsed.unwrap_or_default())
+        let config: Config = yaml::parse::<Option<Config>>(text, path)?.unwrap_or_default();
+        for (name, target) in &config.targets {
+            if let Some(link) = target.link.as_ref().filter(|l| !config.links.contains_key(*l)) {
+                let known: Vec<&str> = config.links.keys().map(String::as_str).collect();
+                let e = Error::new(Kind::Config, format!("target '{name}': no link is called '{link}'")).path(path);
+                return Err(e.hint(match closest(link, &known) {
+                    Some(meant) => format!("did you mean '{meant}'?"),
+                    None => "name it under `links:`, as `wan: {runs_max: 2}`".to_owned(),
+                }));
+            }
+        }
+        Ok(config)
     }
 
     /// Reads one policy of this configuration.
@@ -243,7 +268,11 @@ mod tests {
                 &["vr.yaml:4:5: unknown key `identiy`", "\n        identiy: /k\n        ^"],
                 "did you mean `identity`?",
             ),
-            ("retention: 7\n", &["vr.yaml:1:1: unknown key `retention`"], "known here: targets, defaults, daemon"),
+            (
+                "retention: 7\n",
+                &["vr.yaml:1:1: unknown key `retention`"],
+                "known here: targets, links, defaults, daemon",
+            ),
             ("targets:\n  dr1: {identity: /k}\n", &["the key `url` is missing", "vr.yaml:2:"], ""),
             ("targets:\n  dr1:\n    url: dr1:/srv\n", &["vr.yaml:3:", "'dr1:/srv' is not a target"], ""),
             ("targets:\n  a: {url: /x}\n  a: {url: /y}\n", &["vr.yaml:3:3: the key `a` stands twice"], ""),

@@ -16,13 +16,14 @@
 //!  policy · retention · patch · wire          rules and formats: values or bytes in, values out
 //!  manifest · xml
 //!              |
-//!        yaml · units
+//!     hook · yaml · units
 //!              |
 //!       block · name · error                  words
 //! ```
 
 pub mod error;
 pub mod failpoint;
+pub mod hook;
 pub mod name;
 pub mod units;
 pub mod yaml;

@@ -12,6 +12,7 @@ use virt_replica::block::DiskSize;
 use virt_replica::image::open::{OpenOptions, open_read};
 use virt_replica::image::{Chain, Format, Layer};
 use virt_replica::name::{DiskName, DomainName, DomainUuid, Generation, RunId};
+use virt_replica::patch::Compression;
 use virt_replica::replica::store::Store;
 use virt_replica::replica::{BeginDisk, BeginPoint, Consistency, DiskStats, Mode, Replica, SealDisk, SealPoint};
 use virt_replica::replicate::pump::{self, Progress, Shipment};
@@ -121,6 +122,8 @@ impl StoreWithPoints {
             mode,
             reason: String::new(),
             workers: 1,
+            compression: Compression::default(),
+            throttle: None,
             dirty: None,
             compare_only: false,
         };
@@ -549,6 +552,7 @@ mod source {
             skipped: Vec::new(),
             alarms: Vec::new(),
             warnings: Vec::new(),
+            target_seen: None,
             error: failed.then(|| "the target is on fire".to_owned()),
             error_kind: None,
         }

@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use virt_replica::daemon::control::{Ask, ask_daemon};
-use virt_replica::daemon::engine::Event;
+use virt_replica::daemon::event::Event;
 use virt_replica::daemon::notify::Notify;
 use virt_replica::daemon::service::{self, Input, Options};
 use virt_replica::daemon::worker::Program;
@@ -91,7 +91,7 @@ impl Daemon {
         let list = move || match &*domains.lock().unwrap() {
             Ok(names) => Ok(names
                 .iter()
-                .map(|n| SeenDomain { name: DomainName::new(n.as_str()).unwrap(), uuid: uuid(n) })
+                .map(|n| SeenDomain { name: DomainName::new(n.as_str()).unwrap(), uuid: uuid(n), tags: Vec::new() })
                 .collect()),
             Err(why) => Err(Error::new(Kind::Unavailable, why.clone())),
         };
@@ -109,6 +109,7 @@ impl Daemon {
             control: (!once).then(|| path("control.sock")),
             http: None,
             notify: Notify::new(None, None),
+            fields: false,
             random: || u64::MAX,
         }
     }

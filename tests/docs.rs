@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 use std::process::Command;
-use virt_replica::config::{Config, DaemonConfig, Defaults, TargetConfig};
+use virt_replica::config::{Config, DaemonConfig, Defaults, LinkConfig, TargetConfig};
 use virt_replica::policy::{Policy, keys};
 
 fn root() -> &'static Path {
@@ -253,10 +253,11 @@ fn every_policy_file_is_read_by_the_code() {
 #[test]
 fn the_sample_has_every_key() {
     let sample = Config::load(&root().join("policies/virt-replica.yaml"), true).unwrap();
-    let Config { targets, defaults, daemon } = sample;
-    let TargetConfig { url, identity, ssh_config, known_hosts, runs_max } = targets["dr1"].clone();
+    let Config { targets, links, defaults, daemon } = sample;
+    let TargetConfig { url, identity, ssh_config, known_hosts, runs_max, link } = targets["dr1"].clone();
     assert_eq!(url.to_string(), "ssh://replica@dr1.example.net/srv/virt-replica");
     assert!(identity.is_some() && ssh_config.is_some() && known_hosts.is_some() && runs_max.is_some());
+    let LinkConfig { runs_max: _ } = links[&link.expect("the sample names a link")];
     let Defaults { overlay_dir, block_overlay_dir, capture } = defaults;
     assert!(overlay_dir.is_some() && block_overlay_dir.is_some() && capture.is_some());
     let DaemonConfig { runs_max: _, stall_timeout: _, stop_timeout: _ } = daemon;

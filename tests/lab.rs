@@ -35,6 +35,8 @@ mod crash_backup;
 mod crash_bench;
 #[path = "lab/suite/crash_hands.rs"]
 mod crash_hands;
+#[path = "lab/suite/crash_hooks.rs"]
+mod crash_hooks;
 #[path = "lab/suite/crash_machine.rs"]
 mod crash_machine;
 #[path = "lab/suite/crash_power.rs"]
@@ -50,6 +52,8 @@ mod daemon;
 mod domain;
 #[path = "lab/suite/formats.rs"]
 mod formats;
+#[path = "lab/suite/limits.rs"]
+mod limits;
 #[path = "lab/suite/points.rs"]
 mod points;
 #[path = "lab/suite/room.rs"]

@@ -18,7 +18,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("block", &["error"]),
     ("units", &[]),
     ("yaml", &["error"]),
-    ("policy", &["error", "name", "retention", "units", "yaml"]),
+    ("hook", &["error"]),
+    ("policy", &["error", "hook", "name", "patch", "retention", "units", "yaml"]),
     ("config", &["error", "name", "policy", "transport", "replicate", "units", "yaml"]),
     ("patch", &["error", "name", "block"]),
     ("retention", &["error", "name"]),
@@ -28,11 +29,11 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("hypervisor", &["error", "name", "block", "image"]),
     ("replica", &["error", "failpoint", "name", "block", "patch", "image"]),
     ("agent", &["error", "failpoint", "name", "block", "patch", "wire", "transport", "replica", "plain"]),
-    ("replicate", &["error", "failpoint", "name", "block", "patch", "image", "hypervisor", "replica"]),
+    ("replicate", &["error", "failpoint", "hook", "name", "block", "patch", "image", "hypervisor", "replica", "units"]),
     // Images that are no domain's: the same engine, and neither store nor libvirt.
     ("plain", &["error", "failpoint", "name", "block", "patch", "image", "replica", "replicate"]),
     // It knows a run by its report and its journal, and a domain by its name; the rest is the children's.
-    ("daemon", &["error", "name", "config", "policy", "replica", "replicate", "units"]),
+    ("daemon", &["error", "hook", "name", "config", "policy", "replica", "replicate", "units"]),
     (
         "site",
         &[

@@ -1,6 +1,7 @@
 //! `copy`: images brought into step, here or over ssh.
 
 use super::Globals;
+use super::limits::LinkArgs;
 use super::output::{Exit, Message, Output, print};
 use super::plain::{WayArgs, absolute, format, listen, unless_stopped, watched};
 use super::render;
@@ -14,7 +15,7 @@ use std::time::{Duration, Instant};
 use virt_replica::block::ByteRange;
 use virt_replica::error::{Error, Kind, Result};
 use virt_replica::image::Format;
-use virt_replica::plain::copy::{self as story, Copied, Copy};
+use virt_replica::plain::copy::{self as story, Copied, Copy, Sending};
 use virt_replica::plain::source::{ReadOptions, Source};
 use virt_replica::plain::{Finish, Wish, changed, meta_of};
 use virt_replica::replicate::pump::Progress;
@@ -50,6 +51,8 @@ pub struct CopyArgs {
     /// Read the source although a QEMU is writing to it: the copy may be torn as after a power cut, or worse
     #[arg(long)]
     force_share: bool,
+    #[command(flatten)]
+    link: LinkArgs,
     #[command(flatten)]
     ssh: SshArgs,
     /// Print JSON for scripts
@@ -162,7 +165,11 @@ fn one(
             changed: args.changed.as_deref().map(read_list).transpose()?,
             finish: Finish { meta },
             dry_run: args.dry_run,
-            workers: workers(),
+            sending: Sending {
+                workers: workers(),
+                compression: args.link.compression(),
+                throttle: args.link.throttle()?,
+            },
         };
         let progress = Progress::default();
         let name = pair.source.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();

@@ -147,12 +147,11 @@ mod service {
     use std::sync::mpsc::{self, Sender};
     use std::sync::{Arc, Mutex};
     use std::time::Duration;
-    use virt_replica::daemon::engine::Event;
+    use virt_replica::daemon::event::Event;
     use virt_replica::daemon::notify::Notify;
     use virt_replica::daemon::service::{self, Input, Lister, Options};
     use virt_replica::daemon::worker::Program;
     use virt_replica::error::{Error, Kind};
-    use virt_replica::policy::select::SeenDomain;
     use virt_replica::site::{Site, SiteOptions};
 
     /// How often libvirt is asked which domains there are.
@@ -172,6 +171,7 @@ mod service {
             control,
             http,
             notify: Notify::from_env(),
+            fields: crate::cli::logging::is_journal(),
             random: source::random,
         };
         match service::run(options, inbox, inputs)? {
@@ -209,9 +209,9 @@ mod service {
                 Some(site) => site,
                 None => Site::connect(options.clone())?,
             };
-            let names = asked.hypervisor().names()?;
+            let names = source::seen_domains(&asked)?;
             *site = Some(asked);
-            Ok(names.into_iter().map(|(name, uuid)| SeenDomain { name, uuid }).collect())
+            Ok(names)
         })
     }
 

@@ -8,6 +8,8 @@ mod daemon;
 mod digest;
 mod doctor;
 mod export;
+mod limits;
+mod logging;
 // A build without libvirt prints less than it could.
 #[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
 mod output;
@@ -39,7 +41,6 @@ use output::Output;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use tracing_subscriber::EnvFilter;
 use virt_replica::config::{CONFIG_FILE, Config};
 use virt_replica::error::Result;
 use virt_replica::replicate::journal::STATE_DIR;
@@ -201,7 +202,7 @@ pub fn main() -> ExitCode {
         Err(e) => return output::usage(&e),
     };
     let output = Output { json: cli.command.json(), quiet: cli.globals.quiet, colors: cli.globals.colors() };
-    start_logging(&cli.globals, output, cli.command.tells());
+    logging::start(&cli.globals, output, cli.command.tells());
     let result = match &cli.command {
         Command::Sync(args) => sync::sync(args, &cli.globals, output),
         Command::Plan(args) => sync::plan(args, &cli.globals, output),
@@ -226,25 +227,6 @@ pub fn main() -> ExitCode {
         Command::Deadman(args) => serve::deadman(args, &cli.globals),
     };
     output.end(result)
-}
-
-/// Logs go to stderr, above the progress bars if there are any. `tells`: what it does is worth a line without being asked.
-fn start_logging(globals: &Globals, output: Output, tells: bool) {
-    let level = match (globals.quiet, globals.verbose.max(u8::from(tells))) {
-        (true, _) => "error",
-        (_, 0) => "warn",
-        (_, 1) => "warn,virt_replica=info",
-        (_, 2) => "info,virt_replica=debug",
-        _ => "trace",
-    };
-    let filter = EnvFilter::builder().try_from_env().unwrap_or_else(|_| EnvFilter::new(level));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(output.colors).with_target(false);
-    let builder = builder.with_writer(|| progress::AboveBars);
-    // Only a second subscriber makes this fail, and there is none.
-    let _ = match globals.verbose {
-        0 => builder.without_time().compact().try_init(),
-        _ => builder.compact().try_init(),
-    };
 }
 
 /// A build without libvirt serves a target; it has no source side.

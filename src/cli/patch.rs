@@ -10,6 +10,8 @@ use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use virt_replica::error::{Error, Kind, Result};
+use virt_replica::patch::Compression;
+use virt_replica::plain::copy::Sending;
 use virt_replica::plain::diff::{Diffed, KnownByDigests, Nothing};
 use virt_replica::plain::patchfile::{self, Applied, PatchInfo};
 use virt_replica::plain::source::Source;
@@ -36,6 +38,9 @@ pub struct DiffArgs {
     /// Replace the patch if it is there
     #[arg(long)]
     force: bool,
+    /// Compress it: a level of zstd, 1 (fast) to 19 (small), or no
+    #[arg(long, value_name = "LEVEL", default_value_t)]
+    compress: Compression,
     /// Read images although a QEMU is writing to them: what the patch makes may be torn, as after a power cut or worse
     #[arg(long)]
     force_share: bool,
@@ -68,7 +73,7 @@ pub fn diff(args: &DiffArgs, globals: &Globals, output: Output) -> Result<Exit> 
     let (base, connection) = open_base(args, globals)?;
     let read = site::read_options(&globals.state_dir, args.force_share);
     let source = Source::open(&path, format(args.source_format.as_ref(), &path), &read)?;
-    let made = make(&source, base.as_ref(), out, &path, output, stop);
+    let made = make(&source, base.as_ref(), out, &path, args.compress, output, stop);
     drop(base);
     if let Some(connection) = connection {
         hang_up(connection);
@@ -95,13 +100,15 @@ fn make(
     base: &dyn PlainTarget,
     mut out: OutFile,
     path: &Path,
+    compression: Compression,
     output: Output,
     stop: &AtomicBool,
 ) -> Result<(Diffed, bool)> {
+    let sending = Sending { workers: workers(), compression, throttle: None };
     let progress = Progress::default();
     let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     let diffed = watched(&name, source.size().0, &progress, beside(output, &out), || {
-        story::diff(source, base, &mut out, None, workers(), &progress, &|| unless_stopped(stop))
+        story::diff(source, base, &mut out, None, &sending, &progress, &|| unless_stopped(stop))
     })?;
     let piped = out.is_stdout();
     out.commit()?;

@@ -159,8 +159,7 @@ fn show(args: &ShowArgs, globals: &Globals) -> Result<Exit> {
 
 #[cfg(feature = "libvirt")]
 fn domains(globals: &Globals) -> Result<Vec<SeenDomain>> {
-    let names = super::source::connect(globals)?.hypervisor().names()?;
-    Ok(names.into_iter().map(|(name, uuid)| SeenDomain { name, uuid }).collect())
+    super::source::seen_domains(&super::source::connect(globals)?)
 }
 
 #[cfg(not(feature = "libvirt"))]

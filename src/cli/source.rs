@@ -5,8 +5,11 @@ use super::target::Target;
 use virt_replica::config::Config;
 use virt_replica::error::{Error, Result};
 use virt_replica::name::{Generation, RunId};
+use virt_replica::patch::Compression;
+use virt_replica::policy::select::SeenDomain;
 use virt_replica::replicate::choice::CaptureWish;
 use virt_replica::replicate::cycle::Request;
+use virt_replica::replicate::freeze_hooks::FreezeHooks;
 use virt_replica::replicate::plan::PlanOptions;
 use virt_replica::replicate::settle::SettleOptions;
 use virt_replica::site::{self, Site, SiteOptions};
@@ -18,6 +21,12 @@ const BLOCK_OVERLAY_DIR: &str = "/var/lib/libvirt/images";
 /// Connects to libvirt.
 pub fn connect(globals: &Globals) -> Result<Site> {
     Site::connect(SiteOptions { uri: globals.uri(), state: globals.state_dir.clone() })
+}
+
+/// The domains of this host, as policies ask for them.
+pub fn seen_domains(site: &Site) -> Result<Vec<SeenDomain>> {
+    let names = site.hypervisor().names()?;
+    Ok(names.into_iter().map(|d| SeenDomain { name: d.name, uuid: d.uuid, tags: d.tags }).collect())
 }
 
 /// The generation this host replicates as: the first, until a replica changes hands.
@@ -50,6 +59,9 @@ pub fn request(
         with_secrets: false,
         generation: generation(),
         workers,
+        compression: Compression::default(),
+        throttle: None,
+        hooks: FreezeHooks::default(),
     })
 }
 

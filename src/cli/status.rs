@@ -6,6 +6,7 @@
 
 use super::target::SshArgs;
 use clap::Args;
+use std::time::Duration;
 
 #[derive(Debug, Args)]
 pub struct StatusArgs {
@@ -19,6 +20,20 @@ pub struct StatusArgs {
     /// Print JSON for scripts
     #[arg(long)]
     pub json: bool,
+    /// Look again every so many seconds, until ended
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2", require_equals = true,
+          conflicts_with = "json", value_parser = clap::value_parser!(u32).range(1..))]
+    watch: Option<u32>,
+    /// Answer as a monitoring plugin does: one line, performance data, exit code 0, 1, 2 or 3. A lag is critical beyond
+    /// the RPO of the policy that means the domain, and worth a warning beyond four fifths of it
+    #[arg(long, conflicts_with_all = ["json", "watch"])]
+    nagios: bool,
+    /// With --nagios: this lag is worth a warning, whatever the policies say
+    #[arg(long, value_name = "TIME", requires = "nagios", value_parser = super::render::parse_duration)]
+    warning: Option<Duration>,
+    /// With --nagios: this lag is critical, whatever the policies say
+    #[arg(long, value_name = "TIME", requires = "nagios", value_parser = super::render::parse_duration)]
+    critical: Option<Duration>,
 }
 
 #[cfg(not(feature = "libvirt"))]
@@ -35,5 +50,7 @@ pub use gather::status;
 
 #[cfg(feature = "libvirt")]
 mod gather;
+#[cfg(feature = "libvirt")]
+mod nagios;
 #[cfg(feature = "libvirt")]
 mod view;

@@ -1,6 +1,7 @@
 //! `sync` and `plan`: one run of one domain, done or only thought through.
 
 use super::Globals;
+use super::limits::LimitArgs;
 use super::output::{Exit, Output};
 use super::target::TargetArgs;
 use clap::Args;
@@ -17,6 +18,8 @@ use virt_replica::retention::Keep;
 pub struct SyncArgs {
     #[command(flatten)]
     pub run: RunArgs,
+    #[command(flatten)]
+    limits: LimitArgs,
     /// Keep secrets (graphics passwords) in the definition that travels with the point
     #[arg(long)]
     with_secrets: bool,
@@ -116,11 +119,12 @@ mod run {
     use crate::cli::{prune, render, signals, source};
     use std::sync::atomic::AtomicBool;
     use virt_replica::replica::AuditStats;
+    use virt_replica::replica::Replica;
     use virt_replica::replicate::cycle::Request;
     use virt_replica::replicate::forecast::SpaceOptions;
     use virt_replica::replicate::plan::{CaptureKind, Plan, PlanOptions};
     use virt_replica::replicate::quiesce::QuiesceOptions;
-    use virt_replica::replicate::report::{Report, RunOutcome};
+    use virt_replica::replicate::report::{Report, RunOutcome, TargetSeen};
     use virt_replica::site::Connection;
 
     impl RunArgs {
@@ -138,7 +142,7 @@ mod run {
                     within: self.audit_time,
                 },
                 quiesce: QuiesceOptions { wish: self.quiesce, every: self.quiesce_every, budget: self.freeze_budget },
-                space: SpaceOptions { min_free_source_bytes: self.min_free_source },
+                space: SpaceOptions { min_free_source_bytes: self.min_free_source, ..SpaceOptions::default() },
                 ..PlanOptions::default()
             };
             let request = source::request(&self.domain, &target, globals, &config, wish, self.capture)?;
@@ -151,6 +155,7 @@ mod run {
         let (target, mut request) = args.run.prepare(globals)?;
         request.settle.ready_within = args.ready_timeout;
         request.with_secrets = args.with_secrets;
+        args.limits.apply(&mut request)?;
         let stop = signals::listen()?;
         let site = source::connect(globals)?;
         let connection = target.connection();
@@ -199,6 +204,12 @@ mod run {
         report.warnings.extend(prune::after_run(&client, report, args.keep, output));
         let shortened = keep_short(&client, (&report.uuid, &report.domain), &report.target, output, stop);
         report.warnings.extend(shortened.warning);
+        // Of what is seen now a daemon makes its metrics; a target that does not answer any more has made its point all the same.
+        report.target_seen = client
+            .open(&report.uuid)
+            .and_then(|replica| replica.describe())
+            .ok()
+            .map(|view| TargetSeen { points: view.points.len() as u64, free_bytes: view.free_bytes });
         shortened.note
     }
 

@@ -6,130 +6,21 @@
 //! - While libvirt is not there no run begins, and nobody is forgotten.
 //! - After [`Event::Stop`] no run begins.
 
+use super::checks::Checking;
+use super::event::{About, Event, Level, Listed, Now, Order, Setup, StartRun};
 use super::pair::{End, Key, Pair, RunResult};
 use super::run::{Phase, Run, hook_env};
-use crate::config::Config;
 use crate::name::DomainUuid;
-use crate::policy::admission::{self, BreachChange, Caps, Running, Waiting};
-use crate::policy::schedule::{Due, Schedule, Shift};
+use crate::policy::admission::{self, BreachChange, Running, Waiting};
+use crate::policy::retry;
+use crate::policy::schedule::{Due, Shift};
 use crate::policy::select::{SeenDomain, select};
-use crate::policy::{Hook, Policy, retry};
-use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 /// Longest sleep: clocks are set, and a laptop wakes up.
 const SLEEP_MAX: Duration = Duration::from_secs(60);
-
-/// The time, and randomness, as one event sees them.
-#[derive(Debug, Clone, Copy)]
-pub struct Now {
-    pub wall: Timestamp,
-    /// Since the daemon began, by a clock that nobody sets.
-    pub up: Duration,
-    pub random: u64,
-}
-
-/// What the operator wrote, ready for use.
-#[derive(Debug, Clone)]
-pub struct Setup {
-    pub policies: Vec<Policy>,
-    schedules: Vec<Schedule>,
-    urls: BTreeMap<String, String>,
-    caps: Caps,
-    pub(super) stall_timeout: Duration,
-    stop_timeout: Duration,
-}
-
-impl Setup {
-    /// `local`: this host's time zone.
-    pub fn new(config: &Config, policies: Vec<Policy>, local: &TimeZone) -> Setup {
-        let urls = config.urls();
-        let host = config.daemon.runs_max.get() as usize;
-        let cap = |name: &String| config.targets[name].runs_max.map(|n| n.get() as usize);
-        let targets = urls.iter().filter_map(|(name, url)| Some((url.clone(), cap(name)?))).collect();
-        Setup {
-            schedules: policies.iter().map(|p| p.schedule(local)).collect(),
-            policies,
-            urls,
-            caps: Caps { host, targets },
-            stall_timeout: config.daemon.stall_timeout,
-            stop_timeout: config.daemon.stop_timeout,
-        }
-    }
-}
-
-/// A domain as libvirt lists it, with the points that this host's journal knows of it: (target's URL, begin of the run,
-/// `frozen_at`).
-#[derive(Debug, Clone)]
-pub struct Listed {
-    pub domain: SeenDomain,
-    pub points: Vec<(String, Timestamp, Timestamp)>,
-}
-
-#[derive(Debug)]
-pub enum Event {
-    /// Time has passed.
-    Tick,
-    Domains(Vec<Listed>),
-    DomainsFailed(String),
-    Reloaded(Setup),
-    ReloadFailed(String),
-    /// A run showed that it lives; `step`: it entered this one.
-    Sign {
-        run: u64,
-        step: Option<u8>,
-    },
-    Ended {
-        run: u64,
-        end: End,
-    },
-    Stop,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Level {
-    Info,
-    Warn,
-    Error,
-}
-
-#[derive(Debug, PartialEq)]
-pub enum Order {
-    /// Begin `virt-replica sync`.
-    Start {
-        run: u64,
-        job: Box<StartRun>,
-    },
-    /// Begin `virt-replica doctor --repair`, under the number of the run that left the domain behind.
-    Repair {
-        run: u64,
-        uuid: DomainUuid,
-        ready_timeout: Duration,
-    },
-    /// Ask a run to end in order (SIGTERM).
-    Terminate(u64),
-    /// End it where it stands (SIGKILL): its dead-man lets the guest go.
-    Kill(u64),
-    Hook {
-        hook: Hook,
-        env: Vec<(&'static str, String)>,
-    },
-    Say(Level, String),
-    /// What changed has to survive a crash.
-    Save,
-    Exit,
-}
-
-/// All that a run needs to know.
-#[derive(Debug, Clone, PartialEq)]
-pub struct StartRun {
-    pub domain: SeenDomain,
-    /// The target's name in the configuration.
-    pub target: String,
-    pub policy: Policy,
-}
 
 /// Who goes where by the policies and the domains of this moment.
 #[derive(Debug, Clone)]
@@ -144,11 +35,12 @@ pub struct Engine {
     pub(super) pairs: BTreeMap<Key, Pair>,
     pub(super) assigned: BTreeMap<Key, Assigned>,
     pub(super) runs: BTreeMap<u64, Run>,
+    pub(super) checking: BTreeMap<u64, Checking>,
     pub(super) paused: BTreeSet<DomainUuid>,
     pub(super) all_paused: bool,
     /// Runs that a person asked for.
     asked: BTreeSet<Key>,
-    next_run: u64,
+    pub(super) next_run: u64,
     domains: Vec<Listed>,
     listed: bool,
     pub(super) libvirt_error: Option<String>,
@@ -163,7 +55,7 @@ pub struct Engine {
     pub failed_runs: u64,
 }
 
-fn signed(d: Duration) -> SignedDuration {
+pub(super) fn signed(d: Duration) -> SignedDuration {
     SignedDuration::try_from(d).unwrap_or(SignedDuration::MAX)
 }
 
@@ -175,6 +67,7 @@ impl Engine {
             pairs: pairs.into_iter().map(|p| (p.key.clone(), p)).collect(),
             assigned: BTreeMap::new(),
             runs: BTreeMap::new(),
+            checking: BTreeMap::new(),
             paused,
             all_paused,
             asked: BTreeSet::new(),
@@ -198,7 +91,7 @@ impl Engine {
             Event::Tick => {}
             Event::Domains(domains) => {
                 if self.libvirt_error.take().is_some() {
-                    orders.push(Order::Say(Level::Info, "libvirt is there again".to_owned()));
+                    orders.push(Order::Say(Level::Info, About::default(), "libvirt is there again".to_owned()));
                 }
                 self.domains = domains;
                 self.listed = true;
@@ -207,7 +100,7 @@ impl Engine {
             Event::DomainsFailed(why) => {
                 if self.libvirt_error.is_none() {
                     let text = format!("libvirt cannot be asked, no run begins until it can: {why}");
-                    orders.push(Order::Say(Level::Error, text));
+                    orders.push(Order::Say(Level::Error, About::default(), text));
                 }
                 self.libvirt_error = Some(why);
                 if self.once {
@@ -220,15 +113,18 @@ impl Engine {
                 self.config_error = None;
                 self.said.clear();
                 let text = format!("policies read: {}", self.setup.policies.len());
-                orders.push(Order::Say(Level::Info, text));
+                orders.push(Order::Say(Level::Info, About::default(), text));
                 self.assign(now, &mut orders);
             }
             Event::ReloadFailed(why) => {
                 let text = format!("THE NEW CONFIGURATION IS WRONG; the old one stays in force: {why}");
-                orders.push(Order::Say(Level::Error, text));
+                orders.push(Order::Say(Level::Error, About::default(), text));
                 self.config_error = Some(why);
             }
             Event::Sign { run, step } => {
+                if let Some(checking) = self.checking.get_mut(&run) {
+                    checking.last_sign = now.up;
+                }
                 if let Some(run) = self.runs.get_mut(&run) {
                     run.last_sign = now.up;
                     if let Some(step) = step.filter(|s| *s != run.step) {
@@ -238,6 +134,7 @@ impl Engine {
                 }
             }
             Event::Ended { run, end } => self.ended(run, end, now, &mut orders),
+            Event::Checked { run, error } => self.checked(run, error, now, &mut orders),
             Event::Stop => self.stop(now, &mut orders),
         }
         self.look(now, &mut orders);
@@ -257,7 +154,9 @@ impl Engine {
             to_say.push((Level::Warn, format!("policy '{name}': '{selector}' is no domain of this host")));
         }
         let texts: BTreeSet<String> = to_say.iter().map(|(_, t)| t.clone()).collect();
-        orders.extend(to_say.into_iter().filter(|(_, t)| !self.said.contains(t)).map(|(l, t)| Order::Say(l, t)));
+        orders.extend(
+            to_say.into_iter().filter(|(_, t)| !self.said.contains(t)).map(|(l, t)| Order::Say(l, About::default(), t)),
+        );
         self.said = texts;
         let mut assigned = BTreeMap::new();
         for pair in found.pairs {
@@ -268,7 +167,7 @@ impl Engine {
             });
             if state.domain != pair.domain.name {
                 let text = format!("domain '{}' is called '{}' now", state.domain, pair.domain.name);
-                orders.push(Order::Say(Level::Info, text));
+                orders.push(Order::Say(Level::Info, About::pair(state), text));
                 state.domain = pair.domain.name.clone();
             }
             assigned.insert(key, Assigned { policy: pair.policy, target: pair.target, domain: pair.domain });
@@ -289,7 +188,7 @@ impl Engine {
         if run.phase == Phase::Repairing {
             let run = self.runs.remove(&number).expect("it was just found");
             let text = format!("domain '{}': looked after what the killed run left", run.job.domain.name);
-            orders.push(Order::Say(Level::Warn, text));
+            orders.push(Order::Say(Level::Warn, About::job(&run.job), text));
             return;
         }
         run.count_step(self.pairs.get_mut(&run.key), now.up);
@@ -317,26 +216,27 @@ impl Engine {
                 let why = error.as_deref().unwrap_or("it said nothing");
                 let text =
                     format!("domain '{name}' has no new point on {target}: {why}; again in {} s", wait.as_secs());
-                orders.push(Order::Say(Level::Error, text));
+                orders.push(Order::Say(Level::Error, About::job(&job), text));
             }
             _ => {
                 let text =
                     format!("domain '{name}' is replicated to {target}, point {}", end.point.as_deref().unwrap_or("?"));
-                orders.push(Order::Say(Level::Info, text));
+                orders.push(Order::Say(Level::Info, About::job(&job), text));
             }
         }
-        orders.extend(end.alarms.iter().map(|a| Order::Say(Level::Error, format!("domain '{name}': ALARM: {a}"))));
+        let alarm = |a| Order::Say(Level::Error, About::job(&job), format!("domain '{name}': ALARM: {a}"));
+        orders.extend(end.alarms.iter().map(alarm));
         orders.push(Order::Save);
         let failed = end.result == RunResult::Failed;
         let hooks = &job.policy.hooks;
         for (name, hook) in [("after_run", &hooks.after_run), ("on_failure", &hooks.on_failure)] {
             if let Some(hook) = hook.as_ref().filter(|_| failed || name == "after_run") {
                 let mut env = hook_env(name, &job);
-                env.push(("VIRT_REPLICA_OUTCOME", end.result.word().to_owned()));
-                env.push(("VIRT_REPLICA_POINT", end.point.clone().unwrap_or_default()));
-                env.push(("VIRT_REPLICA_ERROR", end.error.clone().unwrap_or_default()));
+                env.push(("VIRT_REPLICA_OUTCOME".to_owned(), end.result.word().to_owned()));
+                env.push(("VIRT_REPLICA_POINT".to_owned(), end.point.clone().unwrap_or_default()));
+                env.push(("VIRT_REPLICA_ERROR".to_owned(), end.error.clone().unwrap_or_default()));
                 let kind = end.error_kind.map(|k| serde_json::json!(k).as_str().unwrap_or_default().to_owned());
-                env.push(("VIRT_REPLICA_ERROR_KIND", kind.unwrap_or_default()));
+                env.push(("VIRT_REPLICA_ERROR_KIND".to_owned(), kind.unwrap_or_default()));
                 orders.push(Order::Hook { hook: hook.clone(), env });
             }
         }
@@ -347,12 +247,17 @@ impl Engine {
             return;
         }
         self.stop_at = Some(now.up + self.setup.stop_timeout);
-        orders.push(Order::Say(Level::Info, format!("stopping; runs under way: {}", self.runs.len())));
+        orders.push(Order::Say(
+            Level::Info,
+            About::default(),
+            format!("stopping; runs under way: {}", self.runs.len()),
+        ));
         for (number, run) in self.runs.iter_mut().filter(|(_, r)| r.phase == Phase::Working) {
             run.phase = Phase::Terminated;
             run.last_sign = now.up;
             orders.push(Order::Terminate(*number));
         }
+        self.stop_checks(now, orders);
     }
 
     /// What follows from the time alone: breaches, runs that hang, runs that are due.
@@ -361,10 +266,17 @@ impl Engine {
         for (number, run) in &mut self.runs {
             run.watch(*number, &self.setup, self.stop_at, now, orders);
         }
+        self.watch_checks(now, orders);
         match self.stop_at {
-            Some(_) if self.runs.is_empty() => orders.push(Order::Exit),
+            Some(_) if self.runs.is_empty() && self.checking.is_empty() => orders.push(Order::Exit),
             Some(_) => {}
-            None if self.listed && self.libvirt_error.is_none() => self.begin_runs(now, orders),
+            None if self.listed && self.libvirt_error.is_none() => {
+                self.begin_runs(now, orders);
+                self.begin_check(now, orders);
+                if self.once && self.is_idle(now.wall) {
+                    orders.push(Order::Exit);
+                }
+            }
             None => {}
         }
     }
@@ -395,13 +307,17 @@ impl Engine {
                 (BreachChange::Left, Some(since)) => format!("the RPO is kept again; it was broken since {since}"),
                 _ => "the RPO is broken".to_owned(),
             };
-            orders.push(Order::Say(level, format!("domain '{}' to {}: {text}", pair.domain, key.url)));
+            orders.push(Order::Say(
+                level,
+                About::pair(pair),
+                format!("domain '{}' to {}: {text}", pair.domain, key.url),
+            ));
             if let (Some(a), Some(policy)) = (assigned, policy)
                 && let Some(hook) = &policy.hooks.on_breach
             {
                 let job = StartRun { domain: a.domain.clone(), target: a.target.clone(), policy: policy.clone() };
                 let mut env = hook_env("on_breach", &job);
-                env.push(("VIRT_REPLICA_BREACH", word.to_owned()));
+                env.push(("VIRT_REPLICA_BREACH".to_owned(), word.to_owned()));
                 orders.push(Order::Hook { hook: hook.clone(), env });
             }
         }
@@ -419,7 +335,7 @@ impl Engine {
                     "domain '{name}' to {}: the RPO will be broken at {}; its next point is expected at {}",
                     miss.key.url, miss.deadline, miss.expected_end
                 );
-                orders.push(Order::Say(Level::Warn, text));
+                orders.push(Order::Say(Level::Warn, About::pair(&self.pairs[&miss.key]), text));
             }
         }
         for key in admission::admit(&waiting, &running, &self.setup.caps) {
@@ -444,9 +360,12 @@ impl Engine {
             orders.push(Order::Start { run: self.next_run, job: Box::new(job) });
             self.next_run += 1;
         }
-        if self.once && waiting.is_empty() && self.runs.is_empty() {
-            orders.push(Order::Exit);
-        }
+    }
+
+    /// Nothing is under way, and nothing is due.
+    fn is_idle(&self, now: Timestamp) -> bool {
+        let busy = !self.runs.is_empty() || !self.checking.is_empty();
+        !busy && self.waiting(now).is_empty() && self.checks_due(now).next().is_none()
     }
 
     /// Runs that are due, and not under way.
@@ -455,8 +374,7 @@ impl Engine {
         for (key, a) in &self.assigned {
             let pair = &self.pairs[key];
             let asked = self.asked.contains(key);
-            let paused = self.all_paused || self.paused.contains(&key.uuid);
-            let due = asked || (!paused && matches!(self.due(key, now), Due::Now { .. }));
+            let due = asked || (!self.is_paused(key) && matches!(self.due(key, now), Due::Now { .. }));
             if !due || self.runs.values().any(|r| r.key == *key) {
                 continue;
             }
@@ -484,6 +402,10 @@ impl Engine {
             .collect()
     }
 
+    pub(super) fn is_paused(&self, key: &Key) -> bool {
+        self.all_paused || self.paused.contains(&key.uuid)
+    }
+
     pub(super) fn due(&self, key: &Key, now: Timestamp) -> Due {
         let a = &self.assigned[key];
         self.setup.schedules[a.policy].due(shift(key), &self.pairs[key].past(), now)
@@ -498,8 +420,7 @@ impl Engine {
         };
         if self.stop_at.is_none() && self.libvirt_error.is_none() {
             for key in self.assigned.keys().filter(|k| !self.runs.values().any(|r| r.key == **k)) {
-                let paused = self.all_paused || self.paused.contains(&key.uuid);
-                if let (Due::At(at), false) = (self.due(key, now.wall), paused) {
+                if let (Due::At(at), false) = (self.due(key, now.wall), self.is_paused(key)) {
                     until(at);
                 }
             }
@@ -509,6 +430,12 @@ impl Engine {
             if let (Some(rpo), None) = (self.setup.policies[a.policy].rpo, pair.breach_since) {
                 until(deadline(pair, rpo) + SignedDuration::from_millis(1));
             }
+        }
+        if self.stop_at.is_none() && self.checking.is_empty() {
+            self.checks_ahead(now.wall).for_each(&mut until);
+        }
+        for at in self.checking.values().filter_map(|c| c.patience_ends(&self.setup, self.stop_at)) {
+            sleep = sleep.min(at.saturating_sub(now.up));
         }
         for at in self.runs.values().filter_map(|r| r.patience_ends(&self.setup, self.stop_at)) {
             sleep = sleep.min(at.saturating_sub(now.up));

@@ -1,6 +1,7 @@
 //! The engine with a made-up clock and scripted runs.
 
-use super::engine::{Engine, Event, Level, Listed, Now, Order, Setup};
+use super::engine::Engine;
+use super::event::{Event, Level, Listed, Now, Order, Setup};
 use super::pair::{End, Key, Pair, RunResult};
 use crate::config::Config;
 use crate::error::Kind;
@@ -29,44 +30,48 @@ fn uuid(n: u32) -> DomainUuid {
 }
 
 /// An engine, its clock, and what it ordered last.
-struct Bench {
-    engine: Engine,
-    now: Now,
+pub(super) struct Bench {
+    pub(super) engine: Engine,
+    pub(super) now: Now,
 }
 
 const HOURLY: &str = "name: p\ndomains: [\"*\"]\ntargets: [dr1]\nevery: 1h\njitter: 0s\nrpo: 2h\n";
 
 impl Bench {
-    fn new(policies: &[&str]) -> Bench {
+    pub(super) fn new(policies: &[&str]) -> Bench {
         Bench::with(policies, Vec::new(), false)
     }
 
-    fn with(policies: &[&str], pairs: Vec<Pair>, once: bool) -> Bench {
+    pub(super) fn with(policies: &[&str], pairs: Vec<Pair>, once: bool) -> Bench {
         let wall = "2026-11-25T12:00:00Z".parse().unwrap();
         let now = Now { wall, up: Duration::ZERO, random: u64::MAX };
         Bench { engine: Engine::new(setup(policies), pairs, BTreeSet::new(), false, once), now }
     }
 
-    fn pass(&mut self, seconds: u64) -> Vec<Order> {
+    pub(super) fn pass(&mut self, seconds: u64) -> Vec<Order> {
         self.now.wall += SignedDuration::from_secs(seconds as i64);
         self.now.up += Duration::from_secs(seconds);
         self.tell(Event::Tick)
     }
 
-    fn tell(&mut self, event: Event) -> Vec<Order> {
+    pub(super) fn tell(&mut self, event: Event) -> Vec<Order> {
         self.engine.handle(event, self.now)
     }
 
     /// `"a b c"`: domains by name; each has a UUID by its first letter.
-    fn domains(&mut self, names: &str) -> Vec<Order> {
+    pub(super) fn domains(&mut self, names: &str) -> Vec<Order> {
         let domain = |name: &str| Listed {
-            domain: SeenDomain { name: DomainName::new(name).unwrap(), uuid: uuid(u32::from(name.as_bytes()[0])) },
+            domain: SeenDomain {
+                name: DomainName::new(name).unwrap(),
+                uuid: uuid(u32::from(name.as_bytes()[0])),
+                tags: Vec::new(),
+            },
             points: Vec::new(),
         };
         self.tell(Event::Domains(names.split_whitespace().map(domain).collect()))
     }
 
-    fn seals(&mut self, run: u64) -> Vec<Order> {
+    pub(super) fn seals(&mut self, run: u64) -> Vec<Order> {
         let frozen_at = self.now.wall;
         self.tell(Event::Ended { run, end: sealed(frozen_at) })
     }
@@ -88,14 +93,17 @@ fn sealed(frozen_at: Timestamp) -> End {
 }
 
 /// Starts as `"1:a>dr1"`, signals as `"term 1"` and `"kill 1"`, `"repair 1"`, `"exit"`, hooks as `"hook on_breach entered"`.
-fn words(orders: &[Order]) -> Vec<String> {
-    let env = |env: &[(&str, String)], name: &str| {
+pub(super) fn words(orders: &[Order]) -> Vec<String> {
+    let env = |env: &[(String, String)], name: &str| {
         env.iter().find(|(n, _)| *n == name).map(|(_, v)| v.clone()).unwrap_or_default()
     };
     orders
         .iter()
         .filter_map(|o| match o {
             Order::Start { run, job } => Some(format!("{run}:{}>{}", job.domain.name, job.target)),
+            Order::Check { run, check, job } => {
+                Some(format!("{run}:{} {}>{}", check.word(), job.domain.name, job.target))
+            }
             Order::Repair { run, .. } => Some(format!("repair {run}")),
             Order::Terminate(run) => Some(format!("term {run}")),
             Order::Kill(run) => Some(format!("kill {run}")),
@@ -110,9 +118,9 @@ fn words(orders: &[Order]) -> Vec<String> {
         .collect()
 }
 
-fn said(orders: &[Order], level: Level) -> String {
+pub(super) fn said(orders: &[Order], level: Level) -> String {
     let text = |o: &Order| match o {
-        Order::Say(l, text) if *l == level => Some(text.clone()),
+        Order::Say(l, _, text) if *l == level => Some(text.clone()),
         _ => None,
     };
     orders.iter().filter_map(text).collect::<Vec<_>>().join("\n")
@@ -145,7 +153,7 @@ fn a_failure_waits_longer_each_time_and_a_point_made_by_hand_ends_that() {
     assert!(said(&b.fails(2, Kind::Unavailable), Level::Error).contains("again in 60 s"));
     // Somebody replicated it by hand meanwhile.
     let listed = Listed {
-        domain: SeenDomain { name: DomainName::new("a").unwrap(), uuid: uuid(97) },
+        domain: SeenDomain { name: DomainName::new("a").unwrap(), uuid: uuid(97), tags: Vec::new() },
         points: vec![("ssh://dr1".into(), b.now.wall, b.now.wall)],
     };
     b.tell(Event::Domains(vec![listed]));

@@ -101,6 +101,8 @@ pub fn render(status: &Status) -> String {
         Some(time(r.last_run.as_ref()?.started_at))
     });
     runs(&mut page, rows);
+    checks(&mut page, rows);
+    target(&mut page, rows);
     page.0
 }
 
@@ -146,11 +148,50 @@ fn runs(page: &mut Page, rows: &[Row]) {
     });
 }
 
+fn checks(page: &mut Page, rows: &[Row]) {
+    use Type::{Counter, Gauge};
+    let each = || {
+        rows.iter().flat_map(|r| {
+            r.checks.iter().map(move |(check, state)| {
+                let mut labels = labels(r);
+                labels.push(("check", check.word()));
+                (labels, state)
+            })
+        })
+    };
+    let failed = each().map(|(labels, s)| (labels, flag(s.error.is_some())));
+    page.family("check_failed", Gauge, "Whether the newest check on the target found damage, or did not end.", failed);
+    let whole = each().filter_map(|(labels, s)| Some((labels, s.whole_at?.as_millisecond() as f64 / 1e3)));
+    page.family("check_success_timestamp_seconds", Gauge, "When a check last found everything right.", whole);
+    let counted = each().flat_map(|(labels, s)| {
+        [("passed", s.passed), ("failed", s.failed)].map(|(result, count)| {
+            let mut labels = labels.clone();
+            labels.push(("result", result));
+            (labels, count as f64)
+        })
+    });
+    page.family("checks_total", Counter, "Checks that ended, by what became of them.", counted);
+}
+
+/// What the newest run saw of the target.
+fn target(page: &mut Page, rows: &[Row]) {
+    use Type::Gauge;
+    let seen = |r: &Row| r.last_seen;
+    page.each("points", Gauge, "Recovery points on the target after the newest run.", rows, |r| {
+        Some(seen(r)?.points as f64)
+    });
+    page.each("target_free_bytes", Gauge, "Bytes free on the target's file system after the newest run.", rows, |r| {
+        Some(seen(r)?.free_bytes as f64)
+    });
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::daemon::checks::{Check, CheckState};
     use crate::daemon::pair::Totals;
     use crate::name::{DomainName, DomainUuid};
+    use crate::replicate::report::TargetSeen;
     use std::collections::BTreeMap;
 
     fn status() -> Status {
@@ -169,8 +210,11 @@ mod tests {
             running: None,
             failures: 2,
             last_run: None,
+            last_seen: lag.map(|_| TargetSeen { points: 3, free_bytes: 1 << 30 }),
             recent: Vec::new(),
             totals: Totals { sealed: 7, failed: 2, bytes_sent: 1 << 40, ..Totals::default() },
+            checks: [(Check::Verify, CheckState { error: Some("rot".into()), failed: 1, ..CheckState::default() })]
+                .into(),
         };
         Status {
             version: "1.2.3",
@@ -223,6 +267,10 @@ mod tests {
         assert_eq!(of(r#"virt_replica_replication_lag_seconds{domain="new",target="ssh://dr1"}"#), None);
         assert_eq!(of(r#"virt_replica_runs_total{domain="new",target="ssh://dr1",result="sealed"}"#), Some(7.0));
         assert_eq!(of(&format!("virt_replica_bytes_sent_total{web}")), Some((1u64 << 40) as f64));
+        assert_eq!(of(&format!("virt_replica_points{web}")), Some(3.0));
+        assert_eq!(of(r#"virt_replica_points{domain="new",target="ssh://dr1"}"#), None);
+        let check = r#"{domain="new",target="ssh://dr1",check="verify"}"#;
+        assert_eq!(of(&format!("virt_replica_check_failed{check}")), Some(1.0));
         assert_eq!((of("virt_replica_config_ok"), of("virt_replica_libvirt_up")), (Some(0.0), Some(1.0)));
         assert_eq!(of(r#"virt_replica_build_info{version="1.2.3"}"#), Some(1.0));
     }

@@ -13,10 +13,14 @@
 //! process of its own, so that its crash never takes the daemon with it; a daemon that dies takes no run with it either.
 //! docs/daemon.md.
 
+pub mod checks;
+#[cfg(test)]
+mod checks_tests;
 pub mod control;
 pub mod engine;
 #[cfg(test)]
 mod engine_tests;
+pub mod event;
 pub mod http;
 pub mod metrics;
 pub mod notify;

@@ -66,6 +66,7 @@ pub fn render(status: &Status) -> String {
 fn needs_somebody(row: &Row) -> bool {
     row.breach_since.is_some()
         || row.failures > 0
+        || row.checks.values().any(|s| s.error.is_some())
         || row.last_run.as_ref().is_some_and(|l| l.end.result != RunResult::Sealed || !l.end.alarms.is_empty())
 }
 
@@ -80,6 +81,9 @@ fn problems(status: &Status) -> Vec<String> {
         let whom = format!("{} to {}", row.domain, row.target);
         if let Some(since) = row.breach_since {
             all.push(format!("{whom}: its RPO is broken since {}", time(since)));
+        }
+        for (check, state) in &row.checks {
+            all.extend(state.error.iter().map(|e| format!("{whom}: {}: {e}", check.word())));
         }
         let Some(last) = &row.last_run else { continue };
         if row.failures > 0 {
@@ -256,8 +260,10 @@ mod tests {
             running: None,
             failures: pair.failures,
             last_run: pair.last.clone(),
+            last_seen: None,
             recent: pair.recent.clone(),
             totals: pair.totals,
+            checks: pair.checks.clone(),
         }
     }
 

@@ -1,10 +1,13 @@
 //! What is remembered of one domain on one target. Plain data, kept in the state file; names are added, never renamed.
 
+use super::checks::{Check, CheckState};
 use crate::error::Kind;
 use crate::name::{DomainName, DomainUuid};
 use crate::policy::schedule::Past;
+use crate::replicate::report::TargetSeen;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// A domain on a target.
@@ -51,6 +54,8 @@ pub struct End {
     pub bytes_read: u64,
     pub bytes_sent: u64,
     pub bytes_written: u64,
+    #[serde(default)]
+    pub seen: Option<TargetSeen>,
 }
 
 impl End {
@@ -68,6 +73,7 @@ impl End {
             bytes_read: 0,
             bytes_sent: 0,
             bytes_written: 0,
+            seen: None,
         }
     }
 }
@@ -151,6 +157,11 @@ pub struct Pair {
     pub last: Option<LastRun>,
     #[serde(default)]
     pub totals: Totals,
+    /// What the newest run that made a point saw of the target.
+    #[serde(default)]
+    pub seen: Option<TargetSeen>,
+    #[serde(default)]
+    pub checks: BTreeMap<Check, CheckState>,
 }
 
 impl Pair {
@@ -168,6 +179,8 @@ impl Pair {
             breach_since: None,
             last: None,
             totals: Totals::default(),
+            seen: None,
+            checks: BTreeMap::new(),
         }
     }
 
@@ -217,6 +230,7 @@ impl Pair {
         self.recent.push(Brief { started_at, seconds, result: end.result });
         let surplus = self.recent.len().saturating_sub(BRIEFS_MAX);
         self.recent.drain(..surplus);
+        self.seen = end.seen.or(self.seen);
         self.last = Some(LastRun { started_at, ended_at, end });
     }
 }

@@ -2,8 +2,9 @@
 //!
 //! What is watched is progress, not duration: a first copy may take a day, but it says something every second.
 
-use super::engine::{Level, Now, Order, Setup, StartRun};
+use super::event::{About, Level, Now, Order, Setup, StartRun};
 use super::pair::{Key, Pair};
+use crate::hook::Env;
 use jiff::Timestamp;
 use std::time::Duration;
 
@@ -78,12 +79,16 @@ impl Run {
             Phase::Working => {
                 let text =
                     format!("domain '{name}': no sign of life for {silent} s in step {}: the run is ended", self.step);
-                orders.push(Order::Say(Level::Error, text));
+                orders.push(Order::Say(Level::Error, About::job(&self.job), text));
                 orders.push(Order::Terminate(number));
                 (self.phase, self.last_sign) = (Phase::Terminated, now.up);
             }
             Phase::Terminated | Phase::Repairing => {
-                orders.push(Order::Say(Level::Error, format!("domain '{name}': it does not end and is killed")));
+                orders.push(Order::Say(
+                    Level::Error,
+                    About::job(&self.job),
+                    format!("domain '{name}': it does not end and is killed"),
+                ));
                 orders.push(Order::Kill(number));
                 // A repair that is killed is over; the next run settles what it left.
                 self.phase = if self.phase == Phase::Repairing { Phase::Repairing } else { Phase::Killed };
@@ -95,12 +100,13 @@ impl Run {
 }
 
 /// What every hook is told.
-pub(super) fn hook_env(event: &str, job: &StartRun) -> Vec<(&'static str, String)> {
-    vec![
-        ("VIRT_REPLICA_EVENT", event.to_owned()),
-        ("VIRT_REPLICA_DOMAIN", job.domain.name.to_string()),
-        ("VIRT_REPLICA_UUID", job.domain.uuid.to_string()),
-        ("VIRT_REPLICA_TARGET", job.target.clone()),
-        ("VIRT_REPLICA_POLICY", job.policy.name.clone()),
-    ]
+pub(super) fn hook_env(event: &str, job: &StartRun) -> Env {
+    let env = [
+        ("EVENT", event),
+        ("DOMAIN", job.domain.name.as_str()),
+        ("UUID", job.domain.uuid.as_str()),
+        ("TARGET", &job.target),
+        ("POLICY", &job.policy.name),
+    ];
+    env.map(|(name, value)| (format!("VIRT_REPLICA_{name}"), value.to_owned())).into()
 }

@@ -1,7 +1,9 @@
 //! The daemon's loop: hears, asks [`engine`](super::engine), does what it orders. One thread; whatever may block has its own.
 
+use super::checks;
 use super::control::{self, Ask, Question, refusal};
-use super::engine::{Engine, Event, Level, Listed, Now, Order, Setup};
+use super::engine::Engine;
+use super::event::{About, Event, Level, Listed, Now, Order, Setup};
 use super::http;
 use super::notify::Notify;
 use super::pair::End;
@@ -53,6 +55,8 @@ pub struct Options {
     pub control: Option<PathBuf>,
     pub http: Option<SocketAddr>,
     pub notify: Notify,
+    /// Log lines carry the domain and the target as fields too.
+    pub fields: bool,
     /// 64 random bits each time.
     pub random: fn() -> u64,
 }
@@ -207,7 +211,7 @@ impl Service {
         let mut events = VecDeque::from([event]);
         while let Some(event) = events.pop_front() {
             match &event {
-                Event::Ended { run, .. } => drop(self.children.remove(run)),
+                Event::Ended { run, .. } | Event::Checked { run, .. } => drop(self.children.remove(run)),
                 Event::Domains(_) | Event::DomainsFailed(_) => self.listed(matches!(event, Event::Domains(_))),
                 Event::Stop => self.options.notify.say("STOPPING=1"),
                 _ => {}
@@ -215,11 +219,21 @@ impl Service {
             for order in self.engine.handle(event, self.now()) {
                 let (run, begun) = match order {
                     Order::Start { run, job } => {
-                        tracing::info!("domain '{}': run to {} begins", job.domain.name, job.target);
+                        let text = format!("domain '{}': run to {} begins", job.domain.name, job.target);
+                        self.say(Level::Info, About::job(&job), &text);
                         (run, self.options.program.start(run, &job, &self.inputs))
                     }
                     Order::Repair { run, uuid, ready_timeout } => {
                         (run, self.options.program.repair(run, &uuid, ready_timeout, &self.inputs))
+                    }
+                    Order::Check { run, check, job } => {
+                        let text = format!("domain '{}': {} on {} begins", job.domain.name, check.word(), job.target);
+                        self.say(Level::Info, About::job(&job), &text);
+                        match self.options.program.check(run, check, &job, &self.inputs) {
+                            Ok(child) => drop(self.children.insert(run, child)),
+                            Err(e) => events.push_back(checks::not_begun(run, e.kind(), e.chain())),
+                        }
+                        continue;
                     }
                     other => {
                         self.act(other);
@@ -236,18 +250,30 @@ impl Service {
 
     fn act(&mut self, order: Order) {
         match order {
-            Order::Start { .. } | Order::Repair { .. } => unreachable!("they are begun by the caller"),
+            Order::Start { .. } | Order::Repair { .. } | Order::Check { .. } => {
+                unreachable!("they are begun by the caller")
+            }
             Order::Terminate(run) => self.children.get(&run).into_iter().for_each(|c| worker::signal(c, Signal::TERM)),
             Order::Kill(run) => self.children.get(&run).into_iter().for_each(|c| worker::signal(c, Signal::KILL)),
             Order::Hook { hook, env } => {
                 self.hooks.retain(|h| !h.is_finished());
                 self.hooks.push(worker::hook(hook, env));
             }
-            Order::Say(Level::Info, text) => tracing::info!("{text}"),
-            Order::Say(Level::Warn, text) => tracing::warn!("{text}"),
-            Order::Say(Level::Error, text) => tracing::error!("{text}"),
+            Order::Say(level, about, text) => self.say(level, about, &text),
             Order::Save => self.save = true,
             Order::Exit => self.exit = true,
+        }
+    }
+
+    /// The text is whole; fields are for a journal that can be searched by them.
+    fn say(&self, level: Level, about: About, text: &str) {
+        let about = if self.options.fields { about } else { About::default() };
+        let domain = about.domain.as_ref().map(|d| d.as_str());
+        let target = about.target.as_deref();
+        match level {
+            Level::Info => tracing::info!(domain, target, "{text}"),
+            Level::Warn => tracing::warn!(domain, target, "{text}"),
+            Level::Error => tracing::error!(domain, target, "{text}"),
         }
     }
 

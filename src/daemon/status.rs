@@ -1,12 +1,16 @@
 //! How everything stands, as data: the answer of the control socket, and what the metrics are made of.
 
-use super::engine::{Engine, Now, deadline};
+use super::checks::{Check, CheckState};
+use super::engine::{Engine, deadline};
+use super::event::Now;
 use super::pair::{Brief, LastRun, Totals};
 use super::run::Phase;
 use crate::name::{DomainName, DomainUuid};
 use crate::policy::schedule::Due;
+use crate::replicate::report::TargetSeen;
 use jiff::Timestamp;
 use serde::Serialize;
+use std::collections::BTreeMap;
 
 /// The names are a contract (docs/formats/json.md): added, never renamed.
 #[derive(Debug, Clone, Serialize)]
@@ -42,9 +46,13 @@ pub struct Row {
     pub running: Option<RunningRow>,
     pub failures: u32,
     pub last_run: Option<LastRun>,
+    /// What the newest run that made a point saw of the target.
+    pub last_seen: Option<TargetSeen>,
     /// The newest runs, oldest first.
     pub recent: Vec<Brief>,
     pub totals: Totals,
+    /// What the checks on the target found.
+    pub checks: BTreeMap<Check, CheckState>,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -89,8 +97,10 @@ impl Engine {
                 }),
                 failures: pair.failures,
                 last_run: pair.last.clone(),
+                last_seen: pair.seen,
                 recent: pair.recent.clone(),
                 totals: pair.totals,
+                checks: pair.checks.clone(),
             }
         });
         let mut domains: Vec<Row> = rows.collect();

@@ -2,12 +2,13 @@
 //!
 //! A child is signalled by its own id and never as a group: its dead-man lives in the group, and has to outlive it.
 
-use super::engine::{Event, StartRun};
+use super::checks::Check;
+use super::event::{Event, StartRun};
 use super::pair::{End, RunResult};
 use super::service::Input;
 use crate::error::{Error, Kind, Result, printable};
+use crate::hook::{Env, Hook};
 use crate::name::DomainUuid;
-use crate::policy::Hook;
 use crate::replicate::report::{Report, RunOutcome};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::Deserialize;
@@ -15,7 +16,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -64,6 +65,23 @@ pub fn sync_args(job: &StartRun) -> Vec<String> {
     add("--audit-runs", p.audit.runs.to_string());
     add("--audit-bytes", p.audit.bytes.to_string());
     add("--audit-time", seconds(p.audit.time));
+    if let Some(bytes) = p.overlay.bytes_max {
+        add("--overlay-max-bytes", bytes.to_string());
+    }
+    if let Some(age) = p.overlay.age_max {
+        add("--overlay-max-age", seconds(age));
+    }
+    let rates = p.bandwidth.rules();
+    rates.iter().for_each(|rule| add("--rate", rule.to_string()));
+    if let (Some(zone), false) = (p.timing.timezone.as_ref().and_then(|z| z.iana_name()), rates.is_empty()) {
+        add("--timezone", zone.to_owned());
+    }
+    add("--compress", p.compression.to_string());
+    let around = [("--before-freeze", &p.hooks.before_freeze), ("--after-freeze", &p.hooks.after_freeze)];
+    for (option, hook) in around.into_iter().filter_map(|(option, hook)| Some((option, hook.as_ref()?))) {
+        hook.command.iter().for_each(|word| add(option, word.clone()));
+        add(&format!("{option}-timeout"), seconds(hook.timeout));
+    }
     if p.with_secrets {
         args.push("--with-secrets".to_owned());
     }
@@ -81,17 +99,37 @@ impl Program {
 
     /// Starts a run. Its signs and its end come as events of this number. Returns a hold on the process.
     pub fn start(&self, run: u64, job: &StartRun, inputs: &Sender<Input>) -> Result<OwnedFd> {
-        self.spawn(run, &sync_args(job), job.domain.name.as_str(), inputs)
+        self.spawn(run, &sync_args(job), job.domain.name.as_str(), inputs, move |heard, status| Event::Ended {
+            run,
+            end: heard.end(status),
+        })
+    }
+
+    /// Starts a check, with signs and an end as above.
+    pub fn check(&self, run: u64, check: Check, job: &StartRun, inputs: &Sender<Input>) -> Result<OwnedFd> {
+        let args = [check.word(), job.domain.uuid.as_str(), "--to", &job.target, "--json"].map(str::to_owned);
+        self.spawn(run, &args, job.domain.name.as_str(), inputs, move |heard, status| Event::Checked {
+            run,
+            error: heard.failure(status),
+        })
     }
 
     /// Starts `doctor --repair`.
     pub fn repair(&self, run: u64, uuid: &DomainUuid, ready: Duration, inputs: &Sender<Input>) -> Result<OwnedFd> {
         let ready = format!("{}s", ready.as_secs());
         let args = ["doctor", uuid.as_str(), "--repair", "--ready-timeout", &ready, "--json"].map(str::to_owned);
-        self.spawn(run, &args, uuid.as_str(), inputs)
+        self.spawn(run, &args, uuid.as_str(), inputs, move |heard, status| Event::Ended { run, end: heard.end(status) })
     }
 
-    fn spawn(&self, run: u64, args: &[String], name: &str, inputs: &Sender<Input>) -> Result<OwnedFd> {
+    /// `ended`: the event that its end is, by what was heard of it.
+    fn spawn(
+        &self,
+        run: u64,
+        args: &[String],
+        name: &str,
+        inputs: &Sender<Input>,
+        ended: impl FnOnce(Heard, std::io::Result<ExitStatus>) -> Event + Send + 'static,
+    ) -> Result<OwnedFd> {
         let mut child = self.command(args).spawn().map_err(|e| Error::io("cannot start a run", &self.path, e))?;
         // Taken before anybody waits for the child: a number could be another process's by the time it is used.
         let hold = i32::try_from(child.id()).ok().and_then(Pid::from_raw).expect("a child has an id");
@@ -120,11 +158,7 @@ impl Program {
                 std::thread::sleep(Duration::from_millis(10));
             }
             let heard = std::mem::take(&mut *lock(&heard));
-            let end = match status {
-                Ok(status) => heard.end(status),
-                Err(e) => End::failed(Some(Kind::Io), format!("the run's end was not seen: {e}")),
-            };
-            let _ = inputs.send(Input::Event(Event::Ended { run, end }));
+            let _ = inputs.send(Input::Event(ended(heard, status)));
         });
         Ok(hold)
     }
@@ -188,14 +222,25 @@ impl Heard {
         }
     }
 
-    fn end(self, status: ExitStatus) -> End {
-        let Some(report) = self.report else {
-            return match (self.error, status.signal(), status.code()) {
-                (Some((kind, message)), _, _) => End::failed(Some(kind), message),
-                (None, Some(signal), _) => End::failed(None, format!("the run was ended by signal {signal}")),
-                (None, None, code) => {
-                    End::failed(None, format!("the run ended with code {} and without a report", code.unwrap_or(-1)))
-                }
+    /// Why it failed; `None`: it did not.
+    fn failure(self, status: std::io::Result<ExitStatus>) -> Option<(Option<Kind>, String)> {
+        let status = match status {
+            Ok(status) if status.success() => return None,
+            Ok(status) => status,
+            Err(e) => return Some((Some(Kind::Io), format!("its end was not seen: {e}"))),
+        };
+        Some(match (self.error, status.signal()) {
+            (Some((kind, message)), _) => (Some(kind), message),
+            (None, Some(signal)) => (None, format!("it was ended by signal {signal}")),
+            (None, None) => (None, format!("it ended with code {} and said nothing", status.code().unwrap_or(-1))),
+        })
+    }
+
+    fn end(mut self, status: std::io::Result<ExitStatus>) -> End {
+        let (Some(report), Ok(status)) = (self.report.take(), &status) else {
+            return match self.failure(status) {
+                Some((kind, why)) => End::failed(kind, why),
+                None => End::failed(None, "the run ended without a report"),
             };
         };
         let point = report.point.as_ref();
@@ -222,6 +267,7 @@ impl Heard {
             bytes_read: sum(|s| s.bytes_read),
             bytes_sent: sum(|s| s.bytes_sent),
             bytes_written: sum(|s| s.bytes_written),
+            seen: report.target_seen,
         }
     }
 }
@@ -233,43 +279,13 @@ pub fn signal(child: &OwnedFd, signal: Signal) {
     }
 }
 
-/// Runs a hook in a thread of its own; its end is logged, and after its timeout it is killed with all it started.
-pub fn hook(hook: Hook, env: Vec<(&'static str, String)>) -> JoinHandle<()> {
-    std::thread::spawn(move || match run_hook(&hook, env) {
+/// Runs a hook in a thread of its own; its end is logged.
+pub fn hook(hook: Hook, env: Env) -> JoinHandle<()> {
+    std::thread::spawn(move || match hook.run(&env) {
         Ok(status) if status.success() => {}
         Ok(status) => tracing::warn!(hook = hook.command[0], "the hook ended with {status}"),
         Err(e) => tracing::warn!(hook = hook.command[0], "{}", e.chain()),
     })
-}
-
-fn run_hook(hook: &Hook, env: Vec<(&'static str, String)>) -> Result<ExitStatus> {
-    let fail = |e| Error::io("the hook cannot be run", &hook.command[0], e);
-    let mut command = Command::new(&hook.command[0]);
-    command.args(&hook.command[1..]).envs(env).process_group(0);
-    // What it prints goes where the daemon's log goes.
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().map_err(fail)?;
-    let until = Instant::now() + hook.timeout;
-    loop {
-        if let Some(status) = child.try_wait().map_err(fail)? {
-            return Ok(status);
-        }
-        if Instant::now() >= until {
-            kill_group(&mut child);
-            let seconds = hook.timeout.as_secs();
-            return Err(
-                Error::new(Kind::Interrupted, format!("the hook was killed after {seconds} s")).path(&hook.command[0])
-            );
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-fn kill_group(child: &mut Child) {
-    if let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
-        let _ = rustix::process::kill_process_group(pid, Signal::KILL);
-    }
-    // It was killed: this does not wait long.
-    let _ = child.wait();
 }
 
 #[cfg(test)]
@@ -286,6 +302,7 @@ mod tests {
             domain: SeenDomain {
                 name: DomainName::new("web01").unwrap(),
                 uuid: DomainUuid::new("6695eb01-f6a4-8304-79aa-97f2502e193f").unwrap(),
+                tags: Vec::new(),
             },
             target: "dr1".to_owned(),
             policy: Policy::parse(&text, Path::new("p.yaml"), &["dr1"]).unwrap(),
@@ -301,6 +318,19 @@ mod tests {
             ("exclude_disks: {web*: [vdb]}\n", "--exclude-disk vdb"),
             ("min_free_source: 1G\n", "--min-free-source 1073741824"),
             ("ready_timeout: 2h\n", "--ready-timeout 7200s"),
+            ("overlay: {max_bytes: 1G}\n", "--overlay-max-bytes 1073741824"),
+            ("overlay: {max_age: 2h}\n", "--overlay-max-age 7200s"),
+            ("bandwidth: {rate: 5M}\n", "--rate 5M"),
+            (
+                "timezone: Europe/Berlin\nbandwidth: {times: [{from: \"08:00\", to: \"18:00\", days: [mon], rate: 1M}]}\n",
+                "--rate 1M@08:00-18:00/mon --timezone Europe/Berlin",
+            ),
+            ("compression: no\n", "--compress no"),
+            (
+                "hooks: {before_freeze: {command: [/bin/flush, \"-x\"], timeout: 5s}}\n",
+                "--before-freeze /bin/flush --before-freeze -x --before-freeze-timeout 5s",
+            ),
+            ("hooks: {after_freeze: {command: [/bin/on]}}\n", "--after-freeze /bin/on --after-freeze-timeout 60s"),
             ("with_secrets: true\n", "--with-secrets"),
             ("capture: backup\n", "--capture backup"),
             ("quiesce: {wish: try, every: 4, budget: 8s}\n", "--quiesce try --quiesce-every 4 --freeze-budget 8s"),
@@ -331,14 +361,14 @@ mod tests {
         assert_eq!(heard.output(br#"{"message_type":"step","step":5,"what":"x"}"#), Some(5));
         assert_eq!(heard.output(b"not JSON"), None);
         heard.complaint(br#"{"message_type":"exit_error","code":1,"kind":"unavailable","message":"away"}"#, "web01");
-        let end = heard.end(ExitStatus::from_raw(1 << 8));
+        let end = heard.end(Ok(ExitStatus::from_raw(1 << 8)));
         assert_eq!(
             (end.result, end.error_kind, end.error.as_deref()),
             (RunResult::Failed, Some(Kind::Unavailable), Some("away"))
         );
-        let end = Heard::default().end(ExitStatus::from_raw(9));
+        let end = Heard::default().end(Ok(ExitStatus::from_raw(9)));
         assert!(end.error_kind.is_none() && end.error.unwrap().contains("signal 9"));
-        let end = Heard::default().end(ExitStatus::from_raw(0));
+        let end = Heard::default().end(Ok(ExitStatus::from_raw(0)));
         assert_eq!(end.result, RunResult::Failed, "no report, no point");
     }
 }

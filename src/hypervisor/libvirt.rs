@@ -54,7 +54,7 @@ impl Default for Deadlines {
 
 /// libvirt behind one connection, which is reopened when it breaks.
 pub struct LibvirtHypervisor {
-    gate: Gate,
+    pub(super) gate: Gate,
     pub(super) deadlines: Deadlines,
 }
 
@@ -70,29 +70,6 @@ impl LibvirtHypervisor {
             Call { what: "ask for its version", domain: None, deadline: deadlines.query, repeat: Repeat::Harmless };
         this.gate.call(call, |conn| Ok(conn.lib_version()?))?;
         Ok(this)
-    }
-
-    /// Names and UUIDs of all domains, running or not, by name: one question that no domain's QEMU is asked.
-    pub fn names(&self) -> Result<Vec<(DomainName, DomainUuid)>> {
-        let deadline = self.deadlines.query;
-        let call = Call { what: "list the domains", domain: None, deadline, repeat: Repeat::Harmless };
-        let pairs = self.gate.call(call, |conn| {
-            let mut pairs = Vec::new();
-            for domain in conn.list_all_domains(0)? {
-                pairs.push((domain.name()?, domain.uuid_string()?));
-            }
-            Ok(pairs)
-        })?;
-        let mut names = Vec::with_capacity(pairs.len());
-        for (name, uuid) in pairs {
-            match DomainName::new(name) {
-                Ok(name) => names.push((name, DomainUuid::new(uuid.as_str())?)),
-                // One domain that we cannot name must not hide the others.
-                Err(e) => tracing::warn!(uuid, error = e.chain(), "domain left out"),
-            }
-        }
-        names.sort();
-        Ok(names)
     }
 
     /// Asks something about a domain.

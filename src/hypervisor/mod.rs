@@ -16,6 +16,8 @@ mod guest_agent;
 #[cfg(feature = "libvirt")]
 pub mod libvirt;
 #[cfg(feature = "libvirt")]
+pub mod names;
+#[cfg(feature = "libvirt")]
 mod pull;
 pub mod stored;
 #[cfg(feature = "libvirt")]

@@ -22,6 +22,9 @@ use std::path::{Path, PathBuf};
 /// Namespace of our record in a domain's `<metadata>`. The number rises when the meaning of the record changes.
 pub const RECORD_NS: &str = "https://virt-replica.org/xmlns/record/1";
 
+/// Namespace of the words that a domain's owner sorts it by: `virsh metadata DOMAIN URI --key vr --set "<tags>gold</tags>"`.
+pub const TAGS_NS: &str = "https://virt-replica.org/xmlns/tags/1";
+
 /// Largest domain XML we read. libvirt's own limit on a reply is 32 MiB; real definitions are some ten KiB.
 pub const XML_LEN_MAX: usize = 4 << 20;
 
@@ -30,6 +33,15 @@ pub const RECORD_LEN_MAX: usize = 64 << 10;
 
 /// Longest backing chain we follow. QEMU itself becomes unusable before.
 const CHAIN_LEN_MAX: usize = 256;
+
+/// The words of an element of [`TAGS_NS`]: separated by white space or commas. What cannot be read has none.
+pub fn tags(element: &str) -> Vec<String> {
+    let options = ParsingOptions { allow_dtd: false, ..ParsingOptions::default() };
+    let Ok(document) = Document::parse_with_options(element, options) else { return Vec::new() };
+    let text: String = document.root_element().descendants().filter_map(|n| n.text().filter(|_| n.is_text())).collect();
+    let words = text.split(|c: char| c.is_whitespace() || c == ',').filter(|w| !w.is_empty());
+    words.map(str::to_owned).collect()
+}
 
 /// What one XML says about a domain.
 #[derive(Debug, Clone, PartialEq)]

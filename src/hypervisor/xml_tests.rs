@@ -337,3 +337,20 @@ fn confinement_is_what_the_running_domain_is_labelled_with() {
     assert!(of(&format!("{dac}<seclabel type='dynamic' model='apparmor' relabel='yes'/>")));
     assert!(confined_by("<x/>", "apparmor").is_err());
 }
+
+#[test]
+fn tags_are_words_and_nothing_else_is() {
+    for (element, words) in [
+        ("<tags>gold</tags>", vec!["gold"]),
+        (
+            "<vr:tags xmlns:vr='https://virt-replica.org/xmlns/tags/1'>gold, nightly\n db</vr:tags>",
+            vec!["gold", "nightly", "db"],
+        ),
+        ("<tags><tag>a</tag> <tag>b</tag></tags>", vec!["a", "b"]),
+        ("<tags/>", vec![]),
+        ("<!DOCTYPE x [<!ENTITY a 'b'>]><tags>&a;</tags>", vec![]),
+        ("not XML", vec![]),
+    ] {
+        assert_eq!(tags(element), words, "{element}");
+    }
+}

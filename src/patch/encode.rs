@@ -2,7 +2,7 @@
 //! their order and closes the stream.
 
 use super::record::{Codec, HEAD_LEN, Head, RecordKind};
-use super::{Header, PieceMask};
+use super::{Compression, Header, PieceMask};
 use crate::block::digest::Digest;
 use crate::block::{BLOCK_LEN, BlockIndex, DiskSize};
 use crate::error::{Error, Kind, Result};
@@ -24,7 +24,8 @@ const REST_MAX: u32 = 64;
 /// worker is spared; a run of at most 64 compressible blocks behind it pays with bandwidth. The bytes of a patch therefore
 /// depend on how its blocks fell to the workers; its meaning does not.
 pub struct RecordEncoder {
-    compressor: zstd::bulk::Compressor<'static>,
+    /// `None`: every payload is stored.
+    compressor: Option<zstd::bulk::Compressor<'static>>,
     /// Where compressed payloads are made; as long as a block.
     scratch: Vec<u8>,
     gathered: Vec<u8>,
@@ -32,10 +33,9 @@ pub struct RecordEncoder {
 }
 
 impl RecordEncoder {
-    /// `level` is zstd's own scale (1 to 22, negative for faster); it clamps what it does not know.
-    pub fn new(level: i32) -> Result<Self> {
-        let compressor = zstd::bulk::Compressor::new(level)
-            .map_err(|e| Error::new(Kind::Io, "cannot set up compression").source(e))?;
+    pub fn new(compression: Compression) -> Result<Self> {
+        let compressor = compression.level().map(zstd::bulk::Compressor::new).transpose();
+        let compressor = compressor.map_err(|e| Error::new(Kind::Io, "cannot set up compression").source(e))?;
         Ok(Self { compressor, scratch: vec![0; BLOCK_LEN], gathered: Vec::new(), effort: Effort::default() })
     }
 
@@ -107,12 +107,13 @@ impl RecordEncoder {
 
     /// Length of the compressed payload in `scratch`; `None`: to be stored.
     fn compress(&mut self, raw: &[u8]) -> Option<usize> {
+        let compressor = self.compressor.as_mut()?;
         if raw.len() < COMPRESS_MIN || !self.effort.worth_a_try() {
             return None;
         }
         // Room for what is strictly less than 15/16. zstd gives up when it is full: any failure means "store it".
         let room = (raw.len() * 15).div_ceil(16) - 1;
-        let len = self.compressor.compress_to_buffer(raw, &mut self.scratch[..room]).ok();
+        let len = compressor.compress_to_buffer(raw, &mut self.scratch[..room]).ok();
         self.effort.learn(len.is_some());
         len
     }

@@ -12,11 +12,13 @@
 //!
 //! Specified in docs/formats/patch.md.
 
+mod compression;
 pub mod decode;
 pub mod encode;
 mod pieces;
 mod record;
 
+pub use compression::Compression;
 pub use decode::{Decoder, Item, Limits};
 pub use encode::{RecordEncoder, StreamTail};
 pub use pieces::PieceMask;

@@ -97,7 +97,7 @@ impl Script {
 
     /// Each record encoded by itself.
     fn encoded_records(&self) -> Vec<Vec<u8>> {
-        let mut encoder = RecordEncoder::new(1).unwrap();
+        let mut encoder = RecordEncoder::new(Compression::default()).unwrap();
         let encode = |item: &Item| {
             let mut out = Vec::new();
             match item {
@@ -472,7 +472,7 @@ fn a_plain_patch_bears_its_flag() {
 
 #[test]
 fn the_encoder_says_the_same_thing_one_way_only() {
-    let mut encoder = RecordEncoder::new(1).unwrap();
+    let mut encoder = RecordEncoder::new(Compression::default()).unwrap();
     let block = noise(1, BLOCK_LEN);
     let (mut a, mut b) = (Vec::new(), Vec::new());
     encoder.data(BlockIndex(5), block_digest(&block), &block, &mut a);
@@ -489,7 +489,7 @@ fn the_encoder_says_the_same_thing_one_way_only() {
 
 #[test]
 fn what_does_not_shrink_is_stored() {
-    let mut encoder = RecordEncoder::new(1).unwrap();
+    let mut encoder = RecordEncoder::new(Compression::default()).unwrap();
     let len_of = |encoder: &mut RecordEncoder, block: &[u8]| {
         let mut out = Vec::new();
         encoder.data(BlockIndex(0), Digest([1; 32]), block, &mut out);
@@ -520,7 +520,7 @@ fn disorder_does_not_leave_this_host() {
 fn an_overlap_does_not_leave_this_host() {
     let script = script("RRR", 100);
     let mut zeros = Vec::new();
-    RecordEncoder::new(1).unwrap().zero(BlockIndex(0), 3, &mut zeros);
+    RecordEncoder::new(Compression::default()).unwrap().zero(BlockIndex(0), 3, &mut zeros);
     stream_of(&script.header(), &[zeros, script.encoded_records().remove(2)]);
 }
 

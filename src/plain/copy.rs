@@ -10,10 +10,12 @@ use super::{Finish, PlainTarget, Way};
 use crate::block::digest::Digest;
 use crate::block::{BLOCK_LEN, ByteRange, DiskSize};
 use crate::error::Result;
-use crate::patch::plain_names;
+use crate::patch::{Compression, plain_names};
 use crate::replica::{DiskTarget, Mode};
 use crate::replicate::pump::{self, Progress, Shipment, StillGood};
+use crate::replicate::throttle::Throttle;
 use serde::Serialize;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 /// What is to be copied, and how.
@@ -25,8 +27,17 @@ pub struct Copy<'a> {
     pub finish: Finish,
     /// Say what would be sent, and change nothing.
     pub dry_run: bool,
+    pub sending: Sending,
+}
+
+/// How a patch is made and sent.
+#[derive(Debug, Clone)]
+pub struct Sending {
     /// Threads that read, hash and compress.
     pub workers: usize,
+    pub compression: Compression,
+    /// How fast; `None`: as fast as it goes.
+    pub throttle: Option<Arc<Throttle>>,
 }
 
 /// What a copy did, or would do. The JSON of this struct is a contract with scripts: fields are added, never renamed.
@@ -82,7 +93,7 @@ pub(super) fn compare(
     source: &Source,
     target: &dyn PlainTarget,
     changed: Option<&[ByteRange]>,
-    workers: usize,
+    sending: &Sending,
     progress: &Progress,
     still_good: StillGood,
 ) -> Result<Comparison> {
@@ -97,7 +108,9 @@ pub(super) fn compare(
         reason: reason.to_owned(),
         dirty,
         compare_only: false,
-        workers,
+        workers: sending.workers,
+        compression: sending.compression,
+        throttle: sending.throttle.clone(),
     };
     if !view.exists {
         let shipment = shipment(None, Mode::Full, "there is nothing to compare with", None);
@@ -116,7 +129,7 @@ pub(super) fn compare(
     }
     let (hashed, whole) = std::thread::scope(|scope| {
         let far = scope.spawn(|| target.read(&mut |_, _| {}));
-        let near: Result<Hashed> = hash(source.image.as_ref(), workers, progress, still_good);
+        let near: Result<Hashed> = hash(source.image.as_ref(), sending.workers, progress, still_good);
         (near, far.join().expect("a panic of the target ends the copy"))
     });
     let (hashed, whole) = (hashed?, whole?);
@@ -169,7 +182,7 @@ pub(super) fn ship(
 pub fn copy(copy: &Copy, progress: &Progress, still_good: StillGood) -> Result<Copied> {
     let view = copy.target.view()?;
     let good = || still_good().and_then(|()| copy.source.still_good());
-    let compared = compare(copy.source, copy.target, copy.changed.as_deref(), copy.workers, progress, &good)?;
+    let compared = compare(copy.source, copy.target, copy.changed.as_deref(), &copy.sending, progress, &good)?;
     let Shipment { size, mode, reason, head, .. } = compared.shipment.clone();
     let mut copied = Copied {
         size,

@@ -1,6 +1,6 @@
 //! A patch for later: what leads from one image, or from its digests alone, to another.
 
-use super::copy::{compare, ship};
+use super::copy::{Sending, compare, ship};
 use super::source::Source;
 use super::{Committed, Finish, ImageView, PlainTarget, Whole};
 use crate::block::digest::{BLOCK_PIECES, BlockPieces, Digest, PieceDigest};
@@ -159,12 +159,12 @@ pub fn diff(
     base: &dyn PlainTarget,
     out: impl Write + Send,
     changed: Option<&[ByteRange]>,
-    workers: usize,
+    sending: &Sending,
     progress: &Progress,
     still_good: StillGood,
 ) -> Result<Diffed> {
     let good = || still_good().and_then(|()| source.still_good());
-    let compared = compare(source, base, changed, workers, progress, &good)?;
+    let compared = compare(source, base, changed, sending, progress, &good)?;
     let tee = Tee { base, out: Mutex::new(Written { out, end: Vec::new() }) };
     let shipped = ship(source, &tee, &compared, progress, &good)?;
     let head = compared.shipment.head;

@@ -4,12 +4,9 @@ use super::patchfile::Incoming;
 use crate::block::digest::Digest;
 use crate::block::{BLOCK_LEN, BlockIndex};
 use crate::error::{Error, Kind, Result};
-use crate::patch::{Header, Item, PieceMask, RecordEncoder, StreamTail, Trailer};
+use crate::patch::{Compression, Header, Item, PieceMask, RecordEncoder, StreamTail, Trailer};
 use std::io::{Read, Write};
 use std::ops::Range;
-
-/// zstd's level, as on the wire.
-const LEVEL: i32 = 1;
 
 /// One patch of the chain, with the record that is next.
 struct Link<R> {
@@ -80,7 +77,7 @@ pub fn merge<R: Read>(patches: Vec<R>, out: &mut dyn Write) -> Result<Header> {
     let (size, header) = (last.header.size, Header { size: last.header.size, ..first.header.clone() });
     check_headers(&links)?;
     let cannot = |e| Error::from_io("cannot write the patch", e);
-    let mut encoder = RecordEncoder::new(LEVEL)?;
+    let mut encoder = RecordEncoder::new(Compression::default())?;
     let mut bytes = Vec::new();
     let mut tail = StreamTail::begin(&header, &mut bytes);
     let mut buffer = vec![0; BLOCK_LEN];

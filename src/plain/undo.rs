@@ -7,14 +7,11 @@ use super::place::{dir_of, sync_dir};
 use crate::block::digest::{Digest, block_digest};
 use crate::block::{BlockIndex, DiskSize};
 use crate::error::{Error, Kind, Result};
-use crate::patch::{Header, RecordEncoder, StreamTail};
+use crate::patch::{Compression, Header, RecordEncoder, StreamTail};
 use std::fs::{File, OpenOptions};
 use std::io::{BufReader, BufWriter, Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
-
-/// zstd's level, as on the wire.
-const LEVEL: i32 = 1;
 
 pub(super) struct Undo {
     path: PathBuf,
@@ -33,7 +30,7 @@ impl Undo {
         let dir = dir_of(&path);
         let file = tempfile::tempfile_in(dir).map_err(|e| Error::io("cannot create a temporary file", dir, e))?;
         let records = BufWriter::with_capacity(1 << 20, file);
-        Ok(Undo { path, records, encoder: RecordEncoder::new(LEVEL)?, record: Vec::new() })
+        Ok(Undo { path, records, encoder: RecordEncoder::new(Compression::default())?, record: Vec::new() })
     }
 
     /// The block as it was. Blocks ascend.

@@ -30,11 +30,15 @@ pub struct Running {
 }
 
 /// How many runs at a time. Zero admits nothing.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Caps {
     pub host: usize,
     /// Per target; one that is not listed has the host's.
     pub targets: BTreeMap<String, usize>,
+    /// The link that leads to a target, if it has a name.
+    pub links_of: BTreeMap<String, String>,
+    /// Per link.
+    pub links: BTreeMap<String, usize>,
 }
 
 impl Caps {
@@ -44,15 +48,18 @@ impl Caps {
 
     /// Whether one more run of this domain to this target may be under way beside these.
     fn allow<'a>(&self, domain: &str, target: &str, running: impl Iterator<Item = (&'a str, &'a str)>) -> bool {
-        let (mut all, mut there) = (0, 0);
+        let link = self.links_of.get(target);
+        let (mut all, mut there, mut on_the_way) = (0, 0, 0);
         for (d, t) in running {
             if d == domain {
                 return false;
             }
             all += 1;
             there += usize::from(t == target);
+            on_the_way += usize::from(link.is_some() && self.links_of.get(t) == link);
         }
-        all < self.host && there < self.of(target)
+        let link_max = link.and_then(|l| self.links.get(l)).copied().unwrap_or(usize::MAX);
+        all < self.host && there < self.of(target) && on_the_way < link_max
     }
 }
 
@@ -183,7 +190,7 @@ mod tests {
     }
 
     fn caps(host: usize, targets: &[(&str, usize)]) -> Caps {
-        Caps { host, targets: targets.iter().map(|(t, n)| ((*t).to_owned(), *n)).collect() }
+        Caps { host, targets: targets.iter().map(|(t, n)| ((*t).to_owned(), *n)).collect(), ..Caps::default() }
     }
 
     fn admitted(due: &[&str], under_way: &[&str], caps: &Caps) -> Vec<String> {
@@ -203,6 +210,19 @@ mod tests {
         assert_eq!(admitted(&["a>x 90", "a>y 80"], &[], &caps), ["a>y"]);
     }
 
+    /// A link is shared: two targets beyond it have together what it bears.
+    #[test]
+    fn targets_behind_one_link_share_it() {
+        let names = |pairs: &[(&str, &str)]| pairs.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect();
+        let links_of = names(&[("x", "wan"), ("y", "wan"), ("z", "lan")]);
+        let caps = Caps { links_of, links: [("wan".to_owned(), 1)].into(), ..caps(5, &[]) };
+        assert_eq!(
+            admitted(&["a>x 10", "b>y 20", "c>z 30", "d>z 40", "e>w 50"], &[], &caps),
+            ["a>x", "c>z", "d>z", "e>w"]
+        );
+        assert_eq!(admitted(&["b>y 20", "c>z 30"], &["a>x 10"], &caps), ["c>z"]);
+    }
+
     #[test]
     fn who_will_be_late_is_named_beforehand() {
         let caps = caps(1, &[]);
@@ -212,7 +232,7 @@ mod tests {
         assert_eq!(late, [("b>x", 130)]);
         assert!(foresee(&due, &[], &Caps { host: 3, ..caps }, at(0)).is_empty());
         // A cap of nothing: nobody is ever begun, and asking ends all the same.
-        assert!(foresee(&due, &[], &Caps { host: 0, targets: BTreeMap::new() }, at(0)).is_empty());
+        assert!(foresee(&due, &[], &Caps::default(), at(0)).is_empty());
     }
 
     #[test]

@@ -11,6 +11,8 @@ pub enum Shape {
     /// `512M`, `1G`, or a plain number of bytes.
     Bytes,
     Count,
+    /// `no`, or a level of compression.
+    Level,
     Switch,
     /// One of these words.
     Choice(&'static [&'static str]),
@@ -43,7 +45,7 @@ const fn must(path: &'static str, shape: Shape, about: &'static str) -> Key {
 /// The keys, in the order in which `policy show` writes them.
 pub const KEYS: &[Key] = &[
     must("name", Shape::Text, "Name of the policy: letters, digits, hyphens, underscores and dots"),
-    must("domains", Shape::Texts, "Domains it means: names, patterns with * and ?, UUIDs"),
+    must("domains", Shape::Texts, "Domains it means: names, patterns with * and ?, UUIDs, tag:WORD"),
     key("exclude", Shape::Texts, "none", "Domains it does not mean, written in the same ways"),
     key("exclude_disks", Shape::DisksByDomain, "none", "Disks that are left out, by the domains they belong to"),
     must("targets", Shape::Texts, "Targets by their names in the configuration"),
@@ -63,6 +65,8 @@ pub const KEYS: &[Key] = &[
     key("keep.weekly", Shape::Count, "none", "Weeks of which the newest point is kept"),
     key("keep.monthly", Shape::Count, "none", "Months of which the newest point is kept"),
     key("overlay_dir", Shape::Text, "the configuration's", "Directory for the overlays of all disks"),
+    key("overlay.max_bytes", Shape::Bytes, "none", "An overlay that grows larger ends its run, and is committed"),
+    key("overlay.max_age", Shape::Duration, "none", "So does one that gets older"),
     key("min_free_source", Shape::Bytes, "256M", "Keep this much free where overlays lie"),
     key(
         "ready_timeout",
@@ -88,11 +92,40 @@ pub const KEYS: &[Key] = &[
     key("audit.runs", Shape::Count, "100", "So many runs have compared a whole disk once; 0 checks no bitmap"),
     key("audit.bytes", Shape::Bytes, "1G", "Most to read for that, per disk and run"),
     key("audit.time", Shape::Duration, "5s", "Most time for that, per disk and run"),
+    key("bandwidth.rate", Shape::Bytes, "none", "Most that a run sends in a second"),
+    key("bandwidth.times[].from", Shape::Clock, "", "From this time on another rate holds"),
+    key("bandwidth.times[].to", Shape::Clock, "", "Until this time; at or before `from`: of the next day"),
+    key("bandwidth.times[].days", Shape::Days, "every day", "Days on which that begins"),
+    key("bandwidth.times[].rate", Shape::Bytes, "", "Most that a run sends in a second then"),
+    key("compression", Shape::Level, "1", "Level of zstd, 1 (fast) to 19 (small), or no"),
+    key(
+        "verify.every",
+        Shape::Duration,
+        "none",
+        "The head is read again on the target in every such span; this or `cron`",
+    ),
+    key("verify.cron", Shape::Text, "none", "The head is read again on the target at these times"),
+    key(
+        "scrub.every",
+        Shape::Duration,
+        "none",
+        "All points are read again on the target in every such span; this or `cron`",
+    ),
+    key("scrub.cron", Shape::Text, "none", "All points are read again on the target at these times"),
     key("blackout[].from", Shape::Clock, "", "No run is begun from this time on"),
     key("blackout[].to", Shape::Clock, "", "Until this time; at or before `from`: of the next day"),
     key("blackout[].days", Shape::Days, "every day", "Days on which the window begins"),
     key("retry.first", Shape::Duration, "30s", "Wait after a failure; doubles with each"),
     key("retry.max", Shape::Duration, "30m", "Longest wait; at once where a person has to act"),
+    key(
+        "hooks.before_freeze.command",
+        Shape::Texts,
+        "",
+        "Run before the disks are frozen; if it fails there is no point",
+    ),
+    key("hooks.before_freeze.timeout", Shape::Duration, "1m", "After this long it is ended"),
+    key("hooks.after_freeze.command", Shape::Texts, "", "Run as soon as they are, and whenever `before_freeze` was"),
+    key("hooks.after_freeze.timeout", Shape::Duration, "1m", "After this long it is ended"),
     key("hooks.after_run.command", Shape::Texts, "", "Run after every run: program and arguments, no shell"),
     key("hooks.after_run.timeout", Shape::Duration, "1m", "After this long it is ended"),
     key("hooks.on_failure.command", Shape::Texts, "", "Run after a run that made no point"),
@@ -109,6 +142,10 @@ fn leaf(key: &Key) -> Value {
         Shape::Duration => json!({ "type": "string", "pattern": duration }),
         Shape::Bytes => json!({ "type": ["string", "integer"], "minimum": 0 }),
         Shape::Count => json!({ "type": "integer", "minimum": 0 }),
+        Shape::Level => {
+            let levels = (1..=crate::patch::Compression::LEVEL_MAX).map(Value::from);
+            json!({ "enum": levels.chain([Value::from("no")]).collect::<Vec<_>>() })
+        }
         Shape::Switch => json!({ "type": "boolean" }),
         Shape::Choice(words) => json!({ "enum": words }),
         Shape::Clock => json!({ "type": "string", "pattern": "^([01][0-9]|2[0-3]):[0-5][0-9]$|^24:00$" }),

@@ -4,6 +4,8 @@
 //! nothing in a policy that nobody acts on. All keys: [`keys::KEYS`], docs/policies.md.
 
 pub mod admission;
+pub mod bandwidth;
+mod file;
 pub mod keys;
 mod render;
 pub mod retry;
@@ -18,11 +20,14 @@ mod tests;
 pub mod window;
 
 use crate::error::{Error, Kind, Result};
+use crate::hook::Hook;
 use crate::name::DiskName;
+use crate::patch::Compression;
 use crate::retention::Keep;
 use crate::units;
-use crate::yaml::{self, Place, Spanned, closest, mistake};
-use jiff::Timestamp;
+use crate::yaml::{self, Spanned, mistake};
+use bandwidth::Bandwidth;
+use file::{PolicyFile, cron};
 use jiff::tz::TimeZone;
 use retry::Retry;
 use schedule::{Schedule, When};
@@ -31,7 +36,7 @@ use serde::{Deserialize, Deserializer};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use window::Window;
+use window::{Day, Window};
 
 /// A policy that was read and holds together.
 #[derive(Debug, Clone, PartialEq)]
@@ -49,6 +54,7 @@ pub struct Policy {
     pub keep: Option<Keep>,
     /// `None`: as the configuration has it.
     pub overlay_dir: Option<PathBuf>,
+    pub overlay: Overlay,
     pub min_free_source_bytes: u64,
     pub ready_timeout: Duration,
     pub with_secrets: bool,
@@ -56,6 +62,11 @@ pub struct Policy {
     pub capture: Option<String>,
     pub quiesce: Quiesce,
     pub audit: Audit,
+    pub bandwidth: Bandwidth,
+    pub compression: Compression,
+    /// When points are read again on the target, and when its whole store is.
+    pub verify: Option<Timed>,
+    pub scrub: Option<Timed>,
     pub retry: Retry,
     pub hooks: Hooks,
 }
@@ -144,23 +155,70 @@ impl Default for Audit {
     }
 }
 
-/// A program that is told of something.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Hook {
-    /// Program (an absolute path) and its arguments. No shell.
-    #[serde(deserialize_with = "command")]
-    pub command: Vec<String>,
-    #[serde(default = "one_minute", deserialize_with = "duration")]
-    pub timeout: Duration,
+/// How far an overlay may go before its run is cut short and the overlay committed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Overlay {
+    pub bytes_max: Option<u64>,
+    pub age_max: Option<Duration>,
 }
 
+/// A schedule beside that of the runs; one of both.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Timed {
+    Every(Duration),
+    Cron(String),
+}
+
+/// Programs that are run; all may be left out.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Hooks {
+    #[serde(deserialize_with = "hook")]
+    pub before_freeze: Option<Hook>,
+    #[serde(deserialize_with = "hook")]
+    pub after_freeze: Option<Hook>,
+    #[serde(deserialize_with = "hook")]
     pub after_run: Option<Hook>,
+    #[serde(deserialize_with = "hook")]
     pub on_failure: Option<Hook>,
+    #[serde(deserialize_with = "hook")]
     pub on_breach: Option<Hook>,
+}
+
+impl Hooks {
+    /// Each with its name, in the order in which they are run.
+    pub fn all(&self) -> [(&'static str, Option<&Hook>); 5] {
+        [
+            ("before_freeze", self.before_freeze.as_ref()),
+            ("after_freeze", self.after_freeze.as_ref()),
+            ("after_run", self.after_run.as_ref()),
+            ("on_failure", self.on_failure.as_ref()),
+            ("on_breach", self.on_breach.as_ref()),
+        ]
+    }
+}
+
+fn hook<'de, D: Deserializer<'de>>(de: D) -> Result<Option<Hook>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct HookFile {
+        #[serde(deserialize_with = "command")]
+        command: Vec<String>,
+        #[serde(default = "one_minute", deserialize_with = "duration")]
+        timeout: Duration,
+    }
+    let file: Option<HookFile> = Option::deserialize(de)?;
+    Ok(file.map(|f| Hook { command: f.command, timeout: f.timeout }))
+}
+
+/// Days of a window; every day without the key.
+#[derive(Deserialize)]
+struct Days(Vec<Day>);
+
+impl Default for Days {
+    fn default() -> Self {
+        Days(Day::ALL.to_vec())
+    }
 }
 
 fn one_minute() -> Duration {
@@ -218,65 +276,6 @@ fn command<'de, D: Deserializer<'de>>(de: D) -> Result<Vec<String>, D::Error> {
     }
 }
 
-/// A duration behind a key that may be absent.
-#[derive(Debug, Clone, Copy, Deserialize)]
-struct Span(#[serde(deserialize_with = "duration")] Duration);
-
-/// The file as it is written. What is wrong with one key alone is found here, with its place.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct PolicyFile {
-    name: Spanned<String>,
-    domains: Spanned<Vec<Selector>>,
-    #[serde(default)]
-    exclude: Vec<Selector>,
-    #[serde(default)]
-    exclude_disks: BTreeMap<Selector, Vec<DiskName>>,
-    targets: Spanned<Vec<Spanned<String>>>,
-    every: Option<Spanned<Span>>,
-    cron: Option<Spanned<String>>,
-    timezone: Option<Spanned<String>>,
-    #[serde(default, deserialize_with = "jitter")]
-    jitter: Option<Spanned<Duration>>,
-    rpo: Option<Spanned<Span>>,
-    keep: Option<Spanned<Keep>>,
-    overlay_dir: Option<Spanned<PathBuf>>,
-    #[serde(default = "min_free", deserialize_with = "bytes")]
-    min_free_source: u64,
-    #[serde(default = "one_hour", deserialize_with = "duration")]
-    ready_timeout: Duration,
-    #[serde(default)]
-    with_secrets: bool,
-    #[serde(default, deserialize_with = "capture")]
-    capture: Option<String>,
-    #[serde(default)]
-    quiesce: Quiesce,
-    #[serde(default)]
-    audit: Audit,
-    blackout: Option<Spanned<Vec<Window>>>,
-    retry: Option<Spanned<RetryFile>>,
-    #[serde(default)]
-    hooks: Hooks,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RetryFile {
-    first: Option<Span>,
-    max: Option<Span>,
-}
-
-/// What is wrong, and where it stands.
-struct Wrong {
-    what: String,
-    at: Place,
-    hint: Option<String>,
-}
-
-fn wrong<T>(value: &Spanned<T>, what: impl Into<String>) -> Wrong {
-    Wrong { what: what.into(), at: Place::of(value), hint: None }
-}
-
 impl Policy {
     /// Reads a policy. `targets`: the names the configuration knows; `path`: for errors. [`Kind::Config`] says file, line and
     /// column, and shows the line.
@@ -309,149 +308,34 @@ impl Policy {
         disks
     }
 
-    /// The schedule; `local` is this host's time zone.
+    /// The schedule of the runs; `local` is this host's time zone.
     pub fn schedule(&self, local: &TimeZone) -> Schedule {
         let when = match (&self.timing.every, &self.timing.cron) {
             (Some(every), _) => When::Every(*every),
             (None, Some(text)) => When::Cron(Box::new(cron(text).expect("it was parsed when the policy was read"))),
             (None, None) => unreachable!("a policy without `every` and `cron` is refused"),
         };
-        Schedule {
-            when,
-            jitter: self.timing.jitter,
-            blackout: self.timing.blackout.clone(),
-            zone: self.timing.timezone.clone().unwrap_or_else(|| local.clone()),
-        }
-    }
-}
-
-/// Five fields; no seconds, no years.
-fn cron(text: &str) -> Result<croner::Cron, String> {
-    use croner::parser::{CronParser, Seconds, Year};
-    let parser = CronParser::builder().seconds(Seconds::Disallowed).year(Year::Disallowed).build();
-    let cron = parser.parse(text).map_err(|e| e.to_string())?;
-    // 30 February: the search ends at the calendar's end. From the epoch, so that the answer never changes.
-    let epoch = Timestamp::UNIX_EPOCH.to_zoned(TimeZone::UTC);
-    cron.find_next_occurrence(&epoch, true).map_err(|_| "no such day ever comes".to_owned())?;
-    Ok(cron)
-}
-
-impl PolicyFile {
-    fn check(self, path: &Path, targets: &[&str]) -> Result<Policy, Wrong> {
-        let name_ok = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-        if self.name.value.is_empty() || self.name.value.len() > 64 || !self.name.value.chars().all(name_ok) {
-            return Err(wrong(&self.name, "a name has 1 to 64 letters, digits, hyphens, underscores and dots"));
-        }
-        if self.domains.value.is_empty() {
-            return Err(Wrong {
-                hint: Some("name them, or write \"*\" for all".to_owned()),
-                ..wrong(&self.domains, "no domain is meant")
-            });
-        }
-        let timing = self.timing()?;
-        if let (Some(rpo), Some(every)) = (&self.rpo, timing.every)
-            && rpo.value.0 <= every
-        {
-            return Err(Wrong {
-                hint: Some("a run needs time too: let `rpo` be at least twice `every`".to_owned()),
-                ..wrong(rpo, "`rpo` is not longer than `every`: it would be broken between any two runs")
-            });
-        }
-        if let Some(keep) = self.keep.as_ref().filter(|k| k.value == Keep::default()) {
-            return Err(wrong(keep, "`keep` keeps nothing: name a rule (last, hourly, daily, weekly, monthly)"));
-        }
-        if let Some(dir) = self.overlay_dir.as_ref().filter(|d| !d.value.is_absolute()) {
-            return Err(wrong(dir, "the directory has to be an absolute path"));
-        }
-        let targets = self.known_targets(targets)?;
-        let retry = self.retry()?;
-        Ok(Policy {
-            file: path.to_owned(),
-            name: self.name.value,
-            domains: self.domains.value,
-            exclude: self.exclude,
-            exclude_disks: self.exclude_disks,
-            targets,
-            timing,
-            rpo: self.rpo.map(|r| r.value.0),
-            keep: self.keep.map(|k| k.value),
-            overlay_dir: self.overlay_dir.map(|d| d.value),
-            min_free_source_bytes: self.min_free_source,
-            ready_timeout: self.ready_timeout,
-            with_secrets: self.with_secrets,
-            capture: self.capture,
-            quiesce: self.quiesce,
-            audit: self.audit,
-            retry,
-            hooks: self.hooks,
-        })
+        self.scheduled(when, self.timing.jitter, local)
     }
 
-    fn timing(&self) -> Result<Timing, Wrong> {
-        match (&self.every, &self.cron) {
-            (Some(_), Some(cron)) => return Err(wrong(cron, "`every` and `cron` are both here: one of them is meant")),
-            (None, None) => {
-                return Err(wrong(&self.name, "the policy does not say when: `every: 15m` or `cron: \"0 2 * * *\"`"));
+    /// A schedule beside it. Spread over all of `every`: nobody waits for a check.
+    pub fn schedule_of(&self, timed: &Timed, local: &TimeZone) -> Schedule {
+        match timed {
+            Timed::Every(every) => self.scheduled(When::Every(*every), *every, local),
+            Timed::Cron(text) => {
+                let cron = cron(text).expect("it was parsed when the policy was read");
+                self.scheduled(When::Cron(Box::new(cron)), Duration::ZERO, local)
             }
-            _ => {}
         }
-        if let Some(text) = &self.cron {
-            cron(&text.value).map_err(|why| Wrong {
-                hint: Some("five fields: minute, hour, day of month, month, day of week".to_owned()),
-                ..wrong(text, format!("'{}' is no cron pattern: {why}", text.value))
-            })?;
-        }
-        let every = self.every.as_ref().map(|e| e.value.0);
-        let timezone = match &self.timezone {
-            Some(name) => Some(TimeZone::get(&name.value).map_err(|_| Wrong {
-                hint: Some("a name as Europe/Berlin or UTC; the package tzdata has them".to_owned()),
-                ..wrong(name, format!("there is no time zone '{}'", name.value))
-            })?),
-            None => None,
-        };
-        let jitter = match (&self.jitter, every) {
-            (Some(j), Some(every)) if j.value > every => return Err(wrong(j, "`jitter` is longer than `every`")),
-            (Some(j), None) if j.value > Duration::from_secs(86_400) => {
-                return Err(wrong(j, "`jitter` is longer than a day"));
-            }
-            (Some(j), _) => j.value,
-            (None, every) => every.unwrap_or_default(),
-        };
-        let blackout = self.blackout.as_ref().map(|b| b.value.clone()).unwrap_or_default();
-        if let Some(b) = &self.blackout
-            && window::open_at(&blackout, &TimeZone::UTC, Timestamp::UNIX_EPOCH).is_none()
-        {
-            return Err(wrong(b, "no hour of the week is left in which a run may begin"));
-        }
-        Ok(Timing { every, cron: self.cron.as_ref().map(|c| c.value.clone()), timezone, jitter, blackout })
     }
 
-    fn known_targets(&self, known: &[&str]) -> Result<Vec<String>, Wrong> {
-        let mut targets: Vec<String> = Vec::new();
-        for target in &self.targets.value {
-            if targets.contains(&target.value) {
-                return Err(wrong(target, format!("target '{}' stands twice", target.value)));
-            }
-            if !known.contains(&target.value.as_str()) {
-                let hint = match (closest(&target.value, known), known) {
-                    (Some(meant), _) => format!("did you mean '{meant}'?"),
-                    (None, []) => "no target is configured: name it under `targets:` in virt-replica.yaml".to_owned(),
-                    (None, known) => format!("known targets: {}", known.join(", ")),
-                };
-                let w = wrong(target, format!("no target is called '{}'", target.value));
-                return Err(Wrong { hint: Some(hint), ..w });
-            }
-            targets.push(target.value.clone());
-        }
-        if targets.is_empty() { Err(wrong(&self.targets, "no target is named")) } else { Ok(targets) }
+    fn scheduled(&self, when: When, jitter: Duration, local: &TimeZone) -> Schedule {
+        Schedule { when, jitter, blackout: self.timing.blackout.clone(), zone: self.zone(local) }
     }
 
-    fn retry(&self) -> Result<Retry, Wrong> {
-        let Some(file) = &self.retry else { return Ok(Retry::default()) };
-        let default = Retry::default();
-        let max = file.value.max.map_or(default.max, |m| m.0);
-        let first = file.value.first.map_or(default.first.min(max), |f| f.0);
-        if first <= max { Ok(Retry { first, max }) } else { Err(wrong(file, "`first` is longer than `max`")) }
+    /// The time zone of everything in it that is a time of day.
+    pub fn zone(&self, local: &TimeZone) -> TimeZone {
+        self.timing.timezone.clone().unwrap_or_else(|| local.clone())
     }
 }
 

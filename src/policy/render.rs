@@ -1,6 +1,9 @@
 //! A policy as the file that says the same with every default written out.
 
-use super::{Hook, Policy, Quiesce};
+use super::bandwidth::Bandwidth;
+use super::window::Window;
+use super::{Policy, Quiesce, Timed};
+use crate::hook::Hook;
 use crate::units::{duration, exact_bytes};
 use std::fmt;
 
@@ -12,6 +15,11 @@ fn quoted(text: &str) -> String {
 fn list<T: ToString>(items: impl IntoIterator<Item = T>) -> String {
     let words: Vec<String> = items.into_iter().map(|i| quoted(&i.to_string())).collect();
     format!("[{}]", words.join(", "))
+}
+
+fn window(w: &Window) -> String {
+    let days: Vec<&str> = w.days.iter().map(|d| d.word()).collect();
+    format!("from: \"{}\", to: \"{}\", days: [{}]", w.from, w.to, days.join(", "))
 }
 
 fn hook(f: &mut fmt::Formatter<'_>, name: &str, hook: Option<&Hook>) -> fmt::Result {
@@ -46,6 +54,14 @@ impl fmt::Display for Policy {
         if let Some(dir) = &self.overlay_dir {
             writeln!(f, "overlay_dir: {}", quoted(&dir.to_string_lossy()))?;
         }
+        let limits = [
+            self.overlay.bytes_max.map(|b| format!("max_bytes: {}", exact_bytes(b))),
+            self.overlay.age_max.map(|a| format!("max_age: {}", duration(a))),
+        ];
+        let limits: Vec<String> = limits.into_iter().flatten().collect();
+        if !limits.is_empty() {
+            writeln!(f, "overlay: {{{}}}", limits.join(", "))?;
+        }
         writeln!(f, "min_free_source: {}", exact_bytes(self.min_free_source_bytes))?;
         writeln!(f, "ready_timeout: {}", duration(self.ready_timeout))?;
         writeln!(f, "with_secrets: {}", self.with_secrets)?;
@@ -56,18 +72,42 @@ impl fmt::Display for Policy {
         writeln!(f, "quiesce: {{wish: {}, every: {every}, budget: {}}}", quoted(wish), duration(*budget))?;
         let (bytes, time) = (exact_bytes(self.audit.bytes), duration(self.audit.time));
         writeln!(f, "audit: {{runs: {}, bytes: {bytes}, time: {time}}}", self.audit.runs)?;
+        self.bandwidth(f)?;
+        writeln!(f, "compression: {}", quoted(&self.compression.to_string()))?;
+        for (name, timed) in [("verify", &self.verify), ("scrub", &self.scrub)] {
+            match timed {
+                Some(Timed::Every(every)) => writeln!(f, "{name}: {{every: {}}}", duration(*every))?,
+                Some(Timed::Cron(cron)) => writeln!(f, "{name}: {{cron: {}}}", quoted(cron))?,
+                None => {}
+            }
+        }
         writeln!(f, "retry: {{first: {}, max: {}}}", duration(self.retry.first), duration(self.retry.max))?;
-        let hooks = &self.hooks;
-        if [&hooks.after_run, &hooks.on_failure, &hooks.on_breach].iter().any(|h| h.is_some()) {
+        if self.hooks.all().iter().any(|(_, hook)| hook.is_some()) {
             writeln!(f, "hooks:")?;
         }
-        hook(f, "after_run", hooks.after_run.as_ref())?;
-        hook(f, "on_failure", hooks.on_failure.as_ref())?;
-        hook(f, "on_breach", hooks.on_breach.as_ref())
+        self.hooks.all().into_iter().try_for_each(|(name, h)| hook(f, name, h))
     }
 }
 
 impl Policy {
+    fn bandwidth(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let bandwidth = &self.bandwidth;
+        if *bandwidth == Bandwidth::default() {
+            return Ok(());
+        }
+        writeln!(f, "bandwidth:")?;
+        if let Some(rate) = bandwidth.rate_bytes {
+            writeln!(f, "  rate: {}", exact_bytes(rate))?;
+        }
+        if !bandwidth.times.is_empty() {
+            writeln!(f, "  times:")?;
+        }
+        for timed in &bandwidth.times {
+            writeln!(f, "    - {{{}, rate: {}}}", window(&timed.window), exact_bytes(timed.rate_bytes))?;
+        }
+        Ok(())
+    }
+
     fn when(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let timing = &self.timing;
         if let Some(every) = timing.every {
@@ -84,8 +124,7 @@ impl Policy {
             writeln!(f, "blackout:")?;
         }
         for w in &timing.blackout {
-            let days: Vec<&str> = w.days.iter().map(|d| d.word()).collect();
-            writeln!(f, "  - {{from: \"{}\", to: \"{}\", days: [{}]}}", w.from, w.to, days.join(", "))?;
+            writeln!(f, "  - {{{}}}", window(w))?;
         }
         Ok(())
     }

@@ -7,14 +7,19 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// How a policy names domains: a name, a pattern with `*` and `?`, or a UUID.
+/// How a policy names domains: a name, a pattern with `*` and `?`, a UUID, or a tag.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Selector {
     Name(String),
     Pattern(String),
     Uuid(DomainUuid),
+    /// `tag:gold`: a word in the domain's metadata.
+    Tag(String),
 }
+
+/// What a selector by tag begins with.
+const TAG: &str = "tag:";
 
 impl TryFrom<String> for Selector {
     type Error = Error;
@@ -22,6 +27,12 @@ impl TryFrom<String> for Selector {
     fn try_from(text: String) -> Result<Self, Error> {
         if let Ok(uuid) = DomainUuid::new(text.to_ascii_lowercase()) {
             return Ok(Selector::Uuid(uuid));
+        }
+        if let Some(tag) = text.strip_prefix(TAG) {
+            return match tag.is_empty() || tag.contains(|c: char| c.is_whitespace() || matches!(c, ',' | '*' | '?')) {
+                true => Err(Error::new(Kind::Config, format!("'{tag}' is no tag: it is one word, without * and ?"))),
+                false => Ok(Selector::Tag(tag.to_owned())),
+            };
         }
         let plain = text.replace(['*', '?'], "x");
         DomainName::new(plain).map_err(|e| Error::new(Kind::Config, e.what().to_owned()))?;
@@ -43,6 +54,7 @@ impl fmt::Display for Selector {
         match self {
             Selector::Name(text) | Selector::Pattern(text) => f.write_str(text),
             Selector::Uuid(uuid) => uuid.fmt(f),
+            Selector::Tag(tag) => write!(f, "{TAG}{tag}"),
         }
     }
 }
@@ -53,6 +65,7 @@ impl Selector {
             Selector::Name(name) => name == domain.name.as_str(),
             Selector::Pattern(pattern) => glob(pattern, domain.name.as_str()),
             Selector::Uuid(uuid) => *uuid == domain.uuid,
+            Selector::Tag(tag) => domain.tags.contains(tag),
         }
     }
 }
@@ -87,6 +100,8 @@ fn glob(pattern: &str, text: &str) -> bool {
 pub struct SeenDomain {
     pub name: DomainName,
     pub uuid: DomainUuid,
+    /// Words in its metadata.
+    pub tags: Vec<String>,
 }
 
 /// A domain that a policy sends to a target.
@@ -106,7 +121,7 @@ pub struct Selection {
     /// Domains that two policies mean for one target. The policy that comes first keeps them, so that they do not go without
     /// a replica until somebody has read this.
     pub clashes: Vec<Error>,
-    /// Names and UUIDs (index of the policy) that are no domain of this host. A pattern may mean nobody.
+    /// Names and UUIDs (index of the policy) that are no domain of this host. A pattern or a tag may mean nobody.
     pub unmatched: Vec<(usize, Selector)>,
 }
 
@@ -115,7 +130,7 @@ pub fn select(policies: &[Policy], domains: &[SeenDomain], urls: &BTreeMap<Strin
     let mut found = Selection::default();
     let mut taken: BTreeMap<(DomainUuid, &str), usize> = BTreeMap::new();
     for (at, policy) in policies.iter().enumerate() {
-        let named = policy.domains.iter().filter(|s| !matches!(s, Selector::Pattern(_)));
+        let named = policy.domains.iter().filter(|s| matches!(s, Selector::Name(_) | Selector::Uuid(_)));
         let missing = named.filter(|s| !domains.iter().any(|d| s.means(d)));
         found.unmatched.extend(missing.map(|s| (at, s.clone())));
         for domain in domains.iter().filter(|d| policy.means(d)) {
@@ -164,7 +179,9 @@ mod tests {
 
     fn domains(names: &str) -> Vec<SeenDomain> {
         let names = names.split_whitespace().enumerate();
-        names.map(|(n, name)| SeenDomain { name: DomainName::new(name).unwrap(), uuid: uuid(n) }).collect()
+        names
+            .map(|(n, name)| SeenDomain { name: DomainName::new(name).unwrap(), uuid: uuid(n), tags: Vec::new() })
+            .collect()
     }
 
     fn policy(name: &str, lines: &str) -> Policy {
@@ -218,5 +235,20 @@ mod tests {
         let text = e.to_string();
         assert!(text.contains("'web01'") && text.contains("a.yaml") && text.contains("b.yaml"), "{text}");
         assert_eq!(s.unmatched, [(1, Selector::Name("nobody".into()))]);
+    }
+
+    #[test]
+    fn tags_mean_whoever_bears_them() {
+        let mut all = domains("web01 db01 gold");
+        all[1].tags = vec!["gold".to_owned(), "x".to_owned()];
+        let s = select(&[policy("p", "domains: [\"tag:gold\"]\ntargets: [x]\n")], &all, &urls());
+        assert_eq!(pairs(&s), ["0:db01>x"], "a tag is no name");
+        let s = select(&[policy("p", "domains: [\"*\"]\nexclude: [\"tag:x\"]\ntargets: [x]\n")], &all, &urls());
+        assert_eq!(pairs(&s), ["0:web01>x", "0:gold>x"]);
+        let none = select(&[policy("p", "domains: [\"tag:none\"]\ntargets: [x]\n")], &all, &urls());
+        assert!(none.unmatched.is_empty(), "nobody has to bear a tag");
+        for wrong in ["tag:", "tag:a b", "tag:a*"] {
+            assert!(Selector::try_from(wrong.to_owned()).is_err(), "{wrong}");
+        }
     }
 }

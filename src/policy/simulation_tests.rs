@@ -63,7 +63,8 @@ fn secs(s: i64) -> SignedDuration {
 
 impl Simulation {
     fn new(seed: u64, host: usize, targets: &[(&str, usize)]) -> Self {
-        let caps = Caps { host, targets: targets.iter().map(|(t, n)| ((*t).to_owned(), *n)).collect() };
+        let caps =
+            Caps { host, targets: targets.iter().map(|(t, n)| ((*t).to_owned(), *n)).collect(), ..Caps::default() };
         Simulation { pairs: Vec::new(), caps, now: start(), running: Vec::new(), random: Random(seed), fails_one_in: 0 }
     }
 

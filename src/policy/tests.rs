@@ -16,17 +16,26 @@ jitter: 30m
 rpo: 30h
 keep: {last: 3, daily: 7}
 overlay_dir: /srv/overlays
+overlay: {max_bytes: 20G, max_age: 4h}
 min_free_source: 1G
 ready_timeout: 2h
 with_secrets: true
 capture: auto
 quiesce: {wish: require, every: 4, budget: 8s}
 audit: {runs: 50, bytes: 512M, time: 3s}
+bandwidth:
+  rate: 50M
+  times: [{from: "08:00", to: "18:00", days: [mon], rate: 10M}, {from: "18:00", to: "20:00", rate: 1G}]
+compression: 3
+verify: {every: 7d}
+scrub: {cron: "0 4 * * SUN"}
 blackout:
   - {from: "08:00", to: "18:00", days: [mon, fri]}
   - {from: "23:00", to: "01:00"}
 retry: {first: 10s, max: 5m}
 hooks:
+  before_freeze: {command: [/usr/local/bin/flush], timeout: 20s}
+  after_freeze: {command: [/usr/local/bin/go-on]}
   after_run: {command: [/bin/true]}
   on_failure: {command: [/usr/local/bin/tell, "a b"], timeout: 10s}
   on_breach: {command: [/bin/true]}
@@ -38,7 +47,7 @@ fn parse(text: &str) -> Result<Policy> {
 
 fn domain(name: &str) -> SeenDomain {
     let uuid = DomainUuid::new("00000000-0000-0000-0000-000000000001").unwrap();
-    SeenDomain { name: DomainName::new(name).unwrap(), uuid }
+    SeenDomain { name: DomainName::new(name).unwrap(), uuid, tags: Vec::new() }
 }
 
 #[test]
@@ -96,6 +105,13 @@ fn the_table_has_exactly_the_keys_that_are_read() {
         ("", "zzzzzzzz: 1\n"),
         ("keep.", "keep: {zzzzzzzz: 1}\n"),
         ("audit.", "audit: {zzzzzzzz: 1}\n"),
+        ("overlay.", "overlay: {zzzzzzzz: 1}\n"),
+        ("bandwidth.", "bandwidth: {zzzzzzzz: 1}\n"),
+        ("bandwidth.times[].", "bandwidth: {times: [{zzzzzzzz: 1}]}\n"),
+        ("verify.", "verify: {zzzzzzzz: 1}\n"),
+        ("scrub.", "scrub: {zzzzzzzz: 1}\n"),
+        ("hooks.before_freeze.", "hooks: {before_freeze: {zzzzzzzz: 1}}\n"),
+        ("hooks.after_freeze.", "hooks: {after_freeze: {zzzzzzzz: 1}}\n"),
         ("retry.", "retry: {zzzzzzzz: 1}\n"),
         ("blackout[].", "blackout: [{zzzzzzzz: 1}]\n"),
         ("hooks.", "hooks: {zzzzzzzz: 1}\n"),
@@ -170,6 +186,9 @@ fn the_schema_agrees_with_the_parser() {
         "every: 5m\nblackout: [{from: \"08:00\", to: \"09:00\", days: [monday]}]\n",
         "every: 5m\nhooks: {after_run: {timeout: 5s}}\n",
         "every: 5m\nwith_secrets: perhaps\n",
+        "every: 5m\ncompression: hard\n",
+        "every: 5m\ncompression: 0\n",
+        "every: 5m\nbandwidth: {times: [{from: \"08:00\", to: \"18:00\"}]}\n",
     ] {
         agrees(&format!("{short}{wrong}"), false);
     }

@@ -8,6 +8,7 @@ use jiff::tz::TimeZone;
 use jiff::{Timestamp, ToSpan};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
+use std::str::FromStr;
 
 /// Minutes of a day, `00:00` to `24:00`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -84,7 +85,38 @@ fn every_day() -> Vec<Day> {
     Day::ALL.to_vec()
 }
 
+/// `08:00-18:00`, on certain days `08:00-18:00/mon,fri`.
+impl FromStr for Window {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let how = || format!("'{text}' is no time of day: write it as 08:00-18:00, or 08:00-18:00/mon,fri");
+        let (span, days) = text.split_once('/').map_or((text, None), |(span, days)| (span, Some(days)));
+        let (from, to) = span.split_once('-').ok_or_else(how)?;
+        let minute = |t: &str| Minute::parse(t).ok_or_else(how);
+        let day = |word: &str| Day::ALL.into_iter().find(|d| d.word() == word).ok_or_else(how);
+        let days = days.map(|days| days.split(',').map(day).collect()).transpose()?;
+        Ok(Window { from: minute(from)?, to: minute(to)?, days: days.unwrap_or_else(every_day) })
+    }
+}
+
+impl fmt::Display for Window {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.from, self.to)?;
+        if self.days == Day::ALL {
+            return Ok(());
+        }
+        let days: Vec<&str> = self.days.iter().map(|d| d.word()).collect();
+        write!(f, "/{}", days.join(","))
+    }
+}
+
 impl Window {
+    /// Whether the clock on the wall shows a time within it.
+    pub fn holds(&self, t: Timestamp, zone: &TimeZone) -> bool {
+        self.end_of(zone.to_datetime(t)).is_some()
+    }
+
     fn over_midnight(&self) -> bool {
         self.to <= self.from
     }
@@ -149,13 +181,8 @@ mod tests {
         TimeZone::get(name).unwrap()
     }
 
-    /// `"08:00-18:00 mon,tue"`.
     fn window(text: &str) -> Window {
-        let (span, days) = text.split_once(' ').unwrap_or((text, ""));
-        let (from, to) = span.split_once('-').unwrap();
-        let day = |d: &str| Day::ALL.into_iter().find(|x| x.word() == d).unwrap();
-        let days = if days.is_empty() { every_day() } else { days.split(',').map(day).collect() };
-        Window { from: Minute::parse(from).unwrap(), to: Minute::parse(to).unwrap(), days }
+        text.parse().unwrap()
     }
 
     /// Windows, zone, a moment, and the moment at which it is open.
@@ -173,9 +200,9 @@ mod tests {
         opens(&["08:00-18:00"], berlin, "2026-11-25T07:00:00Z", "2026-11-25T17:00:00Z");
         opens(&["08:00-18:00"], berlin, "2026-11-25T17:00:00Z", "2026-11-25T17:00:00Z");
         opens(&["08:00-18:00"], berlin, "2026-11-25T06:59:59Z", "2026-11-25T06:59:59Z");
-        opens(&["08:00-18:00 sat,sun"], berlin, "2026-11-25T10:00:00Z", "2026-11-25T10:00:00Z");
-        opens(&["22:00-06:00 wed"], berlin, "2026-11-25T23:30:00Z", "2026-11-26T05:00:00Z");
-        opens(&["22:00-06:00 wed"], berlin, "2026-11-26T23:30:00Z", "2026-11-26T23:30:00Z");
+        opens(&["08:00-18:00/sat,sun"], berlin, "2026-11-25T10:00:00Z", "2026-11-25T10:00:00Z");
+        opens(&["22:00-06:00/wed"], berlin, "2026-11-25T23:30:00Z", "2026-11-26T05:00:00Z");
+        opens(&["22:00-06:00/wed"], berlin, "2026-11-26T23:30:00Z", "2026-11-26T23:30:00Z");
         opens(&["08:00-24:00", "00:00-03:00"], berlin, "2026-11-25T10:00:00Z", "2026-11-26T02:00:00Z");
         opens(&["08:00-12:00", "11:00-13:00"], berlin, "2026-11-25T10:30:00Z", "2026-11-25T12:00:00Z");
     }
@@ -201,7 +228,7 @@ mod tests {
     /// Whatever the windows are, what is called open is in none of them, and nothing earlier was (to the minute).
     #[test]
     fn open_means_open_through_every_clock_change() {
-        let windows = [window("01:30-02:30"), window("23:00-00:45 sat,sun"), window("12:00-12:01 mon")];
+        let windows = [window("01:30-02:30"), window("23:00-00:45/sat,sun"), window("12:00-12:01/mon")];
         for tz in ["Europe/Berlin", "America/New_York", "Australia/Lord_Howe"] {
             let zone = zone(tz);
             let is_open = |t: Timestamp| windows.iter().all(|w| w.end_of(zone.to_datetime(t)).is_none());

@@ -15,16 +15,13 @@ use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::image::qcow2::Qcow2Image;
 use crate::name::{DiskName, PointId};
-use crate::patch::{Header, RecordEncoder, StreamTail};
+use crate::patch::{Compression, Header, RecordEncoder, StreamTail};
 
 /// A chunk is handed out when it has this many bytes, and one record more.
 const CHUNK_LEN: usize = 512 << 10;
 
 /// How much of the map of the images is asked for at once.
 const WINDOW_BYTES: u64 = 1 << 30;
-
-/// zstd's level: fast, as for a run.
-const LEVEL: i32 = 1;
 
 pub(super) struct Export {
     /// `None` once it was released.
@@ -77,7 +74,7 @@ impl Export {
             image,
             size: record.size,
             root: record.root,
-            encoder: RecordEncoder::new(LEVEL)?,
+            encoder: RecordEncoder::new(Compression::default())?,
             tail,
             ready,
             blocks: Vec::new(),

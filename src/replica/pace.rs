@@ -19,6 +19,11 @@ impl Pace {
         Self { rate_bytes: rate_bytes.max(1), paid: now }
     }
 
+    /// From now on at this rate. What was done at another is paid for at that.
+    pub fn change(&mut self, rate_bytes: u64) {
+        self.rate_bytes = rate_bytes.max(1);
+    }
+
     /// How much to do at once: a quarter of a second's worth, between `least` and `most`.
     pub fn portion(&self, least: u64, most: u64) -> u64 {
         (self.rate_bytes / 4).clamp(least, most)

@@ -22,6 +22,7 @@
 
 use super::backup::{self, BackupCapture};
 use super::capture::{Capture, OffCapture, OverlayCapture, Source, Still, pending};
+use super::freeze_hooks::{self, FreezeHooks};
 use super::journal::{Journal, Record};
 use super::marks::{Marked, doubted_again, unless_cut};
 use super::observe;
@@ -32,15 +33,17 @@ use super::report::{Report, RunOutcome, millis};
 use super::room::RoomWatch;
 use super::settle::{Account, Goal, Outcome, PauseGuard, SettleOptions, Settler, halt_error};
 use super::survey::make_plan;
+use super::throttle::Throttle;
 use crate::block::ByteRange;
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::failpoint;
 use crate::hypervisor::guest::GuestAgent;
-use crate::hypervisor::{Backups, DomainView, Hypervisor, Power, Tracking, xml};
+use crate::hypervisor::{Backups, DomainView, Hypervisor, Tracking};
 use crate::image::open::{OpenOptions, Opened};
 use crate::image::{Chain, Image};
 use crate::name::{DiskName, DomainUuid, Generation, RunId};
-use crate::replica::{Attachment, BeginDisk, BeginPoint, DiskStats, Mode, PointView, Replica, SealDisk, SealPoint};
+use crate::patch::Compression;
+use crate::replica::{BeginDisk, BeginPoint, DiskStats, Mode, PointView, Replica, SealDisk, SealPoint};
 use jiff::Timestamp;
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
@@ -89,6 +92,10 @@ pub struct Request {
     /// The generation this host replicates as.
     pub generation: Generation,
     pub workers: usize,
+    pub compression: Compression,
+    /// How fast the run may send; `None`: as fast as it goes.
+    pub throttle: Option<Arc<Throttle>>,
+    pub hooks: FreezeHooks,
 }
 
 /// Told what happens while it happens. Called from several threads.
@@ -130,6 +137,7 @@ pub fn run(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBoo
         skipped: Vec::new(),
         alarms: Vec::new(),
         warnings: Vec::new(),
+        target_seen: None,
         error: None,
         error_kind: None,
     };
@@ -230,15 +238,22 @@ impl<'a> Run<'a> {
         failpoint!("3c");
 
         let mut guard = self.guard(&plan)?;
+        if let Err(e) = self.before_freeze(&plan) {
+            abandon(replica.as_ref());
+            return Err(e.into());
+        }
         // The marks are asked while everything stands still, and may change how a disk is read.
         let frozen = plan.clone();
         let mut capture = self.capture(&mut guard, &frozen, &domain);
         if self.stop.load(Ordering::Relaxed) {
+            report.warnings.extend(self.after_freeze());
             abandon(replica.as_ref());
             return Err(stopped().into());
         }
         self.watch.step(4, "freeze all disks at one instant");
-        let still = match capture.freeze() {
+        let still = capture.freeze();
+        report.warnings.extend(self.after_freeze());
+        let still = match still {
             Ok(still) => still,
             Err(e) => {
                 abandon(replica.as_ref());
@@ -419,17 +434,20 @@ impl<'a> Run<'a> {
             dirty,
             compare_only: false,
             workers: self.request.workers,
+            compression: self.request.compression,
+            throttle: self.request.throttle.clone(),
         };
         let progress = Arc::new(Progress::default());
         self.watch.disk(name, planned.size.0, planned.mode, &progress);
         let room = RoomWatch::new(plan, &self.request.run, &self.request.plan.space);
+        let age = || (self.ports.clock)().duration_since(still.frozen_at);
         let still_good = || {
             self.watch.tick();
             failpoint!("5b");
             if self.stop.load(Ordering::Relaxed) {
                 return Err(stopped());
             }
-            room.check()?;
+            room.check(&age)?;
             capture.check()
         };
         let result = read(opened.image.as_ref(), &shipment, &progress, &still_good);
@@ -437,36 +455,6 @@ impl<'a> Run<'a> {
         let result = result?;
         closed?;
         Ok(result)
-    }
-
-    /// The machine's description, as it was at the freeze or a moment later.
-    fn attach(&self, replica: &dyn Replica, domain: &DomainView) -> Result<()> {
-        let secure = self.request.with_secrets;
-        if domain.persistent {
-            let xml = self.ports.hypervisor.definition(&domain.uuid, true, secure)?;
-            replica.attach(Attachment::InactiveXml, self.as_its_owner_wrote(xml)?.as_bytes())?;
-        }
-        if domain.power != Power::Off {
-            let xml = self.ports.hypervisor.definition(&domain.uuid, false, secure)?;
-            replica.attach(Attachment::LiveXml, self.as_its_owner_wrote(xml)?.as_bytes())?;
-        }
-        if let Some(path) = &domain.nvram {
-            match std::fs::read(path) {
-                Ok(content) => replica.attach(Attachment::Nvram, &content)?,
-                // Not there before the first start.
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-                Err(e) => return Err(Error::io("cannot read the UEFI variables", path, e)),
-            }
-        }
-        Ok(())
-    }
-
-    /// While we hold the disks, both definitions name our overlays and carry our record; those to keep name the images
-    /// themselves, and nobody who defines a domain from them inherits a run that was under way.
-    fn as_its_owner_wrote(&self, xml: String) -> Result<String> {
-        let Some(record) = self.journal.record()? else { return Ok(xml) };
-        let bases: Vec<_> = record.disks.iter().map(|d| (d.name.clone(), d.base.clone())).collect();
-        xml::without_record(&xml::set_layers(&xml, &bases)?)
     }
 
     fn if_started(&self, plan: &Plan, e: Error) -> Retry {
@@ -547,6 +535,7 @@ pub fn settle_domain(
     // A backup job stands in the way of a commit, and the other way round there is none.
     let mut account = Account::default();
     quiesce::settle(ports.hypervisor, ports.guest, journal, uuid)?.note(&mut account);
+    account.alarms.extend(freeze_hooks::settle(journal)?);
     account.steps.extend(backup::settle(ports.backups, journal, uuid)?);
     let record = match journal.record()? {
         Some(record) => Some(record),

@@ -16,9 +16,10 @@
 //! on one domain are worse than none.
 //!
 //! A run by backup arms it only while the guest's file systems are held: there is nothing else to let go. But while the job goes on every write of the guest's fills the scratch
-//! files, which only the driver watches; so at end of file a backup that is still on record is ended at once.
+//! files, which only the driver watches; so at end of file a backup that is still on record is ended at once. So is a hook run that the driver owes.
 
 use super::backup;
+use super::freeze_hooks;
 use super::journal::{self, DEADMAN, Journal, Record};
 use super::quiesce::{self, Settled};
 use super::settle::{Goal, Outcome, PauseGuard, SettleOptions, Settler, Unguarded};
@@ -184,9 +185,9 @@ pub fn serve(input: impl Read + Send + 'static, mut output: impl Write, charge: 
             }
             Err(RecvTimeoutError::Disconnected) if deadline.is_some() => {
                 tracing::error!(domain = %charge.uuid, "the driver died while it may have held the guest: letting the guest go");
-                return release(charge).and_then(|()| end_backup(charge));
+                return release(charge).and_then(|()| finish(charge));
             }
-            Err(RecvTimeoutError::Disconnected) => return end_backup(charge),
+            Err(RecvTimeoutError::Disconnected) => return finish(charge),
         }
     }
 }
@@ -204,8 +205,17 @@ fn release(charge: &Charge) -> Result<()> {
     persist(charge, &try_release)
 }
 
-/// Ends the backup that a driver left; one that ended in order has left none.
-fn end_backup(charge: &Charge) -> Result<()> {
+/// Ends the backup that a driver left, and runs the hook that it owes; one that ended in order has left none.
+fn finish(charge: &Charge) -> Result<()> {
+    persist(charge, &|charge| {
+        if journal::peek_hook(charge.state, &charge.uuid)? {
+            let journal = Journal::open(charge.state, &charge.uuid, DEADMAN, Timestamp::now())?;
+            if let Some(warning) = freeze_hooks::settle(&journal)? {
+                tracing::error!(domain = %charge.uuid, "{warning}");
+            }
+        }
+        Ok(())
+    })?;
     persist(charge, &|charge| {
         if journal::peek_backup(charge.state, &charge.uuid)?.is_none() {
             return Ok(());

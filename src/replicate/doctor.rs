@@ -56,7 +56,8 @@ pub fn examine(ports: &Ports, state: &Path, uuid: &DomainUuid, repair: Option<&S
         Finding { uuid: uuid.clone(), domain: name, health: Health::Sound, explanation: Vec::new(), done: Vec::new() };
     let left = journal::peek_backup(state, uuid)?;
     let thaw_owed = journal::peek_thaw(state, uuid)?;
-    if record.is_none() && left.is_none() && !thaw_owed {
+    let hook_owed = journal::peek_hook(state, uuid)?;
+    if record.is_none() && left.is_none() && !thaw_owed && !hook_owed {
         explain_without_record(domain.as_ref(), &mut finding);
         return Ok(finding);
     }
@@ -80,11 +81,15 @@ pub fn examine(ports: &Ports, state: &Path, uuid: &DomainUuid, repair: Option<&S
         let settled_first = record.is_none() || finding.health != Health::NeedsPerson;
         finding.health = if halted || !settled_first { Health::NeedsPerson } else { Health::Repairable };
     }
-    if thaw_owed {
-        finding.explanation.push(
-            "the guest agent was asked to hold the guest's file systems, and has not said since that it let them go"
-                .into(),
-        );
+    let owed = [
+        (
+            thaw_owed,
+            "the guest agent was asked to hold the guest's file systems, and has not said since that it let them go",
+        ),
+        (hook_owed, "the hook before the freeze was run, and the one after it was not"),
+    ];
+    for (_, what) in owed.iter().filter(|(owed, _)| *owed) {
+        finding.explanation.push((*what).into());
         if finding.health == Health::Sound {
             finding.health = Health::Repairable;
         }

@@ -21,11 +21,21 @@ use std::time::Duration;
 pub struct SpaceOptions {
     /// Where overlays lie, beside what they are expected to grow to.
     pub min_free_source_bytes: u64,
+    pub overlay: OverlayLimits,
+}
+
+/// How far an overlay, or a scratch file, may go before its run is cut short.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct OverlayLimits {
+    /// Of each.
+    pub bytes_max: Option<u64>,
+    /// Since the freeze.
+    pub age_max: Option<Duration>,
 }
 
 impl Default for SpaceOptions {
     fn default() -> Self {
-        Self { min_free_source_bytes: OVERLAY_SPACE_MIN }
+        Self { min_free_source_bytes: OVERLAY_SPACE_MIN, overlay: OverlayLimits::default() }
     }
 }
 

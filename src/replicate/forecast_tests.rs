@@ -61,6 +61,7 @@ fn run(frozen_at: i64, seconds: f64, mode: Mode, bytes: u64) -> Report {
         skipped: Vec::new(),
         alarms: Vec::new(),
         warnings: Vec::new(),
+        target_seen: None,
         error: None,
         error_kind: None,
     }

@@ -2,7 +2,7 @@
 //! images (I1). One small document per domain, replaced whole: a torn record cannot exist.
 //!
 //! `STATE/domains/UUID/` holds `lock` (who works on the domain), `record.json` (only while a run is open; `backup.json`
-//! instead while one by backup is), `thaw.json` (only while the guest is owed a thaw), `last.json` (the newest report) and `history.jsonl` (all reports). A copy of the record's identity lies in the domain's own
+//! instead while one by backup is), `thaw.json` (only while the guest is owed a thaw), `after-freeze.json` (only while a hook is), `last.json` (the newest report) and `history.jsonl` (all reports). A copy of the record's identity lies in the domain's own
 //! `<metadata>`, which survives the loss of this directory and travels with the domain.
 //!
 //! Format: docs/formats/journal.md.
@@ -27,6 +27,9 @@ const DOCUMENT_MAX: u64 = 4 << 20;
 /// There while the guest may hold its file systems at our word.
 const THAW: &str = "thaw.json";
 
+/// There while a hook is owed for what another was told before the freeze.
+const HOOK: &str = "after-freeze.json";
+
 /// The record of an open run by backup.
 const BACKUP: &str = "backup.json";
 
@@ -39,6 +42,14 @@ const DEADMAN_WITHIN: Duration = Duration::from_secs(20);
 
 /// Where this host keeps its own state.
 pub const STATE_DIR: &str = "/var/lib/virt-replica/source";
+
+/// A program that has to be run because another was, before the freeze.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwedHook {
+    pub command: Vec<String>,
+    pub timeout_s: u64,
+    pub env: Vec<(String, String)>,
+}
 
 /// A run that has (or may have) changed something at the source, until it has been put right.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -239,12 +250,22 @@ impl Journal {
 
     /// It has let them go; durable when it returns.
     pub fn thaw_is_paid(&self) -> Result<()> {
-        let path = self.dir.join(THAW);
-        match fs::remove_file(&path) {
-            Ok(()) => sync_dir(&self.dir),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-            Err(e) => Err(Error::io("cannot take note of the thaw", &path, e)),
-        }
+        self.remove(THAW)
+    }
+
+    /// The hook that has to be run, whatever else happens.
+    pub fn owed_hook(&self) -> Result<Option<OwedHook>> {
+        read_json(&self.dir.join(HOOK))
+    }
+
+    /// Durable when it returns.
+    pub fn owe_hook(&self, hook: &OwedHook) -> Result<()> {
+        replace(&self.dir, HOOK, &to_json(hook))
+    }
+
+    /// It was run; durable when it returns.
+    pub fn hook_is_paid(&self) -> Result<()> {
+        self.remove(HOOK)
     }
 
     /// Nothing is left of the backup; durable when it returns.
@@ -277,6 +298,11 @@ pub fn peek(state: &Path, uuid: &DomainUuid) -> Result<Option<Record>> {
 /// Whether a domain's guest is owed a thaw, read without its lock; for `doctor`.
 pub fn peek_thaw(state: &Path, uuid: &DomainUuid) -> Result<bool> {
     Stamp::of(&domain_dir(state, uuid).join(THAW)).map(|stamp| stamp.is_some())
+}
+
+/// Whether a hook is owed for a domain, read without its lock; for `doctor` and the dead-man.
+pub fn peek_hook(state: &Path, uuid: &DomainUuid) -> Result<bool> {
+    Stamp::of(&domain_dir(state, uuid).join(HOOK)).map(|stamp| stamp.is_some())
 }
 
 /// The open run by backup of a domain, read without its lock; for `plan` and `doctor`.

@@ -197,6 +197,8 @@ fn shipment(size: usize, head: Option<&[u8]>) -> Shipment {
         compare_only: false,
         reason: "a test".into(),
         workers: 3,
+        compression: Compression::default(),
+        throttle: None,
     }
 }
 

@@ -42,10 +42,22 @@ pub struct Report {
     pub alarms: Vec<String>,
     /// What an operator should know although the run went on.
     pub warnings: Vec<String>,
+    /// How the target stood after the run; absent if it was not asked any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target_seen: Option<TargetSeen>,
     pub error: Option<String>,
     /// What to do about it: whoever decides on a failure, decides on this.
     #[serde(default)]
     pub error_kind: Option<Kind>,
+}
+
+/// A target, as one run saw it last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TargetSeen {
+    /// Recovery points of the domain.
+    pub points: u64,
+    /// Bytes that an unprivileged writer may still write to the file system of the store.
+    pub free_bytes: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,6 +128,7 @@ pub(crate) mod tests {
             skipped: Vec::new(),
             alarms: Vec::new(),
             warnings: Vec::new(),
+            target_seen: None,
             error: None,
             error_kind: None,
         }

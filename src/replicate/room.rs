@@ -9,10 +9,12 @@
 
 use super::backup::scratch_path;
 use super::capture::overlay_path;
-use super::forecast::SpaceOptions;
+use super::forecast::{OverlayLimits, SpaceOptions};
 use super::plan::{CaptureKind, Plan};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, RunId};
+use crate::units::{duration, exact_bytes};
+use jiff::SignedDuration;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -31,6 +33,7 @@ const CRITICAL_MIN: u64 = 8 << 20;
 pub(super) struct RoomWatch {
     overlays: Vec<Overlay>,
     critical_bytes: u64,
+    limits: OverlayLimits,
     capture: CaptureKind,
     asked: Mutex<Option<Instant>>,
 }
@@ -56,11 +59,18 @@ impl RoomWatch {
             commit_bytes_max: disk.commit_bytes_max,
         });
         let critical_bytes = (options.min_free_source_bytes / CRITICAL_PART).max(CRITICAL_MIN);
-        Self { overlays: overlays.collect(), critical_bytes, capture: plan.capture, asked: Mutex::new(None) }
+        Self {
+            overlays: overlays.collect(),
+            critical_bytes,
+            limits: options.overlay,
+            capture: plan.capture,
+            asked: Mutex::new(None),
+        }
     }
 
-    /// `Space` when the overlays have to be committed now. Cheap; asked many times while reading.
-    pub fn check(&self) -> Result<()> {
+    /// `Space` when the overlays have to be committed now for their size, `Interrupted` when it is for their age. Cheap; asked
+    /// many times while reading. `age`: how long ago the disks were frozen.
+    pub fn check(&self, age: &dyn Fn() -> SignedDuration) -> Result<()> {
         {
             let mut asked = self.asked.lock().expect("nothing panics while it is held");
             if asked.is_some_and(|at| at.elapsed() < ASK_EVERY) {
@@ -68,6 +78,7 @@ impl RoomWatch {
             }
             *asked = Some(Instant::now());
         }
+        self.check_limits(age)?;
         // Overlays on one file system are committed one beside the other: to each, its room is that of all.
         let commit_bytes: u64 = self.overlays.iter().map(|o| occupied(&o.path).min(o.commit_bytes_max)).sum();
         for overlay in &self.overlays {
@@ -79,19 +90,51 @@ impl RoomWatch {
         }
         Ok(())
     }
+
+    fn check_limits(&self, age: &dyn Fn() -> SignedDuration) -> Result<()> {
+        let Some(first) = self.overlays.first() else { return Ok(()) };
+        let (what, end) = words(self.capture);
+        if let Some(max) = self.limits.age_max
+            && age() > SignedDuration::try_from(max).unwrap_or(SignedDuration::MAX)
+        {
+            let text =
+                format!("the {what} is older than it may get, {}; the run was cut short, and {end}", duration(max));
+            return Err(Error::new(Kind::Interrupted, text).disk(&first.disk).hint(
+                "what a first copy has shipped is kept, and the next run goes on there; allow more (overlay: max_age, --overlay-max-age), or a faster link",
+            ));
+        }
+        for overlay in &self.overlays {
+            let grown = occupied(&overlay.path);
+            if let Some(max) = self.limits.bytes_max.filter(|max| grown > *max) {
+                let (grown, max) = (grown >> 20, exact_bytes(max));
+                let text = format!(
+                    "the guest writes much: its {what} has grown to {grown} MiB, more than the {max} it may; the run was cut short, and {end}"
+                );
+                return Err(Error::new(Kind::Space, text)
+                    .disk(&overlay.disk)
+                    .hint("allow more (overlay: max_bytes, --overlay-max-bytes), or run when the guest writes less"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What grows while the disks stand still, and how that ends.
+fn words(capture: CaptureKind) -> (&'static str, &'static str) {
+    match capture {
+        CaptureKind::Backup => ("scratch file", "the backup is ended at once"),
+        CaptureKind::Overlay | CaptureKind::Off => ("overlay", "the overlay is committed at once"),
+    }
 }
 
 fn cut_short(capture: CaptureKind, overlay: &Overlay, free_bytes: u64) -> Error {
     let grown = occupied(&overlay.path) >> 20;
-    let (what, end) = match capture {
-        CaptureKind::Backup => ("scratch file", "the backup is ended"),
-        CaptureKind::Overlay | CaptureKind::Off => ("overlay", "the overlay is committed"),
-    };
+    let (what, end) = words(capture);
     Error::new(
         Kind::Space,
         format!(
             "the guest writes faster than was foreseen: its {what} has grown to {grown} MiB and {} MiB are left in {}; \
-             the run was cut short, and {end} at once",
+             the run was cut short, and {end}",
             free_bytes >> 20,
             overlay.dir.display()
         ),

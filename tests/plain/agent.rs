@@ -9,7 +9,7 @@ use virt_replica::agent::client::AgentClient;
 use virt_replica::error::{Error, Kind};
 use virt_replica::image::Format::{self, Qcow2, Raw};
 use virt_replica::image::locks::QemuLock;
-use virt_replica::plain::copy::{Copied, Copy, copy};
+use virt_replica::plain::copy::{Copied, Copy, Sending, copy};
 use virt_replica::plain::source::{ReadOptions, Source};
 use virt_replica::plain::{Finish, WayWish, Wish};
 use virt_replica::replicate::pump::Progress;
@@ -33,7 +33,7 @@ fn send(t: &Bench, client: &Arc<AgentClient>, source: &Path, wish: &Wish) -> Res
     let wish = Wish { size: Some(source.size()), ..wish.clone() };
     let target = client.open_image(&wish)?;
     let finish = Finish::default();
-    let job = Copy { source: &source, target: &target, changed: None, finish, dry_run: false, workers: 2 };
+    let job = Copy { source: &source, target: &target, changed: None, finish, dry_run: false, sending: sending() };
     copy(&job, &Progress::default(), &|| Ok(()))
 }
 
@@ -135,8 +135,14 @@ fn a_session_that_breaks_leaves_the_old_image_and_the_next_one_goes_on() {
         // After the first group was sent.
         if asked.get() > 1 { Err(Error::new(Kind::Interrupted, "enough")) } else { Ok(()) }
     };
-    let job =
-        Copy { source: &opened, target: &image, changed: None, finish: Finish::default(), dry_run: false, workers: 1 };
+    let job = Copy {
+        source: &opened,
+        target: &image,
+        changed: None,
+        finish: Finish::default(),
+        dry_run: false,
+        sending: sending(),
+    };
     assert_eq!(copy(&job, &Progress::default(), &good).unwrap_err().kind(), Kind::Interrupted);
     drop(image);
     client.close().unwrap();

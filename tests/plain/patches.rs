@@ -25,7 +25,7 @@ fn wish(path: &Path, way: WayWish, read_only: bool) -> Wish {
 fn make(t: &Bench, base: &dyn PlainTarget, source: &Path) -> Vec<u8> {
     let mut patch = Vec::new();
     let source = Source::open(source, Raw, &t.read_options()).unwrap();
-    diff(&source, base, &mut patch, None, 2, &Progress::default(), &|| Ok(())).unwrap();
+    diff(&source, base, &mut patch, None, &sending(), &Progress::default(), &|| Ok(())).unwrap();
     patch
 }
 
@@ -295,6 +295,8 @@ mod crashes {
         let done = program(&t, "", &["apply", "--finish", "image"]);
         let said = String::from_utf8(done.stderr).unwrap();
         assert!(done.status.code() == Some(13) && said.contains("somebody has written to the image"), "{said}");
+        // Kept, so that its number is not given to the other one.
+        fs::rename(&image, t.path("kept")).unwrap();
         t.image("image", Raw, ("zzz", 5));
         fs::write(t.path(".image.vr-redo"), redo).unwrap();
         let done = program(&t, "", &["apply", "--finish", "image"]);

@@ -11,7 +11,8 @@ use virt_replica::block::{BLOCK_LEN, ByteRange, DiskSize};
 use virt_replica::error::Result;
 use virt_replica::image::open::{OpenOptions, open_read};
 use virt_replica::image::{Chain, Format, ImageMut, Layer, qcow2};
-use virt_replica::plain::copy::{Copied, Copy, copy};
+use virt_replica::patch::Compression;
+use virt_replica::plain::copy::{Copied, Copy, Sending, copy};
 use virt_replica::plain::source::{ReadOptions, Source};
 use virt_replica::plain::target::{LocalOptions, LocalTarget};
 use virt_replica::plain::{FileMeta, Finish, WayWish, Wish};
@@ -143,7 +144,7 @@ impl Bench {
             changed: asked.changed.clone(),
             finish: Finish { meta: asked.meta.clone() },
             dry_run: asked.dry_run,
-            workers: 2,
+            sending: sending(),
         };
         let done = std::cell::Cell::new(false);
         let good = || {
@@ -180,6 +181,10 @@ impl Bench {
         fs::File::options().write(true).open(path).unwrap().set_modified(time).unwrap();
         self.meta(path)
     }
+}
+
+pub fn sending() -> Sending {
+    Sending { workers: 2, compression: Compression::default(), throttle: None }
 }
 
 /// As a guest sees it: a qcow2 image ends with a sector.

@@ -8,7 +8,7 @@ use virt_replica::block::digest::{Digest, block_digest};
 use virt_replica::block::tree::RootBuilder;
 use virt_replica::block::{BLOCK_LEN, BlockIndex, DiskSize, PIECE_LEN};
 use virt_replica::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
-use virt_replica::patch::{Header, PieceMask, RecordEncoder, StreamTail};
+use virt_replica::patch::{Compression, Header, PieceMask, RecordEncoder, StreamTail};
 use virt_replica::replica::store::Store;
 use virt_replica::replica::upkeep::Upkeep;
 use virt_replica::replica::{
@@ -111,7 +111,7 @@ pub fn patch_of(
     };
     let mut out = Vec::new();
     let mut tail = StreamTail::begin(&header, &mut out);
-    let mut encoder = RecordEncoder::new(1).unwrap();
+    let mut encoder = RecordEncoder::new(Compression::default()).unwrap();
     for (n, block) in new.chunks(BLOCK_LEN).enumerate() {
         let at = out.len();
         record(n, block, &mut out, &mut encoder);

@@ -1,18 +1,24 @@
 //! Gathers what `status` shows, from libvirt, the journal and the target. Reads only.
 
 use super::StatusArgs;
+use super::nagios::{self, Limits};
 use super::view::{Alarm, Head, HeadFrom, LastRun, Overlay, Row, Seen, describe, state};
 use crate::cli::Globals;
 use crate::cli::output::{Exit, Output, print, print_json};
 use crate::cli::progress::say;
-use crate::cli::source;
 use crate::cli::target::{Target, hang_up};
+use crate::cli::{render, signals, source};
 use jiff::Timestamp;
 use serde_json::json;
+use std::collections::BTreeMap;
+use std::io::IsTerminal;
 use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 use virt_replica::error::{Error, Kind, Result};
 use virt_replica::hypervisor::{DomainView, Hypervisor as _};
 use virt_replica::name::{DomainName, DomainUuid};
+use virt_replica::policy::select::select;
 use virt_replica::replica::{Replica as _, ReplicaView};
 use virt_replica::replicate::cycle::record_in_domain;
 use virt_replica::replicate::decide::{Action, decide};
@@ -45,29 +51,150 @@ impl Known {
     }
 }
 
-pub fn status(args: &StatusArgs, globals: &Globals, output: Output) -> Result<Exit> {
-    let target = match &args.to {
-        Some(to) => Some(Target::resolve(to, &args.ssh, &globals.config()?)?),
-        None => None,
-    };
-    let site = match source::connect(globals) {
-        Ok(site) => Some(site),
-        // The journal is worth reading just when libvirt is down.
-        Err(e) => {
-            say(&format!("warning: libvirt was not asked: {}", e.chain()));
-            None
+/// Where the answers come from, held open from one look to the next.
+struct Sources<'a> {
+    args: &'a StatusArgs,
+    globals: &'a Globals,
+    site: Option<Site>,
+    target: Option<(Target, Connection)>,
+}
+
+impl<'a> Sources<'a> {
+    fn open(args: &'a StatusArgs, globals: &'a Globals) -> Result<Self> {
+        let target = match &args.to {
+            Some(to) => Some(Target::resolve(to, &args.ssh, &globals.config()?)?),
+            None => None,
+        };
+        let target = target.map(|t| {
+            let connection = t.connection();
+            (t, connection)
+        });
+        Ok(Self { args, globals, site: None, target })
+    }
+
+    /// Asks all of them. The journal is worth reading just when libvirt is down: then `said` is told so.
+    fn look(&mut self, said: &mut dyn FnMut(&str)) -> Result<Vec<Row>> {
+        if self.site.is_none() {
+            self.site = source::connect(self.globals)
+                .inspect_err(|e| said(&format!("warning: libvirt was not asked: {}", e.chain())))
+                .ok();
         }
-    };
-    let connection = target.as_ref().map(Target::connection);
-    let rows = rows(args, globals, site.as_ref(), target.as_ref().zip(connection.as_ref()));
-    connection.into_iter().for_each(hang_up);
+        let target = self.target.as_ref().map(|(target, connection)| (target, connection));
+        rows(self.args, self.globals, self.site.as_ref(), target)
+    }
+
+    fn heads_from(&self) -> HeadFrom {
+        if self.target.is_some() { HeadFrom::Target } else { HeadFrom::Journal }
+    }
+
+    fn close(self) {
+        self.target.into_iter().for_each(|(_, connection)| hang_up(connection));
+    }
+}
+
+pub fn status(args: &StatusArgs, globals: &Globals, output: Output) -> Result<Exit> {
+    if args.nagios {
+        return plugin(args, globals);
+    }
+    let mut sources = Sources::open(args, globals)?;
+    if let Some(seconds) = args.watch {
+        return watch(sources, Duration::from_secs(seconds.into()));
+    }
+    let rows = sources.look(&mut say);
+    let from = sources.heads_from();
+    sources.close();
     let rows = rows?;
-    let from = if args.to.is_some() { HeadFrom::Target } else { HeadFrom::Journal };
     match output.json {
         true => print_json(&json!({ "head_from": from, "domains": rows }))?,
         false => print(&describe(&rows, from))?,
     }
     Ok(Exit::Done)
+}
+
+/// Looks again and again until a signal comes. What cannot be learnt now may be learnt at the next look.
+fn watch(mut sources: Sources, every: Duration) -> Result<Exit> {
+    let stop = signals::listen_saying("stopping", "ended at once")?;
+    let screen = std::io::stdout().is_terminal();
+    while !stop.load(Ordering::Relaxed) {
+        let mut lines = vec![format!("virt-replica, {}, every {} s", render::time(Timestamp::now()), every.as_secs())];
+        let looked = sources.look(&mut |text| lines.push(text.to_owned()));
+        lines.push(match looked {
+            Ok(rows) => describe(&rows, sources.heads_from()),
+            Err(e) => {
+                // A connection that broke is made anew.
+                sources.site = None;
+                format!("error: {}", e.chain())
+            }
+        });
+        let text = lines.join("\n");
+        // From the upper left corner, each line to its end, and nothing below: without flicker.
+        let frame = match screen {
+            true => format!("\x1b[H{}\x1b[K\x1b[J", text.replace('\n', "\x1b[K\n")),
+            false => format!("{text}\n"),
+        };
+        print(&frame)?;
+        let until = Instant::now() + every;
+        while Instant::now() < until && !stop.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+    sources.close();
+    Ok(Exit::Done)
+}
+
+/// A plugin always answers in its own form, also when it cannot answer.
+fn plugin(args: &StatusArgs, globals: &Globals) -> Result<Exit> {
+    let answer = Sources::open(args, globals).and_then(|mut sources| {
+        let answer = answer(&mut sources);
+        sources.close();
+        answer
+    });
+    let (text, code) = answer.unwrap_or_else(|e| {
+        let why = e.chain().replace('|', "/").replace('\n', " ");
+        (format!("VIRT-REPLICA UNKNOWN - {why}"), nagios::Verdict::Unknown.code())
+    });
+    print(&text)?;
+    Ok(if code == 0 { Exit::Done } else { Exit::Code(code) })
+}
+
+fn answer(sources: &mut Sources) -> Result<(String, u8)> {
+    let mut rows = sources.look(&mut |_| {})?;
+    let rpos = rpos(sources.globals, sources.site.as_ref(), &mut rows)?;
+    let rpo = |row: &Row| rpos.get(&(row.uuid.clone(), row.target.clone()?)).copied();
+    Ok(nagios::report(&rows, |row| limits(sources.args, rpo(row))))
+}
+
+fn limits(args: &StatusArgs, rpo: Option<Duration>) -> Limits {
+    Limits { warning: args.warning.or(rpo.map(|r| r * 4 / 5)), critical: args.critical.or(rpo) }
+}
+
+/// The RPO of each domain and target by the policies; a pair that has no row yet gets one.
+fn rpos(
+    globals: &Globals,
+    site: Option<&Site>,
+    rows: &mut Vec<Row>,
+) -> Result<BTreeMap<(DomainUuid, String), Duration>> {
+    let config = globals.config()?;
+    let policies = config.policies(globals.config_path())?;
+    let seen = match site {
+        Some(site) => source::seen_domains(site)?,
+        None => Vec::new(),
+    };
+    let urls = config.urls();
+    let mut rpos = BTreeMap::new();
+    for pair in select(&policies, &seen, &urls).pairs {
+        let Some(rpo) = policies[pair.policy].rpo else { continue };
+        let (uuid, url) = (pair.domain.uuid, urls[&pair.target].clone());
+        if !rows.iter().any(|r| r.uuid == uuid && r.target.as_ref() == Some(&url)) {
+            match rows.iter_mut().find(|r| r.uuid == uuid && r.target.is_none()) {
+                // It has never been replicated anywhere: this is where it is awaited.
+                Some(row) => row.target = Some(url.clone()),
+                None => rows.push(Row::awaited(pair.domain.name.to_string(), uuid.clone(), url.clone())),
+            }
+        }
+        rpos.insert((uuid, url), rpo);
+    }
+    Ok(rpos)
 }
 
 fn rows(

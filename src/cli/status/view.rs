@@ -141,6 +141,23 @@ pub enum HeadFrom {
 }
 
 impl Row {
+    /// Of a domain and a target that a policy brings together, and no run has yet.
+    pub fn awaited(domain: String, uuid: DomainUuid, target: String) -> Row {
+        Row {
+            domain,
+            uuid,
+            state: State::NeverReplicated,
+            notes: Vec::new(),
+            target: Some(target),
+            head: None,
+            lag_s: None,
+            last_run: None,
+            running: None,
+            overlays: Vec::new(),
+            alarms: Vec::new(),
+        }
+    }
+
     fn last_run_words(&self) -> &str {
         match (&self.running, self.last_run.as_ref().map(|r| r.outcome)) {
             (Some(_), _) => "running",

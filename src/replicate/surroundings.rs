@@ -1,0 +1,56 @@
+//! What surrounds the disks of a run: the machine's description that travels with the point, and the operator's programs
+//! before and after the freeze.
+
+use super::cycle::Run;
+use super::freeze_hooks;
+use super::plan::{CaptureKind, Plan};
+use crate::error::{Error, Result};
+use crate::hypervisor::{DomainView, Power, xml};
+use crate::replica::{Attachment, Replica};
+
+impl Run<'_> {
+    /// Step 3d.
+    pub(super) fn before_freeze(&self, plan: &Plan) -> Result<()> {
+        if plan.capture == CaptureKind::Off {
+            return Ok(());
+        }
+        let (domain, target, run) = ((&plan.domain, &plan.uuid), &self.request.target, self.request.run.as_str());
+        self.request.hooks.before(self.journal, &|event| freeze_hooks::told(event, domain, target, run))
+    }
+
+    /// Step 4g. What of it has to be known.
+    pub(super) fn after_freeze(&self) -> Option<String> {
+        // What could not be noted is owed still, and run again by whoever comes next.
+        freeze_hooks::settle(self.journal).unwrap_or_else(|e| Some(e.chain()))
+    }
+
+    /// The machine's description, as it was at the freeze or a moment later.
+    pub(super) fn attach(&self, replica: &dyn Replica, domain: &DomainView) -> Result<()> {
+        let secure = self.request.with_secrets;
+        if domain.persistent {
+            let xml = self.ports.hypervisor.definition(&domain.uuid, true, secure)?;
+            replica.attach(Attachment::InactiveXml, self.as_its_owner_wrote(xml)?.as_bytes())?;
+        }
+        if domain.power != Power::Off {
+            let xml = self.ports.hypervisor.definition(&domain.uuid, false, secure)?;
+            replica.attach(Attachment::LiveXml, self.as_its_owner_wrote(xml)?.as_bytes())?;
+        }
+        if let Some(path) = &domain.nvram {
+            match std::fs::read(path) {
+                Ok(content) => replica.attach(Attachment::Nvram, &content)?,
+                // Not there before the first start.
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+                Err(e) => return Err(Error::io("cannot read the UEFI variables", path, e)),
+            }
+        }
+        Ok(())
+    }
+
+    /// While we hold the disks, both definitions name our overlays and carry our record; those to keep name the images
+    /// themselves, and nobody who defines a domain from them inherits a run that was under way.
+    fn as_its_owner_wrote(&self, xml: String) -> Result<String> {
+        let Some(record) = self.journal.record()? else { return Ok(xml) };
+        let bases: Vec<_> = record.disks.iter().map(|d| (d.name.clone(), d.base.clone())).collect();
+        xml::without_record(&xml::set_layers(&xml, &bases)?)
+    }
+}
