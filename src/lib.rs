@@ -7,7 +7,7 @@
 //!              |
 //!       site · daemon        site: the only file that names concrete adapters; daemon: policies obeyed, unattended
 //!              |
-//!          replicate         the story: settle, observe, plan, freeze, ship, seal, commit, retire
+//!      replicate · plain     the story of a run: settle, observe, plan, freeze, ship, seal, commit, retire
 //!              |                 (start reading at replicate/cycle.rs)
 //!     plan · decide           pure: plain views in, values out
 //!              |

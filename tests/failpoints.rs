@@ -45,13 +45,19 @@ fn in_docs() -> BTreeMap<String, (String, Vec<String>)> {
         let section = text.split(title).nth(1).unwrap_or_else(|| panic!("there is no section {title:?}"));
         section.split("\n## ").next().unwrap().to_owned()
     };
-    let titles = ["## Every step and its failpoint", "## By backup", "## Removing points", "## Keeping chains short"];
+    let titles = [
+        "## Every step and its failpoint",
+        "## By backup",
+        "## Removing points",
+        "## Keeping chains short",
+        "## Plain images",
+    ];
     let sections = titles.map(section).concat();
     let mut rows = BTreeMap::new();
     for line in sections.lines() {
         let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
         let [number, who, _, _, tests] = cells[..] else { continue };
-        if !number.trim_start_matches(['b', 'p', 's']).starts_with(|c: char| c.is_ascii_digit()) {
+        if !number.trim_start_matches(['b', 'p', 's', 'i']).starts_with(|c: char| c.is_ascii_digit()) {
             continue;
         }
         let tests = tests.split(", ").map(|t| t.trim_matches('`').to_owned()).collect();
@@ -69,6 +75,7 @@ fn crash_tests() -> BTreeMap<String, String> {
 /// Test -> its file, of all files of tests with this word in their names.
 fn lab_tests(word: &str) -> BTreeMap<String, String> {
     let mut files = ["prune", "shorten"].map(|of| root().join(format!("tests/replica_{of}_crash.rs"))).to_vec();
+    files.push(root().join("tests/plain/crash.rs"));
     rust_files(root().join("tests/lab/suite"), &mut files);
     let mut tests = BTreeMap::new();
     for path in files.iter().filter(|p| p.file_name().unwrap().to_string_lossy().contains(word)) {

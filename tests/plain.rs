@@ -3,6 +3,9 @@
 
 #[path = "plain/agent.rs"]
 mod agent;
+#[cfg(feature = "failpoints")]
+#[path = "plain/crash.rs"]
+mod crash;
 #[path = "plain/patches.rs"]
 mod patches;
 #[path = "plain/support.rs"]

@@ -123,7 +123,7 @@ mod tests {
             worked.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             Ok(())
         };
-        in_order(2, (0..1_000_000u64).map(Ok), || (), count, |results| Ok(drop(results.take(10).count()))).unwrap();
+        in_order(2, (0..1_000_000u64).map(Ok), || (), count, |results| Ok(results.take(10).count())).unwrap();
         assert!(worked.into_inner() <= 10 + 2 * IN_FLIGHT as u64);
     }
 }

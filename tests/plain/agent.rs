@@ -9,7 +9,7 @@ use virt_replica::agent::client::AgentClient;
 use virt_replica::error::{Error, Kind};
 use virt_replica::image::Format::{self, Qcow2, Raw};
 use virt_replica::image::locks::QemuLock;
-use virt_replica::plain::copy::{Copied, Copy, Sending, copy};
+use virt_replica::plain::copy::{Copied, Copy, copy};
 use virt_replica::plain::source::{ReadOptions, Source};
 use virt_replica::plain::{Finish, WayWish, Wish};
 use virt_replica::replicate::pump::Progress;
