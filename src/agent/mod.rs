@@ -390,7 +390,7 @@ impl<W: Write> Session<'_, W> {
     fn apply(&mut self, payload: &[u8]) -> Result<()> {
         let (stream, patch) = Stream::split(payload)?;
         if let Some(image) = self.images.get_mut(&stream.replica) {
-            let Err(error) = image.apply(patch) else { return Ok(()) };
+            let Some(error) = image.apply(patch) else { return Ok(()) };
             return self.send(FrameKind::Failed, 0, &encode(&Failed { replica: stream.replica, error }));
         }
         // Released while bytes were on their way: nobody waits for them.

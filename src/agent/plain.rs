@@ -18,16 +18,14 @@ pub(super) struct Image {
 }
 
 impl Image {
-    /// Fails once, with what has to be told; what comes behind it is dropped.
-    pub(super) fn apply(&mut self, patch: &[u8]) -> Result<(), WireError> {
+    /// Gives once what has to be told of a failure; what comes behind it is dropped.
+    pub(super) fn apply(&mut self, patch: &[u8]) -> Option<WireError> {
         if self.failed.is_some() {
-            return Ok(());
+            return None;
         }
-        self.target.apply(&plain_names().1, patch).map_err(|e| {
-            let error = WireError::from(&e);
-            self.failed = Some(error.clone());
-            error
-        })
+        let error = self.target.apply(&plain_names().1, patch).err()?;
+        self.failed = Some(WireError::from(&error));
+        self.failed.clone()
     }
 
     /// The image, unless an earlier patch failed: then that failure.

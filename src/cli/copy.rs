@@ -24,9 +24,10 @@ use virt_replica::site::{Connection, workers};
 
 #[derive(Debug, Args)]
 pub struct CopyArgs {
-    /// Images: files, block devices, or directories of images; and where to: a file or block device, or a directory (with a
-    /// slash at its end, or for several images), here or on another host as ssh://[user@]host[:port]/path
-    #[arg(value_name = "SRC... DST", num_args = 2.., required = true)]
+    /// The images (files, block devices, or directories of images) and, last, where to: a file or block device, or a
+    /// directory (with a slash at its end, or for several images), here or on another host as
+    /// ssh://[user@]host[:port]/path
+    #[arg(value_name = "PATH", num_args = 2.., required = true)]
     paths: Vec<String>,
     /// Format of the source: raw or qcow2; never guessed from the content [default: by its name]
     #[arg(long, value_name = "FORMAT", value_parser = ["raw", "qcow2"])]

@@ -26,7 +26,8 @@ pub(super) fn differing(
     let (ours, theirs) = (nodes.shape(), TreeShape::new(head));
     // Above the lower top the other tree has no nodes to compare with.
     let mut level = ours.top().min(theirs.top());
-    let mut within: Vec<Range<u64>> = vec![0..ours.nodes_at(level)];
+    let top = 0..ours.nodes_at(level);
+    let mut within: Vec<Range<u64>> = Vec::from([top]);
     loop {
         within = at_level(nodes, target, disk, theirs, level, &within)?;
         if level == 0 {
