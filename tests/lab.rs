@@ -54,6 +54,8 @@ mod domain;
 mod formats;
 #[path = "lab/suite/limits.rs"]
 mod limits;
+#[path = "lab/suite/plain.rs"]
+mod plain;
 #[path = "lab/suite/points.rs"]
 mod points;
 #[path = "lab/suite/room.rs"]

@@ -168,7 +168,7 @@ fn one(
             dry_run: args.dry_run,
             sending: Sending {
                 workers: workers(),
-                compression: args.link.compression(),
+                compression: args.link.compression(connection.is_some()),
                 throttle: args.link.throttle()?,
             },
         };

@@ -20,14 +20,15 @@ pub struct LinkArgs {
     /// Time zone of the times in --rate, as Europe/Berlin [default: the host's]
     #[arg(long, value_name = "ZONE", requires = "rates")]
     timezone: Option<String>,
-    /// Compress what is sent: a level of zstd, 1 (fast) to 19 (small), or no
-    #[arg(long, value_name = "LEVEL", default_value_t)]
-    compress: Compression,
+    /// Compress what is sent: a level of zstd, 1 (fast) to 19 (small), or no [default: 1; between images of this host: no]
+    #[arg(long, value_name = "LEVEL")]
+    compress: Option<Compression>,
 }
 
 impl LinkArgs {
-    pub fn compression(&self) -> Compression {
-        self.compress
+    /// Nothing is gained by compressing what does not leave this host.
+    pub fn compression(&self, leaves: bool) -> Compression {
+        self.compress.unwrap_or(if leaves { Compression::default() } else { Compression::NONE })
     }
 
     pub fn throttle(&self) -> Result<Option<Arc<Throttle>>> {
@@ -84,7 +85,7 @@ mod apply {
     impl LimitArgs {
         /// Puts them into what is asked of a run.
         pub fn apply(&self, request: &mut Request) -> Result<()> {
-            request.compression = self.link.compression();
+            request.compression = self.link.compression(true);
             request.throttle = self.link.throttle()?;
             request.plan.space.overlay =
                 OverlayLimits { bytes_max: self.overlay_max_bytes, age_max: self.overlay_max_age };
