@@ -198,6 +198,11 @@ fn a_copy_that_was_cut_short_is_gone_on_with() {
     let (source, target) = (t.image("source", Raw, ("abc", 65536)), t.path("fresh"));
     std::fs::write(t.path(".fresh.vr-part"), b"no qcow2").unwrap();
     assert!(!t.copy(&source, Raw, &target, Qcow2, &Asked::default()).unwrap().resumed);
+    // A link in its place would have us write elsewhere.
+    let elsewhere = t.image("elsewhere", Raw, ("z", 65536));
+    std::os::unix::fs::symlink(&elsewhere, t.path(".linked.vr-part")).unwrap();
+    let e = t.copy(&source, Raw, &t.path("linked"), Raw, &Asked::default()).unwrap_err();
+    assert!(e.kind() == Kind::Conflict && std::fs::read(&elsewhere).unwrap() == noise(b'z', 65536), "{e}");
 }
 
 #[test]

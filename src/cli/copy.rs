@@ -103,7 +103,9 @@ fn pairs(sources: &[String], to: &str, target: &Path, here: bool) -> Result<Vec<
             false => vec![source],
         };
         for file in files {
-            let name = file.file_name().ok_or_else(|| Error::new(Kind::Usage, "this is no image").path(&file))?;
+            // Names travel as text.
+            let name = file.file_name().and_then(|name| name.to_str());
+            let name = name.ok_or_else(|| Error::new(Kind::Usage, "an image has a name of text").path(&file))?;
             let target = if into_directory { target.join(name) } else { target.to_owned() };
             pairs.push(Pair { source: file, target });
         }

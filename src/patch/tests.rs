@@ -468,6 +468,18 @@ fn a_plain_patch_bears_its_flag() {
     assert!(plain.is_plain() && !script("R", 100).header().is_plain());
     assert_eq!(plain.encode()[BANNER.line().len() + 8..][..4], [3, 0, 0, 0]);
     assert_eq!(Header::plain(None, DiskSize(1)).encode()[BANNER.line().len() + 8..][..4], [2, 0, 0, 0]);
+    // Byte for byte, for ever.
+    let patch = stream_of(&plain, &[]);
+    assert!(patch == GOLDEN_PLAIN, "{patch:?}");
+    assert_eq!(
+        to_root_at_end(&GOLDEN_PLAIN[GOLDEN_PLAIN.len() - TRAILER_LEN..]),
+        to_root_of(&decode(GOLDEN_PLAIN).unwrap())
+    );
+    assert_eq!(to_root_at_end(&GOLDEN_PLAIN[..TRAILER_LEN]), None);
+}
+
+fn to_root_of(items: &[Item]) -> Option<Digest> {
+    items.iter().find_map(|i| if let Item::Trailer(trailer) = i { Some(trailer.to_root) } else { None })
 }
 
 #[test]
@@ -540,6 +552,7 @@ fn a_block_that_is_not_what_it_should_be_is_named() {
 /// Written by version 1; they must be read for ever. Never made anew: a decoder that refuses them has lost a format.
 /// The second has compressed payloads, whose bytes are zstd's affair and may change with it.
 const GOLDEN_STORED: &[u8] = include_bytes!("../../tests/fixtures/formats/v1/patch.bin");
+const GOLDEN_PLAIN: &[u8] = include_bytes!("../../tests/fixtures/formats/v1/patch-plain.bin");
 const GOLDEN_ZSTD: &[u8] = include_bytes!("../../tests/fixtures/formats/v1/patch-zstd.bin");
 
 fn golden_scripts() -> [Script; 2] {

@@ -147,6 +147,16 @@ mod tests {
         }
     }
 
+    /// The same line stands in docs/formats/redo.md.
+    #[test]
+    fn the_first_line_is_what_the_format_says() {
+        let identity = Identity { device: 1, inode: 2, len_bytes: 3, modified: (4, 5), changed: (6, 7) };
+        let line = r#"{"kept":1,"path":"/srv/a.raw","identity":{"device":1,"inode":2,"len_bytes":3,"modified":[4,5],"changed":[6,7]}}"#;
+        let of = Of { kept: VERSION, path: "/srv/a.raw".into(), identity };
+        assert_eq!(serde_json::to_string(&of).unwrap(), line);
+        assert_eq!(serde_json::from_str::<Of>(line).unwrap(), of);
+    }
+
     #[test]
     fn digests_are_believed_of_the_file_they_were_made_of_only() {
         let dir = tempfile::tempdir().unwrap();

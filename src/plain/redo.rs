@@ -252,3 +252,32 @@ pub fn finish(path: &Path, device_dir: &Path) -> Result<bool> {
     let _lock = super::target::lock_whole(&path)?;
     roll(&layer, &redo)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The same lines stand in docs/formats/redo.md.
+    #[test]
+    fn the_head_is_what_the_format_says() {
+        let of = |line: &str| read_head(&mut format!("virt-replica redo 1\n{line}\nvirt-replica patch").as_bytes());
+        let file = of(r#"{"path":"/srv/a.raw","file":[7,9]}"#).unwrap();
+        assert_eq!(file, Of { path: "/srv/a.raw".into(), file: Some((7, 9)) });
+        assert_eq!(serde_json::to_string(&file).unwrap(), r#"{"path":"/srv/a.raw","file":[7,9]}"#);
+        assert_eq!(of(r#"{"path":"/dev/vda","file":null}"#).unwrap().file, None);
+        for bad in ["", "{}", "x", &"x".repeat(LINE_MAX + 1)] {
+            assert_eq!(of(bad).unwrap_err().kind(), Kind::Corrupt);
+        }
+        assert_eq!(read_head(&mut &b"virt-replica redo 2\n{}\n"[..]).unwrap_err().kind(), Kind::Protocol);
+        assert_eq!(read_head(&mut &b"virt-replica"[..]).unwrap_err().kind(), Kind::Corrupt);
+    }
+
+    #[test]
+    fn a_redo_file_lies_beside_a_file_and_elsewhere_for_a_device() {
+        let beside = path_of(Path::new("/srv/a.raw"), false, Path::new("/state/redo")).unwrap();
+        assert_eq!(beside, Path::new("/srv/.a.raw.vr-redo"));
+        let device = |path: &str| path_of(Path::new(path), true, Path::new("/state/redo")).unwrap();
+        let (one, other) = (device("/dev/vg0/disk"), device("/dev/vg1/disk"));
+        assert!(one.starts_with("/state/redo") && one != other, "{} {}", one.display(), other.display());
+    }
+}

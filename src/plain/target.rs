@@ -165,8 +165,11 @@ impl LocalTarget {
             return Ok(());
         }
         let part = part_of(&self.layer.path)?;
-        if !part.exists() {
-            return Ok(());
+        match part.symlink_metadata() {
+            Err(_) => return Ok(()),
+            Ok(found) if found.is_file() => {}
+            // A link would lead our writing elsewhere.
+            Ok(_) => return Err(Error::new(Kind::Conflict, "this is no file of ours").path(part).hint("remove it")),
         }
         let held = place::hold(&part)?;
         if self.layer.format == Format::Qcow2 && !mended(&part) {
