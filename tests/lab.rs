@@ -47,6 +47,8 @@ mod crash_qmp;
 mod crash_quiesce;
 #[path = "lab/suite/daemon.rs"]
 mod daemon;
+#[path = "lab/suite/daemon_soak.rs"]
+mod daemon_soak;
 #[path = "lab/suite/domain.rs"]
 #[allow(dead_code, reason = "the vocabulary of the tests, whichever of them are compiled")]
 mod domain;

@@ -87,7 +87,7 @@ mod examine {
 
     /// All domains that libvirt knows, and all that have state here.
     fn everybody(site: &Site) -> Result<Vec<DomainUuid>> {
-        let mut uuids: Vec<DomainUuid> = site.hypervisor().list()?.into_iter().map(|d| d.uuid).collect();
+        let mut uuids: Vec<DomainUuid> = site.hypervisor().names()?.into_iter().map(|d| d.uuid).collect();
         for uuid in journal::known_domains(site.state())? {
             if !uuids.contains(&uuid) {
                 uuids.push(uuid);

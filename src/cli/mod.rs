@@ -115,7 +115,7 @@ impl Globals {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Replicate a domain to a target now
-    Sync(sync::SyncArgs),
+    Sync(Box<sync::SyncArgs>),
     /// Say what a run would do and why, touching nothing
     Plan(sync::PlanArgs),
     /// List the recovery points of a domain on a target

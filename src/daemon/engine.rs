@@ -19,6 +19,9 @@ use jiff::{SignedDuration, Timestamp};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+/// Days after its last run for which a domain is remembered that libvirt does not know any more.
+const FORGET_DAYS: i64 = 90;
+
 /// Longest sleep: clocks are set, and a laptop wakes up.
 const SLEEP_MAX: Duration = Duration::from_secs(60);
 
@@ -173,6 +176,7 @@ impl Engine {
             assigned.insert(key, Assigned { policy: pair.policy, target: pair.target, domain: pair.domain });
         }
         self.assigned = assigned;
+        self.forget(now.wall);
         for listed in &self.domains {
             for (url, begun, frozen_at) in &listed.points {
                 let key = Key { uuid: listed.domain.uuid.clone(), url: url.clone() };
@@ -181,6 +185,20 @@ impl Engine {
                 }
             }
         }
+    }
+
+    /// Whether libvirt knows the domain. Before the first list nobody is known to be gone.
+    pub(super) fn is_there(&self, uuid: &DomainUuid) -> bool {
+        !self.listed || self.domains.iter().any(|l| l.domain.uuid == *uuid)
+    }
+
+    /// Forgets domains that are gone for long: one that was moved away for a while comes back to its counters.
+    fn forget(&mut self, now: Timestamp) {
+        let there: BTreeSet<&DomainUuid> = self.domains.iter().map(|l| &l.domain.uuid).collect();
+        self.pairs.retain(|key, pair| {
+            let last = pair.last.as_ref().map_or(pair.since, |l| l.ended_at);
+            there.contains(&key.uuid) || now.duration_since(last) < SignedDuration::from_hours(24 * FORGET_DAYS)
+        });
     }
 
     fn ended(&mut self, number: u64, end: End, now: Now, orders: &mut Vec<Order>) {

@@ -263,6 +263,8 @@ fn domains_that_vanish_return_and_are_renamed_are_followed() {
     b.seals(1);
     b.domains("");
     assert_eq!(words(&b.pass(3600)), [""; 0]);
+    assert!(b.engine.status(b.now).domains.is_empty(), "nobody is told of what is not there");
+    assert_eq!(b.engine.memory().0.len(), 1, "and nothing is forgotten at once");
     // Renamed, and still the same: it does not begin from nothing.
     let orders = b.domains("ab");
     assert!(said(&orders, Level::Info).contains("'a' is called 'ab' now"), "{orders:?}");
@@ -325,4 +327,19 @@ fn what_an_earlier_daemon_knew_is_gone_on_with() {
     b.now.wall -= SignedDuration::from_secs(30);
     assert_eq!(words(&b.domains("a")), [""; 0], "not due before noon");
     assert_eq!(words(&b.pass(30)), ["1:a>dr1"]);
+}
+
+#[test]
+fn a_domain_that_is_gone_for_good_is_forgotten_in_the_end() {
+    let mut b = Bench::new(&[HOURLY]);
+    b.domains("a b");
+    b.seals(1);
+    b.seals(2);
+    b.domains("b");
+    b.pass(89 * 86_400);
+    b.domains("b");
+    assert_eq!(b.engine.memory().0.len(), 2);
+    b.pass(2 * 86_400);
+    b.domains("b");
+    assert_eq!(b.engine.memory().0.len(), 1);
 }

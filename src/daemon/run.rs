@@ -8,8 +8,9 @@ use crate::hook::Env;
 use jiff::Timestamp;
 use std::time::Duration;
 
-/// How long a run that was asked to end may say nothing before it is killed.
+/// How long a run that was asked to end may say nothing before it is killed; an operator with less patience has less.
 const TERM_GRACE: Duration = Duration::from_secs(120);
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Phase {
     Working,
@@ -51,9 +52,11 @@ impl Run {
         match (self.phase, stop_at) {
             (Phase::Working, _) => Some(self.last_sign + setup.stall_timeout + commit),
             (Phase::Terminated, Some(stop_at)) => Some(stop_at),
-            (Phase::Terminated, None) => {
-                Some(self.last_sign + TERM_GRACE + if self.step == 7 { commit } else { Duration::ZERO })
-            }
+            (Phase::Terminated, None) => Some(
+                self.last_sign
+                    + TERM_GRACE.min(setup.stall_timeout)
+                    + if self.step == 7 { commit } else { Duration::ZERO },
+            ),
             (Phase::Repairing, Some(stop_at)) => Some(stop_at),
             (Phase::Repairing, None) => Some(self.last_sign + self.job.policy.ready_timeout + setup.stall_timeout),
             (Phase::Killed, _) => None,

@@ -65,7 +65,9 @@ pub struct RunningRow {
 
 impl Engine {
     pub fn status(&self, now: Now) -> Status {
-        let rows = self.pairs.iter().map(|(key, pair)| {
+        let shown =
+            self.pairs.iter().filter(|(key, _)| self.is_there(&key.uuid) || self.runs.values().any(|r| r.key == **key));
+        let rows = shown.map(|(key, pair)| {
             let assigned = self.assigned.get(key);
             let policy = assigned.map(|a| &self.setup.policies[a.policy]);
             let rpo = policy.and_then(|p| p.rpo);

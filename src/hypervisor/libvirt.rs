@@ -178,9 +178,9 @@ impl Hypervisor for LibvirtHypervisor {
                 Ok(view) => views.push(view),
                 // It went between the list and the look.
                 Err(e) if e.kind() == Kind::NotFound => {}
+                Err(e) if e.kind() == Kind::Unavailable => return Err(e),
                 // One domain that we cannot describe must not hide the others.
-                Err(e) if e.kind() == Kind::Corrupt => tracing::warn!(uuid, error = e.chain(), "domain left out"),
-                Err(e) => return Err(e),
+                Err(e) => tracing::warn!(uuid, error = e.chain(), "domain left out"),
             }
         }
         views.sort_by(|a, b| a.name.cmp(&b.name));

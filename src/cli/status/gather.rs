@@ -119,7 +119,11 @@ fn watch(mut sources: Sources, every: Duration) -> Result<Exit> {
         let mut lines = vec![format!("virt-replica, {}, every {} s", render::time(Timestamp::now()), every.as_secs())];
         let looked = sources.look(&mut |text| lines.push(text.to_owned()));
         lines.push(match looked {
-            Ok(rows) => describe(&rows, sources.heads_from()),
+            Ok(mut rows) => {
+                // What needs somebody stays in sight, however small the window is.
+                rows.sort_by_key(Row::is_well);
+                describe(&rows, sources.heads_from())
+            }
             Err(e) => {
                 // A connection that broke is made anew.
                 sources.site = None;
@@ -127,12 +131,7 @@ fn watch(mut sources: Sources, every: Duration) -> Result<Exit> {
             }
         });
         let text = lines.join("\n");
-        // From the upper left corner, each line to its end, and nothing below: without flicker.
-        let frame = match screen {
-            true => format!("\x1b[H{}\x1b[K\x1b[J", text.replace('\n', "\x1b[K\n")),
-            false => format!("{text}\n"),
-        };
-        print(&frame)?;
+        print(&if screen { frame(&text, rows_of_screen()) } else { format!("{text}\n") })?;
         let until = Instant::now() + every;
         while Instant::now() < until && !stop.load(Ordering::Relaxed) {
             std::thread::sleep(Duration::from_millis(50));
@@ -140,6 +139,24 @@ fn watch(mut sources: Sources, every: Duration) -> Result<Exit> {
     }
     sources.close();
     Ok(Exit::Done)
+}
+
+fn rows_of_screen() -> usize {
+    rustix::termios::tcgetwinsize(std::io::stdout()).map_or(24, |size| usize::from(size.ws_row))
+}
+
+/// A screen of `rows` lines: from the upper left corner, each line to its end, and nothing below, so that nothing flickers. What
+/// has no place is counted.
+fn frame(text: &str, rows: usize) -> String {
+    let room = rows.max(3) - 2;
+    let mut lines: Vec<&str> = text.lines().collect();
+    let hidden = lines.len().saturating_sub(room);
+    let more = format!(" ... and {hidden} more lines: make the window larger");
+    if hidden > 0 {
+        lines.truncate(room);
+        lines.push(&more);
+    }
+    format!("\x1b[H{}\x1b[K\x1b[J", lines.join("\x1b[K\n"))
 }
 
 /// A plugin always answers in its own form, also when it cannot answer.
@@ -384,4 +401,16 @@ fn overlays(record: &Record, age: impl Fn(Timestamp) -> i64) -> Vec<Overlay> {
     let since = record.frozen_at.unwrap_or(record.started_at);
     let there = record.disks.iter().filter(|d| d.overlay.exists());
     there.map(|d| Overlay { disk: d.name.clone(), path: d.overlay.clone(), since, age_s: age(since) }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_frame_fits_the_screen_and_says_what_does_not() {
+        let text = (1..=10).map(|n| n.to_string()).collect::<Vec<_>>().join("\n");
+        let whole = super::frame(&text, 12);
+        assert!(whole.starts_with("\x1b[H1\x1b[K\n2") && whole.ends_with("10\x1b[K\x1b[J"), "{whole:?}");
+        let cut = super::frame(&text, 6);
+        assert!(cut.contains("4\x1b[K\n ... and 6 more lines") && !cut.contains("5\x1b"), "{cut:?}");
+    }
 }

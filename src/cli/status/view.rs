@@ -158,6 +158,12 @@ impl Row {
         }
     }
 
+    /// Whether nobody has to look at it.
+    pub fn is_well(&self) -> bool {
+        let failed = self.last_run.as_ref().is_some_and(|r| r.outcome != RunOutcome::Sealed);
+        self.state == State::Ok && (!failed || self.running.is_some())
+    }
+
     fn last_run_words(&self) -> &str {
         match (&self.running, self.last_run.as_ref().map(|r| r.outcome)) {
             (Some(_), _) => "running",

@@ -115,7 +115,7 @@ fn a_run_that_dies_between_its_hooks() {
     let words: Vec<String> = hooks.options();
     let job = vm.start_sync("3d=sleep:60000", &words.iter().map(String::as_str).collect::<Vec<_>>());
     eventually("the first hook was run", PATIENCE, || {
-        (Host::A.script("cat \"$1\" 2>/dev/null || true", &[&format!("{}/log", hooks.dir)]) != "").then_some(())
+        (Host::A.run(&["test", "-s", &format!("{}/log", hooks.dir)]).code == 0).then_some(())
     });
     let both = "driver=$(pgrep -f \"^virt-replica sync $1\"); kill -9 $(pgrep -P $driver -f ' deadman ') $driver";
     Host::A.script(both, &[&vm.name]);

@@ -74,8 +74,13 @@ fn variable(name: &str) -> String {
     std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: no lab. Run `make test-lab`"))
 }
 
+/// A file of the directory that both hosts see, as this process reaches it.
+pub fn shared_file(name: &str) -> PathBuf {
+    Path::new(&variable("VR_LAB_SHARED")).join(name)
+}
+
 fn lock_file(name: &str) -> File {
-    let path = Path::new(&variable("VR_LAB_SHARED")).join(format!(".{name}.lock"));
+    let path = shared_file(&format!(".{name}.lock"));
     File::options().create(true).truncate(false).write(true).open(path).expect("open the lab's lock")
 }
 
@@ -240,6 +245,13 @@ impl Job {
         let done = Done { command: self.command.clone(), code, stdout: self.stdout(), stderr: self.stderr(), time };
         println!("[{:.1?}] {} -> {code}\n{}{}", done.time, done.command, done.stdout, done.stderr);
         done
+    }
+
+    /// Waits for the end, counted from now.
+    #[track_caller]
+    pub fn wait_from_now(self, limit: Duration) -> Done {
+        let limit = self.since.elapsed() + limit;
+        self.wait(limit)
     }
 
     pub fn running(&mut self) -> bool {
