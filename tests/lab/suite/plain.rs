@@ -1,6 +1,6 @@
 //! Images that belong to no domain, from host to host: over ssh, and as patches through a pipe of the user's own.
 
-use super::support::{Host, Lab, Undo};
+use super::support::{Host, Job, Lab, PATIENCE, Undo};
 
 const TO: &str = "ssh://root@192.0.2.2";
 
@@ -53,7 +53,9 @@ fn images_are_copied_over_ssh_and_only_what_differs_travels() {
     assert_eq!(sum(Host::A, &image), sum(Host::B, &image));
     // An image that a QEMU has there is left alone.
     Host::A.script("printf y | dd of=\"$1\" bs=1 seek=1 conv=notrunc", &[&image]);
-    Host::B.script("(echo 'read 0 512'; sleep 2) | qemu-io -f raw \"$1\" >/dev/null 2>&1 & sleep 1", &[&image]);
+    let hold = "(echo 'read 0 512'; exec sleep 600) | qemu-io -f raw \"$1\"";
+    let mut held = Job::start(Host::B.command(&["bash", "-c", hold, "hold", &image]));
+    held.wait_line(PATIENCE, "what it read", |line| line.contains("read 512/512"));
     Host::A.virt_replica(&["copy", &image, &to]).exit(11).says(&["a QEMU program has the image open"]);
 }
 
