@@ -8,7 +8,8 @@
 //!       site · daemon        site: the only file that names concrete adapters; daemon: policies obeyed, unattended
 //!              |
 //!    replicate · recovery    the story: settle, observe, plan, freeze, ship, seal, commit, retire
-//!              |                 (start reading at replicate/cycle.rs); and what the replica is for
+//!       · plain                  (start reading at replicate/cycle.rs); what the replica is for; images of no domain
+//!              |
 //!     plan · decide           pure: plain views in, values out
 //!              |
 //!  image  hypervisor  replica  transport      ports: traits, plain views, and their adapters
@@ -44,6 +45,7 @@ pub mod config;
 
 pub mod replicate;
 
+pub mod plain;
 pub mod recovery;
 
 pub mod daemon;

@@ -114,6 +114,17 @@ fn clip(text: &str) -> String {
     if text.chars().count() > 80 { text.chars().take(77).collect::<String>() + "..." } else { text.to_owned() }
 }
 
+impl DomainUuid {
+    /// All zero: what stands where there is no domain. libvirt gives it to none.
+    pub fn nil() -> DomainUuid {
+        DomainUuid::new("00000000-0000-0000-0000-000000000000").expect("the constant is a UUID")
+    }
+
+    pub fn is_nil(&self) -> bool {
+        self.as_str().bytes().all(|b| matches!(b, b'0' | b'-'))
+    }
+}
+
 fn check_domain_name(s: &str) -> Result<(), &'static str> {
     match () {
         _ if s.is_empty() => Err("it is empty"),

@@ -8,6 +8,8 @@ use crate::image::Layer;
 use crate::image::open::{self, OpenOptions};
 use crate::image::qemu_nbd::QemuNbd;
 use crate::name::{DiskName, DomainName, DomainUuid, PointId};
+use crate::plain::target::{LocalOptions, LocalTarget};
+use crate::plain::{PlainTarget, Wish};
 use crate::replica::ReplicaView;
 use crate::replica::store::{self, Limits, Store};
 use crate::replica::upkeep::Held as _;
@@ -27,6 +29,8 @@ pub mod here;
 
 #[cfg(feature = "libvirt")]
 pub use source::{Site, SiteOptions};
+
+pub mod plain;
 
 /// Directory for sockets of this process; short, private, gone with a reboot.
 pub fn runtime_dir() -> PathBuf {
@@ -94,6 +98,32 @@ impl Connection {
 /// `limits` are what this host demands, whoever asks.
 pub fn serve_agent(root: &Path, limits: Limits) -> Result<()> {
     serve_stdio(&LocalStores { root: root.to_owned(), limits }, ServeOptions::default())
+}
+
+/// Runs the agent for the images below `root` on this process's stdin and stdout, until the client's end or its silence.
+/// `state` is this host's own state.
+pub fn serve_images(root: &Path, state: &Path) -> Result<()> {
+    serve_stdio(&LocalImages { root: root.to_owned(), state: state.to_owned() }, ServeOptions::default())
+}
+
+struct LocalImages {
+    root: PathBuf,
+    state: PathBuf,
+}
+
+impl ReplicaOpener for LocalImages {
+    fn open(&self, _: &DomainUuid) -> Result<Box<dyn Served>> {
+        Err(Error::new(Kind::Refused, "this agent serves images, and no store"))
+    }
+
+    fn find(&self, _: &str) -> Result<Vec<(DomainUuid, DomainName)>> {
+        Ok(Vec::new())
+    }
+
+    fn image(&self, wish: &Wish) -> Result<Box<dyn PlainTarget>> {
+        let within = Some(self.root.clone());
+        Ok(Box::new(LocalTarget::open(wish, &LocalOptions { within, ..plain::local_options(&self.state, None) })?))
+    }
 }
 
 struct LocalStores {

@@ -3,12 +3,32 @@
 use crate::error::Result;
 use std::fmt;
 use std::io::{Read, Write};
+use std::path::Path;
 
 pub mod local;
 pub mod pipe;
 pub mod ssh;
 mod stderr;
 pub mod target;
+
+/// What an agent is started for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Service {
+    /// The store at its root.
+    #[default]
+    Store,
+    /// Images below its root.
+    Images,
+}
+
+impl Service {
+    /// What follows the program's name.
+    pub fn words(self, root: &Path) -> Vec<String> {
+        let images = (self == Service::Images).then(|| "--images".to_owned());
+        let root = ["--root".to_owned(), root.to_string_lossy().into_owned()];
+        std::iter::once("agent".to_owned()).chain(images).chain(root).collect()
+    }
+}
 
 /// Opens channels to the agent on one target. One session (one ssh master) is shared by all channels of all runs.
 pub trait Transport: Send + Sync + fmt::Debug {

@@ -9,6 +9,7 @@
 //!
 //! Format and sequence: docs/formats/wire.md. Fixtures: tests/fixtures/formats/v1/wire-*.
 
+pub mod plain;
 pub mod upkeep;
 
 use crate::block::BlockIndex;
@@ -371,6 +372,9 @@ pub enum Request {
         replica: Handle,
         ask: upkeep::Ask,
     },
+    Plain {
+        ask: plain::Ask,
+    },
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -386,6 +390,7 @@ pub enum Reply {
     Abandon {},
     Verify { report: VerifyReport },
     Upkeep { told: upkeep::Told },
+    Plain { told: plain::Told },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

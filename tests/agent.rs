@@ -121,25 +121,7 @@ fn pieces_of(block: BlockIndex) -> BlockPieces {
     pieces
 }
 
-impl Replica for FakeReplica {
-    fn describe(&self) -> Result<ReplicaView> {
-        Ok(ReplicaView {
-            generation: Generation(1),
-            points: (1..=self.0.points.load(Ordering::SeqCst)).map(point).collect(),
-            free_bytes: 1 << 40,
-            path: "/srv".into(),
-            open_point: None,
-            seeds: Vec::new(),
-            damaged: vec![],
-            promoted: None,
-        })
-    }
-
-    fn begin(&self, _: &BeginPoint) -> Result<Begun> {
-        self.0.applied.lock().unwrap().clear();
-        Ok(Begun::default())
-    }
-
+impl DiskTarget for FakeReplica {
     fn nodes(&self, _: &DiskName, level: u8, range: Range<u64>) -> Result<Vec<Digest>> {
         Ok(range.map(|n| if n % 3 == 0 { Digest::ZERO } else { node(n << 8 | u64::from(level)) }).collect())
     }
@@ -164,6 +146,26 @@ impl Replica for FakeReplica {
         let applied = self.0.applied.lock().unwrap();
         let bytes_written = applied.get(disk.as_str()).map_or(0, Vec::len) as u64;
         Ok(DiskApplied { root: Digest([7; 32]), bytes_written, blocks_changed: 1 })
+    }
+}
+
+impl Replica for FakeReplica {
+    fn describe(&self) -> Result<ReplicaView> {
+        Ok(ReplicaView {
+            generation: Generation(1),
+            points: (1..=self.0.points.load(Ordering::SeqCst)).map(point).collect(),
+            free_bytes: 1 << 40,
+            path: "/srv".into(),
+            open_point: None,
+            seeds: Vec::new(),
+            damaged: vec![],
+            promoted: None,
+        })
+    }
+
+    fn begin(&self, _: &BeginPoint) -> Result<Begun> {
+        self.0.applied.lock().unwrap().clear();
+        Ok(Begun::default())
     }
 
     fn attach(&self, name: Attachment, content: &[u8]) -> Result<()> {

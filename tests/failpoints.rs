@@ -53,13 +53,14 @@ fn in_docs() -> BTreeMap<String, (String, Vec<String>)> {
         "## Keeping chains short",
         "## A drill, step by step",
         "## A failover, step by step",
+        "## Plain images",
     ];
     let sections = titles.map(section).concat();
     let mut rows = BTreeMap::new();
     for line in sections.lines() {
         let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
         let [number, who, _, _, tests] = cells[..] else { continue };
-        if !number.trim_start_matches(['b', 'p', 's', 'd', 'f']).starts_with(|c: char| c.is_ascii_digit()) {
+        if !number.trim_start_matches(['b', 'p', 's', 'd', 'f', 'i']).starts_with(|c: char| c.is_ascii_digit()) {
             continue;
         }
         let tests = tests.split(", ").map(|t| t.trim_matches('`').to_owned()).collect();
@@ -77,6 +78,7 @@ fn crash_tests() -> BTreeMap<String, String> {
 /// Test -> its file, of all files of tests with this word in their names.
 fn lab_tests(word: &str) -> BTreeMap<String, String> {
     let mut files = ["prune", "shorten"].map(|of| root().join(format!("tests/replica_{of}_crash.rs"))).to_vec();
+    files.push(root().join("tests/plain/crash.rs"));
     rust_files(root().join("tests/lab/suite"), &mut files);
     let mut tests = BTreeMap::new();
     for path in files.iter().filter(|p| p.file_name().unwrap().to_string_lossy().contains(word)) {

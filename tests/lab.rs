@@ -60,6 +60,8 @@ mod domain;
 mod formats;
 #[path = "lab/suite/limits.rs"]
 mod limits;
+#[path = "lab/suite/plain.rs"]
+mod plain;
 #[path = "lab/suite/points.rs"]
 mod points;
 #[path = "lab/suite/recovery.rs"]

@@ -15,7 +15,7 @@ use virt_replica::block::{BLOCK_LEN, DiskSize};
 use virt_replica::error::Kind;
 use virt_replica::name::{DiskName, Generation, PointId};
 use virt_replica::replica::store::{Store, list};
-use virt_replica::replica::{Attachment, BeginDisk, NODES_MAX, Replica};
+use virt_replica::replica::{Attachment, BeginDisk, DiskTarget as _, NODES_MAX, Replica};
 
 const MIB: usize = 1 << 20;
 

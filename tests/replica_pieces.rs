@@ -13,7 +13,7 @@ use virt_replica::error::Kind;
 use virt_replica::name::DiskName;
 use virt_replica::patch::PieceMask;
 use virt_replica::replica::store::Store;
-use virt_replica::replica::{DiskApplied, PIECES_MAX, PointView, Replica};
+use virt_replica::replica::{DiskApplied, DiskTarget as _, PIECES_MAX, PointView, Replica};
 
 const MIB: usize = 1 << 20;
 const NO_PIECES: BlockPieces = [PieceDigest::ZERO; BLOCK_PIECES];

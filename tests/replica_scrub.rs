@@ -12,7 +12,7 @@ use virt_replica::error::Kind;
 use virt_replica::name::{DiskName, PointId};
 use virt_replica::replica::store::Store;
 use virt_replica::replica::upkeep::{Damage, DamageKind, Held as _, ScrubStep, Scrubbing, Upkeep};
-use virt_replica::replica::{Attachment, BeginPoint, Replica};
+use virt_replica::replica::{Attachment, BeginPoint, DiskTarget as _, Replica};
 
 const BLOCK: u64 = BLOCK_LEN as u64;
 

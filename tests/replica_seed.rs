@@ -12,7 +12,7 @@ use virt_replica::image::raw::RawImage;
 use virt_replica::image::{Format, Layer};
 use virt_replica::name::DiskName;
 use virt_replica::replica::store::Store;
-use virt_replica::replica::{BeginPoint, Begun, PointView, Replica as _};
+use virt_replica::replica::{BeginPoint, Begun, DiskTarget as _, PointView, Replica as _};
 
 const B: usize = BLOCK_LEN;
 

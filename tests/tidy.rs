@@ -23,14 +23,16 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("config", &["error", "name", "policy", "transport", "replicate", "units", "yaml"]),
     ("patch", &["error", "name", "block"]),
     ("retention", &["error", "name"]),
-    ("wire", &["error", "name", "block", "replica"]),
+    ("wire", &["error", "name", "block", "replica", "plain"]),
     ("image", &["error", "block"]),
     ("transport", &["error"]),
     ("hypervisor", &["error", "name", "block", "image"]),
     ("replica", &["error", "failpoint", "name", "block", "patch", "image"]),
-    ("agent", &["error", "failpoint", "name", "block", "wire", "transport", "replica"]),
+    ("agent", &["error", "failpoint", "name", "block", "patch", "wire", "transport", "replica", "plain"]),
     ("replicate", &["error", "failpoint", "hook", "name", "block", "patch", "image", "hypervisor", "replica", "units"]),
     ("recovery", &["error", "failpoint", "name", "block", "yaml", "image", "hypervisor", "replica", "replicate"]),
+    // Images that are no domain's: the same engine, and neither store nor libvirt.
+    ("plain", &["error", "failpoint", "name", "block", "patch", "image", "replica", "replicate"]),
     // It knows a run by its report and its journal, and a domain by its name; the rest is the children's.
     ("daemon", &["error", "hook", "name", "config", "policy", "replica", "replicate", "units"]),
     (
@@ -47,6 +49,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "replicate",
             "recovery",
             "config",
+            "plain",
         ],
     ),
 ];

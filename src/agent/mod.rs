@@ -9,15 +9,18 @@
 
 pub mod client;
 mod patience;
+mod plain;
 pub mod remote;
+pub mod remote_plain;
 mod remote_upkeep;
 mod upkeep;
 
 use crate::block::BlockIndex;
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, DomainName, DomainUuid};
+use crate::plain::{PlainTarget, Wish};
 use crate::replica::upkeep::Upkeep;
-use crate::replica::{ATTACHMENT_MAX, Attachment, BeginPoint, Begun, NODES_MAX, Replica, check_blocks};
+use crate::replica::{ATTACHMENT_MAX, Attachment, BeginPoint, Begun, DiskTarget, NODES_MAX, Replica, check_blocks};
 use crate::transport::pipe::{PipeReader, PipeWriter};
 use crate::wire::{
     BULK_MAX, Banner, Failed, FrameKind, Handle, Head, PROTOCOL, Progress, REPLY_MAX, Reply, Request, Role,
@@ -44,6 +47,13 @@ pub trait ReplicaOpener {
 
     /// Domains with this name, or all of them for an empty one. Names are not unique over time; UUIDs are.
     fn find(&self, name: &str) -> Result<Vec<(DomainUuid, DomainName)>>;
+
+    /// An image that belongs to no domain, where such are served.
+    fn image(&self, wish: &Wish) -> Result<Box<dyn PlainTarget>> {
+        Err(Error::new(Kind::Refused, "this agent serves a store, and no images beside it")
+            .path(&wish.path)
+            .hint("its host has to allow `virt-replica agent --images --root DIR`"))
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -107,7 +117,8 @@ pub fn serve(
         let _stop = StopOnDrop(&stop);
         scope.spawn(|| keep_alive(&output, &stop, options.ping_interval));
         let (replicas, streams) = (BTreeMap::new(), upkeep::Streams::default());
-        let mut session = Session { opener, output: &output, replicas, opened: 0, incoming: None, streams };
+        let images = BTreeMap::new();
+        let mut session = Session { opener, output: &output, replicas, images, opened: 0, incoming: None, streams };
         let ended = session.run(&mut input);
         // The locks first: saying why may take as long as the silence that brought us here. It is best effort, since a
         // client that is gone is the commonest reason.
@@ -216,6 +227,7 @@ struct Session<'a, W> {
     opener: &'a dyn ReplicaOpener,
     output: &'a Output<W>,
     replicas: BTreeMap<Handle, Opened>,
+    images: BTreeMap<Handle, plain::Image>,
     opened: u32,
     incoming: Option<Incoming>,
     streams: upkeep::Streams,
@@ -253,6 +265,7 @@ impl<W: Write> Session<'_, W> {
                 FrameKind::Release => {
                     let handle = Handle::from_bytes(&payload)?;
                     self.streams.close_all(Some(handle));
+                    self.images.remove(&handle);
                     self.replicas.remove(&handle).into_iter().for_each(Opened::close);
                 }
                 FrameKind::Ping => {}
@@ -270,6 +283,7 @@ impl<W: Write> Session<'_, W> {
     /// Ends with every replica, and so frees their locks.
     fn close(&mut self) {
         self.streams.close_all(None);
+        self.images.clear();
         std::mem::take(&mut self.replicas).into_values().for_each(Opened::close);
     }
 
@@ -283,7 +297,7 @@ impl<W: Write> Session<'_, W> {
             Request::Nodes { replica, disk, level, start, end } => self.nodes(replica, &disk, level, start..end)?,
             Request::Pieces { replica, disk, blocks } => self.pieces(replica, &disk, &blocks)?,
             Request::FinishDisk { replica, disk } => {
-                Reply::FinishDisk { applied: self.sound(replica)?.replica.finish_disk(&disk)? }.into()
+                Reply::FinishDisk { applied: self.end_of_patch(replica)?.finish_disk(&disk)? }.into()
             }
             Request::Attach { replica, name, length } => self.expect_attachment(id, replica, name, length)?,
             Request::Seal { replica, request } => {
@@ -312,17 +326,28 @@ impl<W: Write> Session<'_, W> {
                 Reply::Verify { report: self.at(replica)?.replica.verify(&point, &mut progress)? }.into()
             }
             Request::Upkeep { replica, ask } => self.upkeep(id, replica, ask)?,
+            Request::Plain { ask } => self.plain(id, ask)?,
         })
     }
 
     fn open(&mut self, uuid: DomainUuid) -> Result<Handle> {
-        if self.replicas.len() >= OPEN_MAX {
-            return Err(Error::new(Kind::Refused, format!("one session may open {OPEN_MAX} replicas")));
-        }
+        self.have_room()?;
         let replica = self.opener.open(&uuid)?;
+        let handle = self.next_handle()?;
+        self.replicas.insert(handle, Opened { uuid, replica, disks: Vec::new(), failed: None });
+        Ok(handle)
+    }
+
+    fn have_room(&self) -> Result<()> {
+        match self.replicas.len() + self.images.len() < OPEN_MAX {
+            true => Ok(()),
+            false => Err(Error::new(Kind::Refused, format!("one session may open {OPEN_MAX} replicas and images"))),
+        }
+    }
+
+    fn next_handle(&mut self) -> Result<Handle> {
         let handle = Handle(self.opened);
         self.opened = self.opened.checked_add(1).ok_or_else(|| protocol("a session without end"))?;
-        self.replicas.insert(handle, Opened { uuid, replica, disks: Vec::new(), failed: None });
         Ok(handle)
     }
 
@@ -341,7 +366,7 @@ impl<W: Write> Session<'_, W> {
     fn nodes(&mut self, handle: Handle, disk: &DiskName, level: u8, range: Range<u64>) -> Result<Answer> {
         let count = range.end.checked_sub(range.start).filter(|count| *count <= NODES_MAX);
         let count = count.ok_or_else(|| protocol(format!("nodes {range:?}: at most {NODES_MAX} in one request")))?;
-        let nodes = self.sound(handle)?.replica.nodes(disk, level, range)?;
+        let nodes = self.end_of_patch(handle)?.nodes(disk, level, range)?;
         if nodes.len() as u64 != count {
             let what = format!("the store gave {} nodes for {count}", nodes.len());
             return Err(Error::new(Kind::Corrupt, what).disk(disk));
@@ -352,7 +377,7 @@ impl<W: Write> Session<'_, W> {
     fn pieces(&mut self, handle: Handle, disk: &DiskName, blocks: &[BlockIndex]) -> Result<Answer> {
         // Whatever stands behind: what it is handed is bounded.
         check_blocks(blocks).map_err(|e| e.disk(disk))?;
-        let pieces = self.sound(handle)?.replica.pieces(disk, blocks)?;
+        let pieces = self.end_of_patch(handle)?.pieces(disk, blocks)?;
         if pieces.len() != blocks.len() {
             let what = format!("the store gave the pieces of {} blocks for {}", pieces.len(), blocks.len());
             return Err(Error::new(Kind::Corrupt, what).disk(disk));
@@ -364,6 +389,10 @@ impl<W: Write> Session<'_, W> {
     /// what still arrives is dropped.
     fn apply(&mut self, payload: &[u8]) -> Result<()> {
         let (stream, patch) = Stream::split(payload)?;
+        if let Some(image) = self.images.get_mut(&stream.replica) {
+            let Some(error) = image.apply(patch) else { return Ok(()) };
+            return self.send(FrameKind::Failed, 0, &encode(&Failed { replica: stream.replica, error }));
+        }
         // Released while bytes were on their way: nobody waits for them.
         let Some(opened) = self.replicas.get_mut(&stream.replica) else { return Ok(()) };
         if opened.failed.is_some() {
@@ -424,6 +453,14 @@ impl<W: Write> Session<'_, W> {
             Some(error) => Err(error.clone().into_error(None)),
             None => Ok(opened),
         }
+    }
+
+    /// What stands at the end of a patch: a replica's disks, or an image; unless an earlier part of the patch failed.
+    fn end_of_patch(&mut self, handle: Handle) -> Result<&dyn DiskTarget> {
+        if self.images.contains_key(&handle) {
+            return self.images.get_mut(&handle).expect("asked in the line above").sound();
+        }
+        Ok(self.sound(handle)?.replica.as_ref())
     }
 
     fn answer(&self, id: u64, answer: Result<Answer>) -> Result<()> {

@@ -1,7 +1,7 @@
 //! The other host's replica, as seen from here: every method of [`Replica`] is one message to the agent.
 //!
 //! Patch bytes are not answered. Once the agent has refused some, it says so unasked, and later calls of
-//! [`Replica::apply`] fail with the same error instead of sending more for nothing.
+//! [`DiskTarget::apply`] fail with the same error instead of sending more for nothing.
 //!
 //! Protocol: docs/formats/wire.md.
 
@@ -11,8 +11,8 @@ use crate::block::digest::{BlockPieces, Digest};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, PointId};
 use crate::replica::{
-    ATTACHMENT_MAX, Attachment, BeginPoint, Begun, DiskApplied, NODES_MAX, PointView, Replica, ReplicaView, SealPoint,
-    VerifyReport, check_blocks,
+    ATTACHMENT_MAX, Attachment, BeginPoint, Begun, DiskApplied, DiskTarget, NODES_MAX, PointView, Replica, ReplicaView,
+    SealPoint, VerifyReport, check_blocks,
 };
 use crate::wire::{BULK_MAX, FrameKind, Handle, Head, Reply, Request, Stream, decode_nodes, decode_pieces, protocol};
 use std::ops::Range;
@@ -40,7 +40,7 @@ impl RemoteReplica {
         &self.client.shared
     }
 
-    fn set_disks(&self, disks: Vec<DiskName>) {
+    pub(super) fn set_disks(&self, disks: Vec<DiskName>) {
         *self.disks.write().expect("nothing panics under this lock") = disks;
         self.shared().forget_failure(self.handle);
     }
@@ -50,24 +50,7 @@ impl RemoteReplica {
     }
 }
 
-impl Replica for RemoteReplica {
-    fn describe(&self) -> Result<ReplicaView> {
-        match self.shared().call(&Request::Describe { replica: self.handle })? {
-            Reply::Describe { view } => Ok(view),
-            other => self.unexpected("describe", other),
-        }
-    }
-
-    fn begin(&self, request: &BeginPoint) -> Result<Begun> {
-        match self.shared().call(&Request::Begin { replica: self.handle, request: request.clone() })? {
-            Reply::Begin { begun } => {
-                self.set_disks(request.disks.iter().map(|disk| disk.name.clone()).collect());
-                Ok(begun.unwrap_or_default())
-            }
-            other => self.unexpected("begin", other),
-        }
-    }
-
+impl DiskTarget for RemoteReplica {
     fn nodes(&self, disk: &DiskName, level: u8, range: Range<u64>) -> Result<Vec<Digest>> {
         let count = range.end.saturating_sub(range.start);
         if count > NODES_MAX {
@@ -120,6 +103,25 @@ impl Replica for RemoteReplica {
         match self.shared().call(&Request::FinishDisk { replica: self.handle, disk: disk.clone() })? {
             Reply::FinishDisk { applied } => Ok(applied),
             other => self.unexpected("finish_disk", other),
+        }
+    }
+}
+
+impl Replica for RemoteReplica {
+    fn describe(&self) -> Result<ReplicaView> {
+        match self.shared().call(&Request::Describe { replica: self.handle })? {
+            Reply::Describe { view } => Ok(view),
+            other => self.unexpected("describe", other),
+        }
+    }
+
+    fn begin(&self, request: &BeginPoint) -> Result<Begun> {
+        match self.shared().call(&Request::Begin { replica: self.handle, request: request.clone() })? {
+            Reply::Begin { begun } => {
+                self.set_disks(request.disks.iter().map(|disk| disk.name.clone()).collect());
+                Ok(begun.unwrap_or_default())
+            }
+            other => self.unexpected("begin", other),
         }
     }
 

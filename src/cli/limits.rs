@@ -1,12 +1,18 @@
 //! How much a run may take of the link, of the disks and of the guest's time; and who is told around the freeze.
 
 use clap::Args;
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+use std::sync::Arc;
 use std::time::Duration;
+use virt_replica::error::{Error, Kind, Result};
 use virt_replica::patch::Compression;
-use virt_replica::policy::bandwidth::RateRule;
+use virt_replica::policy::bandwidth::{Bandwidth, RateRule};
+use virt_replica::replicate::throttle::Throttle;
 
+/// How much of the link is taken.
 #[derive(Debug, Args)]
-pub struct LimitArgs {
+pub struct LinkArgs {
     /// Send no faster: 50M is bytes per second, 10M@08:00-18:00 or 10M@22:00-06:00/sat,sun holds at these times; may be
     /// given more than once
     #[arg(long = "rate", value_name = "RATE")]
@@ -14,9 +20,37 @@ pub struct LimitArgs {
     /// Time zone of the times in --rate, as Europe/Berlin [default: the host's]
     #[arg(long, value_name = "ZONE", requires = "rates")]
     timezone: Option<String>,
-    /// Compress what is sent: a level of zstd, 1 (fast) to 19 (small), or no
-    #[arg(long, value_name = "LEVEL", default_value_t)]
-    compress: Compression,
+    /// Compress what is sent: a level of zstd, 1 (fast) to 19 (small), or no [default: 1]
+    #[arg(long, value_name = "LEVEL")]
+    compress: Option<Compression>,
+}
+
+impl LinkArgs {
+    /// Nothing is gained by compressing what does not leave this host.
+    pub fn compression(&self, leaves: bool) -> Compression {
+        self.compress.unwrap_or(if leaves { Compression::default() } else { Compression::NONE })
+    }
+
+    pub fn throttle(&self) -> Result<Option<Arc<Throttle>>> {
+        let zone = match &self.timezone {
+            Some(name) => TimeZone::get(name).map_err(|_| {
+                Error::new(Kind::Usage, format!("there is no time zone '{name}'"))
+                    .hint("a name as Europe/Berlin or UTC; the package tzdata has them")
+            })?,
+            None => TimeZone::system(),
+        };
+        let bandwidth =
+            Bandwidth::of_rules(&self.rates).map_err(|why| Error::new(Kind::Usage, format!("--rate: {why}")))?;
+        let limited = bandwidth != Bandwidth::default();
+        let throttle = || Throttle::new(Box::new(move || bandwidth.rate_at(Timestamp::now(), &zone)));
+        Ok(limited.then(|| Arc::new(throttle())))
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct LimitArgs {
+    #[command(flatten)]
+    link: LinkArgs,
     /// End the run, and commit at once, when an overlay (or scratch file) grows larger
     #[arg(long, value_name = "SIZE", value_parser = super::render::parse_bytes)]
     overlay_max_bytes: Option<u64>,
@@ -41,23 +75,18 @@ pub struct LimitArgs {
 #[cfg(feature = "libvirt")]
 mod apply {
     use super::LimitArgs;
-    use jiff::Timestamp;
-    use jiff::tz::TimeZone;
-    use std::sync::Arc;
     use std::time::Duration;
     use virt_replica::error::{Error, Kind, Result};
     use virt_replica::hook::Hook;
-    use virt_replica::policy::bandwidth::Bandwidth;
     use virt_replica::replicate::cycle::Request;
     use virt_replica::replicate::forecast::OverlayLimits;
     use virt_replica::replicate::freeze_hooks::FreezeHooks;
-    use virt_replica::replicate::throttle::Throttle;
 
     impl LimitArgs {
         /// Puts them into what is asked of a run.
         pub fn apply(&self, request: &mut Request) -> Result<()> {
-            request.compression = self.compress;
-            request.throttle = self.throttle()?.map(Arc::new);
+            request.compression = self.link.compression(true);
+            request.throttle = self.link.throttle()?;
             request.plan.space.overlay =
                 OverlayLimits { bytes_max: self.overlay_max_bytes, age_max: self.overlay_max_age };
             request.hooks = FreezeHooks {
@@ -65,20 +94,6 @@ mod apply {
                 after: hook(&self.after_freeze, self.after_freeze_timeout)?,
             };
             Ok(())
-        }
-
-        fn throttle(&self) -> Result<Option<Throttle>> {
-            let zone = match &self.timezone {
-                Some(name) => TimeZone::get(name).map_err(|_| {
-                    Error::new(Kind::Usage, format!("there is no time zone '{name}'"))
-                        .hint("a name as Europe/Berlin or UTC; the package tzdata has them")
-                })?,
-                None => TimeZone::system(),
-            };
-            let bandwidth =
-                Bandwidth::of_rules(&self.rates).map_err(|why| Error::new(Kind::Usage, format!("--rate: {why}")))?;
-            let limited = bandwidth != Bandwidth::default();
-            Ok(limited.then(|| Throttle::new(Box::new(move || bandwidth.rate_at(Timestamp::now(), &zone)))))
         }
     }
 

@@ -3,7 +3,9 @@
 //! One file per family of commands. What a script reads is promised in docs/formats/json.md. Results go to stdout;
 //! steps, progress, warnings and errors go to stderr.
 
+mod copy;
 mod daemon;
+mod digest;
 mod doctor;
 mod drill;
 mod export;
@@ -16,7 +18,9 @@ mod logging;
 // A build without libvirt prints less than it could.
 #[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
 mod output;
+mod patch;
 mod pin;
+mod plain;
 mod points;
 mod policy;
 mod progress;
@@ -150,6 +154,16 @@ enum Command {
     Daemon(daemon::DaemonArgs),
     /// On a target: take over a copy of a disk that is here already, before the first run
     Seed(seed::SeedArgs),
+    /// Bring images, here or on another host, into step with images of this host; no libvirt needed
+    Copy(copy::CopyArgs),
+    /// Write the digests of an image, to make a patch against it elsewhere
+    Digest(digest::DigestArgs),
+    /// Write the patch that leads from one image to another
+    Diff(patch::DiffArgs),
+    /// Apply a patch to an image
+    Apply(patch::ApplyArgs),
+    /// Look at patches, check them, merge a chain of them into one
+    Patch(patch::PatchArgs),
     /// Serve the store of this host to a source, over stdin and stdout (started over ssh)
     Agent(serve::AgentArgs),
     /// Let a guest go if its driver dies (started by the driver)
@@ -186,6 +200,11 @@ impl Command {
             Command::Drill(args) => args.json,
             Command::Seed(args) => args.json,
             Command::Policy(args) => args.json(),
+            Command::Copy(args) => args.json,
+            Command::Digest(args) => args.json,
+            Command::Diff(args) => args.json,
+            Command::Apply(args) => args.json,
+            Command::Patch(args) => args.json(),
             Command::Agent(_) | Command::Daemon(_) | Command::Deadman(_) => false,
         }
     }
@@ -217,7 +236,12 @@ pub fn main() -> ExitCode {
         Command::Seed(args) => seed::seed(args, output),
         Command::Policy(args) => policy::policy(args, &cli.globals, output),
         Command::Daemon(args) => daemon::daemon(args, &cli.globals),
-        Command::Agent(args) => serve::agent(args),
+        Command::Copy(args) => copy::copy(args, &cli.globals, output),
+        Command::Digest(args) => digest::digest(args, &cli.globals, output),
+        Command::Diff(args) => patch::diff(args, &cli.globals, output),
+        Command::Apply(args) => patch::apply(args, &cli.globals, output),
+        Command::Patch(args) => patch::patch(args, output),
+        Command::Agent(args) => serve::agent(args, &cli.globals),
         Command::Deadman(args) => serve::deadman(args, &cli.globals),
     };
     output.end(result)

@@ -13,9 +13,12 @@ use virt_replica::transport::target::ROOT_DEFAULT;
 
 #[derive(Debug, Args)]
 pub struct AgentArgs {
-    /// Directory of the store
+    /// Directory of the store, or that below which images may be read and written
     #[arg(long, value_name = "DIR", default_value = ROOT_DEFAULT)]
     root: PathBuf,
+    /// Serve the images below the root to `copy` and `diff`, and no store
+    #[arg(long, conflicts_with_all = ["min_age", "max_depth"])]
+    images: bool,
     /// Remove no point younger than this, whatever a client asks for (7d, 12h)
     #[arg(long, value_name = "AGE", default_value = "0s", value_parser = super::render::parse_age)]
     min_age: Duration,
@@ -30,9 +33,13 @@ pub struct DeadmanArgs {
     uuid: DomainUuid,
 }
 
-pub fn agent(args: &AgentArgs) -> Result<Exit> {
+pub fn agent(args: &AgentArgs, globals: &Globals) -> Result<Exit> {
     // Its client decides when it ends: an interrupt for the client's whole process group is not meant for it.
     ignore_interrupts();
+    if args.images {
+        site::serve_images(&args.root, &globals.state_dir)?;
+        return Ok(Exit::Done);
+    }
     site::serve_agent(&args.root, Limits { min_age: args.min_age, depth_max: args.max_depth })?;
     Ok(Exit::Done)
 }

@@ -35,6 +35,19 @@ pub struct SshArgs {
     accept_new_host_key: bool,
 }
 
+impl SshArgs {
+    /// How ssh reaches a host that no configuration names.
+    pub fn options(&self) -> SshOptions {
+        SshOptions {
+            accept_new_host_key: self.accept_new_host_key,
+            identity_file: self.identity.clone(),
+            config_file: self.ssh_config.clone(),
+            known_hosts_file: self.known_hosts.clone(),
+            ..SshOptions::default()
+        }
+    }
+}
+
 /// A target that was understood. Reports name it by its URL, however the operator called it: a name may be given to
 /// another target tomorrow.
 #[derive(Debug, Clone)]

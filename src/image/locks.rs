@@ -6,6 +6,7 @@
 use crate::error::{Error, Kind, Result};
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -43,6 +44,48 @@ impl QemuLock {
             }
         }
     }
+}
+
+/// Byte of the lock for "reads what is consistent", and those for "writes" and "resizes"; 100 further on stands what its
+/// holder does not let others do.
+const READS: i64 = 100;
+const WRITES: [i64; 2] = [101, 103];
+const LET_NOT: i64 = 100;
+
+/// Held until dropped: no QEMU program opens the image for writing. Several readers, QEMU's own among them, may hold it.
+#[derive(Debug)]
+pub struct ReadLock {
+    _file: File,
+}
+
+impl ReadLock {
+    /// `None` if a QEMU program has the image open for writing. Needs no permission to write. Does not wait.
+    pub fn take(path: &Path) -> Result<Option<ReadLock>> {
+        let cannot = |e| Error::io("cannot lock the image", path, e);
+        // O_NONBLOCK: a FIFO in the place of an image must not hang us; it means nothing to files and devices.
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(cannot)?;
+        // In QEMU's order: say what one does and lets nobody do, then look whether somebody does it.
+        for byte in [READS, WRITES[0] + LET_NOT, WRITES[1] + LET_NOT] {
+            let mut held = one(byte, libc::F_RDLCK);
+            match fcntl(&file, libc::F_OFD_SETLK, &mut held) {
+                Ok(()) => {}
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => return Ok(None),
+                Err(e) => return Err(cannot(e)),
+            }
+        }
+        for byte in [WRITES[0], WRITES[1], READS + LET_NOT] {
+            let mut seen = one(byte, libc::F_WRLCK);
+            fcntl(&file, libc::F_OFD_GETLK, &mut seen).map_err(cannot)?;
+            if seen.l_type != libc::F_UNLCK as i16 {
+                return Ok(None);
+            }
+        }
+        Ok(Some(ReadLock { _file: file }))
+    }
+}
+
+fn one(byte: i64, kind: i32) -> libc::flock {
+    libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: byte, l_len: 1, l_pid: 0 }
 }
 
 /// Whether a QEMU program has the image open right now. Takes nothing; an image that is not there is not open.
@@ -118,5 +161,45 @@ mod tests {
         drop(input);
         reader.wait().unwrap();
         assert!(!is_open_in_qemu(&path).unwrap());
+    }
+    #[test]
+    fn readers_share_an_image_and_keep_writers_out() {
+        let t = tempfile::tempdir().unwrap();
+        let path = t.path().join("a.qcow2");
+        let image = path.to_str().unwrap();
+        let done = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2", image, "1M"]).status().unwrap();
+        assert!(done.success());
+        let write = || Command::new("qemu-io").args(["-f", "qcow2", "-c", "write 0 512", image]).output().unwrap();
+        let read = || Command::new("qemu-io").args(["-r", "-f", "qcow2", "-c", "read 0 512", image]).output().unwrap();
+        let one = ReadLock::take(&path).unwrap().unwrap();
+        let two = ReadLock::take(&path).unwrap().unwrap();
+        assert!(read().status.success() && !write().status.success());
+        assert!(QemuLock::take(&path).unwrap().is_none(), "whoever has it all would shut out the readers");
+        drop((one, two));
+        assert!(write().status.success());
+        let all = QemuLock::take(&path).unwrap().unwrap();
+        assert!(ReadLock::take(&path).unwrap().is_none());
+        drop(all);
+
+        for (mode, readable) in [("-r", true), ("-n", false)] {
+            let mut other = Command::new("qemu-io")
+                .args([mode, "-f", "qcow2", image])
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let mut input = other.stdin.take().unwrap();
+            input.write_all(b"read 0 512\n").unwrap();
+            input.flush().unwrap();
+            let mut output = BufReader::new(other.stdout.take().unwrap());
+            let mut said = String::new();
+            while !said.contains("read 512/512") {
+                said.clear();
+                assert!(output.read_line(&mut said).unwrap() > 0, "qemu-io reads and says so");
+            }
+            assert_eq!(ReadLock::take(&path).unwrap().is_some(), readable, "{mode}");
+            drop(input);
+            other.wait().unwrap();
+        }
     }
 }

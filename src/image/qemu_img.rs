@@ -185,6 +185,18 @@ pub fn rebase_unsafe(path: &Path, backing: Option<(&str, Format)>) -> Result<()>
     fsync(path)
 }
 
+/// Gives a qcow2 image without backing image, which nobody else has open, another size. What is beyond a smaller one is
+/// gone; what a larger one has more reads as zeros. Durable when it returns.
+pub fn resize(path: &Path, size: DiskSize) -> Result<()> {
+    let layer = layer_at(path, Format::Qcow2)?;
+    agrees_on_data_file(&layer)?;
+    let mut command = qemu_img("resize");
+    command.args(["-q", "--shrink", "--"]).arg(blockdev::describe(std::slice::from_ref(&layer), Access::Write)?);
+    command.arg(size.0.to_string());
+    succeeded(&program::run(command, Some(LOOK_MAX))?, "qemu-img cannot resize the image", path)?;
+    fsync(path)
+}
+
 /// Whether two chains read the same; a longer one has to end in zeros. Reads both whole: no deadline.
 pub fn compare(one: &Chain, other: &Chain) -> Result<bool> {
     one.0.iter().chain(&other.0).try_for_each(agrees_on_data_file)?;

@@ -41,6 +41,20 @@ impl RawImage {
         Self::over(file, &layer.path, !layer.block_device)
     }
 
+    /// As [`RawImage::open`], but the disk ends where the file does, in the middle of a sector if need be: for images that
+    /// are looked at as files. Of a block device the first `device_max` bytes are the disk, if it has as many.
+    pub fn open_exact(layer: &Layer, device_max: Option<DiskSize>) -> Result<Self> {
+        let file = open_file(layer, false)?;
+        let _ = rustix::fs::fadvise(&file, 0, None::<NonZeroU64>, Advice::Sequential);
+        Self::exact(file, layer, device_max)
+    }
+
+    fn exact(file: File, layer: &Layer, device_max: Option<DiskSize>) -> Result<Self> {
+        let there = file_len(&file, &layer.path)?;
+        let file_len = device_max.filter(|_| layer.block_device).map_or(there, |max| there.min(max.0));
+        Ok(Self { path: layer.path.clone(), file, file_len, size: DiskSize(file_len), holes: !layer.block_device })
+    }
+
     fn over(file: File, path: &Path, holes: bool) -> Result<Self> {
         let file_len = file_len(&file, path)?;
         let size = file_len
@@ -104,6 +118,34 @@ impl RawWriter {
         Ok(Self { image: RawImage::over(open_file(&layer, true)?, path, true)?, poison: Poison::default() })
     }
 
+    /// As [`RawImage::open_exact`], for writing. A block device is opened for us alone: one that is mounted, or part of a
+    /// volume group, is `Busy`.
+    pub fn open_exact(layer: &Layer, device_max: Option<DiskSize>) -> Result<Self> {
+        let file = match layer.block_device {
+            false => open_file(layer, true)?,
+            true => open_device(layer)?,
+        };
+        Ok(Self { image: RawImage::exact(file, layer, device_max)?, poison: Poison::default() })
+    }
+
+    /// Creates a file as [`RawWriter::create`] does, of any size.
+    pub fn create_exact(path: &Path, size: DiskSize) -> Result<Self> {
+        let mut writer = Self { image: RawImage::over(create_file(path)?, path, true)?, poison: Poison::default() };
+        writer.resize(size)?;
+        Ok(writer)
+    }
+
+    /// Cuts the file, or lets it grow by a hole. Not of a block device. Durable with the next [`ImageMut::sync`].
+    pub fn resize(&mut self, size: DiskSize) -> Result<()> {
+        self.poison.check(&self.image.path)?;
+        if !self.image.holes {
+            return Err(Error::new(Kind::Usage, "a block device is not resized by us").path(&self.image.path));
+        }
+        self.image.file.set_len(size.0).map_err(|e| Error::io("cannot size the image", &self.image.path, e))?;
+        (self.image.file_len, self.image.size) = (size.0, size);
+        Ok(())
+    }
+
     fn io(&self, what: &'static str, offset_bytes: u64, e: impl Into<std::io::Error>) -> Error {
         Error::io(what, &self.image.path, e.into()).offset(offset_bytes)
     }
@@ -140,6 +182,8 @@ impl ImageMut for RawWriter {
         match retry(|| rustix::fs::fallocate(&self.image.file, punch, range.start, range.len())) {
             Ok(()) => Ok(()),
             Err(e) if punching_is_unsupported(e) => self.write_zeros(range),
+            // Of a device only whole sectors can be discarded.
+            Err(Errno::INVAL) if !self.image.holes => self.write_zeros(range),
             Err(e) => Err(self.io("cannot punch a hole into the image", range.start, e)),
         }
     }
@@ -238,6 +282,23 @@ pub(super) fn open_file(layer: &Layer, write: bool) -> Result<File> {
         }
         (false, ..) => Err(Error::new(Kind::Conflict, "the chain records a file, and it is none").path(&layer.path)),
     }
+}
+
+/// Opens a block device for writing, for us alone.
+fn open_device(layer: &Layer) -> Result<File> {
+    open_file(layer, false)?;
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags((OFlags::EXCL | OFlags::NONBLOCK).bits() as i32)
+        .open(&layer.path)
+        .map_err(|e| match e.kind() {
+            std::io::ErrorKind::ResourceBusy => Error::new(Kind::Busy, "the block device is in use")
+                .path(&layer.path)
+                .source(e)
+                .hint("unmount it first"),
+            _ => Error::io("cannot open the block device", &layer.path, e),
+        })
 }
 
 /// Creates an image file that must not exist yet, mode 0600.

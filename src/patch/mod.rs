@@ -46,6 +46,13 @@ const HEADER_LEN_MAX: usize = HEADER_LEN_MIN + 32;
 /// Flag: the patch starts from a point (and not from nothing), and its root is given.
 const FLAG_FROM_ROOT: u32 = 1;
 
+/// Flag: the patch is of an image that is no disk of a domain; the root alone says what it applies to. A reader that does
+/// not know it refuses it for its unknown flags.
+const FLAG_PLAIN: u32 = 2;
+
+/// What stands in the place of a disk's name in the patch of a plain image.
+const PLAIN_DISK: &str = "image";
+
 /// What a patch is for: it applies to this disk in the state of this root, and to nothing else (I13).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Header {
@@ -60,6 +67,18 @@ pub struct Header {
 }
 
 impl Header {
+    /// Of a plain image: it applies to whatever has this size and root. `before` is `None` where it starts from nothing.
+    pub fn plain(before: Option<(DiskSize, Digest)>, size: DiskSize) -> Header {
+        let (domain, disk) = plain_names();
+        let size_from = before.map_or(DiskSize(0), |(size, _)| size);
+        Header { domain, disk, size_from, size, from_root: before.map(|(_, root)| root) }
+    }
+
+    /// Whether it is bound by its root alone, and to no disk of a domain.
+    pub fn is_plain(&self) -> bool {
+        self.domain.is_nil()
+    }
+
     /// Banner and header, as a stream begins.
     ///
     /// # Panics
@@ -72,7 +91,9 @@ impl Header {
         let mut out = BANNER.line().into_bytes();
         out.extend_from_slice(&header_len.to_le_bytes());
         out.extend_from_slice(&(BLOCK_LEN as u32).to_le_bytes());
-        out.extend_from_slice(&if self.from_root.is_some() { FLAG_FROM_ROOT } else { 0 }.to_le_bytes());
+        let from_root = if self.from_root.is_some() { FLAG_FROM_ROOT } else { 0 };
+        let plain = if self.is_plain() { FLAG_PLAIN } else { 0 };
+        out.extend_from_slice(&(from_root | plain).to_le_bytes());
         out.extend_from_slice(&self.size_from.0.to_le_bytes());
         out.extend_from_slice(&self.size.0.to_le_bytes());
         out.extend_from_slice(&self.from_root.unwrap_or(Digest::ZERO).0);
@@ -101,7 +122,11 @@ impl Header {
             return Err("the length of its disk's name is wrong");
         }
         let disk = text(fields.0).and_then(|t| DiskName::new(t).ok()).ok_or("it names no disk")?;
-        let from_root = match flags {
+        let is_plain = flags & FLAG_PLAIN != 0;
+        if is_plain != domain.is_nil() || (is_plain && disk.as_str() != PLAIN_DISK) {
+            return Err("it is of a plain image and yet of a domain");
+        }
+        let from_root = match flags & !FLAG_PLAIN {
             FLAG_FROM_ROOT => Some(from_root),
             0 if from_root.is_zero() && size_from == DiskSize(0) => None,
             0 => return Err("it starts from nothing and yet from something"),
@@ -111,6 +136,11 @@ impl Header {
     }
 }
 
+/// What stands for domain and disk where there are none.
+pub fn plain_names() -> (DomainUuid, DiskName) {
+    (DomainUuid::nil(), DiskName::new(PLAIN_DISK).expect("the constant is a disk's name"))
+}
+
 /// How a patch ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Trailer {
@@ -118,6 +148,15 @@ pub struct Trailer {
     pub records: u64,
     /// Root of the disk after the patch, as the source computed it.
     pub to_root: Digest,
+}
+
+/// Bytes of the end of a patch: the trailer's record and its payload.
+pub const TRAILER_LEN: usize = record::HEAD_LEN + record::TRAILER_LEN;
+
+/// The to-root of a patch whose last [`TRAILER_LEN`] bytes these are; `None` if they are no trailer.
+pub fn to_root_at_end(end: &[u8]) -> Option<Digest> {
+    let head = record::Head::decode(end.get(..record::HEAD_LEN)?).ok()?;
+    (end.len() == TRAILER_LEN && head.kind == record::RecordKind::End).then_some(head.digest)
 }
 
 /// Compares a block as it is after a record was applied with the digest the record names.

@@ -423,7 +423,8 @@ fn a_header_is_believed_only_as_a_whole() {
         ("length of 4 GiB", "length of its header", with(&good, banner_len, &u32::MAX.to_le_bytes())),
         ("length of nothing", "length of its header", with(&good, banner_len, &0u32.to_le_bytes())),
         ("blocks of 4 KiB", "blocks of another length", with(&good, banner_len + 4, &4096u32.to_le_bytes())),
-        ("unknown flag", "unknown flags", with(&good, banner_len + 8, &3u32.to_le_bytes())),
+        ("unknown flag", "unknown flags", with(&good, banner_len + 8, &5u32.to_le_bytes())),
+        ("a plain image of a domain", "and yet of a domain", with(&good, banner_len + 8, &3u32.to_le_bytes())),
         ("from nothing, with a root", "yet from something", with(&good, banner_len + 8, &before(0, 1))),
         ("from nothing, with a size", "yet from something", with(&good, banner_len + 8, &before(1, 0))),
         ("a path as domain", "names no domain", with(&good, banner_len + 60, b"../../../../../etc/passwd-----------")),
@@ -452,10 +453,33 @@ fn headers_of_every_shape_round_trip() {
         Header { disk: DiskName::new("x".repeat(32)).unwrap(), ..header.clone() },
         Header { size: DiskSize(0), ..header.clone() },
         Header { disk: DiskName::new("a").unwrap(), size: DiskSize(i64::MAX as u64), ..header },
+        Header::plain(None, DiskSize(1)),
+        Header::plain(Some((DiskSize(5), Digest([3; 32]))), DiskSize(7)),
     ] {
         let items = decode(&stream_of(&header, &[])).unwrap();
         assert_eq!(items[0], Item::Header(header));
     }
+}
+
+/// A reader of before there were plain images refuses the flag as one that it does not know; so the bit is the third.
+#[test]
+fn a_plain_patch_bears_its_flag() {
+    let plain = Header::plain(Some((DiskSize(1), Digest([3; 32]))), DiskSize(1));
+    assert!(plain.is_plain() && !script("R", 100).header().is_plain());
+    assert_eq!(plain.encode()[BANNER.line().len() + 8..][..4], [3, 0, 0, 0]);
+    assert_eq!(Header::plain(None, DiskSize(1)).encode()[BANNER.line().len() + 8..][..4], [2, 0, 0, 0]);
+    // Byte for byte, for ever.
+    let patch = stream_of(&plain, &[]);
+    assert!(patch == GOLDEN_PLAIN, "{patch:?}");
+    assert_eq!(
+        to_root_at_end(&GOLDEN_PLAIN[GOLDEN_PLAIN.len() - TRAILER_LEN..]),
+        to_root_of(&decode(GOLDEN_PLAIN).unwrap())
+    );
+    assert_eq!(to_root_at_end(&GOLDEN_PLAIN[..TRAILER_LEN]), None);
+}
+
+fn to_root_of(items: &[Item]) -> Option<Digest> {
+    items.iter().find_map(|i| if let Item::Trailer(trailer) = i { Some(trailer.to_root) } else { None })
 }
 
 #[test]
@@ -528,6 +552,7 @@ fn a_block_that_is_not_what_it_should_be_is_named() {
 /// Written by version 1; they must be read for ever. Never made anew: a decoder that refuses them has lost a format.
 /// The second has compressed payloads, whose bytes are zstd's affair and may change with it.
 const GOLDEN_STORED: &[u8] = include_bytes!("../../tests/fixtures/formats/v1/patch.bin");
+const GOLDEN_PLAIN: &[u8] = include_bytes!("../../tests/fixtures/formats/v1/patch-plain.bin");
 const GOLDEN_ZSTD: &[u8] = include_bytes!("../../tests/fixtures/formats/v1/patch-zstd.bin");
 
 fn golden_scripts() -> [Script; 2] {

@@ -12,16 +12,16 @@
 
 use super::files::Dir;
 use super::manifest::{DISK_SIZE_MAX, digests_file};
+use super::nodefile::{LEVELS_START, NodeFile};
+use crate::block::DiskSize;
 use crate::block::changes::Run;
 use crate::block::digest::Digest;
-use crate::block::tree::{ChangedNode, NodeSource, TreeShape, TreeUpdate, ZeroNodes};
-use crate::block::{BlockIndex, DiskSize};
+use crate::block::tree::{NodeSource, ZeroNodes};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, PointId};
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
 
 const MAGIC: [u8; 8] = *b"VREPTREE";
 const VERSION: u32 = 1;
@@ -30,11 +30,8 @@ const VERSION: u32 = 1;
 const SLOT_STRIDE: u64 = 4096;
 const SLOT_LEN: usize = 128;
 
-/// Where level 0 begins. Every level begins at a multiple of [`SLOT_STRIDE`].
-const LEVELS_START: u64 = 2 * SLOT_STRIDE;
-
-/// Nodes gathered before they are written: 32 KiB of file.
-const PENDING_MAX: usize = 1024;
+/// The slots fill what stands before the levels.
+const _: () = assert!(LEVELS_START == 2 * SLOT_STRIDE);
 
 /// The point a digest file belongs to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,9 +58,7 @@ struct Slot {
 /// An open digest file, bound to a point. Reads need no lock of ours; one writer at a time, by the replica's lock.
 #[derive(Debug)]
 pub struct DigestFile {
-    file: File,
-    path: PathBuf,
-    shape: TreeShape,
+    nodes: NodeFile,
     slot: Slot,
 }
 
@@ -88,7 +83,7 @@ impl DigestFile {
             return Ok(Opened::Unusable("neither of its headers can be read".into()));
         };
         let (state, binding) = (slot.state, slot.binding.clone());
-        let this = Self { file, path, shape: TreeShape::new(slot.binding.size), slot };
+        let this = Self { nodes: NodeFile::over(file, path, slot.binding.size), slot };
         Ok(match state {
             State::Clean if binding == *wanted => Opened::Ready(this),
             State::Updating if binding == *wanted => Opened::Behind(this),
@@ -111,8 +106,7 @@ impl DigestFile {
         dir.remove_all(&temporary)?;
         let file = dir.create(&temporary)?;
         let slot = Slot { sequence: 1, state: State::Clean, binding: binding.clone() };
-        let this = Self { file, path: dir.join(&name), shape: TreeShape::new(binding.size), slot };
-        this.file.set_len(this.offset(this.shape.top() + 1, 0)).map_err(|e| this.io("cannot size", e))?;
+        let this = Self { nodes: NodeFile::create(file, dir.join(&name), binding.size)?, slot };
         this.apply(ZeroNodes, binding, blocks)?;
         this.write_slot()?;
         this.sync()?;
@@ -124,10 +118,10 @@ impl DigestFile {
     /// Carries the file to `to` by that point's own changes, in ascending order. [`Kind::Corrupt`] if the root does not come
     /// out as `to` says; the file is then marked as being updated and has to be rebuilt.
     pub fn update(&mut self, to: &Binding, changes: impl Iterator<Item = Result<Run>>) -> Result<()> {
-        debug_assert_eq!(self.shape, TreeShape::new(to.size), "a resized disk is rebuilt");
+        debug_assert_eq!(self.nodes.size(), to.size, "a resized disk is rebuilt");
         self.mark(State::Updating, to)?;
         crate::failpoint!("6e.marked");
-        self.apply(&*self, to, changes)?;
+        self.apply(&self.nodes, to, changes)?;
         self.sync()?;
         crate::failpoint!("6e.applied");
         self.mark(State::Clean, to)
@@ -144,62 +138,29 @@ impl DigestFile {
 
     /// Whether nobody began an update since it was opened: for those who read without the lock, after reading.
     pub fn is_as_opened(&self) -> Result<bool> {
-        Ok(read_slot(&self.file).map_err(|e| self.io("cannot read", e))?.as_ref() == Some(&self.slot))
+        Ok(read_slot(self.nodes.file()).map_err(|e| self.io("cannot read", e))?.as_ref() == Some(&self.slot))
     }
 
     /// Takes both headers away, so that the next to open it makes it anew. Somebody has found it wrong.
     pub fn condemn(&self) {
         let nothing = [0; SLOT_LEN];
-        let outcome = self.file.write_all_at(&nothing, 0).and_then(|()| self.file.write_all_at(&nothing, SLOT_STRIDE));
+        let outcome = self
+            .nodes
+            .file()
+            .write_all_at(&nothing, 0)
+            .and_then(|()| self.nodes.file().write_all_at(&nothing, SLOT_STRIDE));
         if let Err(e) = outcome {
-            tracing::warn!(path = %self.path.display(), error = %e, "cannot condemn the digest file");
+            tracing::warn!(path = %self.nodes.path().display(), error = %e, "cannot condemn the digest file");
         }
     }
 
     /// Nodes of the tree; zero beyond its shape.
     pub fn nodes(&self, level: u8, range: Range<u64>) -> Result<Vec<Digest>> {
-        let inside = self.shape.clip(level, range.clone());
-        let mut bytes = vec![0; (inside.end - inside.start) as usize * Digest::LEN];
-        let at = self.offset(level, inside.start);
-        self.file.read_exact_at(&mut bytes, at).map_err(|e| self.io("cannot read", e))?;
-        let mut nodes: Vec<Digest> =
-            bytes.chunks_exact(Digest::LEN).map(|d| Digest(d.try_into().expect("chunks of 32 bytes"))).collect();
-        nodes.resize((range.end - range.start) as usize, Digest::ZERO);
-        Ok(nodes)
+        self.nodes.nodes(level, range)
     }
 
     fn apply(&self, old: impl NodeSource, to: &Binding, changes: impl Iterator<Item = Result<Run>>) -> Result<()> {
-        let mut pending: Vec<Pending> = (0..self.shape.levels()).map(|_| Pending::default()).collect();
-        let blocks = to.size.blocks();
-        let mut update = TreeUpdate::new(old, to.size, to.size, |node: ChangedNode| {
-            let level = &mut pending[usize::from(node.level)];
-            if level.digests.len() == PENDING_MAX || node.index != level.start + level.digests.len() as u64 {
-                self.write_pending(node.level, level)?;
-                level.start = node.index;
-            }
-            level.digests.push(node.digest);
-            Ok(())
-        })?;
-        let mut next = 0;
-        for run in changes {
-            let run = run?;
-            // The tree panics on what is out of order or range. The lists are files, and may be of another disk.
-            if run.first().0 < next || run.end() > blocks {
-                let what = format!("the change list has a run at block {} out of order or range", run.first().0);
-                return Err(Error::new(Kind::Corrupt, what));
-            }
-            next = run.end();
-            match run {
-                Run::Zero { first, count } => update.push_zero(first, count)?,
-                Run::Digests { first, digests } => {
-                    (first.0..).zip(digests).try_for_each(|(block, digest)| update.push(BlockIndex(block), digest))?;
-                }
-            }
-        }
-        let root = update.finish()?;
-        for (level, nodes) in pending.iter_mut().enumerate() {
-            self.write_pending(level as u8, nodes)?;
-        }
+        let root = self.nodes.apply(old, changes)?;
         if root != to.root {
             return Err(Error::new(Kind::Corrupt, format!("the change lists lead to root {root}, not to {}", to.root))
                 .point(&to.point));
@@ -208,27 +169,7 @@ impl DigestFile {
     }
 }
 
-/// Neighbouring nodes of one level waiting to be written at once.
-#[derive(Default)]
-struct Pending {
-    start: u64,
-    digests: Vec<Digest>,
-}
-
 impl DigestFile {
-    fn write_pending(&self, level: u8, nodes: &mut Pending) -> Result<()> {
-        let bytes: Vec<u8> = nodes.digests.iter().flat_map(|d| d.0).collect();
-        nodes.digests.clear();
-        self.file.write_all_at(&bytes, self.offset(level, nodes.start)).map_err(|e| self.io("cannot write", e))
-    }
-
-    /// Where a node lies; the levels follow one another, blocks first.
-    fn offset(&self, level: u8, index: u64) -> u64 {
-        let lower: u64 =
-            (0..level).map(|l| (self.shape.nodes_at(l) * Digest::LEN as u64).next_multiple_of(SLOT_STRIDE)).sum();
-        LEVELS_START + lower + index * Digest::LEN as u64
-    }
-
     /// Writes the next state into the slot that does not hold the present one, durably.
     fn mark(&mut self, state: State, binding: &Binding) -> Result<()> {
         self.slot = Slot { sequence: self.slot.sequence + 1, state, binding: binding.clone() };
@@ -238,15 +179,15 @@ impl DigestFile {
 
     fn write_slot(&self) -> Result<()> {
         let place = self.slot.sequence % 2 * SLOT_STRIDE;
-        self.file.write_all_at(&self.slot.encode(), place).map_err(|e| self.io("cannot write", e))
+        self.nodes.file().write_all_at(&self.slot.encode(), place).map_err(|e| self.io("cannot write", e))
     }
 
     fn sync(&self) -> Result<()> {
-        self.file.sync_all().map_err(|e| self.io("cannot sync", e))
+        self.nodes.file().sync_all().map_err(|e| self.io("cannot sync", e))
     }
 
     fn io(&self, verb: &str, e: std::io::Error) -> Error {
-        Error::io(format!("{verb} the digest file"), &self.path, e)
+        self.nodes.io(verb, e)
     }
 }
 
@@ -262,12 +203,6 @@ fn read_slot(file: &File) -> std::io::Result<Option<Slot>> {
         }
     }
     Ok(slots.into_iter().max_by_key(|s| s.sequence))
-}
-
-impl NodeSource for &DigestFile {
-    fn nodes(&mut self, level: u8, range: Range<u64>) -> Result<Vec<Digest>> {
-        DigestFile::nodes(self, level, range)
-    }
 }
 
 impl Slot {
@@ -308,9 +243,11 @@ impl Slot {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::block::BlockIndex;
     use crate::block::digest::block_digest;
     use crate::block::tree::RootBuilder;
     use crate::name::RunId;
+    use crate::replica::nodefile::Pending;
     use std::os::unix::fs::MetadataExt;
 
     const BLOCKS: u64 = 200;
@@ -387,13 +324,13 @@ mod tests {
             let mut file = built(&dir, 1, ONE);
             file.mark(State::Updating, &binding(2, TWO)).unwrap();
             let cut = runs(CHANGES).into_iter().take(done).chain([Err(Error::new(Kind::Interrupted, "cut off"))]);
-            file.apply(&file, &binding(2, TWO), cut).unwrap_err();
+            file.apply(&file.nodes, &binding(2, TWO), cut).unwrap_err();
             for run in runs(CHANGES).into_iter().take(done) {
                 let digest = match run.unwrap() {
                     Run::Zero { first, .. } => (first, Digest::ZERO),
                     Run::Digests { first, digests } => (first, digests[0]),
                 };
-                file.write_pending(0, &mut Pending { start: digest.0.0, digests: vec![digest.1] }).unwrap();
+                file.nodes.write_pending(0, &mut Pending { start: digest.0.0, digests: vec![digest.1] }).unwrap();
             }
             let Opened::Behind(mut file) = open(&dir) else { panic!("being updated") };
             file.update(&binding(2, TWO), runs(CHANGES).into_iter()).unwrap();
@@ -411,8 +348,8 @@ mod tests {
         for torn in [0, 8, 20, 40, 70, 127] {
             let mut bytes = file.slot.encode();
             bytes[torn] ^= 1;
-            file.file.write_all_at(&bytes, place).unwrap();
-            assert_eq!(read_slot(&file.file).unwrap(), Some(clean.clone()), "byte {torn}");
+            file.nodes.file().write_all_at(&bytes, place).unwrap();
+            assert_eq!(read_slot(file.nodes.file()).unwrap(), Some(clean.clone()), "byte {torn}");
         }
         file.condemn();
         assert!(matches!(open(&dir), Opened::Unusable(_)));

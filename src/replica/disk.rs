@@ -254,6 +254,9 @@ impl DiskWriter {
 
     fn check_header(&self, header: &patch::Header) -> Result<()> {
         let conflict = |what: String| Err(Error::new(Kind::Conflict, what));
+        if header.is_plain() {
+            return conflict("the patch is of a plain image, not of a disk of a domain".to_owned());
+        }
         if header.domain != self.domain || header.disk != self.name {
             return conflict(format!("the patch is for disk '{}' of domain {}", header.disk, header.domain));
         }

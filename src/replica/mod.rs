@@ -16,6 +16,7 @@ mod head;
 mod lease;
 mod lock;
 pub mod manifest;
+pub mod nodefile;
 pub mod pace;
 mod point;
 mod promote;
@@ -38,9 +39,32 @@ use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use std::path::PathBuf;
 
+/// The end of a patch: whatever a disk is compared with and whose content the patch brings into step. Methods block.
+pub trait DiskTarget: Send + Sync {
+    /// Nodes of the digest tree of a disk as it is before the patch: level 0 are block digests, level 1 group digests, and
+    /// so on. Beyond its size everything is zero. At most [`NODES_MAX`] in one call.
+    fn nodes(&self, disk: &DiskName, level: u8, range: Range<u64>) -> Result<Vec<Digest>>;
+
+    /// Digests of the 4 KiB pieces of these blocks, in their order, as they are in the state that the patch starts from,
+    /// whatever of the patch was applied meanwhile. Zero where that state has no such block or, of a disk begun afresh, no
+    /// content at all. `blocks` ascend; at most [`PIECES_MAX`] of them in one call.
+    ///
+    /// Costs reading those blocks, so it is asked of blocks that are known to differ. Several threads may ask at once. Of a
+    /// replica it needs an open point, whose lock keeps the head in place; a failure does not harm that point.
+    fn pieces(&self, disk: &DiskName, blocks: &[BlockIndex]) -> Result<Vec<BlockPieces>>;
+
+    /// Appends bytes of the patch stream of one disk. Any cut of the stream will do.
+    /// May return before they are applied; an error may then surface in a later call.
+    fn apply(&self, disk: &DiskName, patch_bytes: &[u8]) -> Result<()>;
+
+    /// Ends a disk's patch: returns when every record is applied, every digest matched and the resulting root
+    /// equals the patch's to-root. Not yet durable.
+    fn finish_disk(&self, disk: &DiskName) -> Result<DiskApplied>;
+}
+
 /// The replica of one domain. Methods block; any of them may fail with the connection, after which the state is
 /// learned by [`Replica::describe`] of a new one (a lost acknowledgement is resolved by asking for the head, I14).
-pub trait Replica: Send + Sync {
+pub trait Replica: DiskTarget {
     /// What is there. Of a domain never replicated: no points, generation 1.
     fn describe(&self) -> Result<ReplicaView>;
 
@@ -50,26 +74,6 @@ pub trait Replica: Send + Sync {
     ///
     /// A disk that the head lacks may start from a seed, if `request` allows: it is read whole first, which takes its time.
     fn begin(&self, request: &BeginPoint) -> Result<Begun>;
-
-    /// Nodes of the head's digest tree of a disk: level 0 are block digests, level 1 group digests, and so on.
-    /// Beyond the head's size everything is zero. At most [`NODES_MAX`] in one call.
-    fn nodes(&self, disk: &DiskName, level: u8, range: Range<u64>) -> Result<Vec<Digest>>;
-
-    /// Digests of the 4 KiB pieces of these blocks, in their order, as they are in the state that the open point's patch
-    /// starts from: the head's copy, whatever of the patch was applied meanwhile. Zero where that state has no such block
-    /// or, of a disk begun afresh, no content at all. `blocks` ascend; at most [`PIECES_MAX`] of them in one call.
-    ///
-    /// Costs reading those blocks of the replica, so it is asked of blocks that are known to differ. Several threads may
-    /// ask at once. Needs an open point, whose lock keeps the head in place; a failure does not harm that point.
-    fn pieces(&self, disk: &DiskName, blocks: &[BlockIndex]) -> Result<Vec<BlockPieces>>;
-
-    /// Appends bytes of the patch stream of one disk of the open point. Any cut of the stream will do.
-    /// May return before they are applied; an error may then surface in a later call.
-    fn apply(&self, disk: &DiskName, patch_bytes: &[u8]) -> Result<()>;
-
-    /// Ends a disk's patch: returns when every record is applied, every digest matched and the resulting root
-    /// equals the patch's to-root. Not yet durable.
-    fn finish_disk(&self, disk: &DiskName) -> Result<DiskApplied>;
 
     /// Adds a file (domain XML, NVRAM) to the open point; the whole content in one call, at most [`ATTACHMENT_MAX`].
     fn attach(&self, name: Attachment, content: &[u8]) -> Result<()>;
@@ -84,13 +88,13 @@ pub trait Replica: Send + Sync {
     fn verify(&self, point: &PointId, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport>;
 }
 
-/// Most nodes in one [`Replica::nodes`] call: 512 KiB on the wire at worst.
+/// Most nodes in one [`DiskTarget::nodes`] call: 512 KiB on the wire at worst.
 pub const NODES_MAX: u64 = 16 << 10;
 
-/// Most blocks in one [`Replica::pieces`] call: 16 MiB to read, 64 KiB of digests.
+/// Most blocks in one [`DiskTarget::pieces`] call: 16 MiB to read, 64 KiB of digests.
 pub const PIECES_MAX: usize = 256;
 
-/// Refuses what [`Replica::pieces`] does not allow; asked by every implementation before anything else.
+/// Refuses what [`DiskTarget::pieces`] does not allow; asked by every implementation before anything else.
 pub(crate) fn check_blocks(blocks: &[BlockIndex]) -> Result<()> {
     if blocks.len() > PIECES_MAX {
         let what = format!("pieces of {} blocks in one call; at most {PIECES_MAX} are allowed", blocks.len());
@@ -311,7 +315,7 @@ pub struct BeginDisk {
 /// What a point was begun with.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Begun {
-    /// Disks that start from a seed: their patch leads on from it, and [`Replica::nodes`] and [`Replica::pieces`] answer for it.
+    /// Disks that start from a seed: their patch leads on from it, and [`DiskTarget::nodes`] and [`DiskTarget::pieces`] answer for it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub seeds: Vec<SeedView>,
 }

@@ -23,8 +23,8 @@ use super::point::OpenPoint;
 use super::seed;
 use super::upkeep::Held;
 use super::{
-    Attachment, BeginPoint, Begun, DiskApplied, NODES_MAX, PointView, Replica, ReplicaView, SealPoint, VerifyReport,
-    check_blocks, verify,
+    Attachment, BeginPoint, Begun, DiskApplied, DiskTarget, NODES_MAX, PointView, Replica, ReplicaView, SealPoint,
+    VerifyReport, check_blocks, verify,
 };
 use crate::block::BlockIndex;
 use crate::block::digest::{BlockPieces, Digest};
@@ -169,6 +169,45 @@ fn unnamed(points: &Dir, manifest: Option<&Manifest>) -> Result<Vec<PointId>> {
     Ok(ids.filter(|id| manifest.is_none_or(|m| m.named(id).is_none())).collect())
 }
 
+impl DiskTarget for Store {
+    fn nodes(&self, disk: &DiskName, level: u8, range: Range<u64>) -> Result<Vec<Digest>> {
+        let count = range.end.checked_sub(range.start).filter(|n| *n <= NODES_MAX);
+        let count = count
+            .ok_or_else(|| Error::new(Kind::Usage, format!("{range:?} is not a range of at most {NODES_MAX} nodes")))?;
+        let open = self.open.lock().expect("no code panics with this lock").clone();
+        let file = match &open {
+            Some(open) => open.head_digests(disk)?,
+            None => self.head_digests_unlocked(disk)?,
+        };
+        let Some(file) = file else { return Ok(vec![Digest::ZERO; count as usize]) };
+        let mut nodes = file.nodes(level, range.clone()).map_err(|e| e.disk(disk))?;
+        if let Some(open) = &open {
+            open.make_differ(disk, level, range.start, &mut nodes);
+        }
+        // Without the lock a writer may have begun to update the file under our hands.
+        if open.is_none() && !file.is_as_opened()? {
+            return Err(Error::new(Kind::Busy, "the head changed while its digests were read").disk(disk));
+        }
+        Ok(nodes)
+    }
+
+    /// Unlike what writes, a failure does not condemn the open point: the source may send whole blocks instead.
+    fn pieces(&self, disk: &DiskName, blocks: &[BlockIndex]) -> Result<Vec<BlockPieces>> {
+        check_blocks(blocks).map_err(|e| e.disk(disk))?;
+        let open = self.current()?;
+        open.poison.check()?;
+        open.pieces(disk, blocks).map_err(|e| e.disk(disk))
+    }
+
+    fn apply(&self, disk: &DiskName, patch_bytes: &[u8]) -> Result<()> {
+        self.with_open(|open| open.apply(disk, patch_bytes).map_err(|e| e.disk(disk)))
+    }
+
+    fn finish_disk(&self, disk: &DiskName) -> Result<DiskApplied> {
+        self.with_open(|open| open.finish_disk(disk).map_err(|e| e.disk(disk)))
+    }
+}
+
 impl Replica for Store {
     /// Never modifies anything and takes no lock. Safe beside a writer.
     fn describe(&self) -> Result<ReplicaView> {
@@ -222,43 +261,6 @@ impl Replica for Store {
         let begun = open.begun();
         *slot = Some(Arc::new(open));
         Ok(begun)
-    }
-
-    fn nodes(&self, disk: &DiskName, level: u8, range: Range<u64>) -> Result<Vec<Digest>> {
-        let count = range.end.checked_sub(range.start).filter(|n| *n <= NODES_MAX);
-        let count = count
-            .ok_or_else(|| Error::new(Kind::Usage, format!("{range:?} is not a range of at most {NODES_MAX} nodes")))?;
-        let open = self.open.lock().expect("no code panics with this lock").clone();
-        let file = match &open {
-            Some(open) => open.head_digests(disk)?,
-            None => self.head_digests_unlocked(disk)?,
-        };
-        let Some(file) = file else { return Ok(vec![Digest::ZERO; count as usize]) };
-        let mut nodes = file.nodes(level, range.clone()).map_err(|e| e.disk(disk))?;
-        if let Some(open) = &open {
-            open.make_differ(disk, level, range.start, &mut nodes);
-        }
-        // Without the lock a writer may have begun to update the file under our hands.
-        if open.is_none() && !file.is_as_opened()? {
-            return Err(Error::new(Kind::Busy, "the head changed while its digests were read").disk(disk));
-        }
-        Ok(nodes)
-    }
-
-    /// Unlike what writes, a failure does not condemn the open point: the source may send whole blocks instead.
-    fn pieces(&self, disk: &DiskName, blocks: &[BlockIndex]) -> Result<Vec<BlockPieces>> {
-        check_blocks(blocks).map_err(|e| e.disk(disk))?;
-        let open = self.current()?;
-        open.poison.check()?;
-        open.pieces(disk, blocks).map_err(|e| e.disk(disk))
-    }
-
-    fn apply(&self, disk: &DiskName, patch_bytes: &[u8]) -> Result<()> {
-        self.with_open(|open| open.apply(disk, patch_bytes).map_err(|e| e.disk(disk)))
-    }
-
-    fn finish_disk(&self, disk: &DiskName) -> Result<DiskApplied> {
-        self.with_open(|open| open.finish_disk(disk).map_err(|e| e.disk(disk)))
     }
 
     fn attach(&self, name: Attachment, content: &[u8]) -> Result<()> {

@@ -10,8 +10,9 @@
 
 mod planner;
 
+use self::planner::Planner;
+pub(crate) use self::planner::expect_nodes;
 pub(super) use self::planner::suspects;
-use self::planner::{Planner, expect_nodes};
 use super::throttle::Throttle;
 use crate::block::digest::{BlockPieces, Digest, block_digest, node_digest, piece_digests};
 use crate::block::tree::RootBuilder;
@@ -20,7 +21,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::name::{DiskName, DomainUuid};
 use crate::patch::{Compression, Header, PieceMask, RecordEncoder, StreamTail};
-use crate::replica::{DiskStats, Mode, Replica};
+use crate::replica::{DiskStats, DiskTarget, Mode};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -31,7 +32,7 @@ use std::sync::{Arc, Mutex};
 const IN_FLIGHT_MAX: usize = 8;
 
 /// Bytes of image whose extents are asked for at once.
-const EXTENT_WINDOW: u64 = 64 << 30;
+pub(crate) const EXTENT_WINDOW: u64 = 64 << 30;
 
 /// What to ship.
 #[derive(Debug, Clone)]
@@ -77,7 +78,7 @@ pub struct Shipped {
 /// Ships one disk into the replica's open point. Returns once the target has applied everything and found the same root.
 pub fn ship(
     image: &dyn Image,
-    replica: &dyn Replica,
+    replica: &dyn DiskTarget,
     shipment: &Shipment,
     progress: &Progress,
     still_good: StillGood,
@@ -124,7 +125,7 @@ pub fn ship(
 /// Reads the image and compares it with the head, sending nothing. Returns the root and the number of differing blocks.
 pub fn compare(
     image: &dyn Image,
-    replica: &dyn Replica,
+    replica: &dyn DiskTarget,
     shipment: &Shipment,
     progress: &Progress,
     still_good: StillGood,
@@ -134,7 +135,7 @@ pub fn compare(
 }
 
 fn send(
-    replica: &dyn Replica,
+    replica: &dyn DiskTarget,
     shipment: &Shipment,
     progress: &Progress,
     still_good: StillGood,
@@ -174,7 +175,7 @@ struct Done {
 
 fn scan(
     image: &dyn Image,
-    replica: &dyn Replica,
+    replica: &dyn DiskTarget,
     shipment: &Shipment,
     progress: &Progress,
     still_good: StillGood,
@@ -252,7 +253,7 @@ fn collect(
 
 fn work_on_groups(
     image: &dyn Image,
-    replica: &dyn Replica,
+    replica: &dyn DiskTarget,
     shipment: &Shipment,
     progress: &Progress,
     work: &Mutex<Receiver<Work>>,
@@ -278,9 +279,24 @@ fn work_on_groups(
     }
 }
 
+/// Fills the front of the buffer with the group's bytes; holes are not read. Returns the bytes read.
+pub(crate) fn read_group(image: &dyn Image, group: ByteRange, data: &[ByteRange], buffer: &mut [u8]) -> Result<u64> {
+    let mut read = 0;
+    let mut at = group.start;
+    for range in data {
+        buffer[(at - group.start) as usize..(range.start - group.start) as usize].fill(0);
+        let part = &mut buffer[(range.start - group.start) as usize..(range.end - group.start) as usize];
+        image.read_at(range.start, part)?;
+        read += range.len();
+        at = range.end;
+    }
+    buffer[(at - group.start) as usize..group.len() as usize].fill(0);
+    Ok(read)
+}
+
 struct Worker<'a> {
     image: &'a dyn Image,
-    replica: &'a dyn Replica,
+    replica: &'a dyn DiskTarget,
     shipment: &'a Shipment,
     progress: &'a Progress,
     encoder: RecordEncoder,
@@ -290,7 +306,7 @@ struct Worker<'a> {
 impl<'a> Worker<'a> {
     fn new(
         image: &'a dyn Image,
-        replica: &'a dyn Replica,
+        replica: &'a dyn DiskTarget,
         shipment: &'a Shipment,
         progress: &'a Progress,
     ) -> Result<Self> {
@@ -301,7 +317,7 @@ impl<'a> Worker<'a> {
     fn group(&mut self, work: Work) -> Result<Done> {
         let size = self.shipment.size;
         let bytes = work.group.bytes(size);
-        let read = self.read(bytes, &work.data)?;
+        let read = read_group(self.image, bytes, &work.data, &mut self.buffer)?;
         let blocks = work.group.blocks(size);
         let partial = work.suspects != ALL_SUSPECT;
         let mut head = if partial { self.head_blocks(work.head_node, &blocks)? } else { Vec::new() };
@@ -338,21 +354,6 @@ impl<'a> Worker<'a> {
         let nodes = self.replica.nodes(&self.shipment.disk, 0, blocks.clone())?;
         expect_nodes(nodes.len(), blocks)?;
         Ok(nodes)
-    }
-
-    /// Fills the buffer with the group's bytes; holes are not read. Returns the bytes read.
-    fn read(&mut self, group: ByteRange, data: &[ByteRange]) -> Result<u64> {
-        let mut read = 0;
-        let mut at = group.start;
-        for range in data {
-            self.buffer[(at - group.start) as usize..(range.start - group.start) as usize].fill(0);
-            let part = &mut self.buffer[(range.start - group.start) as usize..(range.end - group.start) as usize];
-            self.image.read_at(range.start, part)?;
-            read += range.len();
-            at = range.end;
-        }
-        self.buffer[(at - group.start) as usize..group.len() as usize].fill(0);
-        Ok(read)
     }
 
     fn slice(&self, group: ByteRange, range: ByteRange) -> &[u8] {

@@ -9,7 +9,7 @@ use crate::block::tree::TreeShape;
 use crate::name::PointId;
 use crate::patch::{Decoder, Item, Limits};
 use crate::replica::{
-    Attachment, BeginPoint, Begun, DiskApplied, NODES_MAX, PointView, ReplicaView, SealPoint, VerifyReport,
+    Attachment, BeginPoint, Begun, DiskApplied, NODES_MAX, PointView, Replica, ReplicaView, SealPoint, VerifyReport,
     check_blocks,
 };
 
@@ -96,14 +96,7 @@ fn root_of(bytes: &[u8]) -> Digest {
     root_digest(DiskSize(bytes.len() as u64), level.first().copied().unwrap_or(Digest::ZERO))
 }
 
-impl Replica for Memory {
-    fn describe(&self) -> Result<ReplicaView> {
-        unreachable!("the pump does not ask")
-    }
-    fn begin(&self, _: &BeginPoint) -> Result<Begun> {
-        unreachable!("the pump does not begin")
-    }
-
+impl DiskTarget for Memory {
     fn nodes(&self, _: &DiskName, level: u8, range: Range<u64>) -> Result<Vec<Digest>> {
         let mut nodes: Vec<Digest> = self.head.chunks(B).map(block_digest).collect();
         for _ in 0..level {
@@ -168,6 +161,15 @@ impl Replica for Memory {
         assert_eq!(trailer.to_root, root, "the source's root is the content's");
         let root = if self.fault == Fault::LyingRoot { Digest([9; 32]) } else { root };
         Ok(DiskApplied { root, bytes_written: 0, blocks_changed: 0 })
+    }
+}
+
+impl Replica for Memory {
+    fn describe(&self) -> Result<ReplicaView> {
+        unreachable!("the pump does not ask")
+    }
+    fn begin(&self, _: &BeginPoint) -> Result<Begun> {
+        unreachable!("the pump does not begin")
     }
 
     fn attach(&self, _: Attachment, _: &[u8]) -> Result<()> {
@@ -509,13 +511,7 @@ struct SparseHead {
     decoder: Mutex<Decoder>,
 }
 
-impl Replica for SparseHead {
-    fn describe(&self) -> Result<ReplicaView> {
-        unreachable!()
-    }
-    fn begin(&self, _: &BeginPoint) -> Result<Begun> {
-        unreachable!()
-    }
+impl DiskTarget for SparseHead {
     fn nodes(&self, _: &DiskName, level: u8, range: Range<u64>) -> Result<Vec<Digest>> {
         assert!(range.end - range.start <= NODES_MAX);
         self.asked.fetch_add(1, Ordering::Relaxed);
@@ -535,6 +531,15 @@ impl Replica for SparseHead {
     fn finish_disk(&self, _: &DiskName) -> Result<DiskApplied> {
         let root = self.decoder.lock().unwrap().finish()?.to_root;
         Ok(DiskApplied { root, bytes_written: 0, blocks_changed: 0 })
+    }
+}
+
+impl Replica for SparseHead {
+    fn describe(&self) -> Result<ReplicaView> {
+        unreachable!()
+    }
+    fn begin(&self, _: &BeginPoint) -> Result<Begun> {
+        unreachable!()
     }
     fn attach(&self, _: Attachment, _: &[u8]) -> Result<()> {
         unreachable!()

@@ -4,7 +4,9 @@ use super::*;
 use crate::block::digest::{BlockPieces, node_digest};
 use crate::block::extent::{Content, Extent};
 use crate::name::PointId;
-use crate::replica::{Attachment, BeginPoint, Begun, DiskApplied, PointView, ReplicaView, SealPoint, VerifyReport};
+use crate::replica::{
+    Attachment, BeginPoint, Begun, DiskApplied, DiskTarget, PointView, ReplicaView, SealPoint, VerifyReport,
+};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 const B: u64 = BLOCK_LEN as u64;
@@ -45,17 +47,11 @@ impl Head {
     }
 }
 
-impl Replica for Head {
+impl DiskTarget for Head {
     fn nodes(&self, _: &DiskName, level: u8, range: Range<u64>) -> Result<Vec<Digest>> {
         self.asked.fetch_add(1, Ordering::Relaxed);
         let level = &self.levels[level as usize];
         Ok(range.map(|i| level.get(i as usize).copied().unwrap_or(Digest::ZERO)).collect())
-    }
-    fn describe(&self) -> Result<ReplicaView> {
-        unreachable!()
-    }
-    fn begin(&self, _: &BeginPoint) -> Result<Begun> {
-        unreachable!()
     }
     fn pieces(&self, _: &DiskName, _: &[BlockIndex]) -> Result<Vec<BlockPieces>> {
         unreachable!()
@@ -64,6 +60,15 @@ impl Replica for Head {
         unreachable!()
     }
     fn finish_disk(&self, _: &DiskName) -> Result<DiskApplied> {
+        unreachable!()
+    }
+}
+
+impl Replica for Head {
+    fn describe(&self) -> Result<ReplicaView> {
+        unreachable!()
+    }
+    fn begin(&self, _: &BeginPoint) -> Result<Begun> {
         unreachable!()
     }
     fn attach(&self, _: Attachment, _: &[u8]) -> Result<()> {

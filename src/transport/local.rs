@@ -2,7 +2,7 @@
 
 use super::pipe::{PipeReader, PipeWriter};
 use super::stderr::Tail;
-use super::{Channel, Closer, Transport};
+use super::{Channel, Closer, Service, Transport};
 use crate::error::{Error, Kind, Result};
 use std::io::Read;
 use std::os::fd::OwnedFd;
@@ -21,6 +21,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(10);
 pub struct LocalTransport {
     root: PathBuf,
     program: PathBuf,
+    service: Service,
 }
 
 impl LocalTransport {
@@ -30,7 +31,12 @@ impl LocalTransport {
             Some(program) => program,
             None => std::env::current_exe().map_err(|e| Error::from_io("cannot find this program's file", e))?,
         };
-        Ok(LocalTransport { root: root.to_owned(), program })
+        Ok(LocalTransport { root: root.to_owned(), program, service: Service::Store })
+    }
+
+    /// The same, for another service.
+    pub fn serving(self, service: Service) -> LocalTransport {
+        LocalTransport { service, ..self }
     }
 }
 
@@ -41,9 +47,7 @@ impl Transport for LocalTransport {
 
     fn open(&self) -> Result<Channel> {
         let mut child = Command::new(&self.program)
-            .arg("agent")
-            .arg("--root")
-            .arg(&self.root)
+            .args(self.service.words(&self.root))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -16,7 +16,7 @@ mod explain;
 use super::pipe::{PipeReader, PipeWriter};
 use super::stderr::Tail;
 use super::target::SshTarget;
-use super::{Channel, Closer, Transport};
+use super::{Channel, Closer, Service, Transport};
 use crate::error::{Error, Kind, Result};
 use openssh::{Child, ControlPersist, KnownHosts, Session, SessionBuilder, Stdio};
 use std::fmt;
@@ -47,6 +47,8 @@ pub struct SshOptions {
     pub accept_new_host_key: bool,
     /// The agent's program on the host and leading arguments, each passed as one word; `agent --root ROOT` follows.
     pub agent_command: Vec<String>,
+    /// What the agent is asked to serve; a forced command on the host may decide otherwise.
+    pub service: Service,
     /// For each address of the host.
     pub connect_timeout: Duration,
     /// A connection that answers none of three questions at this interval is dead.
@@ -64,6 +66,7 @@ impl Default for SshOptions {
             control_directory: None,
             accept_new_host_key: false,
             agent_command: vec!["virt-replica".to_owned()],
+            service: Service::Store,
             connect_timeout: Duration::from_secs(15),
             alive_interval: Duration::from_secs(5),
             idle_persist: Duration::from_secs(600),
@@ -186,7 +189,7 @@ impl Transport for SshTransport {
 
     fn open(&self) -> Result<Channel> {
         let mut words = self.options.agent_command.clone();
-        words.extend(["agent".to_owned(), "--root".to_owned(), self.target.root.to_string_lossy().into_owned()]);
+        words.extend(self.options.service.words(&self.target.root));
         let launch = |session: &Arc<Session>| {
             self.edge.run(self.options.connect_timeout, start(Arc::clone(session), words.clone()))
         };

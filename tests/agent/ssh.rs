@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use virt_replica::agent::client::AgentClient;
 use virt_replica::agent::{ServeOptions, serve_stdio};
 use virt_replica::error::{Error, Kind};
-use virt_replica::replica::Replica;
+use virt_replica::replica::{DiskTarget as _, Replica};
 use virt_replica::transport::Transport;
 use virt_replica::transport::ssh::{SshOptions, SshTransport};
 use virt_replica::transport::target::{SshTarget, TargetUrl};

@@ -11,7 +11,9 @@ use virt_replica::name::{DiskName, DomainName, DomainUuid, Generation, PointId, 
 use virt_replica::patch::{Compression, Header, PieceMask, RecordEncoder, StreamTail};
 use virt_replica::replica::store::Store;
 use virt_replica::replica::upkeep::Upkeep;
-use virt_replica::replica::{BeginDisk, BeginPoint, Consistency, DiskStats, PointView, Replica, SealDisk, SealPoint};
+use virt_replica::replica::{
+    BeginDisk, BeginPoint, Consistency, DiskStats, DiskTarget as _, PointView, Replica, SealDisk, SealPoint,
+};
 
 pub const UUID: &str = "0a1b2c3d-0000-4000-8000-000000000001";
 

@@ -148,7 +148,7 @@ impl Header {
     }
 
     /// Features that a writer who does not know them has to clear; bitmaps are one.
-    pub(super) fn autoclear(&self) -> u64 {
+    pub fn autoclear(&self) -> u64 {
         self.autoclear
     }
 

@@ -7,14 +7,14 @@ use crate::block::tree::TreeShape;
 use crate::block::{BLOCK_LEN, ByteRange, DiskSize, FANOUT, GROUP_LEN, GroupIndex};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
-use crate::replica::{NODES_MAX, Replica};
+use crate::replica::{DiskTarget, NODES_MAX};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, SyncSender};
 
 pub(super) struct Planner<'a> {
     pub(super) image: &'a dyn Image,
-    pub(super) replica: &'a dyn Replica,
+    pub(super) replica: &'a dyn DiskTarget,
     pub(super) shipment: &'a Shipment,
     pub(super) progress: &'a Progress,
     pub(super) work: SyncSender<Work>,
@@ -234,7 +234,7 @@ impl HeadNodes {
     }
 }
 
-pub(super) fn expect_nodes(got: usize, range: &Range<u64>) -> Result<()> {
+pub(crate) fn expect_nodes(got: usize, range: &Range<u64>) -> Result<()> {
     if got as u64 == range.end - range.start {
         return Ok(());
     }

@@ -1,0 +1,75 @@
+//! The agent's side of plain images, where its host has it serve them. It obeys or refuses: what lies where, and may be
+//! touched, is [`super::ReplicaOpener::image`]'s to say.
+
+use super::{Answer, Session};
+use crate::error::Result;
+use crate::patch::plain_names;
+use crate::plain::PlainTarget;
+use crate::replica::DiskTarget;
+use crate::wire::plain::{Ask, Told};
+use crate::wire::{FrameKind, Handle, Progress, Reply, WireError, encode, protocol};
+use std::io::Write;
+use std::time::Instant;
+
+/// An open image, and why patches for it are no longer applied.
+pub(super) struct Image {
+    target: Box<dyn PlainTarget>,
+    failed: Option<WireError>,
+}
+
+impl Image {
+    /// Gives once what has to be told of a failure; what comes behind it is dropped.
+    pub(super) fn apply(&mut self, patch: &[u8]) -> Option<WireError> {
+        if self.failed.is_some() {
+            return None;
+        }
+        let error = self.target.apply(&plain_names().1, patch).err()?;
+        self.failed = Some(WireError::from(&error));
+        self.failed.clone()
+    }
+
+    /// The image, unless an earlier patch failed: then that failure.
+    pub(super) fn sound(&mut self) -> Result<&dyn DiskTarget> {
+        match &self.failed {
+            Some(error) => Err(error.clone().into_error(None)),
+            None => Ok(self.target.as_ref()),
+        }
+    }
+}
+
+impl<W: Write> Session<'_, W> {
+    pub(super) fn plain(&mut self, id: u64, ask: Ask) -> Result<Answer> {
+        let told = match ask {
+            Ask::Open { wish } => {
+                self.have_room()?;
+                let target = self.opener.image(&wish)?;
+                let view = target.view()?;
+                let image = self.next_handle()?;
+                self.images.insert(image, Image { target, failed: None });
+                Told::Open { image, view }
+            }
+            Ask::Read { image } => {
+                let output = self.output;
+                let mut last = Instant::now();
+                let mut progress = |done_bytes, total_bytes| {
+                    if last.elapsed() >= super::PROGRESS_INTERVAL {
+                        last = Instant::now();
+                        // A client that is gone is noticed by the answer.
+                        let _ = output.send(FrameKind::Progress, id, &encode(&Progress { done_bytes, total_bytes }));
+                    }
+                };
+                Told::Read { whole: self.open_image(image)?.target.read(&mut progress)? }
+            }
+            Ask::Commit { image, finish } => {
+                let image = self.open_image(image)?;
+                image.sound()?;
+                Told::Commit { committed: image.target.commit(&finish)? }
+            }
+        };
+        Ok(Reply::Plain { told }.into())
+    }
+
+    fn open_image(&mut self, image: Handle) -> Result<&mut Image> {
+        self.images.get_mut(&image).ok_or_else(|| protocol(format!("image {} is not open", image.0)))
+    }
+}

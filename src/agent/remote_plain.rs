@@ -1,0 +1,85 @@
+//! A plain image on the agent's host: what goes beyond a disk's patch is a message of its own, the rest is as for a replica.
+
+use super::client::AgentClient;
+use super::remote::RemoteReplica;
+use crate::block::BlockIndex;
+use crate::block::digest::{BlockPieces, Digest};
+use crate::error::Result;
+use crate::name::DiskName;
+use crate::patch::plain_names;
+use crate::plain::{Committed, Finish, ImageView, PlainTarget, Whole, Wish};
+use crate::replica::{DiskApplied, DiskTarget};
+use crate::wire::plain::{Ask, Told};
+use crate::wire::{Handle, Reply, Request};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// An image on the agent's host.
+#[derive(Debug)]
+pub struct RemoteImage {
+    end: RemoteReplica,
+    handle: Handle,
+    view: ImageView,
+}
+
+impl AgentClient {
+    /// Opens an image on the other host. `Refused` where the agent serves none.
+    pub fn open_image(self: &Arc<Self>, wish: &Wish) -> Result<RemoteImage> {
+        match self.ask_plain(Ask::Open { wish: wish.clone() }, &mut |_, _| {})? {
+            Told::Open { image, view } => {
+                let end = RemoteReplica::new(Arc::clone(self), image);
+                end.set_disks(vec![plain_names().1]);
+                Ok(RemoteImage { end, handle: image, view })
+            }
+            other => Err(self.shared.other_reply("open", &Reply::Plain { told: other })),
+        }
+    }
+
+    fn ask_plain(&self, ask: Ask, progress: &mut dyn FnMut(u64, u64)) -> Result<Told> {
+        let id = self.shared.ask(&Request::Plain { ask })?;
+        match self.shared.reply(id, progress)? {
+            Reply::Plain { told } => Ok(told),
+            other => Err(self.shared.other_reply("plain", &other)),
+        }
+    }
+}
+
+impl DiskTarget for RemoteImage {
+    fn nodes(&self, disk: &DiskName, level: u8, range: Range<u64>) -> Result<Vec<Digest>> {
+        self.end.nodes(disk, level, range)
+    }
+
+    fn pieces(&self, disk: &DiskName, blocks: &[BlockIndex]) -> Result<Vec<BlockPieces>> {
+        self.end.pieces(disk, blocks)
+    }
+
+    fn apply(&self, disk: &DiskName, patch_bytes: &[u8]) -> Result<()> {
+        self.end.apply(disk, patch_bytes)
+    }
+
+    fn finish_disk(&self, disk: &DiskName) -> Result<DiskApplied> {
+        self.end.finish_disk(disk)
+    }
+}
+
+impl PlainTarget for RemoteImage {
+    fn view(&self) -> Result<ImageView> {
+        Ok(self.view.clone())
+    }
+
+    fn read(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<Whole> {
+        let client = self.end.session().0;
+        match client.ask_plain(Ask::Read { image: self.handle }, progress)? {
+            Told::Read { whole } => Ok(whole),
+            other => Err(client.shared.other_reply("read", &Reply::Plain { told: other })),
+        }
+    }
+
+    fn commit(&self, finish: &Finish) -> Result<Committed> {
+        let client = self.end.session().0;
+        match client.ask_plain(Ask::Commit { image: self.handle, finish: finish.clone() }, &mut |_, _| {})? {
+            Told::Commit { committed } => Ok(committed),
+            other => Err(client.shared.other_reply("commit", &Reply::Plain { told: other })),
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! `copy`: images brought into step, here or over ssh.
+
+use super::Globals;
+use super::limits::LinkArgs;
+use super::output::{Exit, Message, Output, print};
+use super::plain::{WayArgs, absolute, format, listen, unless_stopped, watched};
+use super::render;
+use super::target::{SshArgs, hang_up};
+use clap::Args;
+use serde_json::json;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+use virt_replica::block::ByteRange;
+use virt_replica::error::{Error, Kind, Result};
+use virt_replica::image::Format;
+use virt_replica::plain::copy::{self as story, Copied, Copy, Sending};
+use virt_replica::plain::source::{ReadOptions, Source};
+use virt_replica::plain::{Finish, Wish, changed, meta_of};
+use virt_replica::replicate::pump::Progress;
+use virt_replica::site::plain::{self as site, Place};
+use virt_replica::site::{Connection, workers};
+
+#[derive(Debug, Args)]
+pub struct CopyArgs {
+    /// The images (files, block devices, or directories of images) and, last, where to: a file or block device, or a
+    /// directory (with a slash at its end, or for several images), here or on another host as
+    /// ssh://[user@]host[:port]/path
+    #[arg(value_name = "PATH", num_args = 2.., required = true)]
+    paths: Vec<String>,
+    /// Format of the source: raw or qcow2; never guessed from the content [default: by its name]
+    #[arg(long, value_name = "FORMAT", value_parser = ["raw", "qcow2"])]
+    source_format: Option<String>,
+    /// Format of the target: raw or qcow2 [default: by its name]
+    #[arg(long, value_name = "FORMAT", value_parser = ["raw", "qcow2"])]
+    target_format: Option<String>,
+    #[command(flatten)]
+    way: WayArgs,
+    /// Keep the target's digests in this directory of its host, so that the next copy need not read it
+    #[arg(long, value_name = "DIR")]
+    digests: Option<PathBuf>,
+    /// Read only the ranges that this list names: lines `OFFSET LENGTH` in bytes, JSON, or what `thin_delta` prints
+    #[arg(long, value_name = "FILE")]
+    changed: Option<PathBuf>,
+    /// Give the target the owner, mode and time of the source, too
+    #[arg(short = 'a', long)]
+    archive: bool,
+    /// Say what would be sent, and change nothing
+    #[arg(short = 'n', long)]
+    dry_run: bool,
+    /// Read the source although a QEMU is writing to it: the copy may be torn as after a power cut, or worse
+    #[arg(long)]
+    force_share: bool,
+    #[command(flatten)]
+    link: LinkArgs,
+    #[command(flatten)]
+    ssh: SshArgs,
+    /// Print JSON for scripts
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// One image, and where it goes.
+#[derive(Debug, PartialEq, Eq)]
+struct Pair {
+    source: PathBuf,
+    target: PathBuf,
+}
+
+pub fn copy(args: &CopyArgs, globals: &Globals, output: Output) -> Result<Exit> {
+    let (to, sources) = args.paths.split_last().expect("the grammar demands two");
+    let place = Place::parse(to)?;
+    let pairs = pairs(sources, to, place.path(), place.host().is_none())?;
+    if args.changed.is_some() && pairs.len() != 1 {
+        return Err(Error::new(Kind::Usage, "a list of changes is of one image"));
+    }
+    if place.host().is_some() && args.digests.as_ref().is_some_and(|dir| dir.is_relative()) {
+        return Err(Error::new(Kind::Usage, "the directory of digests is on the other host: name its whole path"));
+    }
+    let stop = listen()?;
+    let connection = place.host().map(|host| site::images_on(host, &args.ssh.options()));
+    let done = pairs.iter().try_for_each(|pair| one(args, globals, output, pair, &place, connection.as_ref(), stop));
+    if let Some(connection) = connection {
+        hang_up(connection);
+    }
+    done.map(|()| Exit::Done)
+}
+
+/// Which image goes where: a directory stands for the files in it, several go into a directory.
+fn pairs(sources: &[String], to: &str, target: &Path, here: bool) -> Result<Vec<Pair>> {
+    let into_directory = sources.len() > 1 || to.ends_with('/') || (here && target.is_dir());
+    let mut pairs = Vec::new();
+    for source in sources {
+        let source = absolute(Path::new(source))?;
+        let files = match source.is_dir() {
+            true if !into_directory => {
+                return Err(Error::new(Kind::Usage, "a directory is copied into a directory")
+                    .path(source)
+                    .hint("put a slash at the end of the target"));
+            }
+            true => images_in(&source)?,
+            false => vec![source],
+        };
+        for file in files {
+            // Names travel as text.
+            let name = file.file_name().and_then(|name| name.to_str());
+            let name = name.ok_or_else(|| Error::new(Kind::Usage, "an image has a name of text").path(&file))?;
+            let target = if into_directory { target.join(name) } else { target.to_owned() };
+            pairs.push(Pair { source: file, target });
+        }
+    }
+    let mut targets: Vec<&Path> = pairs.iter().map(|p| p.target.as_path()).collect();
+    targets.sort();
+    match targets.windows(2).find(|two| two[0] == two[1]) {
+        Some(two) => Err(Error::new(Kind::Usage, "two images would become one").path(two[0])),
+        None => Ok(pairs),
+    }
+}
+
+/// The regular files of a directory, by name; hidden ones are not images.
+fn images_in(dir: &Path) -> Result<Vec<PathBuf>> {
+    let cannot = |e| Error::io("cannot list the directory", dir, e);
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(cannot)? {
+        let entry = entry.map_err(cannot)?;
+        let hidden = entry.file_name().as_encoded_bytes().first() == Some(&b'.');
+        if !hidden && entry.file_type().map_err(cannot)?.is_file() {
+            files.push(entry.path());
+        }
+    }
+    files.sort();
+    match files.is_empty() {
+        true => Err(Error::new(Kind::NotFound, "there is no image in the directory").path(dir)),
+        false => Ok(files),
+    }
+}
+
+fn one(
+    args: &CopyArgs,
+    globals: &Globals,
+    output: Output,
+    pair: &Pair,
+    place: &Place,
+    connection: Option<&Connection>,
+    stop: &AtomicBool,
+) -> Result<()> {
+    let began = Instant::now();
+    let from = format(args.source_format.as_ref(), &pair.source);
+    let to = format(args.target_format.as_ref(), &pair.target);
+    let read = ReadOptions { exact: to == Format::Raw, ..site::read_options(&globals.state_dir, args.force_share) };
+    let source = Source::open(&pair.source, from, &read)?;
+    let copied = (|| {
+        let wish = Wish {
+            path: pair.target.clone(),
+            format: to,
+            read_only: args.dry_run && target_is_there(pair, place),
+            way: args.way.wish(),
+            digests: args.digests.as_deref().map(absolute).transpose()?,
+            size: Some(source.size()),
+            force_share: false,
+        };
+        let target = site::open_image(&wish, connection, &site::local_options(&globals.state_dir, None))?;
+        let meta = args.archive.then(|| meta_of(&pair.source)).transpose()?;
+        let job = Copy {
+            source: &source,
+            target: target.as_ref(),
+            changed: args.changed.as_deref().map(read_list).transpose()?,
+            finish: Finish { meta },
+            dry_run: args.dry_run,
+            sending: Sending {
+                workers: workers(),
+                compression: args.link.compression(connection.is_some()),
+                throttle: args.link.throttle()?,
+            },
+        };
+        let progress = Progress::default();
+        let name = pair.source.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        watched(&name, source.size().0, &progress, output, || story::copy(&job, &progress, &|| unless_stopped(stop)))
+    })();
+    let closed = source.close();
+    let copied = copied?;
+    closed?;
+    say(&copied, pair, place, args.dry_run, began.elapsed(), output)
+}
+
+/// A dry run takes no lock of an image on this host, and changes nothing that was cut short.
+fn target_is_there(pair: &Pair, place: &Place) -> bool {
+    place.host().is_none() && pair.target.exists()
+}
+
+fn read_list(path: &Path) -> Result<Vec<ByteRange>> {
+    let mut text = String::new();
+    let read = super::plain::input(path)?.take(changed::LIST_MAX + 1).read_to_string(&mut text);
+    read.map_err(|e| Error::io("cannot read the list of changes", path, e))?;
+    if text.len() as u64 > changed::LIST_MAX {
+        return Err(Error::new(Kind::Usage, "the list of changes is too long").path(path));
+    }
+    changed::parse(&text).map_err(|e| e.path(path))
+}
+
+fn say(copied: &Copied, pair: &Pair, place: &Place, dry_run: bool, took: Duration, output: Output) -> Result<()> {
+    let host = place.host().map(|host| host.host.clone());
+    if output.json {
+        let body = json!({
+            "source": pair.source, "target": pair.target, "host": host, "dry_run": dry_run,
+            "seconds": took.as_secs_f64(), "copied": copied,
+        });
+        return Message { message_type: "copy", body }.print();
+    }
+    for reason in &copied.digests_reasons {
+        tracing::info!("no kept digests: {reason}");
+    }
+    let at = host.map_or_else(|| pair.target.display().to_string(), |h| format!("{h}:{}", pair.target.display()));
+    print(&describe(copied, &at, dry_run, took))
+}
+
+fn describe(copied: &Copied, at: &str, dry_run: bool, took: Duration) -> String {
+    let read = match copied.bytes_read_target {
+        0 => format!("{} read here", render::bytes(copied.bytes_read)),
+        there => format!("{} read here, {} there", render::bytes(copied.bytes_read), render::bytes(there)),
+    };
+    let blocks = copied.blocks_changed;
+    let differ = render::bytes(blocks * virt_replica::block::BLOCK_LEN as u64);
+    if copied.equal {
+        return format!("{at} is as its source; {read}");
+    }
+    if dry_run {
+        return format!("{at} would change in {blocks} blocks ({differ}); {read}");
+    }
+    let way = copied.way.map(|way| format!(", {way}")).unwrap_or_default();
+    let resumed = if copied.resumed { ", going on from a copy that was cut short" } else { "" };
+    format!(
+        "{at} changed in {blocks} blocks ({differ}){way}{resumed}; {} sent in {}; {read}",
+        render::bytes(copied.bytes_sent),
+        render::millis(took.as_secs_f64() * 1000.0),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn several_images_go_into_a_directory_and_none_onto_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let images = dir.path().join("images");
+        std::fs::create_dir(&images).unwrap();
+        for name in ["b.raw", "a.qcow2", ".hidden"] {
+            std::fs::write(images.join(name), b"").unwrap();
+        }
+        std::fs::create_dir(images.join("sub")).unwrap();
+        let of = |sources: &[&Path], to: &str| {
+            let sources: Vec<String> = sources.iter().map(|s| s.to_str().unwrap().to_owned()).collect();
+            pairs(&sources, to, Path::new(to), false)
+        };
+        let pair = |source: &str, target: &str| Pair { source: images.join(source), target: target.into() };
+        let one = images.join("b.raw");
+        assert_eq!(of(&[&one], "/to/x.raw").unwrap(), [pair("b.raw", "/to/x.raw")]);
+        assert_eq!(of(&[&one], "/to/").unwrap(), [pair("b.raw", "/to/b.raw")]);
+        let both = [pair("a.qcow2", "/to/a.qcow2"), pair("b.raw", "/to/b.raw")];
+        assert_eq!(of(&[&images], "/to/").unwrap(), both);
+        assert_eq!(of(&[&images], "/to").unwrap_err().kind(), Kind::Usage);
+        assert_eq!(of(&[&images, &one], "/to").unwrap_err().kind(), Kind::Usage, "b.raw twice");
+        assert_eq!(of(&[&images.join("sub")], "/to/").unwrap_err().kind(), Kind::NotFound);
+    }
+}

@@ -1,0 +1,141 @@
+//! Change lists of other tools: which ranges of an image may have changed, as text, JSON, or what `thin_delta` prints.
+//!
+//! Pure. They are believed, as a dirty bitmap is not: what they leave out is not looked at. Format: docs/plain.md.
+
+use crate::block::ByteRange;
+use crate::error::{Error, Kind, Result};
+use serde::Deserialize;
+
+/// Largest list in bytes.
+pub const LIST_MAX: u64 = 256 << 20;
+
+#[derive(Deserialize)]
+struct Item {
+    offset: u64,
+    length: u64,
+}
+
+/// Understands a list, in whichever of the three ways it is written; the ranges ascend and do not overlap.
+pub fn parse(text: &str) -> Result<Vec<ByteRange>> {
+    let parsed = match text.trim_start().chars().next() {
+        Some('[') => parse_json(text),
+        Some('<') => parse_thin_delta(text),
+        _ => parse_lines(text),
+    };
+    let bad = |why| Error::new(Kind::Usage, format!("the change list cannot be understood: {why}"));
+    parsed.and_then(in_order).map_err(|why| {
+        bad(why).hint("write a line `OFFSET LENGTH` in bytes for each range, or JSON, or what `thin_delta` prints")
+    })
+}
+
+fn parse_json(text: &str) -> Result<Vec<(u64, u64)>, String> {
+    let items: Vec<Item> = serde_json::from_str(text).map_err(|e| e.to_string())?;
+    Ok(items.into_iter().map(|item| (item.offset, item.length)).collect())
+}
+
+fn parse_lines(text: &str) -> Result<Vec<(u64, u64)>, String> {
+    let mut found = Vec::new();
+    for (at, line) in text.lines().enumerate() {
+        let line = line.split('#').next().unwrap_or_default().trim();
+        if line.is_empty() {
+            continue;
+        }
+        let words: Vec<Option<u64>> = line.split_whitespace().map(number).collect();
+        match words[..] {
+            [Some(offset), Some(length)] => found.push((offset, length)),
+            _ => return Err(format!("line {} is not two numbers", at + 1)),
+        }
+    }
+    Ok(found)
+}
+
+fn number(word: &str) -> Option<u64> {
+    match word.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16).ok(),
+        None => word.parse().ok(),
+    }
+}
+
+/// `<superblock data_block_size="SECTORS"><diff><different begin= length=/><right_only …/></diff></superblock>`, in blocks.
+fn parse_thin_delta(text: &str) -> Result<Vec<(u64, u64)>, String> {
+    let document = roxmltree::Document::parse(text).map_err(|e| e.to_string())?;
+    let top = document.root_element();
+    let of = |node: roxmltree::Node, name: &str| node.attribute(name).and_then(|v| v.parse::<u64>().ok());
+    let block = of(top, "data_block_size").and_then(|sectors| sectors.checked_mul(512));
+    let block = block.filter(|b| *b > 0).ok_or("it says no data_block_size")?;
+    let mut found = Vec::new();
+    let mut known = false;
+    for node in top.descendants().filter(|n| n.is_element()) {
+        match node.tag_name().name() {
+            "superblock" | "diff" | "same" => known = true,
+            // What only the older one has is a hole in the newer one now.
+            "different" | "left_only" | "right_only" => {
+                let begin = of(node, "begin").and_then(|n| n.checked_mul(block));
+                let length = of(node, "length").and_then(|n| n.checked_mul(block));
+                let (Some(begin), Some(length)) = (begin, length) else { return Err("a range has no numbers".into()) };
+                found.push((begin, length));
+            }
+            other => return Err(format!("<{other}> is nothing that thin_delta prints")),
+        }
+    }
+    if known { Ok(found) } else { Err("it is no output of thin_delta".to_owned()) }
+}
+
+fn in_order(found: Vec<(u64, u64)>) -> Result<Vec<ByteRange>, String> {
+    let mut ranges = Vec::with_capacity(found.len());
+    for (offset, length) in found {
+        let end = offset.checked_add(length).ok_or_else(|| format!("{offset} + {length} is too much"))?;
+        if length > 0 {
+            ranges.push(ByteRange::new(offset, end));
+        }
+    }
+    ranges.sort_by_key(|r| r.start);
+    let mut merged: Vec<ByteRange> = Vec::new();
+    for range in ranges {
+        match merged.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => merged.push(range),
+        }
+    }
+    Ok(merged)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pairs(text: &str) -> Vec<(u64, u64)> {
+        parse(text).unwrap().into_iter().map(|r| (r.start, r.end)).collect()
+    }
+
+    #[test]
+    fn lists_are_read_in_every_way_they_are_written() {
+        let expected = [(0, 100), (4096, 8192)];
+        assert_eq!(pairs("# offset length\n0x1000 4096 # one\n\n0 100\n50 20\n7 0\n"), expected);
+        assert_eq!(pairs(r#"[{"offset": 4096, "length": 4096, "id": 3}, {"offset": 0, "length": 100}]"#), expected);
+        let xml = r#"<superblock uuid="" time="0" transaction="1" data_block_size="128" nr_data_blocks="0">
+            <diff left="1" right="2"><different begin="1" length="2"/><same begin="3" length="9"/>
+            <right_only begin="12" length="1"/><left_only begin="20" length="1"/></diff></superblock>"#;
+        assert_eq!(pairs(xml), [(65536, 196608), (786432, 851968), (1310720, 1376256)]);
+        assert_eq!(pairs(""), []);
+        assert_eq!(pairs("[]"), []);
+    }
+
+    #[test]
+    fn what_is_none_is_refused() {
+        for bad in [
+            "1",
+            "1 2 3",
+            "a b",
+            "-1 5",
+            "18446744073709551615 2",
+            r#"[{"offset": 1}]"#,
+            "<domain/>",
+            r#"<superblock data_block_size="0"><diff/></superblock>"#,
+            r#"<superblock data_block_size="128"><diff><different begin="1"/></diff></superblock>"#,
+            r#"<superblock data_block_size="128"><diff><other begin="1" length="1"/></diff></superblock>"#,
+        ] {
+            assert_eq!(parse(bad).unwrap_err().kind(), Kind::Usage, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! Which blocks of two trees differ, without a look at what they have in common.
+
+use crate::block::digest::Digest;
+use crate::block::tree::TreeShape;
+use crate::block::{BLOCK_LEN, ByteRange, DiskSize, FANOUT};
+use crate::error::Result;
+use crate::name::DiskName;
+use crate::replica::nodefile::NodeFile;
+use crate::replica::{DiskTarget, NODES_MAX};
+use crate::replicate::pump::expect_nodes;
+use std::ops::Range;
+
+/// Nodes that are asked for although nobody wants them, to save a question: 16 KiB on the wire are less than a round trip.
+const GAP_MAX: u64 = 512;
+
+/// The ranges of the image behind `nodes` that are other than in a target of `head` bytes, whole blocks, ascending.
+///
+/// One question per level and run of nodes; equal subtrees are not asked for. If the image is the smaller one, its last
+/// block is among them, so that whoever builds on the target's nodes recomputes those that the cut goes through.
+pub(super) fn differing(
+    nodes: &NodeFile,
+    target: &dyn DiskTarget,
+    disk: &DiskName,
+    head: DiskSize,
+) -> Result<Vec<ByteRange>> {
+    let (ours, theirs) = (nodes.shape(), TreeShape::new(head));
+    // Above the lower top the other tree has no nodes to compare with.
+    let mut level = ours.top().min(theirs.top());
+    let top = 0..ours.nodes_at(level);
+    let mut within: Vec<Range<u64>> = Vec::from([top]);
+    loop {
+        within = at_level(nodes, target, disk, theirs, level, &within)?;
+        if level == 0 {
+            break;
+        }
+        level -= 1;
+        let children = |r: &Range<u64>| ours.clip(level, r.start * FANOUT as u64..r.end * FANOUT as u64);
+        within = within.iter().map(children).collect();
+    }
+    let size = nodes.size();
+    let blocks = size.blocks();
+    if size < head && blocks > 0 && within.last().is_none_or(|last| last.end < blocks) {
+        within.push(blocks - 1..blocks);
+    }
+    let bytes = |r: &Range<u64>| ByteRange::new(r.start * BLOCK_LEN as u64, size.0.min(r.end * BLOCK_LEN as u64));
+    Ok(within.iter().map(bytes).collect())
+}
+
+fn at_level(
+    nodes: &NodeFile,
+    target: &dyn DiskTarget,
+    disk: &DiskName,
+    theirs: TreeShape,
+    level: u8,
+    within: &[Range<u64>],
+) -> Result<Vec<Range<u64>>> {
+    let mut differ: Vec<Range<u64>> = Vec::new();
+    for range in questions(within) {
+        let ours = nodes.nodes(level, range.clone())?;
+        let asked = theirs.clip(level, range.clone());
+        let answer = match asked.is_empty() {
+            true => Vec::new(),
+            false => target.nodes(disk, level, asked.clone())?,
+        };
+        expect_nodes(answer.len(), &asked)?;
+        for (at, digest) in ours.iter().enumerate() {
+            if *digest == answer.get(at).copied().unwrap_or(Digest::ZERO) {
+                continue;
+            }
+            let index = range.start + at as u64;
+            match differ.last_mut() {
+                Some(last) if last.end == index => last.end += 1,
+                _ => differ.push(index..index + 1),
+            }
+        }
+    }
+    Ok(differ)
+}
+
+/// The ranges as few, larger ones that may be asked for at once.
+fn questions(within: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut out: Vec<Range<u64>> = Vec::new();
+    for range in within {
+        match out.last_mut() {
+            Some(last) if range.start - last.end <= GAP_MAX && range.end - last.start <= NODES_MAX => {
+                last.end = range.end;
+            }
+            _ => {
+                let mut start = range.start;
+                while start < range.end {
+                    let end = range.end.min(start + NODES_MAX);
+                    out.push(start..end);
+                    start = end;
+                }
+            }
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::BlockIndex;
+    use crate::block::changes::Run;
+    use crate::block::digest::BlockPieces;
+    use crate::block::tree::ZeroNodes;
+    use crate::patch::plain_names;
+    use crate::replica::DiskApplied;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    struct Far(NodeFile, AtomicU64);
+
+    impl DiskTarget for Far {
+        fn nodes(&self, _: &DiskName, level: u8, range: Range<u64>) -> Result<Vec<Digest>> {
+            assert!(range.end - range.start <= NODES_MAX && !range.is_empty());
+            self.1.fetch_add(1, Ordering::Relaxed);
+            self.0.nodes(level, range)
+        }
+        fn pieces(&self, _: &DiskName, _: &[BlockIndex]) -> Result<Vec<BlockPieces>> {
+            unreachable!("nobody asks")
+        }
+        fn apply(&self, _: &DiskName, _: &[u8]) -> Result<()> {
+            unreachable!("nothing is sent")
+        }
+        fn finish_disk(&self, _: &DiskName) -> Result<DiskApplied> {
+            unreachable!("nothing is sent")
+        }
+    }
+
+    /// A tree of these many blocks with these (block, content).
+    fn tree(blocks: u64, content: &[(u64, u8)]) -> NodeFile {
+        let nodes = NodeFile::temporary(DiskSize(blocks * BLOCK_LEN as u64)).unwrap();
+        let runs = content
+            .iter()
+            .map(|(block, n)| Ok(Run::Digests { first: BlockIndex(*block), digests: vec![Digest([*n; 32])] }));
+        nodes.apply(ZeroNodes, runs).unwrap();
+        nodes
+    }
+
+    #[test]
+    fn exactly_what_differs_is_found_whatever_the_sizes() {
+        let contents: [&[(u64, u8)]; 5] =
+            [&[], &[(0, 1)], &[(0, 1), (63, 2), (64, 3)], &[(0, 1), (63, 9)], &[(0, 2), (4096, 1), (5000, 3)]];
+        for blocks in [1u64, 64, 65, 4096, 5001] {
+            for head in [0u64, 1, 64, 65, 4097, 5001] {
+                for (ours, theirs) in contents.iter().flat_map(|a| contents.iter().map(move |b| (a, b))) {
+                    let inside =
+                        |c: &[(u64, u8)], n: u64| c.iter().copied().filter(|(b, _)| *b < n).collect::<Vec<_>>();
+                    let (ours, theirs) = (inside(ours, blocks), inside(theirs, head));
+                    let of = |c: &[(u64, u8)], block: u64| c.iter().find(|(b, _)| *b == block).map(|(_, n)| *n);
+                    let mut expected: Vec<u64> = (0..blocks).filter(|b| of(&ours, *b) != of(&theirs, *b)).collect();
+                    if blocks < head && expected.last() != Some(&(blocks - 1)) {
+                        expected.push(blocks - 1);
+                    }
+                    let far = Far(tree(head, &theirs), AtomicU64::new(0));
+                    let found =
+                        differing(&tree(blocks, &ours), &far, &plain_names().1, DiskSize(head * BLOCK_LEN as u64));
+                    let found: Vec<u64> = found
+                        .unwrap()
+                        .iter()
+                        .flat_map(|r| r.start / BLOCK_LEN as u64..r.end / BLOCK_LEN as u64)
+                        .collect();
+                    assert_eq!(found, expected, "{blocks} {head} {ours:?} {theirs:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn neighbours_are_asked_for_at_once_and_equal_trees_with_one_question() {
+        let content: Vec<(u64, u8)> = (0..2000).map(|n| (n * 64, 1)).collect();
+        let far = Far(tree(1 << 20, &content), AtomicU64::new(0));
+        let size = DiskSize((1 << 20) * BLOCK_LEN as u64);
+        assert_eq!(differing(&tree(1 << 20, &content), &far, &plain_names().1, size).unwrap(), []);
+        assert_eq!(far.1.swap(0, Ordering::Relaxed), 1);
+        let mut other = content.clone();
+        other[3].1 = 7;
+        other[5].1 = 7;
+        assert_eq!(differing(&tree(1 << 20, &other), &far, &plain_names().1, size).unwrap().len(), 2);
+        assert!(far.1.into_inner() <= 5, "one question a level");
+    }
+}

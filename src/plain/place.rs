@@ -1,0 +1,251 @@
+//! Names beside an image, and how a finished file takes the image's place.
+//!
+//! `.NAME.vr-part` is what will become NAME: a new file, a clone or a copy. It is left where a copy is cut short, so that the
+//! next one goes on from it. Who writes it holds a lock on it.
+
+use super::{FileMeta, WayWish, file_name};
+use crate::error::{Error, Kind, Result};
+use rustix::fs::{FlockOperation, Mode, SeekFrom};
+use rustix::io::Errno;
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::Way;
+
+/// Bytes copied by one call of the kernel.
+const COPY_MAX: u64 = 1 << 30;
+
+/// The path itself, links followed: of a file that is not there yet, its directory's. An image must not be replaced by way of
+/// a link that points to it.
+pub(super) fn real_path(path: &Path) -> Result<PathBuf> {
+    match fs::canonicalize(path) {
+        Ok(real) => Ok(real),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let dir = fs::canonicalize(dir).map_err(|e| Error::io("there is no such directory", dir, e))?;
+            Ok(dir.join(file_name(path)?))
+        }
+        Err(e) => Err(Error::io("cannot look at the image", path, e)),
+    }
+}
+
+/// The real path, if it lies below `root`.
+pub(super) fn check_within(path: &Path, root: &Path) -> Result<PathBuf> {
+    let real = real_path(path)?;
+    let root = fs::canonicalize(root).map_err(|e| Error::io("cannot look at the directory of images", root, e))?;
+    match real.starts_with(&root) && real != root {
+        true => Ok(real),
+        false => Err(Error::new(Kind::Refused, format!("only what lies below {} is handed out", root.display()))
+            .path(path)
+            .hint("the agent's --root on that host says which directory it is")),
+    }
+}
+
+pub(super) fn part_of(image: &Path) -> Result<PathBuf> {
+    Ok(image.with_file_name(format!(".{}.vr-part", file_name(image)?)))
+}
+
+pub(super) fn dir_of(path: &Path) -> &Path {
+    path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+pub(super) fn sync_dir(dir: &Path) -> Result<()> {
+    File::open(dir).and_then(|d| d.sync_all()).map_err(|e| Error::io("cannot sync the directory", dir, e))
+}
+
+/// Removes a file, or finds it gone.
+pub(super) fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io("cannot remove the file", path, e)),
+        _ => Ok(()),
+    }
+}
+
+/// Holds a part file. `Busy` if another program does.
+pub(super) fn hold(part: &Path) -> Result<File> {
+    let file = OpenOptions::new().read(true).open(part).map_err(|e| Error::io("cannot open the file", part, e))?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(Errno::WOULDBLOCK) => Err(Error::new(Kind::Busy, "another copy into this image is under way").path(part)),
+        Err(e) => Err(Error::io("cannot lock the file", part, e.into())),
+    }
+}
+
+/// Makes `part`, which is not there, a second file of the same content, sparse where the image is. `wish` says how; without
+/// one a clone, or else a copy. `Refused` where a clone was asked for and cannot be had.
+pub(super) fn duplicate(image: &Path, part: &Path, wish: WayWish) -> Result<Way> {
+    let from = File::open(image).map_err(|e| Error::io("cannot open the image", image, e))?;
+    let create = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(part);
+    let to = create.map_err(|e| Error::io("cannot create the file", part, e))?;
+    let done = fill(&from, &to, image, wish);
+    if done.is_err() {
+        // A half-made copy is worth nothing: it was made in no time, or it will be made again.
+        drop(fs::remove_file(part));
+    }
+    done
+}
+
+fn fill(from: &File, to: &File, image: &Path, wish: WayWish) -> Result<Way> {
+    if wish != WayWish::Copy {
+        match rustix::fs::ioctl_ficlone(to, from) {
+            Ok(()) => return Ok(Way::Reflink),
+            Err(e) if wish == WayWish::Reflink => {
+                return Err(Error::new(Kind::Refused, "the file system shares no blocks between files")
+                    .path(image)
+                    .source(std::io::Error::from(e))
+                    .hint("use --atomic redo or --atomic copy, or let `auto` choose"));
+            }
+            Err(_) => {}
+        }
+    }
+    copy_sparse(from, to).map_err(|e| Error::io("cannot copy the image", image, e.into()))?;
+    Ok(Way::Copy)
+}
+
+/// Whether the file system that holds `image` shares blocks between files.
+pub(super) fn can_reflink(image: &Path) -> bool {
+    let Ok(from) = File::open(image) else { return false };
+    let Ok(to) = tempfile::tempfile_in(dir_of(image)) else { return false };
+    rustix::fs::ioctl_ficlone(&to, &from).is_ok()
+}
+
+fn copy_sparse(from: &File, to: &File) -> Result<(), Errno> {
+    let end = rustix::fs::seek(from, SeekFrom::End(0))?;
+    rustix::fs::ftruncate(to, end)?;
+    let mut at = 0;
+    while at < end {
+        let data = match rustix::fs::seek(from, SeekFrom::Data(at)) {
+            Ok(data) => data,
+            Err(Errno::NXIO) => break,
+            // A file system that knows nothing of holes.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => at,
+            Err(e) => return Err(e),
+        };
+        let hole = rustix::fs::seek(from, SeekFrom::Hole(data)).unwrap_or(end).max(data + 1);
+        copy_range(from, to, data, hole.min(end))?;
+        at = hole;
+    }
+    Ok(())
+}
+
+fn copy_range(from: &File, to: &File, start: u64, end: u64) -> Result<(), Errno> {
+    let (mut source, mut target) = (start, start);
+    while source < end {
+        let len = (end - source).min(COPY_MAX) as usize;
+        match rustix::fs::copy_file_range(from, Some(&mut source), to, Some(&mut target), len) {
+            // The file shrank under us; whoever compares finds out.
+            Ok(0) => return Ok(()),
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// Gives `part`, which is finished and durable, the name of `image`, with the owner and mode of what is there or those of `meta`.
+/// Durable when it returns.
+pub(super) fn take_place(part: &Path, image: &Path, meta: Option<&FileMeta>) -> Result<()> {
+    if let Ok(old) = fs::metadata(image) {
+        let keep =
+            FileMeta { uid: old.uid(), gid: old.gid(), mode: old.mode() & 0o7777, modified_s: 0, modified_ns: 0 };
+        set_owner(part, &keep)?;
+    }
+    if let Some(meta) = meta {
+        set_meta(part, meta)?;
+    }
+    let file = File::open(part).map_err(|e| Error::io("cannot open the file", part, e))?;
+    file.sync_all().map_err(|e| Error::io("cannot make the file durable", part, e))?;
+    crate::failpoint!("i4");
+    fs::rename(part, image).map_err(|e| Error::io("cannot put the file in its place", image, e))?;
+    sync_dir(dir_of(image))?;
+    crate::failpoint!("i5");
+    Ok(())
+}
+
+/// Owner and mode; nothing is called that would change nothing, so that it needs no right to.
+fn set_owner(path: &Path, meta: &FileMeta) -> Result<()> {
+    let now = fs::metadata(path).map_err(|e| Error::io("cannot look at the file", path, e))?;
+    if (now.uid(), now.gid()) != (meta.uid, meta.gid) {
+        std::os::unix::fs::chown(path, Some(meta.uid), Some(meta.gid))
+            .map_err(|e| Error::io(format!("cannot give the file to {}:{}", meta.uid, meta.gid), path, e))?;
+    }
+    // After the owner, which takes special bits away.
+    rustix::fs::chmod(path, Mode::from_raw_mode(meta.mode & 0o7777))
+        .map_err(|e| Error::io("cannot set the mode of the file", path, e.into()))
+}
+
+/// Owner, mode and time of the last change.
+pub(super) fn set_meta(path: &Path, meta: &FileMeta) -> Result<()> {
+    set_owner(path, meta)?;
+    let modified = rustix::fs::Timespec { tv_sec: meta.modified_s, tv_nsec: meta.modified_ns as _ };
+    let access = rustix::fs::Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_OMIT as _ };
+    let times = rustix::fs::Timestamps { last_access: access, last_modification: modified };
+    rustix::fs::utimensat(rustix::fs::CWD, path, &times, rustix::fs::AtFlags::empty())
+        .map_err(|e| Error::io("cannot set the time of the file", path, e.into()))
+}
+
+/// Owner, mode and time of a file that is read.
+pub fn meta_of(path: &Path) -> Result<FileMeta> {
+    let m = fs::metadata(path).map_err(|e| Error::io("cannot look at the image", path, e))?;
+    let (modified_s, modified_ns) = (m.mtime(), m.mtime_nsec());
+    Ok(FileMeta { uid: m.uid(), gid: m.gid(), mode: m.mode() & 0o7777, modified_s, modified_ns })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{FileExt, symlink};
+
+    #[test]
+    fn a_copy_has_the_same_bytes_and_the_same_holes() {
+        let dir = tempfile::tempdir().unwrap();
+        let (image, part) = (dir.path().join("a.raw"), dir.path().join("b"));
+        let file = File::create(&image).unwrap();
+        file.set_len(10 << 20).unwrap();
+        file.write_all_at(&[7; 5000], 1 << 20).unwrap();
+        file.write_all_at(&[8; 3], (9 << 20) + 1).unwrap();
+        assert_eq!(duplicate(&image, &part, WayWish::Copy).unwrap(), Way::Copy);
+        assert!(fs::read(&image).unwrap() == fs::read(&part).unwrap());
+        assert!(fs::metadata(&part).unwrap().blocks() <= fs::metadata(&image).unwrap().blocks() + 16);
+        assert_eq!(fs::metadata(&part).unwrap().mode() & 0o777, 0o600);
+        if !can_reflink(&image) {
+            fs::remove_file(&part).unwrap();
+            assert_eq!(duplicate(&image, &part, WayWish::Reflink).unwrap_err().kind(), Kind::Refused);
+            assert!(!part.exists());
+        }
+    }
+
+    #[test]
+    fn no_link_leads_out_of_the_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("images");
+        fs::create_dir_all(root.join("sub")).unwrap();
+        fs::write(dir.path().join("secret"), b"x").unwrap();
+        symlink(dir.path().join("secret"), root.join("link")).unwrap();
+        symlink(dir.path(), root.join("up")).unwrap();
+        symlink(root.join("sub"), root.join("in")).unwrap();
+        for good in ["a.raw", "sub/a.raw", "in/a.raw", "sub/../a.raw"] {
+            assert!(check_within(&root.join(good), &root).unwrap().starts_with(fs::canonicalize(&root).unwrap()));
+        }
+        for bad in ["link", "up/secret", "../secret", "up/new", "sub/../../new", "."] {
+            assert_eq!(check_within(&root.join(bad), &root).unwrap_err().kind(), Kind::Refused, "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_takes_the_place_has_owner_and_mode_of_what_was_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let (image, part) = (dir.path().join("a.raw"), dir.path().join("p"));
+        fs::write(&image, b"old").unwrap();
+        rustix::fs::chmod(&image, Mode::from_raw_mode(0o640)).unwrap();
+        fs::write(&part, b"new").unwrap();
+        take_place(&part, &image, None).unwrap();
+        assert_eq!((fs::read(&image).unwrap(), meta_of(&image).unwrap().mode), (b"new".to_vec(), 0o640));
+        fs::write(&part, b"newer").unwrap();
+        let meta = FileMeta { mode: 0o604, modified_s: 1_000_000, modified_ns: 5, ..meta_of(&image).unwrap() };
+        take_place(&part, &image, Some(&meta)).unwrap();
+        assert_eq!(meta_of(&image).unwrap(), meta);
+        assert!(!part.exists());
+    }
+}

@@ -1,0 +1,283 @@
+//! The redo file: a whole patch, durable beside an image before the first byte of that image is overwritten.
+//!
+//! Two lines of text, then a patch. As long as it bears its name, the image is torn, and applying the patch once more ends it
+//! (each record leaves its block the same, however often and however far it was done before). A name with `.part` behind it
+//! is a patch that is still coming; it means nothing.
+//!
+//! ```text
+//! i1   the redo file is whole, known to be right, durable, and bears its name
+//! i2   every record is in the image, and the image is durable
+//! i3   the redo file is gone, durably
+//! ```
+
+use super::identity::Identity;
+use super::place::{dir_of, remove, sync_dir};
+use super::{file_name, source};
+use crate::block::{BlockIndex, ByteRange, DiskSize};
+use crate::error::{Error, Kind, Result};
+use crate::image::raw::RawWriter;
+use crate::image::{Format, Image, ImageMut, Layer};
+use crate::patch::{self, Decoder, Item, Limits, PieceMask};
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+const BANNER: &str = "virt-replica redo 1\n";
+
+/// Longest second line: two paths and some numbers.
+const LINE_MAX: usize = 16 << 10;
+
+/// Bytes of patch read at once.
+const CHUNK_LEN: usize = 1 << 20;
+
+/// Which image a redo file is for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Of {
+    path: PathBuf,
+    /// Device and inode; `None` for a block device, which keeps neither over a restart.
+    file: Option<(u64, u64)>,
+}
+
+impl Of {
+    fn image(layer: &Layer) -> Result<Of> {
+        let file = match layer.block_device {
+            true => None,
+            false => Identity::of(&layer.path).map(|i| Some((i.device, i.inode)))?,
+        };
+        Ok(Of { path: layer.path.clone(), file })
+    }
+}
+
+/// Where the redo file of an image lies: beside a file, in `device_dir` for a block device.
+pub fn path_of(image: &Path, block_device: bool, device_dir: &Path) -> Result<PathBuf> {
+    let name = file_name(image)?;
+    Ok(match block_device {
+        false => image.with_file_name(format!(".{name}.vr-redo")),
+        true => {
+            let hash = blake3::hash(image.as_os_str().as_encoded_bytes()).to_hex();
+            device_dir.join(format!("{name}-{}.vr-redo", &hash[..16]))
+        }
+    })
+}
+
+fn part_of(redo: &Path) -> PathBuf {
+    let mut name = redo.as_os_str().to_owned();
+    name.push(".part");
+    PathBuf::from(name)
+}
+
+/// `Conflict` if the image is torn: a patch was being applied to it when something ended that.
+pub(super) fn refuse_if_torn(image: &Path, block_device: bool, device_dir: &Path) -> Result<()> {
+    let redo = path_of(image, block_device, device_dir)?;
+    match redo.exists() {
+        false => Ok(()),
+        true => Err(Error::new(Kind::Conflict, "a change of this image was cut short, and the image is torn")
+            .path(image)
+            .hint("`virt-replica apply --finish IMAGE` ends it, and so does repeating the copy or the apply")),
+    }
+}
+
+/// A patch on its way into a redo file.
+pub(super) struct Spool {
+    out: BufWriter<File>,
+    part: PathBuf,
+    redo: PathBuf,
+    published: bool,
+}
+
+impl Spool {
+    /// The image is locked by the caller, who is the only one to have a spool of it.
+    pub(super) fn create(layer: &Layer, redo: PathBuf) -> Result<Spool> {
+        let part = part_of(&redo);
+        if layer.block_device {
+            let dir = dir_of(&redo);
+            fs::create_dir_all(dir).map_err(|e| Error::io("cannot create the directory for redo files", dir, e))?;
+        }
+        remove(&part)?;
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&part);
+        let file = file.map_err(|e| Error::io("cannot create the redo file", &part, e))?;
+        let mut spool = Spool { out: BufWriter::with_capacity(1 << 20, file), part, redo, published: false };
+        let line = serde_json::to_string(&Of::image(layer)?).expect("paths and numbers");
+        spool.write(BANNER.as_bytes())?;
+        spool.write(line.as_bytes())?;
+        spool.write(b"\n")?;
+        Ok(spool)
+    }
+
+    pub(super) fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.out.write_all(bytes).map_err(|e| {
+            Error::io("cannot write the redo file", &self.part, e)
+                .hint("it takes as much room as the patch; --in-place needs none, and protects nothing")
+        })
+    }
+
+    /// Step i1. From here on the image counts as torn, and the patch as applied.
+    pub(super) fn publish(mut self) -> Result<()> {
+        let synced = self.out.flush().and_then(|()| self.out.get_ref().sync_all());
+        synced.map_err(|e| Error::io("cannot make the redo file durable", &self.part, e))?;
+        fs::rename(&self.part, &self.redo).map_err(|e| Error::io("cannot name the redo file", &self.redo, e))?;
+        self.published = true;
+        sync_dir(dir_of(&self.redo))?;
+        crate::failpoint!("i1");
+        Ok(())
+    }
+}
+
+impl Drop for Spool {
+    /// What was not published is rubbish; if it cannot be removed, the next spool does it.
+    fn drop(&mut self) {
+        if !self.published {
+            drop(fs::remove_file(&self.part));
+        }
+    }
+}
+
+/// Steps i2 and i3: applies the redo file of an image, if there is one, and removes it. The caller holds the image's lock.
+/// `Conflict` if the redo file is for another file of that name, `Corrupt` if the image was changed since. Durable.
+pub(super) fn roll(layer: &Layer, redo: &Path) -> Result<bool> {
+    let file = match File::open(redo) {
+        Ok(file) => file,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+        Err(e) => return Err(Error::io("cannot open the redo file", redo, e)),
+    };
+    let mut input = BufReader::with_capacity(CHUNK_LEN, file);
+    let of = read_head(&mut input).map_err(|e| e.path(redo))?;
+    if of != Of::image(layer)? {
+        return Err(Error::new(Kind::Conflict, "a redo file lies here, and it is for another file of this name")
+            .path(redo)
+            .hint("if the image was put here anew and is whole, remove the redo file"));
+    }
+    let start = input.stream_position().map_err(|e| Error::io("cannot read the redo file", redo, e))?;
+    // Whole before the first byte: it was, but it has lain on a disk since.
+    let sizes = for_each_item(&mut input, |_, _| Ok(())).map_err(|e| e.path(redo))?;
+    input.seek(SeekFrom::Start(start)).map_err(|e| Error::io("cannot read the redo file", redo, e))?;
+    let (before, after) = sizes;
+    let mut writer = RawWriter::open_exact(layer, Some(before.max(after)))?;
+    if writer.size() < after && !layer.block_device {
+        writer.resize(after)?;
+    }
+    for_each_item(&mut input, |size, item| apply(&writer, size, item)).map_err(|e| e.path(&layer.path))?;
+    if writer.size() > after && !layer.block_device {
+        writer.resize(after)?;
+    }
+    writer.sync()?;
+    crate::failpoint!("i2");
+    remove(redo)?;
+    sync_dir(dir_of(redo))?;
+    crate::failpoint!("i3");
+    Ok(true)
+}
+
+fn read_head(input: &mut impl Read) -> Result<Of> {
+    let mut line = |max: usize| -> Result<Vec<u8>> {
+        let mut line = Vec::new();
+        while line.last() != Some(&b'\n') {
+            let mut byte = [0u8];
+            let read = input.read_exact(&mut byte);
+            if line.len() == max || read.is_err() {
+                return Err(Error::new(Kind::Corrupt, "this is no redo file"));
+            }
+            line.push(byte[0]);
+        }
+        Ok(line)
+    };
+    if line(BANNER.len())? != BANNER.as_bytes() {
+        return Err(Error::new(Kind::Protocol, "this redo file is of another version"));
+    }
+    let of = line(LINE_MAX)?;
+    serde_json::from_slice(&of).map_err(|e| Error::new(Kind::Corrupt, "this is no redo file").source(e))
+}
+
+/// Hands every item of the patch on, with the size after it; returns the sizes before and after.
+fn for_each_item(
+    input: &mut impl Read,
+    mut each: impl FnMut(DiskSize, Item) -> Result<()>,
+) -> Result<(DiskSize, DiskSize)> {
+    let mut decoder = Decoder::new(Limits::default())?;
+    let mut chunk = vec![0; CHUNK_LEN];
+    let mut sizes = (DiskSize(0), DiskSize(0));
+    loop {
+        let len = input.read(&mut chunk).map_err(|e| Error::from_io("cannot read the patch", e))?;
+        if len == 0 {
+            decoder.finish()?;
+            return Ok(sizes);
+        }
+        decoder.push(&chunk[..len]);
+        while let Some(item) = decoder.next_item()? {
+            match item {
+                Item::Header(header) => sizes = (header.size_from, header.size),
+                item => each(sizes.1, item)?,
+            }
+        }
+    }
+}
+
+/// One record, in place. Of pieces only those that came are written, so that it can be done again from wherever it was cut.
+fn apply(image: &RawWriter, size: DiskSize, item: Item) -> Result<()> {
+    match item {
+        Item::Data { block, digest, bytes } => {
+            patch::check_block(block, &bytes, digest)?;
+            image.write_at(block.offset(), &bytes)
+        }
+        Item::Pieces { block, digest, mask, bytes } => {
+            let mut whole = source::read_block(image, block, size)?;
+            mask.scatter(&bytes, &mut whole);
+            patch::check_block(block, &whole, digest).map_err(|e| {
+                e.hint("somebody has written to the image since; remove the redo file, and copy the image anew")
+            })?;
+            write_pieces(image, block, mask, &whole)
+        }
+        Item::Zero { first, count } => {
+            let end = BlockIndex(first.0 + count - 1).bytes(size).end;
+            image.zero(ByteRange::new(first.offset(), end))
+        }
+        Item::Header(_) | Item::Trailer(_) => Ok(()),
+    }
+}
+
+fn write_pieces(image: &RawWriter, block: BlockIndex, mask: PieceMask, whole: &[u8]) -> Result<()> {
+    mask.ranges(whole.len()).try_for_each(|r| image.write_at(block.offset() + r.start as u64, &whole[r]))
+}
+
+/// Ends what was cut short on the image at `path`: says whether there was anything. Blocks.
+pub fn finish(path: &Path, device_dir: &Path) -> Result<bool> {
+    let path = super::place::real_path(path)?;
+    let layer = source::layer(&path, Format::Raw)?;
+    let redo = path_of(&path, layer.block_device, device_dir)?;
+    if !redo.exists() {
+        return Ok(false);
+    }
+    let _lock = super::target::lock_whole(&path)?;
+    roll(&layer, &redo)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The same lines stand in docs/formats/redo.md.
+    #[test]
+    fn the_head_is_what_the_format_says() {
+        let of = |line: &str| read_head(&mut format!("virt-replica redo 1\n{line}\nvirt-replica patch").as_bytes());
+        let file = of(r#"{"path":"/srv/a.raw","file":[7,9]}"#).unwrap();
+        assert_eq!(file, Of { path: "/srv/a.raw".into(), file: Some((7, 9)) });
+        assert_eq!(serde_json::to_string(&file).unwrap(), r#"{"path":"/srv/a.raw","file":[7,9]}"#);
+        assert_eq!(of(r#"{"path":"/dev/vda","file":null}"#).unwrap().file, None);
+        for bad in ["", "{}", "x", &"x".repeat(LINE_MAX + 1)] {
+            assert_eq!(of(bad).unwrap_err().kind(), Kind::Corrupt);
+        }
+        assert_eq!(read_head(&mut &b"virt-replica redo 2\n{}\n"[..]).unwrap_err().kind(), Kind::Protocol);
+        assert_eq!(read_head(&mut &b"virt-replica"[..]).unwrap_err().kind(), Kind::Corrupt);
+    }
+
+    #[test]
+    fn a_redo_file_lies_beside_a_file_and_elsewhere_for_a_device() {
+        let beside = path_of(Path::new("/srv/a.raw"), false, Path::new("/state/redo")).unwrap();
+        assert_eq!(beside, Path::new("/srv/.a.raw.vr-redo"));
+        let device = |path: &str| path_of(Path::new(path), true, Path::new("/state/redo")).unwrap();
+        let (one, other) = (device("/dev/vg0/disk"), device("/dev/vg1/disk"));
+        assert!(one.starts_with("/state/redo") && one != other, "{} {}", one.display(), other.display());
+    }
+}

@@ -1,0 +1,243 @@
+//! An image that is read: opened under QEMU's locks, seen to stand still, and hashed by all cores.
+
+use super::identity::Identity;
+use super::order::in_order;
+use super::redo;
+use crate::block::changes::Run;
+use crate::block::digest::{Digest, block_digest};
+use crate::block::extent::Content;
+use crate::block::tree::ZeroNodes;
+use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, GROUP_LEN, GroupIndex};
+use crate::error::{Error, Kind, Result};
+use crate::image::locks::ReadLock;
+use crate::image::open::{self, OpenOptions, Opened};
+use crate::image::raw::RawImage;
+use crate::image::{Chain, Format, Image, Layer};
+use crate::replica::nodefile::NodeFile;
+use crate::replicate::offline;
+use crate::replicate::pump::{EXTENT_WINDOW, Progress, read_group};
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// How an image is opened for reading.
+#[derive(Debug, Clone)]
+pub struct ReadOptions {
+    pub open: OpenOptions,
+    /// Let a raw image end in the middle of a sector, where its file does.
+    pub exact: bool,
+    /// Of a block device, only so much is the image.
+    pub device_max: Option<DiskSize>,
+    /// Where redo files of block devices lie.
+    pub redo_dir: PathBuf,
+    /// Every layer lies below this directory, or the image is refused.
+    pub within: Option<PathBuf>,
+}
+
+/// An image open for reading.
+pub struct Source {
+    pub image: Arc<dyn Image>,
+    pub path: PathBuf,
+    /// How it is read, as part of a sentence.
+    pub how: String,
+    opened: Option<Opened>,
+    seen: Vec<(PathBuf, Identity)>,
+    /// A QEMU may be writing to it, and that was accepted.
+    shared: bool,
+    _locks: Vec<ReadLock>,
+}
+
+impl Source {
+    /// Opens the image at `path` with all below it. `Busy` if a QEMU has a layer open for writing, unless
+    /// `options.open.force_share`; `Conflict` if an `apply` or `copy` into it was cut short. Blocks.
+    pub fn open(path: &Path, format: Format, options: &ReadOptions) -> Result<Source> {
+        let layer = layer(path, format)?;
+        redo::refuse_if_torn(&super::place::real_path(path)?, layer.block_device, &options.redo_dir)?;
+        let chain = offline::resolve_chain(&layer)?;
+        let mut files: Vec<&Path> = chain.0.iter().map(|l| l.path.as_path()).collect();
+        files.extend(chain.0.iter().filter_map(|l| l.data_file.as_deref()));
+        if let Some(root) = &options.within {
+            files.iter().try_for_each(|file| super::place::check_within(file, root).map(drop))?;
+        }
+        let shared = options.open.force_share;
+        let locks = match shared {
+            true => Vec::new(),
+            false => files.iter().map(|file| lock(file)).collect::<Result<_>>()?,
+        };
+        let seen = files.iter().map(|f| Ok((f.to_path_buf(), Identity::of(f)?))).collect::<Result<_>>()?;
+        let exact = (format == Format::Raw && options.exact) || layer.block_device;
+        let (image, how, opened): (Arc<dyn Image>, _, _) = match exact {
+            true => {
+                let image = RawImage::open_exact(&layer, options.device_max)?;
+                (Arc::new(image), open::explain(&chain)?, None)
+            }
+            false => {
+                let opened = open::open_read(&chain, &options.open)?;
+                (opened.image.clone(), opened.how.clone(), Some(opened))
+            }
+        };
+        Ok(Source { image, path: path.to_owned(), how, opened, seen, shared, _locks: locks })
+    }
+
+    pub fn size(&self) -> DiskSize {
+        self.image.size()
+    }
+
+    /// Fails if a file of the image was touched since it was opened, unless that was accepted.
+    pub fn still_good(&self) -> Result<()> {
+        if self.shared {
+            return Ok(());
+        }
+        for (path, seen) in &self.seen {
+            if Identity::of(path)? != *seen {
+                return Err(Error::new(Kind::Conflict, "the image was written to while it was read").path(path).hint(
+                    "read what stands still: a snapshot, or an image that nobody uses; --force-share takes what comes",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends a helper process, if there is one. Blocks.
+    pub fn close(self) -> Result<()> {
+        self.opened.map_or(Ok(()), Opened::close)
+    }
+}
+
+fn lock(path: &Path) -> Result<ReadLock> {
+    ReadLock::take(path)?.ok_or_else(|| in_use(path, "a QEMU program has the image open for writing"))
+}
+
+/// The error of an image that somebody else has.
+pub(super) fn in_use(path: &Path, what: &'static str) -> Error {
+    Error::new(Kind::Busy, what).path(path).hint(
+        "`fuser -v FILE` names it; a running domain is replicated with `virt-replica sync`, \
+         or read as it is, torn, with --force-share",
+    )
+}
+
+/// The layer at a path: a file or a block device.
+pub(super) fn layer(path: &Path, format: Format) -> Result<Layer> {
+    std::fs::metadata(path).map_err(|e| Error::io("cannot look at the image", path, e))?;
+    let block_device = offline::is_block_device(path);
+    Ok(Layer { path: path.to_owned(), format, block_device, data_file: None })
+}
+
+/// A chain of one layer.
+pub(super) fn alone(layer: &Layer) -> Chain {
+    Chain(vec![layer.clone()])
+}
+
+/// The digest tree of an image.
+pub struct Hashed {
+    pub nodes: NodeFile,
+    pub root: Digest,
+}
+
+/// Reads and hashes the whole image. `still_good` is asked between groups; an error of it ends the work. Blocks.
+pub fn hash(
+    image: &dyn Image,
+    workers: usize,
+    progress: &Progress,
+    still_good: &dyn Fn() -> Result<()>,
+) -> Result<Hashed> {
+    let size = image.size();
+    let nodes = NodeFile::temporary(size)?;
+    let groups = Groups { image, at: 0, ready: VecDeque::new() };
+    let root = in_order(
+        workers,
+        groups,
+        || vec![0; GROUP_LEN as usize],
+        |buffer, (group, data): (GroupIndex, Vec<ByteRange>)| hash_group(image, group, &data, buffer, progress),
+        |results| {
+            let runs = results.flat_map(|group| {
+                let group = still_good().and(group);
+                match group {
+                    Ok(runs) => runs.into_iter().map(Ok).collect::<Vec<_>>(),
+                    Err(e) => vec![Err(e)],
+                }
+            });
+            nodes.apply(ZeroNodes, runs)
+        },
+    )?;
+    progress.scanned.store(size.0, Ordering::Relaxed);
+    Ok(Hashed { nodes, root })
+}
+
+fn hash_group(
+    image: &dyn Image,
+    group: GroupIndex,
+    data: &[ByteRange],
+    buffer: &mut [u8],
+    progress: &Progress,
+) -> Result<Vec<Run>> {
+    let bytes = group.bytes(image.size());
+    let read = read_group(image, bytes, data, buffer)?;
+    let mut runs: Vec<Run> = Vec::new();
+    for block in group.blocks(image.size()) {
+        let range = BlockIndex(block).bytes(image.size());
+        if !data.iter().any(|d| d.intersect(range).is_some()) {
+            continue;
+        }
+        let digest = block_digest(&buffer[(range.start - bytes.start) as usize..(range.end - bytes.start) as usize]);
+        match runs.last_mut() {
+            _ if digest.is_zero() => {}
+            Some(Run::Digests { first, digests }) if first.0 + digests.len() as u64 == block => digests.push(digest),
+            _ => runs.push(Run::Digests { first: BlockIndex(block), digests: vec![digest] }),
+        }
+    }
+    progress.read.fetch_add(read, Ordering::Relaxed);
+    progress.scanned.fetch_max(bytes.end, Ordering::Relaxed);
+    Ok(runs)
+}
+
+/// The groups of an image that may have data, in order, with where it is.
+struct Groups<'a> {
+    image: &'a dyn Image,
+    at: u64,
+    ready: VecDeque<(GroupIndex, Vec<ByteRange>)>,
+}
+
+impl Groups<'_> {
+    fn window(&mut self) -> Result<()> {
+        let size = self.image.size();
+        let window = ByteRange::new(self.at, size.0.min(self.at.saturating_add(EXTENT_WINDOW)));
+        self.at = window.end;
+        for extent in self.image.extents(window)?.into_iter().filter(|e| e.content == Content::Data) {
+            for group in extent.range.start / GROUP_LEN..extent.range.end.div_ceil(GROUP_LEN) {
+                let group = GroupIndex(group);
+                let Some(part) = extent.range.intersect(group.bytes(size)) else { continue };
+                match self.ready.back_mut() {
+                    Some((last, parts)) if *last == group => parts.push(part),
+                    _ => self.ready.push_back((group, vec![part])),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Iterator for Groups<'_> {
+    type Item = Result<(GroupIndex, Vec<ByteRange>)>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        while self.ready.is_empty() && self.at < self.image.size().0 {
+            if let Err(e) = self.window() {
+                self.at = self.image.size().0;
+                return Some(Err(e));
+            }
+        }
+        self.ready.pop_front().map(Ok)
+    }
+}
+
+/// Reads one block, which lies in the image at least in part, as it would be in a disk of `size`: cut, or zeros behind its end.
+pub(super) fn read_block(image: &dyn Image, block: BlockIndex, size: DiskSize) -> Result<Vec<u8>> {
+    let wanted = block.bytes(size).len() as usize;
+    let mut bytes = vec![0; wanted.max(block.bytes(image.size()).len() as usize).min(BLOCK_LEN)];
+    let there = block.bytes(image.size()).len().min(wanted as u64) as usize;
+    image.read_at(block.offset().min(image.size().0), &mut bytes[..there])?;
+    bytes.truncate(wanted);
+    Ok(bytes)
+}

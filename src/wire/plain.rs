@@ -1,0 +1,31 @@
+//! Requests and replies about plain images: what [`crate::plain::PlainTarget`] offers. Its digests and patches travel as those of
+//! a replica's disk.
+
+use super::Handle;
+use crate::plain::{Committed, Finish, ImageView, Whole, Wish};
+use serde::{Deserialize, Serialize};
+
+/// Each is answered by the [`Told`] of the same name.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ask {
+    Open { wish: Wish },
+    Read { image: Handle },
+    Commit { image: Handle, finish: Finish },
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Told {
+    /// The handle is one of the same kind as a replica's: `nodes`, `pieces`, `Apply`, `finish_disk` and `Release` take it.
+    Open {
+        image: Handle,
+        view: ImageView,
+    },
+    Read {
+        whole: Whole,
+    },
+    Commit {
+        committed: Committed,
+    },
+}
