@@ -44,6 +44,7 @@ mod run {
     use crate::cli::output::{Message, print};
     use crate::cli::{progress, render, signals, source};
     use serde_json::json;
+    use virt_replica::error::{Error, Kind};
     use virt_replica::recovery::drill::{Outcome, Report};
     use virt_replica::site::here::DrillWish;
 
@@ -73,11 +74,12 @@ mod run {
             true => Message { message_type: "drill", body: &report }.print()?,
             false => print(&describe(&report))?,
         }
-        Ok(match (report.outcome, report.error_kind) {
-            (Outcome::Passed, _) => Exit::Done,
-            (Outcome::Failed, Some(kind)) => Exit::Code(kind.exit_code()),
-            (Outcome::Failed, None) => Exit::Code(1),
-        })
+        if report.outcome == Outcome::Passed {
+            return Ok(Exit::Done);
+        }
+        let why = report.error.as_deref().unwrap_or("not all evidence was seen");
+        let error = Error::new(report.error_kind.unwrap_or(Kind::Refused), format!("the drill failed: {why}"));
+        Err(error.domain(&report.domain).point(&report.point))
     }
 
     fn describe(report: &Report) -> String {
@@ -99,7 +101,6 @@ mod run {
                 None => format!("  not seen: {}", evidence.probe),
             });
         }
-        lines.extend(report.error.iter().map(|e| render::wrap("  ", e)));
         let left = match report.cleaned {
             true => "nothing of it is left but the report",
             false => "the copy could not be removed; `virt-replica doctor --repair`, or the next drill, tries again",

@@ -179,7 +179,12 @@ impl Engine {
             return;
         };
         // A verdict is a verdict: what is damaged now is not read again at once. Where there is none, it is tried again.
-        let is_verdict = kind == Some(Kind::Corrupt);
+        let is_verdict = match (done.check, kind) {
+            (_, Some(Kind::Corrupt)) => true,
+            // The copy was booted, and did not show what it was to show.
+            (Check::Drill, kind) => kind == Some(Kind::Refused),
+            _ => false,
+        };
         state.failed += 1;
         state.failures += 1;
         state.error = Some(why.clone());
@@ -189,9 +194,10 @@ impl Engine {
             let wait = retry::delay(done.job.policy.retry, kind, state.failures, now.random);
             state.retry_at = now.wall.checked_add(signed(wait)).ok();
         }
-        let (level, what) = match is_verdict {
-            true => (Level::Error, "ALARM: found damage"),
-            false => (Level::Warn, "did not come to an end"),
+        let (level, what) = match (is_verdict, done.check) {
+            (true, Check::Drill) => (Level::Error, "ALARM: found no proof that it works"),
+            (true, _) => (Level::Error, "ALARM: found damage"),
+            (false, _) => (Level::Warn, "did not come to an end"),
         };
         orders.push(Order::Say(
             level,

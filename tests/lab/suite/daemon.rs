@@ -7,21 +7,27 @@ use std::cell::RefCell;
 use std::os::unix::net::UnixDatagram;
 use std::time::Duration;
 
-/// A daemon on host a, with a directory of its own.
+/// A daemon with a directory of its own.
 pub struct Daemon {
+    host: Host,
     pub dir: String,
     job: RefCell<Option<Job>>,
 }
 
 impl Daemon {
+    /// On host a.
     pub fn new(name: &str) -> Daemon {
-        Daemon { dir: format!("/var/lib/virt-replica-{name}"), job: RefCell::default() }
+        Daemon::on(Host::A, name)
+    }
+
+    pub fn on(host: Host, name: &str) -> Daemon {
+        Daemon { host, dir: format!("/var/lib/virt-replica-{name}"), job: RefCell::default() }
     }
 
     /// Writes a file of its directory.
     pub fn write(&self, name: &str, text: &str) {
         let path = format!("{}/{name}", self.dir);
-        Host::A.script("mkdir -p \"$(dirname \"$1\")\"; printf %s \"$2\" > \"$1\"", &[&path, text]);
+        self.host.script("mkdir -p \"$(dirname \"$1\")\"; printf %s \"$2\" > \"$1\"", &[&path, text]);
     }
 
     fn globals(&self) -> [String; 4] {
@@ -32,7 +38,7 @@ impl Daemon {
     /// Runs a command with its configuration and its state.
     pub fn virt_replica(&self, args: &[&str]) -> Done {
         let globals = self.globals();
-        Host::A.virt_replica(&[&globals.each_ref().map(String::as_str)[..], args].concat())
+        self.host.virt_replica(&[&globals.each_ref().map(String::as_str)[..], args].concat())
     }
 
     /// `before`: what the shell does first (an environment).
@@ -42,16 +48,16 @@ impl Daemon {
             self.dir,
             self.globals().join(" ")
         );
-        *self.job.borrow_mut() = Some(Job::start(Host::A.command(&["bash", "-c", &script])));
+        *self.job.borrow_mut() = Some(Job::start(self.host.command(&["bash", "-c", &script])));
     }
 
     pub fn signal(&self, name: &str) {
-        Host::A.script("kill -\"$1\" \"$(cat \"$2\")\"", &[name, &format!("{}/pid", self.dir)]);
+        self.host.script("kill -\"$1\" \"$(cat \"$2\")\"", &[name, &format!("{}/pid", self.dir)]);
     }
 
     pub fn status(&self) -> Option<Value> {
         let control = format!("{}/control.sock", self.dir);
-        let done = Host::A.virt_replica(&["policy", "status", "--json", "--control", &control]);
+        let done = self.host.virt_replica(&["policy", "status", "--json", "--control", &control]);
         (done.code == 0).then(|| serde_json::from_str(&done.stdout).expect("a status"))
     }
 
@@ -74,7 +80,11 @@ impl Daemon {
 
     /// However it is, it is gone.
     pub fn remove(dir: &str) {
-        Host::A.run(&["bash", "-c", "kill -9 \"$(cat \"$1/pid\")\"; rm -rf \"$1\"", "x", dir]);
+        Daemon::remove_from(Host::A, dir);
+    }
+
+    pub fn remove_from(host: Host, dir: &str) {
+        host.run(&["bash", "-c", "kill -9 \"$(cat \"$1/pid\")\"; rm -rf \"$1\"", "x", dir]);
     }
 }
 
@@ -128,6 +138,48 @@ fn a_daemon_replicates_several_domains_unattended() {
         let kept = points["points"].as_array().map_or(0, Vec::len);
         assert_eq!(kept, 2, "keep is obeyed: {points}");
     }
+}
+
+/// The target's own daemon boots the replica when its policy says so, and tells when it shows nothing.
+#[test]
+fn a_target_drills_by_policy() {
+    let lab = Lab::get();
+    let mut vm = lab.domain("drilled").guest().disk(Disk::ext4("64M", "qcow2")).running();
+    let store = vm.own_store();
+    vm.wait_acked(3);
+    vm.sync().sealed();
+    let daemon = Daemon::on(Host::B, &format!("drills-{}", std::process::id()));
+    let dir = daemon.dir.clone();
+    let _gone = Undo(|| Daemon::remove_from(Host::B, &dir));
+    daemon.write("vr.yaml", "{}\n");
+    daemon.write("recovery.yaml", "paths: {/lab/guest: /lab/guest}\nnetworks: {user: none}\n");
+    let policy = |probe: &str, every: &str| {
+        format!(
+            "name: t\nreplicas: [{}]\nroot: {store}\nrpo: 1h\nverify: {{every: 1h}}\ndrill: {{every: {every}, probes: [\"serial:{probe}\"], within: 20s}}\n",
+            vm.name
+        )
+    };
+    daemon.write("policies.d/t.yaml", &policy("ack ", "1h"));
+    daemon.start("");
+    let status = daemon.until("it was booted and read again", 1, PATIENCE, |r| {
+        r["checks"]["drill"]["passed"] == 1 && r["checks"]["verify"]["passed"] == 1
+    });
+    let row = &status["domains"][0];
+    assert_eq!((&row["target"], &row["rpo_s"]), (&format!("local:{store}").into(), &3600.into()), "{row:#}");
+    assert!(row["lag_s"].as_i64().is_some() && row["next_at"].is_null(), "{row:#}");
+
+    daemon.write("policies.d/t.yaml", &policy("never", "2s").replace("within: 20s", "within: 3s"));
+    daemon.signal("HUP");
+    daemon.until("a copy that shows nothing is told of", 1, PATIENCE, |r| {
+        r["checks"]["drill"]["error"].as_str().is_some_and(|e| e.contains("the drill failed"))
+    });
+    let done = daemon.stop();
+    assert!(done.stderr.contains("ALARM: found no proof that it works"), "{}", done.stderr);
+    assert_eq!(
+        Host::B.output(&["virsh", "-q", "list", "--all", "--name"]).matches(&vm.name).count(),
+        0,
+        "a copy is left"
+    );
 }
 
 /// A run that hangs while the domain is on its overlay, and does not hear SIGTERM, is killed, and its domain is put back onto its own
