@@ -8,6 +8,7 @@ use crate::daemon::Daemon;
 use crate::domain::{Disk, Domain};
 use crate::support::{Host, Lab, TARGET, Undo};
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 const DOMAINS: usize = 30;
@@ -82,6 +83,7 @@ fn thirty(lab: &Lab) -> Vec<Domain> {
 #[test]
 fn thirty_domains_two_targets_and_what_happens_in_a_year() {
     let lab = Lab::alone();
+    let others = processes();
     let domains = thirty(&lab);
     let daemon = Daemon::new("soak");
     let dir = daemon.dir.clone();
@@ -135,11 +137,18 @@ fn thirty_domains_two_targets_and_what_happens_in_a_year() {
     println!("{} points of {pairs} pairs, {checked} checks", sealed(&last));
     let done = daemon.stop();
     assert!(done.stderr.contains("policies read: 3"), "the reload is not in the log");
-    nothing_is_left(&daemon, &domains);
+    nothing_is_left(&daemon, &domains, &others);
     every_point_is_whole(&daemon, &domains, &to_b);
 }
 
-fn nothing_is_left(daemon: &Daemon, domains: &[Domain]) {
+/// Our programs on host a, with their numbers.
+fn processes() -> BTreeSet<String> {
+    let found = Host::A.run(&["pgrep", "-af", "^(/.*/)?(virt-replica|ssh) "]).stdout;
+    found.lines().map(str::to_owned).collect()
+}
+
+/// `others`: what ran before. A test that kills a run leaves its ssh master, which ends by itself after ten minutes.
+fn nothing_is_left(daemon: &Daemon, domains: &[Domain], others: &BTreeSet<String>) {
     let doctor = daemon.virt_replica(&["doctor", "--json"]).success();
     let doctor: Value = serde_json::from_str(&doctor.stdout).expect("one document");
     let found = doctor["domains"].as_array().expect("it lists domains");
@@ -150,15 +159,15 @@ fn nothing_is_left(daemon: &Daemon, domains: &[Domain]) {
     }
     let left = Host::A.output(&["find", "/var/lib/libvirt/images", "-name", "*.vr-*"]);
     assert_eq!(left, "", "overlays are left");
-    let mut stray = String::new();
+    let mut left = BTreeSet::new();
     for _ in 0..50 {
-        stray = Host::A.run(&["pgrep", "-af", "^(/.*/)?(virt-replica|ssh) "]).stdout;
-        if stray.is_empty() {
+        left = processes().difference(others).cloned().collect();
+        if left.is_empty() {
             return;
         }
         std::thread::sleep(Duration::from_millis(100));
     }
-    panic!("processes are left:\n{stray}");
+    panic!("processes are left: {left:#?}");
 }
 
 /// The newest point of each pair is read again, and what the guest has is in it.
