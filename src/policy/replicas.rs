@@ -1,7 +1,7 @@
 //! A policy of a target: what this host does, on its own, with the replicas of its own store. It has no runs: those are the
 //! sources' business, and a source may be gone. It has checks, drills, and an RPO that is watched from here.
 
-use super::file::{RetryFile, TimedFile, Wrong, check_name, no_open_hour, retry, timed, timezone, wrong};
+use super::file::{RetryFile, Span, TimedFile, Wrong, check_name, no_open_hour, retry, timed, timezone, wrong};
 use super::select::Selector;
 use super::window::Window;
 use super::{Drill, Hooks, Policy, Timing, duration, hook};
@@ -33,13 +33,10 @@ pub(super) struct ReplicaPolicyFile {
     hooks: ReplicaHooks,
 }
 
-#[derive(Clone, Copy, Deserialize)]
-struct Span(#[serde(deserialize_with = "duration")] Duration);
-
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct DrillFile {
-    every: Option<super::file::Span>,
+    every: Option<Span>,
     cron: Option<String>,
     probes: Vec<String>,
     #[serde(default = "five_minutes", deserialize_with = "duration")]

@@ -205,25 +205,31 @@ fn release(charge: &Charge) -> Result<()> {
     persist(charge, &try_release)
 }
 
-/// Ends the backup that a driver left, and runs the hook that it owes; one that ended in order has left none.
+/// Ends the backup that a driver left, and runs the hook that it owes; one that ended in order has left none. In this order: while
+/// the backup goes on, every write of the guest's fills its scratch files, and a hook may take its time.
 fn finish(charge: &Charge) -> Result<()> {
-    persist(charge, &|charge| {
-        if journal::peek_hook(charge.state, &charge.uuid)? {
-            let journal = Journal::open(charge.state, &charge.uuid, DEADMAN, Timestamp::now())?;
-            if let Some(warning) = freeze_hooks::settle(&journal)? {
-                tracing::error!(domain = %charge.uuid, "{warning}");
-            }
-        }
-        Ok(())
-    })?;
-    persist(charge, &|charge| {
-        if journal::peek_backup(charge.state, &charge.uuid)?.is_none() {
-            return Ok(());
-        }
-        tracing::error!(domain = %charge.uuid, "the driver is gone and its backup is not: ending it");
-        let journal = Journal::open(charge.state, &charge.uuid, DEADMAN, Timestamp::now())?;
-        backup::settle(charge.backups, &journal, &charge.uuid).map(drop)
-    })
+    persist(charge, &end_backup)?;
+    persist(charge, &run_owed_hook)
+}
+
+fn end_backup(charge: &Charge) -> Result<()> {
+    if journal::peek_backup(charge.state, &charge.uuid)?.is_none() {
+        return Ok(());
+    }
+    tracing::error!(domain = %charge.uuid, "the driver is gone and its backup is not: ending it");
+    let journal = Journal::open(charge.state, &charge.uuid, DEADMAN, Timestamp::now())?;
+    backup::settle(charge.backups, &journal, &charge.uuid).map(drop)
+}
+
+fn run_owed_hook(charge: &Charge) -> Result<()> {
+    if !journal::peek_hook(charge.state, &charge.uuid)? {
+        return Ok(());
+    }
+    let journal = Journal::open(charge.state, &charge.uuid, DEADMAN, Timestamp::now())?;
+    if let Some(warning) = freeze_hooks::settle(&journal)? {
+        tracing::error!(domain = %charge.uuid, "{warning}");
+    }
+    Ok(())
 }
 
 /// Tries until it is done: libvirt may be down, another hand may be settling already.
