@@ -33,6 +33,8 @@ mod crash;
 mod crash_backup;
 #[path = "lab/suite/crash_bench.rs"]
 mod crash_bench;
+#[path = "lab/suite/crash_detach.rs"]
+mod crash_detach;
 #[path = "lab/suite/crash_drill.rs"]
 mod crash_drill;
 #[path = "lab/suite/crash_failover.rs"]

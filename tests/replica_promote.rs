@@ -99,6 +99,26 @@ fn a_committed_failover_is_the_new_truth() {
 }
 
 #[test]
+fn a_promotion_that_is_over_lets_in_its_own_generation_and_later_ones() {
+    let lab = Lab::in_memory();
+    let store = lab.store();
+    let history = blocks(&store, "aaaaaaaa b.......");
+    store.promote(&history[1].0).unwrap();
+    store.commit().unwrap();
+    assert_eq!(store.conclude(Generation(1)).unwrap_err().kind(), Kind::Refused);
+    assert!(store.promoted().unwrap().is_some(), "refused, and nothing has changed");
+    for _ in 0..2 {
+        store.conclude(Generation(3)).unwrap();
+    }
+    assert_eq!((store.promoted().unwrap(), store.holds().unwrap().leases), (None, vec![]));
+    for old in [1, 2] {
+        assert_eq!(begin_as(&store, old).unwrap_err().kind(), Kind::Conflict, "generation {old}");
+    }
+    begin_as(&store, 3).unwrap();
+    assert_history(&store, &history, "concluded");
+}
+
+#[test]
 fn who_writes_just_now_is_alive_and_a_point_that_is_not_there_is_not_promoted() {
     let lab = Lab::in_memory();
     let store = lab.store();

@@ -107,13 +107,15 @@ mod examine {
         let left = site.unfinished_failovers()?.into_iter().filter(wanted);
         Ok(left
             .map(|record| {
-                let (what, options) = match record.stage {
-                    Stage::Undoing => ("undoing of a failover", "--undo --lose-its-writes"),
-                    _ => ("failover", "--unplanned --source-is-dead"),
+                let name = &record.domain;
+                let (what, command) = match record.stage {
+                    Stage::Undoing => ("undoing of a failover to", format!("failover {name} --undo --lose-its-writes")),
+                    Stage::Detaching | Stage::Detached => ("detaching from", format!("detach {name}")),
+                    _ => ("failover to", format!("failover {name} --unplanned --source-is-dead")),
                 };
                 let explanation = vec![
-                    format!("the {what} to point {}, begun at {}, was cut short", record.point, record.started_at),
-                    format!("what to do: `virt-replica failover {} {options}` goes on from there", record.domain),
+                    format!("the {what} point {}, begun at {}, was cut short", record.point, record.started_at),
+                    format!("what to do: `virt-replica {command}` goes on from there"),
                 ];
                 let (uuid, domain) = (record.uuid, Some(record.domain.to_string()));
                 Finding { uuid, domain, health: Health::NeedsPerson, explanation, done: Vec::new() }

@@ -5,6 +5,7 @@
 
 mod copy;
 mod daemon;
+mod detach;
 mod digest;
 mod doctor;
 mod drill;
@@ -146,6 +147,8 @@ enum Command {
     Drill(drill::DrillArgs),
     /// On a target: bring a domain up here without its source, or undo that
     Failover(failover::FailoverArgs),
+    /// On a target: give a domain that was brought up here for good images of its own
+    Detach(detach::DetachArgs),
     /// Explain what is left of a run that was cut short, and mend it on request
     Doctor(doctor::DoctorArgs),
     /// Check policies, and say what they mean and when
@@ -197,6 +200,7 @@ impl Command {
             Command::Doctor(args) => args.json,
             Command::Ready(args) => args.json,
             Command::Failover(args) => args.json,
+            Command::Detach(args) => args.json,
             Command::Drill(args) => args.json,
             Command::Seed(args) => args.json,
             Command::Policy(args) => args.json(),
@@ -232,6 +236,7 @@ pub fn main() -> ExitCode {
         Command::Doctor(args) => doctor::doctor(args, &cli.globals, output),
         Command::Ready(args) => ready::ready(args, &cli.globals, output),
         Command::Failover(args) => failover::failover(args, &cli.globals, output),
+        Command::Detach(args) => detach::detach(args, &cli.globals, output),
         Command::Drill(args) => drill::drill(args, &cli.globals, output),
         Command::Seed(args) => seed::seed(args, output),
         Command::Policy(args) => policy::policy(args, &cli.globals, output),

@@ -4,7 +4,7 @@ use super::Globals;
 use super::target::Target;
 use virt_replica::config::Config;
 use virt_replica::error::{Error, Result};
-use virt_replica::name::{DomainUuid, Generation, RunId};
+use virt_replica::name::{DomainUuid, RunId};
 use virt_replica::patch::Compression;
 use virt_replica::policy::select::SeenDomain;
 use virt_replica::replicate::choice::CaptureWish;
@@ -27,11 +27,6 @@ pub fn connect(globals: &Globals) -> Result<Site> {
 pub fn seen_domains(site: &Site) -> Result<Vec<SeenDomain>> {
     let names = site.hypervisor().names()?;
     Ok(names.into_iter().map(|d| SeenDomain { name: d.name, uuid: d.uuid, tags: d.tags }).collect())
-}
-
-/// The generation this host replicates as: the first, until a replica changes hands.
-fn generation() -> Generation {
-    Generation(1)
 }
 
 /// What is asked of one domain. Directories that `wish` leaves open, and the way of `capture`, are those of the configuration.
@@ -57,7 +52,6 @@ pub fn request(
         settle: SettleOptions::default(),
         open: site::open_options(workers),
         with_secrets: false,
-        generation: generation(),
         workers,
         compression: Compression::default(),
         throttle: None,

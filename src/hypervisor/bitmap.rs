@@ -107,6 +107,11 @@ pub fn remove_node(node: &str) -> String {
     serialise(qmp::blockdev_del { node_name: node.to_owned() })
 }
 
+/// Has a node written out, by way of the human monitor: its answer is text.
+pub fn flush(node: &str) -> String {
+    serialise(qmp::human_monitor_command { command_line: format!("qemu-io {node} flush"), cpu_index: None })
+}
+
 pub fn query_nodes() -> String {
     serialise(qmp::query_named_block_nodes { flat: Some(true) })
 }

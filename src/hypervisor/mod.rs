@@ -8,6 +8,7 @@
 pub mod backup;
 #[cfg(feature = "libvirt")]
 mod bitmap;
+pub mod flatten;
 #[cfg(feature = "libvirt")]
 pub mod gate;
 pub mod guest;

@@ -58,6 +58,17 @@ pub fn block_commit(domain: &Domain, disk: &str, base: &str, top: &str, flags: u
     .map(drop)
 }
 
+/// Starts to copy what is below the disk's uppermost image into it; `rate_bytes` in a second, 0: as fast as it goes.
+pub fn block_pull(domain: &Domain, disk: &str, rate_bytes: u64) -> Result<()> {
+    let disk = CString::new(disk)?;
+    // SAFETY: `domain` and `disk` outlive the call.
+    check(unsafe {
+        let flags = sys::VIR_DOMAIN_BLOCK_PULL_BANDWIDTH_BYTES;
+        sys::virDomainBlockPull(domain.as_ptr(), disk.as_ptr(), rate_bytes, flags as c_uint)
+    })
+    .map(drop)
+}
+
 /// Ends the disk's block job; with `VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT` in favour of its target. Returns when it has ended.
 pub fn block_job_abort(domain: &Domain, disk: &str, flags: u32) -> Result<()> {
     let disk = CString::new(disk)?;

@@ -185,6 +185,25 @@ pub fn rebase_unsafe(path: &Path, backing: Option<(&str, Format)>) -> Result<()>
     fsync(path)
 }
 
+/// Copies what the uppermost layer of `chain` has only in those below it into it, so that it stands alone, offline. Nobody else
+/// may have it open. No deadline: it takes as long as there is data.
+///
+/// Durable when it returns. One that failed or was killed leaves the image as a mixture: while its header names a backing image,
+/// repeating it is harmless; if it names none any more, its tables may not be complete, and it has to be given its backing
+/// image back ([`rebase_unsafe`]) before it is repeated.
+pub fn stand_alone(chain: &Chain) -> Result<()> {
+    chain.0.iter().try_for_each(agrees_on_data_file)?;
+    let path = &chain.top().path;
+    let mut command = qemu_img("rebase");
+    command.args(["-q", "-b", "", "--"]).arg(blockdev::describe(&chain.0, Access::Write)?);
+    succeeded(&program::run(command, None)?, "qemu-img cannot make the image stand alone", path)?;
+    let now = header_of(chain.top())?.expect("only qcow2 has a backing image");
+    match now.backing {
+        None => fsync(path),
+        Some(_) => Err(Error::new(Kind::Refused, "qemu-img left the image with its backing image").path(path)),
+    }
+}
+
 /// Gives a qcow2 image without backing image, which nobody else has open, another size. What is beyond a smaller one is
 /// gone; what a larger one has more reads as zeros. Durable when it returns.
 pub fn resize(path: &Path, size: DiskSize) -> Result<()> {
@@ -277,7 +296,8 @@ fn agrees_on_data_file(layer: &Layer) -> Result<()> {
     Err(Error::new(Kind::Conflict, "the image and the chain disagree about an external data file").path(&layer.path))
 }
 
-fn fsync(path: &Path) -> Result<()> {
+/// What was written of the image is durable when this returns.
+pub fn fsync(path: &Path) -> Result<()> {
     std::fs::File::open(path)
         .and_then(|f| f.sync_all())
         .map_err(|e| Error::io("cannot make the image durable", path, e))

@@ -16,11 +16,13 @@ use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::hypervisor::Power;
 use crate::hypervisor::machine::Machines;
-use crate::name::{DomainName, DomainUuid, Generation, PointId};
+use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId};
 use crate::replica::upkeep::{Held, Promoting};
+use crate::replicate::generation;
 use crate::replicate::journal::{read_json, replace, sync_dir, to_json};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -41,6 +43,19 @@ pub struct FailoverRecord {
     pub dir: PathBuf,
     pub stage: Stage,
     pub started_at: Timestamp,
+    /// See [`detach`](super::detach): the disks that stand alone, durably.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub detached: Vec<DiskName>,
+    /// Who had the images open when the next one of them was begun.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detaching_in: Option<Instance>,
+}
+
+/// One running of a domain: libvirt counts anew after each boot of the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Instance {
+    pub id: u32,
+    pub boot: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -56,15 +71,37 @@ pub enum Stage {
     Undoing,
     /// It is what the domain is now.
     Committed,
+    /// The same, and it is given images of its own.
+    Detaching,
+    /// They are complete; the replica may not know yet.
+    Detached,
 }
 
-/// Of the overlays of a domain's failover.
-pub fn dir_name(uuid: &DomainUuid) -> String {
-    format!("vr-failover-{uuid}")
+/// A name for the overlays of a domain's failover: the first, and others where images of an earlier one have stayed.
+fn dir_name(uuid: &DomainUuid, n: u32) -> String {
+    match n {
+        1 => format!("vr-failover-{uuid}"),
+        n => format!("vr-failover-{uuid}.{n}"),
+    }
+}
+
+/// Whether a directory of this name is one of a failover of this domain.
+fn is_dir_name(uuid: &DomainUuid, name: &OsStr) -> bool {
+    let rest = name.to_str().and_then(|name| name.strip_prefix(&dir_name(uuid, 1)));
+    rest.is_some_and(|rest| rest.is_empty() || rest.strip_prefix('.').is_some_and(|n| n.parse::<u32>().is_ok()))
+}
+
+/// Where in `images` the overlays of a failover that was not begun yet would lie: images of an earlier one that a domain was
+/// given for its own ([`detach`](super::detach)) may lie there still.
+pub fn free_dir(images: &Path, uuid: &DomainUuid) -> PathBuf {
+    let mut dirs = (1..).map(|n| images.join(dir_name(uuid, n)));
+    dirs.find(|dir| fs::symlink_metadata(dir).is_err()).expect("numbers do not end before directories do")
 }
 
 /// One domain's state of failover, with its lock held. Released when dropped, also by `kill -9`.
 pub struct FailoverState {
+    /// This host's own state.
+    state: PathBuf,
     dir: PathBuf,
     _lock: File,
 }
@@ -80,7 +117,7 @@ impl FailoverState {
         let file = options.write(true).create(true).truncate(false).mode(0o600).open(&path);
         let file = file.map_err(|e| Error::io("cannot open the failover's lock", &path, e))?;
         match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(FailoverState { dir, _lock: file }),
+            Ok(()) => Ok(FailoverState { state: state.to_owned(), dir, _lock: file }),
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 Err(Error::new(Kind::Busy, "another program works on this failover").path(path))
             }
@@ -93,12 +130,12 @@ impl FailoverState {
     }
 
     /// Durable when it returns.
-    fn write(&self, record: &FailoverRecord) -> Result<()> {
+    pub(super) fn write(&self, record: &FailoverRecord) -> Result<()> {
         replace(&self.dir, RECORD, &to_json(record))
     }
 
     /// Durable when it returns.
-    fn close(&self) -> Result<()> {
+    pub(super) fn close(&self) -> Result<()> {
         let path = self.dir.join(RECORD);
         fs::remove_file(&path).map_err(|e| Error::io("cannot remove the record of the failover", &path, e))?;
         sync_dir(&self.dir)
@@ -117,13 +154,18 @@ fn peek_in(dir: &Path) -> Result<Option<FailoverRecord>> {
         return Err(Error::new(Kind::Protocol, what).path(path));
     }
     // Whatever the record says, no other directory is ever removed.
-    match record.dir.file_name().is_some_and(|n| *n == *dir_name(&record.uuid)) {
+    match record.dir.file_name().is_some_and(|n| is_dir_name(&record.uuid, n)) {
         true => Ok(Some(record)),
         false => {
             Err(Error::new(Kind::Corrupt, "the record of a failover names a directory that is not a failover's")
                 .path(path))
         }
     }
+}
+
+/// The record of a domain's failover, read without its lock.
+pub fn peek(state: &Path, uuid: &DomainUuid) -> Result<Option<FailoverRecord>> {
+    peek_in(&state_dir(state, uuid))
 }
 
 /// Failovers of this host that were cut short on their way up or down, read without their locks.
@@ -137,7 +179,7 @@ pub fn left_behind(state: &Path) -> Result<Vec<FailoverRecord>> {
     let mut left = Vec::new();
     for entry in entries.flatten() {
         if let Some(record) = peek_in(&entry.path())?
-            && matches!(record.stage, Stage::Begun | Stage::Made | Stage::Undoing)
+            && !matches!(record.stage, Stage::Running | Stage::Committed)
         {
             left.push(record);
         }
@@ -175,6 +217,8 @@ pub enum Next {
     Nothing,
     /// It is being thrown away: that comes to its end first.
     FinishUndo,
+    /// It is given images of its own, which may be a mixture now: that comes to its end first.
+    FinishDetach,
 }
 
 /// From what is recorded and how the domain stands: what the command to fail over has to do.
@@ -186,7 +230,8 @@ pub fn next(stage: Option<Stage>, power: Option<Power>) -> Next {
         (Some(Stage::Begun), false) => Next::Remake,
         (Some(Stage::Begun), true) => Next::Start,
         (Some(Stage::Undoing), _) => Next::FinishUndo,
-        (Some(Stage::Running | Stage::Committed), true) => Next::Nothing,
+        (Some(Stage::Running | Stage::Committed | Stage::Detaching | Stage::Detached), true) => Next::Nothing,
+        (Some(Stage::Detaching | Stage::Detached), false) => Next::FinishDetach,
         (Some(Stage::Made | Stage::Running | Stage::Committed), _) => Next::Start,
     }
 }
@@ -198,33 +243,7 @@ pub fn run(ports: &Ports, state: &FailoverState, plan: &Plan, held: &dyn Held) -
     let recorded = state.record()?;
     let power = ports.machines.power(plan.uuid)?;
     let todo = next(recorded.as_ref().map(|r| r.stage), power);
-    let mut record = match (todo, recorded) {
-        (Next::FinishUndo, Some(record)) => {
-            let what = format!("the failover of {} is being undone", record.started_at);
-            return Err(Error::new(Kind::Conflict, what)
-                .hint("run `virt-replica failover DOMAIN --undo --lose-its-writes` to its end first"));
-        }
-        // Nobody was told of that point yet, and there may be a newer one.
-        (Next::Remake, Some(record)) if ports.replica.promoted()?.is_none() => {
-            FailoverRecord { point: held.point().id.clone(), frozen_at: held.point().frozen_at, ..record }
-        }
-        (_, Some(record)) if record.point != held.point().id => {
-            let what =
-                format!("the domain was brought up here from point {}, not from {}", record.point, held.point().id);
-            return Err(Error::new(Kind::Conflict, what).hint("undo that failover first, or leave --point out"));
-        }
-        (_, Some(record)) => record,
-        (_, None) => FailoverRecord {
-            format: 1,
-            domain: plan.domain.clone(),
-            uuid: plan.uuid.clone(),
-            point: held.point().id.clone(),
-            frozen_at: held.point().frozen_at,
-            dir: plan.dir.clone(),
-            stage: Stage::Begun,
-            started_at: (ports.clock)(),
-        },
-    };
+    let mut record = record_for(ports, plan, held, (todo, recorded))?;
     if todo == Next::Nothing {
         return Ok(record);
     }
@@ -232,6 +251,8 @@ pub fn run(ports: &Ports, state: &FailoverState, plan: &Plan, held: &dyn Held) -
         state.write(&record)?;
         failpoint!("f1");
         (ports.say)("refusing the source from now on");
+        // Whoever goes on from a point replicates it further as of its generation at least.
+        generation::raise(&state.state, plan.uuid, held.point().generation)?;
         ports.replica.promote(&record.point)?;
         failpoint!("f2");
         (ports.say)("laying overlays on the point");
@@ -257,13 +278,55 @@ pub fn run(ports: &Ports, state: &FailoverState, plan: &Plan, held: &dyn Held) -
     Ok(record)
 }
 
+/// The record to go on with: a new one, or what an earlier attempt left, if it is of this point.
+fn record_for(
+    ports: &Ports,
+    plan: &Plan,
+    held: &dyn Held,
+    begun: (Next, Option<FailoverRecord>),
+) -> Result<FailoverRecord> {
+    Ok(match begun {
+        (Next::FinishUndo, Some(record)) => {
+            let what = format!("the failover of {} is being undone", record.started_at);
+            return Err(Error::new(Kind::Conflict, what)
+                .hint("run `virt-replica failover DOMAIN --undo --lose-its-writes` to its end first"));
+        }
+        (Next::FinishDetach, Some(_)) => {
+            return Err(Error::new(Kind::Conflict, "the domain was being given images of its own")
+                .hint("run `virt-replica detach DOMAIN` to its end first: the images may be a mixture now"));
+        }
+        // Nobody was told of that point yet, and there may be a newer one.
+        (Next::Remake, Some(record)) if ports.replica.promoted()?.is_none() => {
+            FailoverRecord { point: held.point().id.clone(), frozen_at: held.point().frozen_at, ..record }
+        }
+        (_, Some(record)) if record.point != held.point().id => {
+            let what =
+                format!("the domain was brought up here from point {}, not from {}", record.point, held.point().id);
+            return Err(Error::new(Kind::Conflict, what).hint("undo that failover first, or leave --point out"));
+        }
+        (_, Some(record)) => record,
+        (_, None) => FailoverRecord {
+            format: 1,
+            domain: plan.domain.clone(),
+            uuid: plan.uuid.clone(),
+            point: held.point().id.clone(),
+            frozen_at: held.point().frozen_at,
+            dir: plan.dir.clone(),
+            stage: Stage::Begun,
+            started_at: (ports.clock)(),
+            detached: Vec::new(),
+            detaching_in: None,
+        },
+    })
+}
+
 /// Throws the failover away: the domain is ended here, what it wrote is lost, and its source may replicate again.
 pub fn undo(ports: &Ports, state: &FailoverState) -> Result<FailoverRecord> {
     let Some(mut record) = state.record()? else {
         // The record is removed last: what is left is at most a promotion that nobody remembers.
         return Err(Error::new(Kind::NotFound, "there is no failover of this domain to undo"));
     };
-    if record.stage == Stage::Committed {
+    if matches!(record.stage, Stage::Committed | Stage::Detaching | Stage::Detached) {
         return Err(Error::new(
             Kind::Refused,
             "the failover was committed: what runs here is the domain, and there is no way back by undoing it",
@@ -290,15 +353,18 @@ pub fn undo(ports: &Ports, state: &FailoverState) -> Result<FailoverRecord> {
 pub fn commit(ports: &Ports, state: &FailoverState) -> Result<(FailoverRecord, Generation)> {
     let mut record =
         state.record()?.ok_or_else(|| Error::new(Kind::NotFound, "there is no failover of this domain to commit"))?;
-    if !matches!(record.stage, Stage::Running | Stage::Committed) {
+    if matches!(record.stage, Stage::Begun | Stage::Made | Stage::Undoing) {
         return Err(Error::new(Kind::Conflict, "the failover has not come to its end")
             .hint("run the same command as before to its end first"));
     }
     // First what can be repeated: a record that said so, with a replica that did not, would let an old source in.
     let generation = ports.replica.commit()?;
     failpoint!("f13");
-    record.stage = Stage::Committed;
-    state.write(&record)?;
+    generation::raise(&state.state, &record.uuid, generation)?;
+    if record.stage == Stage::Running {
+        record.stage = Stage::Committed;
+        state.write(&record)?;
+    }
     failpoint!("f14");
     Ok((record, generation))
 }

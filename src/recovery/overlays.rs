@@ -9,7 +9,7 @@ use crate::replica::Attachment;
 use crate::replica::upkeep::Held;
 use crate::replicate::journal::{Stamp, sync_dir};
 use std::fs;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// QEMU's sector: an image's size is a multiple of this.
@@ -82,6 +82,29 @@ pub fn let_qemu_pass(held: &dyn Held, qemu_uid: Option<u32>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Whether overlays in `dir`, where so many bytes are free, can take all that they have only by the point.
+/// [`Kind::Space`] otherwise.
+pub fn room_for_all(held: &dyn Held, dir: &Path, free_bytes: Option<u64>) -> Result<()> {
+    let mut needed = 0;
+    for disk in &held.point().disks {
+        let mut occupied = 0;
+        for layer in held.images(&disk.name)?.0 {
+            let at = |e| Error::io("cannot look at the point's image", &layer.path, e);
+            occupied += fs::metadata(&layer.path).map_err(at)?.blocks() * 512;
+        }
+        // What lower images have may be hidden by upper ones; more than the disk it cannot be.
+        needed += occupied.min(disk.size.0);
+    }
+    match free_bytes {
+        Some(free) if free < needed => {
+            let what =
+                format!("{} MiB are free, and up to {} MiB would be copied", free >> 20, needed.div_ceil(1 << 20));
+            Err(Error::new(Kind::Space, what).path(dir).hint("make room there first"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Removes `dir` and all in it; no error if it is not there. The caller answers for it that it is ours.

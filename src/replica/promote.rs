@@ -5,7 +5,8 @@
 //! - From the return of [`Promoting::promote`] every run is refused, durably, whatever its generation; one that was under way
 //!   keeps the lock, and so keeps the promotion from happening.
 //! - The point's lease is there before the manifest says that it is promoted, and until it says so no more.
-//! - A promotion that is withdrawn has changed nothing of any point.
+//! - A promotion that is withdrawn, or over, has changed nothing of any point.
+//! - A source of an older generation than the one that a promotion was committed or concluded with is refused for ever.
 
 use super::lease::Leases;
 use super::store::{Store, publish};
@@ -71,6 +72,22 @@ impl Promoting for Store {
             publish(&dir, &manifest)?;
         }
         Ok(manifest.generation)
+    }
+
+    fn conclude(&self, generation: Generation) -> Result<()> {
+        let (dir, _lock, mut manifest) = self.to_change()?;
+        if generation < manifest.generation {
+            let what = format!(
+                "the replica is of generation {}: a domain of generation {generation} is older",
+                manifest.generation
+            );
+            return Err(Error::new(Kind::Refused, what));
+        }
+        if manifest.promotion.take().is_some() || manifest.generation < generation {
+            manifest.generation = generation;
+            publish(&dir, &manifest)?;
+        }
+        Leases::let_go(&dir)
     }
 }
 

@@ -73,6 +73,11 @@ pub trait Promoting: Send + Sync {
 
     /// There is no way back: the generation rises, durably. Gives the new one; the second time the same.
     fn commit(&self) -> Result<Generation>;
+
+    /// The promotion is over, also a committed one: the domain here stands alone, or lives elsewhere again. Runs of `generation` and
+    /// later are accepted, older ones are not; durable. No error if there is no promotion; [`Kind::Refused`](crate::error::Kind::Refused)
+    /// if `generation` is older than the replica.
+    fn conclude(&self, generation: Generation) -> Result<()>;
 }
 
 /// That the domain was brought up on the host of the store.

@@ -41,7 +41,7 @@ use crate::hypervisor::guest::GuestAgent;
 use crate::hypervisor::{Backups, DomainView, Hypervisor, Tracking};
 use crate::image::open::{OpenOptions, Opened};
 use crate::image::{Chain, Image};
-use crate::name::{DiskName, DomainUuid, Generation, RunId};
+use crate::name::{DiskName, DomainUuid, RunId};
 use crate::patch::Compression;
 use crate::replica::{BeginDisk, BeginPoint, DiskStats, Mode, PointView, Replica, SealDisk, SealPoint};
 use jiff::Timestamp;
@@ -89,8 +89,6 @@ pub struct Request {
     pub open: OpenOptions,
     /// Keep secrets (graphics passwords) in the definitions that travel with the point.
     pub with_secrets: bool,
-    /// The generation this host replicates as.
-    pub generation: Generation,
     pub workers: usize,
     pub compression: Compression,
     /// How fast the run may send; `None`: as fast as it goes.

@@ -2,7 +2,7 @@
 //! images (I1). One small document per domain, replaced whole: a torn record cannot exist.
 //!
 //! `STATE/domains/UUID/` holds `lock` (who works on the domain), `record.json` (only while a run is open; `backup.json`
-//! instead while one by backup is), `thaw.json` (only while the guest is owed a thaw), `after-freeze.json` (only while a hook is), `last.json` (the newest report) and `history.jsonl` (all reports). A copy of the record's identity lies in the domain's own
+//! instead while one by backup is), `thaw.json` (only while the guest is owed a thaw), `after-freeze.json` (only while a hook is), `last.json` (the newest report) and `history.jsonl` (all reports), `generation.json` ([`generation`](super::generation)). A copy of the record's identity lies in the domain's own
 //! `<metadata>`, which survives the loss of this directory and travels with the domain.
 //!
 //! Format: docs/formats/journal.md.
@@ -370,7 +370,7 @@ pub fn known_domains(state: &Path) -> Result<Vec<DomainUuid>> {
     Ok(uuids)
 }
 
-fn domain_dir(state: &Path, uuid: &DomainUuid) -> PathBuf {
+pub(super) fn domain_dir(state: &Path, uuid: &DomainUuid) -> PathBuf {
     state.join("domains").join(uuid.as_str())
 }
 

@@ -14,6 +14,7 @@ pub mod decide;
 pub mod doctor;
 pub mod forecast;
 pub mod freeze_hooks;
+pub mod generation;
 pub mod journal;
 mod marks;
 pub mod observe;

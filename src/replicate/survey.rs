@@ -5,6 +5,7 @@
 use super::choice::{self, CaptureKind, CaptureWish, CommitFacts, choose};
 use super::cycle::{Ports, Request};
 use super::forecast::{self, Room};
+use super::generation::generation;
 use super::journal;
 use super::observe;
 use super::offline;
@@ -58,7 +59,8 @@ pub fn make_plan(ports: &Ports, request: &Request, domain: &DomainView, replica:
         .filter(|d| d.kind == DiskKind::Image)
         .map(|disk| disk_facts(ports, request, domain, disk, head, capture.kind))
         .collect();
-    let mut plan = plan(domain, &facts, replica, request.generation, &request.plan, capture);
+    let generation = generation(&request.state, &domain.uuid)?;
+    let mut plan = plan(domain, &facts, replica, generation, &request.plan, capture);
     forecast::foresee(&mut plan, &facts, replica, &past, (ports.clock)(), &request.plan.space);
     Ok(plan)
 }

@@ -5,15 +5,16 @@ use crate::error::{Error, Kind, Result};
 use crate::hypervisor::Power;
 use crate::hypervisor::libvirt::LibvirtHypervisor;
 use crate::hypervisor::machine::Machines as _;
-use crate::name::{DomainName, DomainUuid, Generation, PointId};
+use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId};
 use crate::recovery::definition::{self, Definition, Macs, Nics, Wish};
 use crate::recovery::failover::{self, FailoverRecord, FailoverState};
 use crate::recovery::mapping::{MacPolicy, Mapping};
 use crate::recovery::ready::{self, Finding, Room};
-use crate::recovery::{definition_of, drill, drills, overlays};
+use crate::recovery::{definition_of, detach, drill, drills, overlays};
 use crate::replica::store::{self, Store};
 use crate::replica::upkeep::Held;
 use crate::replica::{PointView, ReplicaView};
+use crate::replicate::generation;
 use crate::replicate::room::free_bytes;
 use jiff::Timestamp;
 use std::path::{Path, PathBuf};
@@ -102,7 +103,7 @@ impl Here {
     /// The definition of a failover.
     fn definition_here(&self, found: &Found, held: &dyn Held) -> Result<Definition> {
         let mapping = &self.options.mapping;
-        let overlays = overlays::named(held, &mapping.images_dir().join(failover::dir_name(&found.uuid)));
+        let overlays = overlays::named(held, &self.failover_dir(&found.uuid)?);
         let wish = Wish {
             name: found.name.clone(),
             uuid: found.uuid.clone(),
@@ -117,6 +118,12 @@ impl Here {
             nvram: overlays.nvram.clone(),
         };
         definition::render(&definition_of(held)?, &wish, mapping)
+    }
+
+    /// Where the overlays of this domain's failover lie, or would.
+    fn failover_dir(&self, uuid: &DomainUuid) -> Result<PathBuf> {
+        let recorded = failover::peek(&self.options.state, uuid)?.map(|record| record.dir);
+        Ok(recorded.unwrap_or_else(|| failover::free_dir(self.options.mapping.images_dir(), uuid)))
     }
 
     /// As [`Here::find`]; without a point it is the one that was promoted, if any was.
@@ -159,7 +166,7 @@ impl Here {
             }
         }
         overlays::let_qemu_pass(held, host.qemu_uid)?;
-        let dir = self.options.mapping.images_dir().join(failover::dir_name(&found.uuid));
+        let dir = self.failover_dir(&found.uuid)?;
         let plan = failover::Plan { domain: &found.name, uuid: &found.uuid, dir, definition: &definition };
         let store = self.store(&found.uuid)?;
         failover::run(&self.failover_ports(&store, say), state, &plan, held)
@@ -181,6 +188,35 @@ impl Here {
         let found = self.find(name_or_uuid, None)?;
         let (state, store) = (FailoverState::open(&self.options.state, &found.uuid)?, self.store(&found.uuid)?);
         failover::commit(&self.failover_ports(&store, say), &state).map_err(|e| e.domain(&found.name))
+    }
+
+    /// Gives a domain that was brought up here for good images of its own: see [`detach::run`]. Told in words what is done, and of
+    /// each disk the bytes done and in all.
+    pub fn detach(
+        &self,
+        name_or_uuid: &str,
+        rate_bytes: Option<u64>,
+        (say, progress): (&dyn Fn(&str), &dyn Fn(&DiskName, u64, u64)),
+        stop: &AtomicBool,
+    ) -> Result<detach::Detached> {
+        let found = self.find(name_or_uuid, None)?;
+        let (state, store) = (FailoverState::open(&self.options.state, &found.uuid)?, self.store(&found.uuid)?);
+        let ports = detach::Ports { flattening: &self.hypervisor, replica: &store, say, progress };
+        let generation = generation::generation(&self.options.state, &found.uuid)?;
+        let record = state.record()?;
+        let held = match &record {
+            Some(record) if record.stage != failover::Stage::Detached => {
+                let held = self.hold(&self.find(name_or_uuid, Some(&record.point))?, "detach")?;
+                if record.stage == failover::Stage::Committed {
+                    overlays::room_for_all(held.as_ref(), &record.dir, free_bytes(&record.dir))?;
+                }
+                Some(held)
+            }
+            _ => None,
+        };
+        let done = detach::run(&ports, &state, held.as_deref(), generation, rate_bytes, stop);
+        held.into_iter().for_each(Held::release);
+        done.map_err(|e| e.domain(&found.name))
     }
 
     /// Settles what earlier drills left, then drills this point: see [`drill::run`].

@@ -24,7 +24,8 @@ impl OnB<'_> {
 
 impl Drop for OnB<'_> {
     fn drop(&mut self) {
-        let script = r#"virsh -q destroy "$1" || true; virsh -q undefine --nvram "$1" || true; rm -rf "${2:?}""#;
+        let script =
+            r#"virsh -q destroy "$1" || true; virsh -q undefine --nvram "$1" || true; rm -rf "${2:?}" "${2:?}".[0-9]*"#;
         Host::B.run(&["bash", "-c", script, "clean", &self.0.name, &self.overlays()]);
     }
 }

@@ -1,0 +1,78 @@
+//! `detach`: images of its own for a domain that was brought up on this host for good.
+
+use super::Globals;
+use super::here::HereArgs;
+use super::output::{Exit, Output};
+use clap::Args;
+use virt_replica::error::Result;
+
+#[derive(Debug, Args)]
+pub struct DetachArgs {
+    /// Name or UUID of the domain
+    domain: String,
+    /// Copy at most so much in a second (100M) [default: as fast as it goes]
+    #[arg(long, value_name = "SIZE", value_parser = super::render::parse_bytes)]
+    rate: Option<u64>,
+    #[command(flatten)]
+    here: HereArgs,
+    /// Print JSON for scripts
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[cfg(not(feature = "libvirt"))]
+pub fn detach(_: &DetachArgs, _: &Globals, _: Output) -> Result<Exit> {
+    super::no_libvirt("detach")
+}
+
+#[cfg(feature = "libvirt")]
+pub use act::detach;
+
+#[cfg(feature = "libvirt")]
+mod act {
+    use super::*;
+    use crate::cli::output::{Message, print};
+    use crate::cli::{progress, render, signals};
+    use serde_json::json;
+    use std::cell::Cell;
+    use virt_replica::name::DiskName;
+
+    pub fn detach(args: &DetachArgs, globals: &Globals, output: Output) -> Result<Exit> {
+        let stop = signals::listen_saying(
+            "leaving it to QEMU, which goes on copying (again: at once)",
+            "ended at once; `virt-replica detach` again goes on from there",
+        )?;
+        let here = args.here.connect(globals)?;
+        // A reader that has gone away must not end it in the middle.
+        let say = |what: &str| match (output.json, output.quiet) {
+            (true, _) => drop(Message { message_type: "step", body: json!({ "what": what }) }.print()),
+            (false, true) => {}
+            (false, false) => progress::say(what),
+        };
+        let said = Cell::new(0);
+        let progress = |disk: &DiskName, done: u64, total: u64| {
+            let tenth = (done * 10).checked_div(total).unwrap_or(0);
+            if said.replace(tenth) != tenth {
+                say(&format!("disk {disk}: {} of {} are looked at", render::bytes(done), render::bytes(total)));
+            }
+        };
+        let done = here.detach(&args.domain, args.rate, (&say, &progress), stop)?;
+        let (record, warnings) = (&done.record, &done.warnings);
+        match output.json {
+            true => {
+                let body = json!({
+                    "domain": record.domain, "uuid": record.uuid, "point": record.point, "images": record.dir,
+                    "disks": record.detached, "warnings": warnings,
+                });
+                Message { message_type: "detach", body }.print()?;
+            }
+            false => {
+                let mut lines = vec![format!("{} has images of its own, in {}", record.domain, record.dir.display())];
+                lines.push(render::wrap("  ", &format!("point {} is not read by it any more", record.point)));
+                lines.extend(warnings.iter().map(|w| render::wrap("warning: ", w)));
+                print(&lines.join("\n"))?;
+            }
+        }
+        Ok(Exit::Done)
+    }
+}
