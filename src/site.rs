@@ -10,6 +10,8 @@ use crate::image::qemu_nbd::QemuNbd;
 use crate::name::{DiskName, DomainName, DomainUuid, PointId};
 use crate::plain::target::{LocalOptions, LocalTarget};
 use crate::plain::{PlainTarget, Wish};
+#[cfg(feature = "libvirt")]
+use crate::recovery::bringup::BringUp;
 use crate::replica::ReplicaView;
 use crate::replica::store::{self, Limits, Store};
 use crate::replica::upkeep::Held as _;
@@ -26,6 +28,8 @@ use std::time::Duration;
 
 #[cfg(feature = "libvirt")]
 pub mod here;
+#[cfg(feature = "libvirt")]
+pub mod near;
 
 #[cfg(feature = "libvirt")]
 pub use source::{Site, SiteOptions};
@@ -80,7 +84,7 @@ impl Connection {
         }
         let transport: Box<dyn Transport> = match &self.target {
             TargetUrl::Ssh(host) => Box::new(SshTransport::connect(host, self.ssh.clone())?),
-            TargetUrl::Local { root } => Box::new(LocalTransport::new(root, None)?),
+            TargetUrl::Local { root } => Box::new(LocalTransport::new(root, None)?.serving(self.ssh.service)),
         };
         let client = Arc::new(AgentClient::connect(transport.as_ref())?);
         *session = Some(Session { client: client.clone(), _transport: transport });
@@ -98,6 +102,43 @@ impl Connection {
 /// `limits` are what this host demands, whoever asks.
 pub fn serve_agent(root: &Path, limits: Limits) -> Result<()> {
     serve_stdio(&LocalStores { root: root.to_owned(), limits }, ServeOptions::default())
+}
+
+/// The same, and brings up what is in the store where it is asked to: only then `connect` is called, so that runs go on
+/// without libvirt, and whatever the mapping says.
+#[cfg(feature = "libvirt")]
+pub fn serve_failover(root: &Path, limits: Limits, connect: &dyn Fn() -> Result<here::Here>) -> Result<()> {
+    let stores = LocalStores { root: root.to_owned(), limits };
+    serve_stdio(&Bringing { stores, connect, here: std::cell::OnceCell::new() }, ServeOptions::default())
+}
+
+#[cfg(feature = "libvirt")]
+struct Bringing<'a> {
+    stores: LocalStores,
+    connect: &'a dyn Fn() -> Result<here::Here>,
+    here: std::cell::OnceCell<here::Here>,
+}
+
+#[cfg(feature = "libvirt")]
+impl ReplicaOpener for Bringing<'_> {
+    fn open(&self, uuid: &DomainUuid) -> Result<Box<dyn Served>> {
+        self.stores.open(uuid)
+    }
+
+    fn find(&self, name: &str) -> Result<Vec<(DomainUuid, DomainName)>> {
+        self.stores.find(name)
+    }
+
+    fn bring_up(&self, uuid: &DomainUuid) -> Result<Box<dyn BringUp + '_>> {
+        let here = match self.here.get() {
+            Some(here) => here,
+            None => {
+                let here = (self.connect)()?;
+                self.here.get_or_init(|| here)
+            }
+        };
+        Ok(Box::new(here.domain(uuid)))
+    }
 }
 
 /// Runs the agent for the images below `root` on this process's stdin and stdout, until the client's end or its silence.

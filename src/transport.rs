@@ -19,14 +19,20 @@ pub enum Service {
     Store,
     /// Images below its root.
     Images,
+    /// The store at its root, and bringing up what is in it.
+    Failover,
 }
 
 impl Service {
     /// What follows the program's name.
     pub fn words(self, root: &Path) -> Vec<String> {
-        let images = (self == Service::Images).then(|| "--images".to_owned());
+        let more = match self {
+            Service::Store => None,
+            Service::Images => Some("--images".to_owned()),
+            Service::Failover => Some("--failover".to_owned()),
+        };
         let root = ["--root".to_owned(), root.to_string_lossy().into_owned()];
-        std::iter::once("agent".to_owned()).chain(images).chain(root).collect()
+        std::iter::once("agent".to_owned()).chain(more).chain(root).collect()
     }
 }
 

@@ -9,15 +9,19 @@
 //!
 //! Format and sequence: docs/formats/wire.md. Fixtures: tests/fixtures/formats/v1/wire-*.
 
+pub mod bringup;
+mod failure;
 pub mod plain;
 pub mod upkeep;
+
+pub use failure::{WireContext, WireError};
 
 use crate::block::BlockIndex;
 use crate::block::digest::{BLOCK_PIECES, BlockPieces, Digest, PieceDigest};
 use crate::error::{Error, Kind, Result, printable};
 use crate::name::{DiskName, DomainName, DomainUuid, PointId};
 use crate::replica::{Attachment, BeginPoint, Begun, DiskApplied, PointView, ReplicaView, SealPoint, VerifyReport};
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::fmt;
 use std::io::{self, BufRead, IoSlice, Read, Write};
@@ -41,7 +45,8 @@ pub const JUNK_MAX: usize = 64 << 10;
 
 const BANNER_MAX: usize = 256;
 const FLAG_MORE: u8 = 1;
-const TEXT_MAX: usize = 4 << 10;
+/// Longest words of progress: they fit their frame, however they are escaped.
+const WORDS_MAX: usize = 500;
 
 /// Who says a banner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -375,6 +380,10 @@ pub enum Request {
     Plain {
         ask: plain::Ask,
     },
+    BringUp {
+        uuid: DomainUuid,
+        ask: bringup::Ask,
+    },
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -391,12 +400,26 @@ pub enum Reply {
     Verify { report: VerifyReport },
     Upkeep { told: upkeep::Told },
     Plain { told: plain::Told },
+    BringUp { told: bringup::Told },
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Progress {
     pub done_bytes: u64,
     pub total_bytes: u64,
+    /// What is done now, where that is not told in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub words: Option<String>,
+}
+
+impl Progress {
+    pub fn bytes(done_bytes: u64, total_bytes: u64) -> Progress {
+        Progress { done_bytes, total_bytes, words: None }
+    }
+
+    pub fn words(words: &str) -> Progress {
+        Progress { words: Some(printable(words, WORDS_MAX)), ..Progress::default() }
+    }
 }
 
 /// Patches for this replica are dropped from now on, for this reason, until its next `Begin` or `Abandon`.
@@ -404,99 +427,6 @@ pub struct Progress {
 pub struct Failed {
     pub replica: Handle,
     pub error: WireError,
-}
-
-/// An [`Error`] on its way: what the caller must do, a sentence, the place, the cause in words.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct WireError {
-    /// A kind this side does not know reads as [`Kind::Refused`].
-    #[serde(deserialize_with = "known_kind")]
-    pub kind: Kind,
-    pub what: String,
-    #[serde(default)]
-    pub context: WireContext,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub hint: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cause: Option<String>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct WireContext {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub domain: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub disk: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub point: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub path: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub offset_bytes: Option<u64>,
-}
-
-fn known_kind<'de, D: Deserializer<'de>>(input: D) -> Result<Kind, D::Error> {
-    let word = String::deserialize(input)?;
-    Ok(serde_json::from_value(serde_json::Value::String(word)).unwrap_or(Kind::Refused))
-}
-
-impl From<&Error> for WireError {
-    fn from(error: &Error) -> Self {
-        let short = |text: &str| printable(text, TEXT_MAX);
-        let context = error.context();
-        let mut causes = Vec::new();
-        let mut cause = std::error::Error::source(error);
-        while let (Some(c), true) = (cause, causes.len() < 8) {
-            causes.push(c.to_string());
-            cause = c.source();
-        }
-        WireError {
-            kind: error.kind(),
-            what: short(error.what()),
-            context: WireContext {
-                domain: context.domain.as_deref().map(short),
-                disk: context.disk.as_deref().map(short),
-                point: context.point.as_deref().map(short),
-                path: context.path.as_ref().map(|p| short(&p.to_string_lossy())),
-                offset_bytes: context.offset_bytes,
-            },
-            hint: error.hint_text().map(short),
-            cause: (!causes.is_empty()).then(|| short(&causes.join(": "))),
-        }
-    }
-}
-
-impl WireError {
-    /// The error as this side reports it. `host`: where it happened, if not here. The words of the other side are
-    /// made fit for a terminal.
-    pub fn into_error(self, host: Option<&str>) -> Error {
-        let what = printable(&self.what, TEXT_MAX);
-        let mut error = Error::new(self.kind, host.map_or_else(|| what.clone(), |host| format!("on {host}: {what}")));
-        let context = self.context;
-        if let Some(domain) = context.domain {
-            error = error.domain(printable(&domain, TEXT_MAX));
-        }
-        if let Some(disk) = context.disk {
-            error = error.disk(printable(&disk, TEXT_MAX));
-        }
-        if let Some(point) = context.point {
-            error = error.point(printable(&point, TEXT_MAX));
-        }
-        if let Some(path) = context.path {
-            error = error.path(printable(&path, TEXT_MAX));
-        }
-        if let Some(offset) = context.offset_bytes {
-            error = error.offset(offset);
-        }
-        if let Some(hint) = self.hint {
-            error = error.hint(printable(&hint, TEXT_MAX));
-        }
-        if let Some(cause) = self.cause {
-            error = error.source(printable(&cause, TEXT_MAX));
-        }
-        error
-    }
 }
 
 /// JSON of a control message. The types of this module always have one.

@@ -23,12 +23,14 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("config", &["error", "name", "policy", "transport", "replicate", "units", "yaml"]),
     ("patch", &["error", "name", "block"]),
     ("retention", &["error", "name"]),
-    ("wire", &["error", "name", "block", "replica", "plain"]),
+    // What travels of a failover are its own records and findings: plain data.
+    ("wire", &["error", "name", "block", "replica", "plain", "recovery"]),
     ("image", &["error", "block"]),
     ("transport", &["error"]),
     ("hypervisor", &["error", "name", "block", "image"]),
     ("replica", &["error", "failpoint", "name", "block", "patch", "image"]),
-    ("agent", &["error", "failpoint", "name", "block", "patch", "wire", "transport", "replica", "plain"]),
+    // It serves three ports: Replica, PlainTarget and BringUp.
+    ("agent", &["error", "failpoint", "name", "block", "patch", "wire", "transport", "replica", "plain", "recovery"]),
     ("replicate", &["error", "failpoint", "hook", "name", "block", "patch", "image", "hypervisor", "replica", "units"]),
     ("recovery", &["error", "failpoint", "name", "block", "yaml", "image", "hypervisor", "replica", "replicate"]),
     // Images that are no domain's: the same engine, and neither store nor libvirt.

@@ -262,6 +262,10 @@ impl Shared {
     }
 
     pub(super) fn reply(&self, id: u64, progress: &mut dyn FnMut(u64, u64)) -> Result<Reply> {
+        self.reply_told(id, &mut |p| progress(p.done_bytes, p.total_bytes))
+    }
+
+    pub(super) fn reply_told(&self, id: u64, progress: &mut dyn FnMut(&Progress)) -> Result<Reply> {
         match self.answer(id, progress)? {
             (FrameKind::Reply, payload) => decode("reply", &payload).map_err(|e| self.at_host(e)),
             (kind, _) => Err(self.at_host(protocol(format!("a {kind:?} frame instead of a reply")))),
@@ -285,7 +289,7 @@ impl Shared {
     }
 
     /// Waits for a whole answer; an `Error` answer is returned as one.
-    pub(super) fn answer(&self, id: u64, progress: &mut dyn FnMut(u64, u64)) -> Result<(FrameKind, Vec<u8>)> {
+    pub(super) fn answer(&self, id: u64, progress: &mut dyn FnMut(&Progress)) -> Result<(FrameKind, Vec<u8>)> {
         enum News {
             Progress(Progress),
             Answer((FrameKind, Vec<u8>)),
@@ -300,7 +304,7 @@ impl Shared {
                 slot.progress.take().map(News::Progress)
             });
             match news {
-                Ok(News::Progress(p)) => progress(p.done_bytes, p.total_bytes),
+                Ok(News::Progress(p)) => progress(&p),
                 Ok(News::Answer((FrameKind::Error, payload))) => {
                     let error: WireError = decode("error", &payload).map_err(|e| self.at_host(e))?;
                     return Err(error.into_error(Some(&self.host)));

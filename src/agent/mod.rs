@@ -7,10 +7,12 @@
 //!
 //! Protocol: docs/formats/wire.md. The other side: [`client`].
 
+mod bringup;
 pub mod client;
 mod patience;
 mod plain;
 pub mod remote;
+pub mod remote_bringup;
 pub mod remote_plain;
 mod remote_upkeep;
 mod upkeep;
@@ -19,6 +21,7 @@ use crate::block::BlockIndex;
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, DomainName, DomainUuid};
 use crate::plain::{PlainTarget, Wish};
+use crate::recovery::bringup::BringUp;
 use crate::replica::upkeep::Upkeep;
 use crate::replica::{ATTACHMENT_MAX, Attachment, BeginPoint, Begun, DiskTarget, NODES_MAX, Replica, check_blocks};
 use crate::transport::pipe::{PipeReader, PipeWriter};
@@ -53,6 +56,13 @@ pub trait ReplicaOpener {
         Err(Error::new(Kind::Refused, "this agent serves a store, and no images beside it")
             .path(&wish.path)
             .hint("its host has to allow `virt-replica agent --images --root DIR`"))
+    }
+
+    /// How a domain is brought up on this host, where such is done.
+    fn bring_up(&self, uuid: &DomainUuid) -> Result<Box<dyn BringUp + '_>> {
+        Err(Error::new(Kind::Refused, "this agent keeps replicas, and brings nothing up")
+            .domain(uuid)
+            .hint("its host has to allow `virt-replica agent --failover --root DIR`"))
     }
 }
 
@@ -318,7 +328,7 @@ impl<W: Write> Session<'_, W> {
                 let mut progress = |done_bytes, total_bytes| {
                     if last.elapsed() >= PROGRESS_INTERVAL {
                         last = Instant::now();
-                        let message = encode(&Progress { done_bytes, total_bytes });
+                        let message = encode(&Progress::bytes(done_bytes, total_bytes));
                         // A client that is gone is noticed by the answer.
                         let _ = output.send(FrameKind::Progress, id, &message);
                     }
@@ -327,6 +337,7 @@ impl<W: Write> Session<'_, W> {
             }
             Request::Upkeep { replica, ask } => self.upkeep(id, replica, ask)?,
             Request::Plain { ask } => self.plain(id, ask)?,
+            Request::BringUp { uuid, ask } => self.bring_up(id, &uuid, ask)?,
         })
     }
 

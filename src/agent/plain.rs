@@ -55,7 +55,8 @@ impl<W: Write> Session<'_, W> {
                     if last.elapsed() >= super::PROGRESS_INTERVAL {
                         last = Instant::now();
                         // A client that is gone is noticed by the answer.
-                        let _ = output.send(FrameKind::Progress, id, &encode(&Progress { done_bytes, total_bytes }));
+                        let _ =
+                            output.send(FrameKind::Progress, id, &encode(&Progress::bytes(done_bytes, total_bytes)));
                     }
                 };
                 Told::Read { whole: self.open_image(image)?.target.read(&mut progress)? }

@@ -62,7 +62,7 @@ impl DiskTarget for RemoteReplica {
         let (start, end) = (range.start, range.end);
         let shared = self.shared();
         let id = shared.ask(&Request::Nodes { replica: self.handle, disk: disk.clone(), level, start, end })?;
-        match shared.answer(id, &mut |_, _| {})? {
+        match shared.answer(id, &mut |_| {})? {
             (FrameKind::Nodes, payload) => {
                 decode_nodes(&payload, count as usize).map_err(|e| shared.at_host(e).disk(disk))
             }
@@ -78,7 +78,7 @@ impl DiskTarget for RemoteReplica {
         let shared = self.shared();
         let request = Request::Pieces { replica: self.handle, disk: disk.clone(), blocks: blocks.to_vec() };
         let id = shared.ask(&request)?;
-        match shared.answer(id, &mut |_, _| {})? {
+        match shared.answer(id, &mut |_| {})? {
             (FrameKind::Pieces, payload) => {
                 decode_pieces(&payload, blocks.len()).map_err(|e| shared.at_host(e).disk(disk))
             }

@@ -102,7 +102,7 @@ impl RemoteStream {
     fn answer(&mut self) -> Result<Option<Vec<u8>>> {
         let shared = &self.client.shared;
         let Some(id) = self.asked.pop_front() else { return Ok(None) };
-        match shared.answer(id, &mut |_, _| {})? {
+        match shared.answer(id, &mut |_| {})? {
             (FrameKind::Data, bytes) => Ok(Some(bytes)),
             (kind, _) => Err(shared.at_host(protocol(format!("a {kind:?} frame instead of data")))),
         }

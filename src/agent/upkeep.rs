@@ -79,7 +79,8 @@ impl<W: Write> Session<'_, W> {
                     if last.elapsed() >= super::PROGRESS_INTERVAL {
                         last = Instant::now();
                         // A client that is gone is noticed by the answer.
-                        let _ = output.send(FrameKind::Progress, id, &encode(&Progress { done_bytes, total_bytes }));
+                        let _ =
+                            output.send(FrameKind::Progress, id, &encode(&Progress::bytes(done_bytes, total_bytes)));
                     }
                 };
                 Told::Prune { report: self.at(handle)?.replica.prune(&remove, &mut progress)? }

@@ -16,9 +16,13 @@ pub struct HereArgs {
 }
 
 #[cfg(feature = "libvirt")]
+pub use connect::connect;
+
+#[cfg(feature = "libvirt")]
 mod connect {
     use super::super::Globals;
     use super::*;
+    use std::path::Path;
     use virt_replica::error::Result;
     use virt_replica::recovery::mapping::{MAPPING_FILE, Mapping};
     use virt_replica::site::here::{Here, HereOptions};
@@ -26,14 +30,15 @@ mod connect {
     impl HereArgs {
         /// Reads the mapping and connects to libvirt.
         pub fn connect(&self, globals: &Globals) -> Result<Here> {
-            let beside = globals.config_path().with_file_name(MAPPING_FILE);
-            let mapping = Mapping::load(self.mapping.as_deref().unwrap_or(&beside), self.mapping.is_some())?;
-            Here::connect(HereOptions {
-                uri: globals.uri(),
-                root: self.root.clone(),
-                state: globals.state_dir.clone(),
-                mapping,
-            })
+            connect(globals, &self.root, self.mapping.as_deref())
         }
+    }
+
+    /// The same, for a store and a mapping that were named otherwise.
+    pub fn connect(globals: &Globals, root: &Path, mapping: Option<&Path>) -> Result<Here> {
+        let beside = globals.config_path().with_file_name(MAPPING_FILE);
+        let mapping = Mapping::load(mapping.unwrap_or(&beside), mapping.is_some())?;
+        let (uri, state) = (globals.uri(), globals.state_dir.clone());
+        Here::connect(HereOptions { uri, root: root.to_owned(), state, mapping })
     }
 }

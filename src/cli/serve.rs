@@ -19,6 +19,13 @@ pub struct AgentArgs {
     /// Serve the images below the root to `copy` and `diff`, and no store
     #[arg(long, conflicts_with_all = ["min_age", "max_depth"])]
     images: bool,
+    /// Also bring domains up from the store, or end them, when a source asks for it in a planned failover
+    #[arg(long, conflicts_with = "images")]
+    failover: bool,
+    /// What networks, machine types and paths of the source are here [default: recovery.yaml beside the configuration]
+    #[arg(long, value_name = "FILE", requires = "failover")]
+    #[cfg_attr(not(feature = "libvirt"), expect(dead_code, reason = "nothing is brought up"))]
+    mapping: Option<PathBuf>,
     /// Remove no point younger than this, whatever a client asks for (7d, 12h)
     #[arg(long, value_name = "AGE", default_value = "0s", value_parser = super::render::parse_age)]
     min_age: Duration,
@@ -40,8 +47,23 @@ pub fn agent(args: &AgentArgs, globals: &Globals) -> Result<Exit> {
         site::serve_images(&args.root, &globals.state_dir)?;
         return Ok(Exit::Done);
     }
-    site::serve_agent(&args.root, Limits { min_age: args.min_age, depth_max: args.max_depth })?;
+    let limits = Limits { min_age: args.min_age, depth_max: args.max_depth };
+    match args.failover {
+        true => serve_failover(args, limits, globals)?,
+        false => site::serve_agent(&args.root, limits)?,
+    }
     Ok(Exit::Done)
+}
+
+#[cfg(feature = "libvirt")]
+fn serve_failover(args: &AgentArgs, limits: Limits, globals: &Globals) -> Result<()> {
+    let connect = || super::here::connect(globals, &args.root, args.mapping.as_deref());
+    site::serve_failover(&args.root, limits, &connect)
+}
+
+#[cfg(not(feature = "libvirt"))]
+fn serve_failover(_: &AgentArgs, _: Limits, _: &Globals) -> Result<()> {
+    super::no_libvirt("agent --failover").map(drop)
 }
 
 #[cfg(feature = "libvirt")]

@@ -16,7 +16,7 @@ use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::hypervisor::Power;
 use crate::hypervisor::machine::Machines;
-use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId};
+use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
 use crate::replica::upkeep::{Held, Promoting};
 use crate::replicate::generation;
 use crate::replicate::journal::{read_json, replace, sync_dir, to_json};
@@ -28,6 +28,17 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 const RECORD: &str = "record.json";
+
+/// Handovers that were called off, whether or not they had begun.
+const CALLED_OFF: &str = "called-off.json";
+/// Of so many an order is known to be too late. One that is older has had no living connection for long.
+const CALLED_OFF_MAX: usize = 64;
+
+#[derive(Default, Serialize, Deserialize)]
+struct CalledOff {
+    format: u32,
+    handovers: Vec<RunId>,
+}
 
 /// A failover, from its first step until it was undone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,6 +86,13 @@ pub enum Stage {
     Detaching,
     /// They are complete; the replica may not know yet.
     Detached,
+}
+
+impl Stage {
+    /// There is no way back by undoing.
+    pub fn is_committed(self) -> bool {
+        matches!(self, Stage::Committed | Stage::Detaching | Stage::Detached)
+    }
 }
 
 /// A name for the overlays of a domain's failover: the first, and others where images of an earlier one have stayed.
@@ -129,6 +147,25 @@ impl FailoverState {
         peek_in(&self.dir)
     }
 
+    /// Refuses every order of this handover from now on; durable when it returns. Whoever holds the lock at the same time as
+    /// such an order has seen it, or will be seen by it.
+    pub fn call_off(&self, handover: &RunId) -> Result<()> {
+        if self.is_called_off(handover)? {
+            return Ok(());
+        }
+        let mut all = read_json::<CalledOff>(&self.dir.join(CALLED_OFF))?.unwrap_or_default();
+        all.format = 1;
+        all.handovers.push(handover.clone());
+        let old = all.handovers.len().saturating_sub(CALLED_OFF_MAX);
+        all.handovers.drain(..old);
+        replace(&self.dir, CALLED_OFF, &to_json(&all))
+    }
+
+    pub fn is_called_off(&self, handover: &RunId) -> Result<bool> {
+        let all = read_json::<CalledOff>(&self.dir.join(CALLED_OFF))?;
+        Ok(all.is_some_and(|all| all.handovers.contains(handover)))
+    }
+
     /// Durable when it returns.
     pub(super) fn write(&self, record: &FailoverRecord) -> Result<()> {
         replace(&self.dir, RECORD, &to_json(record))
@@ -140,6 +177,11 @@ impl FailoverState {
         fs::remove_file(&path).map_err(|e| Error::io("cannot remove the record of the failover", &path, e))?;
         sync_dir(&self.dir)
     }
+}
+
+/// The record of a domain's failover, read without its lock.
+pub fn peek(state: &Path, uuid: &DomainUuid) -> Result<Option<FailoverRecord>> {
+    peek_in(&state_dir(state, uuid))
 }
 
 fn state_dir(state: &Path, uuid: &DomainUuid) -> PathBuf {
@@ -161,11 +203,6 @@ fn peek_in(dir: &Path) -> Result<Option<FailoverRecord>> {
                 .path(path))
         }
     }
-}
-
-/// The record of a domain's failover, read without its lock.
-pub fn peek(state: &Path, uuid: &DomainUuid) -> Result<Option<FailoverRecord>> {
-    peek_in(&state_dir(state, uuid))
 }
 
 /// Failovers of this host that were cut short on their way up or down, read without their locks.
@@ -326,7 +363,7 @@ pub fn undo(ports: &Ports, state: &FailoverState) -> Result<FailoverRecord> {
         // The record is removed last: what is left is at most a promotion that nobody remembers.
         return Err(Error::new(Kind::NotFound, "there is no failover of this domain to undo"));
     };
-    if matches!(record.stage, Stage::Committed | Stage::Detaching | Stage::Detached) {
+    if record.stage.is_committed() {
         return Err(Error::new(
             Kind::Refused,
             "the failover was committed: what runs here is the domain, and there is no way back by undoing it",

@@ -2,10 +2,12 @@
 //!
 //! [`definition`] makes of the source's definition one that may be started here, [`ready`] says beforehand whether it can
 //! be. Both are pure. [`mapping`] is what the operator says of this host's networks, machines and paths. [`drill`] and
-//! [`failover`] act, [`detach`] gives what was brought up images of its own.
+//! [`failover`] act, [`detach`] gives what was brought up images of its own; [`bringup`] is the port to all that, here or on another
+//! host.
 //!
 //! A point is never booted itself (I20): the guest writes to overlays. Crash order: docs/recovery.md.
 
+pub mod bringup;
 pub mod definition;
 pub mod detach;
 pub mod drill;

@@ -7,7 +7,7 @@ use super::mapping::Attach;
 use crate::hypervisor::machine::{Capabilities, HostView};
 use crate::name::{DomainName, DomainUuid};
 use crate::replica::{PointView, ReplicaView};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
 /// Memory that this host's own programs keep, on top of what the guest is given.
@@ -17,18 +17,18 @@ const MEMORY_SPARE: u64 = 64 << 20;
 const ROOM_MIN: u64 = 1 << 30;
 
 /// The answer to one question.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finding {
     pub question: Question,
     pub color: Color,
     /// A sentence.
     pub what: String,
     /// What to do, in the imperative; of a red finding always there.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub advice: Option<String>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Color {
     Green,
@@ -36,7 +36,7 @@ pub enum Color {
     Red,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Question {
     Point,

@@ -75,7 +75,15 @@ impl Here {
         Ok(Found { uuid, name, view, point })
     }
 
-    fn store(&self, uuid: &DomainUuid) -> Result<Store> {
+    pub(super) fn state(&self) -> &Path {
+        &self.options.state
+    }
+
+    pub(super) fn hypervisor(&self) -> &LibvirtHypervisor {
+        &self.hypervisor
+    }
+
+    pub(super) fn store(&self, uuid: &DomainUuid) -> Result<Store> {
         Store::open(&self.options.root, uuid, Timestamp::now)
     }
 
@@ -141,8 +149,18 @@ impl Here {
         if let Some(uri) = ask {
             source_runs(uri, found, say)?;
         }
+        self.failover_as(&state, found, say)
+    }
+
+    /// The same, by who holds its lock.
+    pub(super) fn failover_as(
+        &self,
+        state: &FailoverState,
+        found: &Found,
+        say: &dyn Fn(&str),
+    ) -> Result<FailoverRecord> {
         let held = self.hold(found, "failover")?;
-        let done = self.failover_from(found, held.as_ref(), &state, say);
+        let done = self.failover_from(found, held.as_ref(), state, say);
         held.release();
         done.map_err(|e| e.domain(&found.name))
     }
@@ -179,8 +197,13 @@ impl Here {
     /// See [`failover::undo`].
     pub fn undo_failover(&self, name_or_uuid: &str, say: &dyn Fn(&str)) -> Result<FailoverRecord> {
         let found = self.find(name_or_uuid, None)?;
-        let (state, store) = (FailoverState::open(&self.options.state, &found.uuid)?, self.store(&found.uuid)?);
-        failover::undo(&self.failover_ports(&store, say), &state).map_err(|e| e.domain(&found.name))
+        self.undo_as(&FailoverState::open(&self.options.state, &found.uuid)?, &found, say)
+    }
+
+    /// The same, by who holds its lock.
+    pub(super) fn undo_as(&self, state: &FailoverState, found: &Found, say: &dyn Fn(&str)) -> Result<FailoverRecord> {
+        let store = self.store(&found.uuid)?;
+        failover::undo(&self.failover_ports(&store, say), state).map_err(|e| e.domain(&found.name))
     }
 
     /// See [`failover::commit`].

@@ -1,0 +1,36 @@
+//! The agent's side of bringing a domain up, where its host has it do so. It obeys or refuses: what may run there is
+//! [`super::ReplicaOpener::bring_up`]'s to say.
+
+use super::{Answer, Session};
+use crate::error::Result;
+use crate::name::DomainUuid;
+use crate::wire::bringup::{Ask, Told};
+use crate::wire::{FrameKind, Progress, Reply, encode};
+use std::io::Write;
+
+impl<W: Write> Session<'_, W> {
+    pub(super) fn bring_up(&mut self, id: u64, uuid: &DomainUuid, ask: Ask) -> Result<Answer> {
+        let domain = self.opener.bring_up(uuid)?;
+        let output = self.output;
+        let say = |words: &str| {
+            // A client that is gone is noticed by the answer; what was begun comes to its end all the same.
+            let _ = output.send(FrameKind::Progress, id, &encode(&Progress::words(words)));
+        };
+        let told = match ask {
+            Ask::Ready { point } => Told::Ready { readiness: domain.ready(point.as_ref())? },
+            Ask::State {} => Told::State { standing: domain.state()? },
+            Ask::BringUp { order } => Told::BringUp { record: domain.bring_up(&order, &say)? },
+            Ask::CallOff { order } => {
+                domain.call_off(&order, &say)?;
+                Told::CallOff {}
+            }
+            Ask::Undo {} => Told::Undo { record: domain.undo(&say)? },
+            Ask::Commit {} => Told::Commit { generation: domain.commit(&say)? },
+        };
+        Ok(Reply::BringUp { told }.into())
+    }
+}
+
+#[cfg(test)]
+#[path = "bringup_tests.rs"]
+mod tests;

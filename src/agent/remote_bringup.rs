@@ -1,0 +1,83 @@
+//! Bringing a domain up on the agent's host: every method of [`BringUp`] is one message to the agent.
+
+use super::client::AgentClient;
+use crate::error::{Result, printable};
+use crate::name::{DomainUuid, Generation, PointId};
+use crate::recovery::bringup::{BringUp, Order, Readiness, Standing};
+use crate::recovery::failover::FailoverRecord;
+use crate::wire::bringup::{Ask, Told};
+use crate::wire::{Reply, Request, protocol};
+use std::sync::Arc;
+
+/// One domain on the agent's host.
+#[derive(Debug)]
+pub struct RemoteBringUp {
+    client: Arc<AgentClient>,
+    uuid: DomainUuid,
+}
+
+impl AgentClient {
+    /// Asks nothing yet.
+    pub fn bring_up(self: &Arc<Self>, uuid: &DomainUuid) -> RemoteBringUp {
+        RemoteBringUp { client: Arc::clone(self), uuid: uuid.clone() }
+    }
+}
+
+impl RemoteBringUp {
+    fn ask<T>(&self, ask: Ask, say: &dyn Fn(&str), take: impl FnOnce(Told) -> Option<T>) -> Result<T> {
+        let shared = &self.client.shared;
+        let id = shared.ask(&Request::BringUp { uuid: self.uuid.clone(), ask })?;
+        let reply = shared.reply_told(id, &mut |progress| {
+            if let Some(words) = &progress.words {
+                say(&printable(words, 500));
+            }
+        });
+        match reply? {
+            Reply::BringUp { told } => {
+                take(told).ok_or_else(|| shared.at_host(protocol("the answer is to another question")))
+            }
+            other => Err(shared.other_reply("bring_up", &other)),
+        }
+    }
+}
+
+impl BringUp for RemoteBringUp {
+    fn ready(&self, point: Option<&PointId>) -> Result<Readiness> {
+        self.ask(Ask::Ready { point: point.cloned() }, &|_| {}, |told| match told {
+            Told::Ready { readiness } => Some(readiness),
+            _ => None,
+        })
+    }
+
+    fn state(&self) -> Result<Standing> {
+        self.ask(Ask::State {}, &|_| {}, |told| match told {
+            Told::State { standing } => Some(standing),
+            _ => None,
+        })
+    }
+
+    fn bring_up(&self, order: &Order, say: &dyn Fn(&str)) -> Result<FailoverRecord> {
+        self.ask(Ask::BringUp { order: order.clone() }, say, |told| match told {
+            Told::BringUp { record } => Some(record),
+            _ => None,
+        })
+    }
+
+    fn call_off(&self, order: &Order, say: &dyn Fn(&str)) -> Result<()> {
+        self.ask(Ask::CallOff { order: order.clone() }, say, |told| matches!(told, Told::CallOff {}).then_some(()))
+    }
+
+    fn undo(&self, say: &dyn Fn(&str)) -> Result<FailoverRecord> {
+        self.ask(Ask::Undo {}, say, |told| match told {
+            Told::Undo { record } => Some(record),
+            _ => None,
+        })
+    }
+
+    fn commit(&self, say: &dyn Fn(&str)) -> Result<Generation> {
+        self.ask(Ask::Commit {}, say, |told| match told {
+            Told::Commit { generation } => Some(generation),
+            _ => None,
+        })
+    }
+}

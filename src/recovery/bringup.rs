@@ -1,0 +1,74 @@
+//! The port to a host that can bring a domain up from its replica: of one domain, on this host or on another.
+//!
+//! Who asks may lose the answer, and an order may come late. So every verb may be repeated; [`BringUp::state`] says how it
+//! stands; and an order bears the handover that it belongs to, so that one which was called off is refused for ever.
+//!
+//! Near: `site::near`. Far: the agent's client. What the verbs do: [`super::failover`], docs/recovery.md.
+
+use super::failover::FailoverRecord;
+use super::ready::{Color, Finding};
+use crate::error::Result;
+use crate::hypervisor::Power;
+use crate::name::{Generation, PointId, RunId};
+use crate::replica::upkeep::Promoted;
+use serde::{Deserialize, Serialize};
+
+/// One domain, on the host of its replica. Methods block; `say` is told what is done now, in words.
+pub trait BringUp {
+    /// Whether the domain could be brought up there from this point (`None`: the head). Touches nothing.
+    /// [`NotFound`](crate::error::Kind::NotFound) where there is no replica, or no such point.
+    fn ready(&self, point: Option<&PointId>) -> Result<Readiness>;
+
+    /// How it stands there. Waits for nobody, also not for a verb that is at work.
+    fn state(&self) -> Result<Standing>;
+
+    /// Brings the domain up from exactly this point, or goes on where an earlier order of it was left: durable, and started,
+    /// when it returns. [`Busy`](crate::error::Kind::Busy) while another hand is at work, [`Refused`](crate::error::Kind::Refused)
+    /// once the handover was called off. After [`Unavailable`](crate::error::Kind::Unavailable) and
+    /// [`Interrupted`](crate::error::Kind::Interrupted) it may have been done, or be done yet: ask [`BringUp::state`].
+    fn bring_up(&self, order: &Order, say: &dyn Fn(&str)) -> Result<FailoverRecord>;
+
+    /// Calls an order off: what it brought up is ended there, what the guest wrote there is lost, and an order of the same
+    /// handover that comes later is refused. Durable when it returns: from then on the source may run the domain.
+    /// [`Conflict`](crate::error::Kind::Conflict) where the domain was brought up from another point, `Refused` once that was
+    /// committed; nothing was called off then.
+    fn call_off(&self, order: &Order, say: &dyn Fn(&str)) -> Result<()>;
+
+    /// Throws away whatever failover there is; `NotFound` without one.
+    fn undo(&self, say: &dyn Fn(&str)) -> Result<FailoverRecord>;
+
+    /// Makes the failover the truth: it cannot be undone any more. Gives the generation from then on.
+    fn commit(&self, say: &dyn Fn(&str)) -> Result<Generation>;
+}
+
+/// What is to be brought up, and for which handover.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Order {
+    pub handover: RunId,
+    pub point: PointId,
+}
+
+/// Whether a point could be brought up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Readiness {
+    pub point: PointId,
+    pub findings: Vec<Finding>,
+}
+
+impl Readiness {
+    /// The first finding that keeps it from being tried.
+    pub fn red(&self) -> Option<&Finding> {
+        self.findings.iter().find(|f| f.color == Color::Red)
+    }
+}
+
+/// How a domain stands on the host of its replica.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Standing {
+    /// The promotion that is in force: while there is one the source is refused.
+    pub promoted: Option<Promoted>,
+    /// The failover on record.
+    pub failover: Option<FailoverRecord>,
+    /// `None`: libvirt there does not know the domain.
+    pub power: Option<Power>,
+}
