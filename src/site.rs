@@ -7,7 +7,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::Layer;
 use crate::image::open::{self, OpenOptions};
 use crate::image::qemu_nbd::QemuNbd;
-use crate::name::{DiskName, DomainName, DomainUuid, PointId};
+use crate::name::{DiskName, DomainName, DomainUuid, PointId, RunId};
 use crate::plain::target::{LocalOptions, LocalTarget};
 use crate::plain::{PlainTarget, Wish};
 #[cfg(feature = "libvirt")]
@@ -26,6 +26,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+#[cfg(feature = "libvirt")]
+pub mod give_way;
 #[cfg(feature = "libvirt")]
 pub mod here;
 #[cfg(feature = "libvirt")]
@@ -52,6 +54,16 @@ pub fn open_options(readers: usize) -> OpenOptions {
 /// Threads that read, hash and compress: one a core, up to eight; beyond, one ssh stream is narrower than they are.
 pub fn workers() -> usize {
     std::thread::available_parallelism().map_or(2, |n| n.get()).clamp(1, 8)
+}
+
+/// The name of a new run: 64 random bits.
+pub fn new_run() -> Result<RunId> {
+    let mut bits = [0u8; 8];
+    let got = rustix::rand::getrandom(&mut bits, rustix::rand::GetRandomFlags::empty())
+        .map_err(|e| Error::from_io("cannot draw random bits", e.into()))?;
+    // The kernel never cuts a request this short once its pool is ready, and waits until it is.
+    assert_eq!(got, bits.len(), "getrandom gives up to 256 bytes whole");
+    Ok(RunId::from_bits(u64::from_le_bytes(bits)))
 }
 
 /// The way to a target: one ssh master and one session with its agent, shared by everything that is done there.

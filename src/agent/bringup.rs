@@ -25,6 +25,7 @@ impl<W: Write> Session<'_, W> {
                 Told::CallOff {}
             }
             Ask::Undo {} => Told::Undo { record: domain.undo(&say)? },
+            Ask::GiveWay {} => Told::GiveWay { gave_way: domain.give_way(&say)? },
             Ask::Commit {} => Told::Commit { generation: domain.commit(&say)? },
         };
         Ok(Reply::BringUp { told }.into())

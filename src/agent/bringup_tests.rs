@@ -6,6 +6,7 @@ use crate::error::{Error, Kind, Result};
 use crate::name::{DomainName, DomainUuid, Generation, PointId, RunId};
 use crate::recovery::bringup::{BringUp, Order, Readiness, Standing};
 use crate::recovery::failover::{FailoverRecord, Stage};
+use crate::recovery::give_way::GaveWay;
 use crate::recovery::ready::{Color, Finding, Question};
 use crate::transport::pipe::{PipeReader, PipeWriter};
 use crate::transport::{Channel, Closer, Transport};
@@ -74,6 +75,10 @@ impl BringUp for Host {
     fn commit(&self, _: &dyn Fn(&str)) -> Result<Generation> {
         self.hears("commit");
         Ok(Generation(2))
+    }
+    fn give_way(&self, _: &dyn Fn(&str)) -> Result<GaveWay> {
+        self.hears("way");
+        Ok(GaveWay { point: Some(order().point) })
     }
 }
 
@@ -165,10 +170,18 @@ fn every_verb_arrives_and_every_answer_comes_back() {
         assert!(e.kind() == Kind::Refused && e.what().contains("on b: it was committed"), "{e}");
         far.undo(&|_| {}).unwrap();
         assert_eq!(far.commit(&|_| {}).unwrap(), Generation(2));
+        assert_eq!(far.give_way(&|_| {}).unwrap().point, Some(order().point));
     });
     let Order { handover, point } = order();
-    let all =
-        ["ready true", "ready false", &format!("up {handover} {point}"), &format!("off {handover}"), "undo", "commit"];
+    let all = [
+        "ready true",
+        "ready false",
+        &format!("up {handover} {point}"),
+        &format!("off {handover}"),
+        "undo",
+        "commit",
+        "way",
+    ];
     assert_eq!(*told.lock().unwrap(), all);
 }
 

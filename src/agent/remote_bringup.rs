@@ -5,6 +5,7 @@ use crate::error::{Result, printable};
 use crate::name::{DomainUuid, Generation, PointId};
 use crate::recovery::bringup::{BringUp, Order, Readiness, Standing};
 use crate::recovery::failover::FailoverRecord;
+use crate::recovery::give_way::GaveWay;
 use crate::wire::bringup::{Ask, Told};
 use crate::wire::{Reply, Request, protocol};
 use std::sync::Arc;
@@ -77,6 +78,13 @@ impl BringUp for RemoteBringUp {
     fn commit(&self, say: &dyn Fn(&str)) -> Result<Generation> {
         self.ask(Ask::Commit {}, say, |told| match told {
             Told::Commit { generation } => Some(generation),
+            _ => None,
+        })
+    }
+
+    fn give_way(&self, say: &dyn Fn(&str)) -> Result<GaveWay> {
+        self.ask(Ask::GiveWay {}, say, |told| match told {
+            Told::GiveWay { gave_way } => Some(gave_way),
             _ => None,
         })
     }

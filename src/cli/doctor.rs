@@ -111,6 +111,7 @@ mod examine {
                 let (what, command) = match record.stage {
                     Stage::Undoing => ("undoing of a failover to", format!("failover {name} --undo --lose-its-writes")),
                     Stage::Detaching | Stage::Detached => ("detaching from", format!("detach {name}")),
+                    Stage::HandingBack => ("failback after", format!("failback {name} --to HOME --home-loses")),
                     _ => ("failover to", format!("failover {name} --unplanned --source-is-dead")),
                 };
                 let explanation = vec![

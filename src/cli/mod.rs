@@ -13,6 +13,7 @@ mod export;
 mod failover;
 // A build without libvirt reads the arguments and goes no further.
 #[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
+mod give_way;
 mod here;
 mod limits;
 mod logging;
@@ -149,6 +150,8 @@ enum Command {
     Failover(failover::FailoverArgs),
     /// On a target: give a domain that was brought up here for good images of its own
     Detach(detach::DetachArgs),
+    /// On a host whose domain lives elsewhere by now: make what it has a point of its own store, and forget the domain
+    GiveWay(give_way::GiveWayArgs),
     /// Explain what is left of a run that was cut short, and mend it on request
     Doctor(doctor::DoctorArgs),
     /// Check policies, and say what they mean and when
@@ -201,6 +204,7 @@ impl Command {
             Command::Ready(args) => args.json,
             Command::Failover(args) => args.json,
             Command::Detach(args) => args.json,
+            Command::GiveWay(args) => args.json,
             Command::Drill(args) => args.json,
             Command::Seed(args) => args.json,
             Command::Policy(args) => args.json(),
@@ -237,6 +241,7 @@ pub fn main() -> ExitCode {
         Command::Ready(args) => ready::ready(args, &cli.globals, output),
         Command::Failover(args) => failover::failover(args, &cli.globals, output),
         Command::Detach(args) => detach::detach(args, &cli.globals, output),
+        Command::GiveWay(args) => give_way::give_way(args, &cli.globals, output),
         Command::Drill(args) => drill::drill(args, &cli.globals, output),
         Command::Seed(args) => seed::seed(args, output),
         Command::Policy(args) => policy::policy(args, &cli.globals, output),

@@ -3,8 +3,8 @@
 use super::Globals;
 use super::target::Target;
 use virt_replica::config::Config;
-use virt_replica::error::{Error, Result};
-use virt_replica::name::{DomainUuid, RunId};
+use virt_replica::error::Result;
+use virt_replica::name::DomainUuid;
 use virt_replica::patch::Compression;
 use virt_replica::policy::select::SeenDomain;
 use virt_replica::replicate::choice::CaptureWish;
@@ -12,6 +12,7 @@ use virt_replica::replicate::cycle::Request;
 use virt_replica::replicate::freeze_hooks::FreezeHooks;
 use virt_replica::replicate::plan::PlanOptions;
 use virt_replica::replicate::settle::SettleOptions;
+pub use virt_replica::site::new_run;
 use virt_replica::site::{self, Site, SiteOptions};
 
 /// Overlays of block devices lie here unless a directory is configured: it exists wherever libvirt does, and QEMU
@@ -57,16 +58,6 @@ pub fn request(
         throttle: None,
         hooks: FreezeHooks::default(),
     })
-}
-
-/// The name of a new run: 64 random bits.
-pub fn new_run() -> Result<RunId> {
-    let mut bits = [0u8; 8];
-    let got = rustix::rand::getrandom(&mut bits, rustix::rand::GetRandomFlags::empty())
-        .map_err(|e| Error::from_io("cannot draw random bits", e.into()))?;
-    // The kernel never cuts a request this short once its pool is ready, and waits until it is.
-    assert_eq!(got, bits.len(), "getrandom gives up to 256 bytes whole");
-    Ok(RunId::from_bits(u64::from_le_bytes(bits)))
 }
 
 /// A new UUID, as random as they are.

@@ -6,6 +6,7 @@
 //! Near: `site::near`. Far: the agent's client. What the verbs do: [`super::failover`], docs/recovery.md.
 
 use super::failover::FailoverRecord;
+use super::give_way::GaveWay;
 use super::ready::{Color, Finding};
 use crate::error::Result;
 use crate::hypervisor::Power;
@@ -39,6 +40,10 @@ pub trait BringUp {
 
     /// Makes the failover the truth: it cannot be undone any more. Gives the generation from then on.
     fn commit(&self, say: &dyn Fn(&str)) -> Result<Generation>;
+
+    /// What the host itself has of the domain, which is off there, becomes a pinned point of its store, and its definition goes: see
+    /// [`give_way`](super::give_way).
+    fn give_way(&self, say: &dyn Fn(&str)) -> Result<GaveWay>;
 }
 
 /// What is to be brought up, and for which handover.

@@ -130,6 +130,10 @@ pub fn run(
             return Err(Error::new(Kind::Usage, "the point that the domain reads is not held"));
         }
         (Stage::Detached, _) => {}
+        (Stage::HandingBack, _) => {
+            return Err(Error::new(Kind::Refused, "the domain was handed on, and lives elsewhere")
+                .hint("run the same `virt-replica failback` to its end"));
+        }
         (Stage::Begun | Stage::Made | Stage::Running | Stage::Undoing, _) => {
             return Err(Error::new(Kind::Refused, "the failover was not committed: it may still be undone")
                 .hint("`virt-replica failover DOMAIN --commit` first"));

@@ -86,12 +86,14 @@ pub enum Stage {
     Detaching,
     /// They are complete; the replica may not know yet.
     Detached,
+    /// The domain lives elsewhere again: see [`hand_back`](super::hand_back).
+    HandingBack,
 }
 
 impl Stage {
     /// There is no way back by undoing.
     pub fn is_committed(self) -> bool {
-        matches!(self, Stage::Committed | Stage::Detaching | Stage::Detached)
+        matches!(self, Stage::Committed | Stage::Detaching | Stage::Detached | Stage::HandingBack)
     }
 }
 
@@ -256,6 +258,8 @@ pub enum Next {
     FinishUndo,
     /// It is given images of its own, which may be a mixture now: that comes to its end first.
     FinishDetach,
+    /// It lives elsewhere: what is left here goes first.
+    FinishHandingBack,
 }
 
 /// From what is recorded and how the domain stands: what the command to fail over has to do.
@@ -269,6 +273,7 @@ pub fn next(stage: Option<Stage>, power: Option<Power>) -> Next {
         (Some(Stage::Undoing), _) => Next::FinishUndo,
         (Some(Stage::Running | Stage::Committed | Stage::Detaching | Stage::Detached), true) => Next::Nothing,
         (Some(Stage::Detaching | Stage::Detached), false) => Next::FinishDetach,
+        (Some(Stage::HandingBack), _) => Next::FinishHandingBack,
         (Some(Stage::Made | Stage::Running | Stage::Committed), _) => Next::Start,
     }
 }
@@ -327,6 +332,10 @@ fn record_for(
             let what = format!("the failover of {} is being undone", record.started_at);
             return Err(Error::new(Kind::Conflict, what)
                 .hint("run `virt-replica failover DOMAIN --undo --lose-its-writes` to its end first"));
+        }
+        (Next::FinishHandingBack, Some(_)) => {
+            return Err(Error::new(Kind::Conflict, "the domain was handed on, and lives elsewhere")
+                .hint("run the same `virt-replica failback` to its end first"));
         }
         (Next::FinishDetach, Some(_)) => {
             return Err(Error::new(Kind::Conflict, "the domain was being given images of its own")
@@ -390,7 +399,7 @@ pub fn undo(ports: &Ports, state: &FailoverState) -> Result<FailoverRecord> {
 pub fn commit(ports: &Ports, state: &FailoverState) -> Result<(FailoverRecord, Generation)> {
     let mut record =
         state.record()?.ok_or_else(|| Error::new(Kind::NotFound, "there is no failover of this domain to commit"))?;
-    if matches!(record.stage, Stage::Begun | Stage::Made | Stage::Undoing) {
+    if matches!(record.stage, Stage::Begun | Stage::Made | Stage::Undoing | Stage::HandingBack) {
         return Err(Error::new(Kind::Conflict, "the failover has not come to its end")
             .hint("run the same command as before to its end first"));
     }

@@ -13,6 +13,8 @@ pub mod detach;
 pub mod drill;
 pub mod drills;
 pub mod failover;
+pub mod give_way;
+pub mod hand_back;
 pub mod mapping;
 pub mod overlays;
 #[cfg(test)]

@@ -33,8 +33,8 @@ pub struct HereOptions {
 }
 
 pub struct Here {
-    options: HereOptions,
-    hypervisor: LibvirtHypervisor,
+    pub(super) options: HereOptions,
+    pub(super) hypervisor: LibvirtHypervisor,
 }
 
 /// A replica of this host's store, and one of its points.

@@ -6,6 +6,7 @@ use crate::hypervisor::machine::Machines as _;
 use crate::name::{DomainUuid, Generation, PointId};
 use crate::recovery::bringup::{BringUp, Order, Readiness, Standing};
 use crate::recovery::failover::{self, FailoverRecord, FailoverState};
+use crate::recovery::give_way::GaveWay;
 use crate::replica::upkeep::Promoting as _;
 
 /// A domain of this host's store.
@@ -98,5 +99,9 @@ impl BringUp for HereDomain<'_> {
 
     fn commit(&self, say: &dyn Fn(&str)) -> Result<Generation> {
         self.here.commit_failover(self.uuid.as_str(), say).map(|(_, generation)| generation)
+    }
+
+    fn give_way(&self, say: &dyn Fn(&str)) -> Result<GaveWay> {
+        self.here.give_way(&self.uuid, say)
     }
 }

@@ -4,6 +4,7 @@
 use crate::name::{Generation, PointId};
 use crate::recovery::bringup::{Order, Readiness, Standing};
 use crate::recovery::failover::FailoverRecord;
+use crate::recovery::give_way::GaveWay;
 use serde::{Deserialize, Serialize};
 
 /// Each is answered by the [`Told`] of the same name.
@@ -16,6 +17,7 @@ pub enum Ask {
     CallOff { order: Order },
     Undo {},
     Commit {},
+    GiveWay {},
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -27,4 +29,5 @@ pub enum Told {
     CallOff {},
     Undo { record: FailoverRecord },
     Commit { generation: Generation },
+    GiveWay { gave_way: GaveWay },
 }

@@ -1,0 +1,81 @@
+//! What a host has of a domain that lives elsewhere by now gives way: its content becomes a point of the host's own store,
+//! pinned, and its definition goes. From then on the host is a target like any other: who has the domain sends only what
+//! differs from that point, and nothing of the old content is lost until somebody unpins it.
+//!
+//! Invariants
+//! - The definition goes last (k3), when the point is sealed (k1), which carries it, and pinned (k2).
+//! - A domain that runs here gives way to nobody.
+//!
+//! Steps: docs/recovery.md.
+
+use super::failover::FailoverRecord;
+use crate::error::{Error, Kind, Result};
+use crate::failpoint;
+use crate::hypervisor::Power;
+use crate::hypervisor::machine::Machines;
+use crate::name::{DomainUuid, PointId};
+use crate::replica::upkeep::Upkeep;
+use serde::{Deserialize, Serialize};
+
+/// Why such a point is pinned.
+pub const REASON: &str = "what this host had when its domain lived elsewhere; unpin it when nobody misses anything";
+
+/// What is needed of the world.
+pub struct Ports<'a> {
+    pub machines: &'a dyn Machines,
+    /// One run of the domain, which is off, into this host's own store; gives the sealed point.
+    pub run: &'a dyn Fn() -> Result<PointId>,
+    /// Of that store.
+    pub upkeep: &'a dyn Upkeep,
+    /// Told what is done now, in words.
+    pub say: &'a dyn Fn(&str),
+}
+
+/// What has given way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GaveWay {
+    /// The point that holds what the host had; `None`: libvirt knows no such domain, so there was nothing.
+    pub point: Option<PointId>,
+}
+
+/// Durable when it returns; takes as long as a first copy of the disks. `failover`: the domain reads a point of this store.
+/// [`Kind::Conflict`] if it runs here, [`Kind::Refused`] while it reads a point.
+pub fn run(ports: &Ports, uuid: &DomainUuid, failover: Option<&FailoverRecord>) -> Result<GaveWay> {
+    if let Some(record) = failover {
+        let what = format!("the domain reads point {} of this very store", record.point);
+        return Err(Error::new(Kind::Refused, what).domain(&record.domain).hint(match record.stage.is_committed() {
+            true => "`virt-replica detach DOMAIN` here first: it gives it images of its own",
+            false => "undo or commit that failover first",
+        }));
+    }
+    if !is_off(ports, uuid)? {
+        return Ok(GaveWay { point: None });
+    }
+    (ports.say)("keeping what this host has as a point of its own store");
+    let point = (ports.run)()?;
+    failpoint!("k1");
+    ports.upkeep.pin(&point, Some(REASON))?;
+    failpoint!("k2");
+    // A moment ago is not now: to undefine a running domain would only hide it.
+    if is_off(ports, uuid)? {
+        (ports.say)("removing its definition");
+        ports.machines.undefine(uuid)?;
+    }
+    failpoint!("k3");
+    Ok(GaveWay { point: Some(point) })
+}
+
+/// `false`: there is none.
+fn is_off(ports: &Ports, uuid: &DomainUuid) -> Result<bool> {
+    match ports.machines.power(uuid)? {
+        None => Ok(false),
+        Some(Power::Off) => Ok(true),
+        Some(Power::Running | Power::Paused) => {
+            Err(Error::new(Kind::Conflict, "the domain runs on this host: there is nothing to give way to")
+                .domain(uuid)
+                .hint(
+                    "if it lives elsewhere, two of them write now: shut one of them off, and decide which one counts",
+                ))
+        }
+    }
+}

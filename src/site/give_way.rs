@@ -1,0 +1,74 @@
+//! A run of a domain of this host into this host's own store: how it gives way to the domain that lives elsewhere.
+
+use super::here::Here;
+use super::{Connection, Site, SiteOptions, new_run, open_options, workers};
+use crate::error::{Error, Kind, Result};
+use crate::name::{DiskName, DomainUuid};
+use crate::patch::Compression;
+use crate::recovery::failover;
+use crate::recovery::give_way::{self, GaveWay, Ports};
+use crate::replica::Mode;
+use crate::replicate::cycle::{Request, Watch};
+use crate::replicate::freeze_hooks::FreezeHooks;
+use crate::replicate::plan::PlanOptions;
+use crate::replicate::pump::Progress;
+use crate::replicate::settle::SettleOptions;
+use crate::transport::ssh::SshOptions;
+use crate::transport::target::TargetUrl;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+/// The steps of such a run are not told: what counts is in its report.
+struct Quiet;
+
+impl Watch for Quiet {
+    fn step(&self, _: u8, _: &str) {}
+    fn disk(&self, _: &DiskName, _: u64, _: Mode, _: &Arc<Progress>) {}
+    fn tick(&self) {}
+    fn warn(&self, text: &str) {
+        tracing::warn!("{text}");
+    }
+}
+
+impl Here {
+    /// See [`give_way::run`].
+    pub fn give_way(&self, uuid: &DomainUuid, say: &dyn Fn(&str)) -> Result<GaveWay> {
+        let site = Site::connect(SiteOptions { uri: self.options.uri.clone(), state: self.options.state.clone() })?;
+        let connection = Connection::new(TargetUrl::Local { root: self.options.root.clone() }, SshOptions::default());
+        let run = || {
+            let (report, error) = site.sync(&connection, &self.own_run(uuid)?, &Quiet, &AtomicBool::new(false))?;
+            match (report.point, error) {
+                (_, Some(e)) => Err(e),
+                (Some(point), None) => Ok(point.id),
+                (None, None) => Err(Error::new(Kind::Refused, "the run made no point")),
+            }
+        };
+        let store = self.store(uuid)?;
+        let ports = Ports { machines: &self.hypervisor, run: &run, upkeep: &store, say };
+        let done = give_way::run(&ports, uuid, failover::peek(&self.options.state, uuid)?.as_ref());
+        connection.close()?;
+        done
+    }
+
+    /// A run of all disks of a domain that is off.
+    fn own_run(&self, uuid: &DomainUuid) -> Result<Request> {
+        let workers = workers();
+        Ok(Request {
+            domain: uuid.as_str().to_owned(),
+            target: TargetUrl::Local { root: self.options.root.clone() }.to_string(),
+            run: new_run()?,
+            state: self.options.state.clone(),
+            plan: PlanOptions {
+                block_overlay_dir: self.options.mapping.images_dir().to_owned(),
+                ..PlanOptions::default()
+            },
+            settle: SettleOptions::default(),
+            open: open_options(workers),
+            with_secrets: false,
+            workers,
+            compression: Compression::default(),
+            throttle: None,
+            hooks: FreezeHooks::default(),
+        })
+    }
+}
