@@ -37,6 +37,8 @@ mod crash_bench;
 mod crash_drill;
 #[path = "lab/suite/crash_failover.rs"]
 mod crash_failover;
+#[path = "lab/suite/crash_handover.rs"]
+mod crash_handover;
 #[path = "lab/suite/crash_hands.rs"]
 mod crash_hands;
 #[path = "lab/suite/crash_hooks.rs"]
@@ -58,8 +60,12 @@ mod daemon_soak;
 mod domain;
 #[path = "lab/suite/formats.rs"]
 mod formats;
+#[path = "lab/suite/handover.rs"]
+mod handover;
 #[path = "lab/suite/limits.rs"]
 mod limits;
+#[path = "lab/suite/migrate.rs"]
+mod migrate;
 #[path = "lab/suite/plain.rs"]
 mod plain;
 #[path = "lab/suite/points.rs"]

@@ -12,9 +12,14 @@ mod export;
 mod failover;
 // A build without libvirt reads the arguments and goes no further.
 #[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
+mod handover;
+// A build without libvirt reads the arguments and goes no further.
+#[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
 mod here;
 mod limits;
 mod logging;
+#[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
+mod migrate;
 // A build without libvirt prints less than it could.
 #[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
 mod output;
@@ -144,8 +149,10 @@ enum Command {
     Ready(ready::ReadyArgs),
     /// On a target: boot a throw-away copy of a point, and wait for evidence that it works
     Drill(drill::DrillArgs),
-    /// On a target: bring a domain up here without its source, or undo that
+    /// Hand a domain to its target, nothing lost; or, on a target, bring one up without its source
     Failover(failover::FailoverArgs),
+    /// Move a running domain to its target, down for no longer than it has to be
+    Migrate(Box<migrate::MigrateArgs>),
     /// Explain what is left of a run that was cut short, and mend it on request
     Doctor(doctor::DoctorArgs),
     /// Check policies, and say what they mean and when
@@ -198,6 +205,7 @@ impl Command {
             Command::Ready(args) => args.json,
             Command::Failover(args) => args.json,
             Command::Drill(args) => args.json,
+            Command::Migrate(args) => args.json,
             Command::Seed(args) => args.json,
             Command::Policy(args) => args.json(),
             Command::Copy(args) => args.json,
@@ -233,6 +241,7 @@ pub fn main() -> ExitCode {
         Command::Ready(args) => ready::ready(args, &cli.globals, output),
         Command::Failover(args) => failover::failover(args, &cli.globals, output),
         Command::Drill(args) => drill::drill(args, &cli.globals, output),
+        Command::Migrate(args) => migrate::migrate(args, &cli.globals, output),
         Command::Seed(args) => seed::seed(args, output),
         Command::Policy(args) => policy::policy(args, &cli.globals, output),
         Command::Daemon(args) => daemon::daemon(args, &cli.globals),

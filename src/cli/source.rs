@@ -62,6 +62,7 @@ pub fn request(
         compression: Compression::default(),
         throttle: None,
         hooks: FreezeHooks::default(),
+        handover: None,
     })
 }
 

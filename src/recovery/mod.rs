@@ -4,6 +4,8 @@
 //! be. Both are pure. [`mapping`] is what the operator says of this host's networks, machines and paths. [`drill`] and
 //! [`failover`] act; [`bringup`] is the port to both, here or on another host.
 //!
+//! At the source, [`handover`] is a planned failover and [`migrate`] what goes before it.
+//!
 //! A point is never booted itself (I20): the guest writes to overlays. Crash order: docs/recovery.md.
 
 pub mod bringup;
@@ -11,7 +13,9 @@ pub mod definition;
 pub mod drill;
 pub mod drills;
 pub mod failover;
+pub mod handover;
 pub mod mapping;
+pub mod migrate;
 pub mod overlays;
 #[cfg(test)]
 mod point_tests;
