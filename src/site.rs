@@ -29,6 +29,8 @@ use std::time::Duration;
 #[cfg(feature = "libvirt")]
 pub mod give_way;
 #[cfg(feature = "libvirt")]
+pub mod handover;
+#[cfg(feature = "libvirt")]
 pub mod here;
 #[cfg(feature = "libvirt")]
 pub mod near;
@@ -101,6 +103,16 @@ impl Connection {
         let client = Arc::new(AgentClient::connect(transport.as_ref())?);
         *session = Some(Session { client: client.clone(), _transport: transport });
         Ok(client)
+    }
+
+    /// The same; a session that has died meanwhile is replaced by a new one.
+    pub fn client_again(&self) -> Result<Arc<AgentClient>> {
+        let client = self.client()?;
+        if client.is_open() {
+            return Ok(client);
+        }
+        *self.session.lock().unwrap_or_else(|e| e.into_inner()) = None;
+        self.client()
     }
 
     /// Ends the session, if there is one, in order, and waits for the agent.
@@ -400,6 +412,7 @@ mod source {
                 tracking: &self.hypervisor,
                 guest: &self.hypervisor,
                 backups: &self.hypervisor,
+                custody: &self.hypervisor,
                 stored: &StoredBitmaps::new(runtime_dir()),
                 replica: &replica,
                 guard: &guard,

@@ -18,9 +18,9 @@ use virt_replica::replica::{BeginDisk, BeginPoint, Consistency, DiskStats, Mode,
 use virt_replica::replicate::pump::{self, Progress, Shipment};
 
 const UUID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
-const COMMANDS: [&str; 22] = [
+const COMMANDS: [&str; 23] = [
     "daemon", "policy", "sync", "plan", "points", "status", "verify", "scrub", "prune", "pin", "unpin", "export",
-    "ready", "drill", "failover", "doctor", "agent", "copy", "digest", "diff", "apply", "patch",
+    "ready", "drill", "failover", "migrate", "doctor", "agent", "copy", "digest", "diff", "apply", "patch",
 ];
 
 /// The program with nothing in its environment but a time zone.

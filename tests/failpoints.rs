@@ -38,7 +38,7 @@ fn in_source() -> BTreeMap<String, Vec<String>> {
     found
 }
 
-/// Number -> who, tests; the rows of the tables of steps: of a run, of a backup, of a prune, of a shortening, of a drill, of a failover, of a detaching.
+/// Number -> who, tests; the rows of the tables of steps: of a run, of a backup, of a prune, of a shortening, of a drill, of a failover, of a planned one, of a detaching, of a failback.
 fn in_docs() -> BTreeMap<String, (String, Vec<String>)> {
     let pages = ["docs/replication.md", "docs/recovery.md"];
     let text = pages.map(|page| fs::read_to_string(root().join(page)).unwrap()).join("\n## \n");
@@ -53,7 +53,9 @@ fn in_docs() -> BTreeMap<String, (String, Vec<String>)> {
         "## Keeping chains short",
         "## A drill, step by step",
         "## A failover, step by step",
+        "## A planned failover, step by step",
         "## Images of its own, step by step",
+        "## The way home, step by step",
         "## Plain images",
     ];
     let sections = titles.map(section).concat();
@@ -61,7 +63,10 @@ fn in_docs() -> BTreeMap<String, (String, Vec<String>)> {
     for line in sections.lines() {
         let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
         let [number, who, _, _, tests] = cells[..] else { continue };
-        if !number.trim_start_matches(['b', 'p', 's', 'd', 'f', 'g', 'i']).starts_with(|c: char| c.is_ascii_digit()) {
+        if !number
+            .trim_start_matches(['b', 'p', 's', 'd', 'f', 'g', 'h', 'i', 'k'])
+            .starts_with(|c: char| c.is_ascii_digit())
+        {
             continue;
         }
         let tests = tests.split(", ").map(|t| t.trim_matches('`').to_owned()).collect();

@@ -37,8 +37,12 @@ mod crash_bench;
 mod crash_detach;
 #[path = "lab/suite/crash_drill.rs"]
 mod crash_drill;
+#[path = "lab/suite/crash_failback.rs"]
+mod crash_failback;
 #[path = "lab/suite/crash_failover.rs"]
 mod crash_failover;
+#[path = "lab/suite/crash_handover.rs"]
+mod crash_handover;
 #[path = "lab/suite/crash_hands.rs"]
 mod crash_hands;
 #[path = "lab/suite/crash_hooks.rs"]
@@ -60,8 +64,12 @@ mod daemon_soak;
 mod domain;
 #[path = "lab/suite/formats.rs"]
 mod formats;
+#[path = "lab/suite/handover.rs"]
+mod handover;
 #[path = "lab/suite/limits.rs"]
 mod limits;
+#[path = "lab/suite/migrate.rs"]
+mod migrate;
 #[path = "lab/suite/plain.rs"]
 mod plain;
 #[path = "lab/suite/points.rs"]

@@ -160,6 +160,11 @@ impl AgentClient {
         Ok(())
     }
 
+    /// Whether something may be asked: the session has neither ended nor died.
+    pub fn is_open(&self) -> bool {
+        self.shared.is_open()
+    }
+
     /// The host as messages name it.
     pub fn host(&self) -> &str {
         &self.shared.host

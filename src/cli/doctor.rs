@@ -37,10 +37,12 @@ mod examine {
     use crate::cli::{render, source};
     use serde_json::json;
     use virt_replica::error::{Error, Kind};
-    use virt_replica::hypervisor::Hypervisor as _;
+    use virt_replica::hypervisor::machine::Machines as _;
+    use virt_replica::hypervisor::{Hypervisor as _, Power};
     use virt_replica::name::DomainUuid;
     use virt_replica::recovery::drills::DrillRecord;
-    use virt_replica::recovery::failover::{FailoverRecord, Stage};
+    use virt_replica::recovery::failover::{self, FailoverRecord};
+    use virt_replica::replicate::demoted::{self, Stage};
     use virt_replica::replicate::doctor::{Finding, Health};
     use virt_replica::replicate::journal;
     use virt_replica::replicate::report::Report;
@@ -64,6 +66,7 @@ mod examine {
         let mut findings: Vec<Finding> = patients.iter().map(|uuid| examine(&site, uuid, repair)).collect();
         findings.extend(drills(&site, args)?);
         findings.extend(failovers(&site, args)?);
+        handovers(&site, args, &mut findings)?;
         match output.json {
             true => print_json(&json!({ "domains": findings }))?,
             false => print(&describe(&findings, args.domain.is_some()))?,
@@ -109,9 +112,15 @@ mod examine {
             .map(|record| {
                 let name = &record.domain;
                 let (what, command) = match record.stage {
-                    Stage::Undoing => ("undoing of a failover to", format!("failover {name} --undo --lose-its-writes")),
-                    Stage::Detaching | Stage::Detached => ("detaching from", format!("detach {name}")),
-                    Stage::HandingBack => ("failback after", format!("failback {name} --to HOME --home-loses")),
+                    failover::Stage::Undoing => {
+                        ("undoing of a failover to", format!("failover {name} --undo --lose-its-writes"))
+                    }
+                    failover::Stage::Detaching | failover::Stage::Detached => {
+                        ("detaching from", format!("detach {name}"))
+                    }
+                    failover::Stage::HandingBack => {
+                        ("failback after", format!("failback {name} --to HOME --home-loses"))
+                    }
                     _ => ("failover to", format!("failover {name} --unplanned --source-is-dead")),
                 };
                 let explanation = vec![
@@ -122,6 +131,45 @@ mod examine {
                 Finding { uuid, domain, health: Health::NeedsPerson, explanation, done: Vec::new() }
             })
             .collect())
+    }
+
+    /// Domains that were handed to their targets, or are on the way: where they live, and what is wrong with it.
+    fn handovers(site: &Site, args: &DoctorArgs, findings: &mut Vec<Finding>) -> Result<()> {
+        for record in demoted::all(site.state())? {
+            if args.domain.as_ref().is_some_and(|n| record.domain.as_str() != n && record.uuid.as_str() != n) {
+                continue;
+            }
+            let power = site.hypervisor().power(&record.uuid)?.unwrap_or(Power::Off);
+            let unasked = !record.asked || record.stage == Stage::Undone;
+            let mut explanation = vec![record.refusal(power).what().to_owned()];
+            explanation.extend(record.refusal(power).hint_text().map(|hint| format!("what to do: {hint}")));
+            let mut done = Vec::new();
+            let health = match record.stage {
+                _ if record.alarm(power).is_some() => Health::NeedsPerson,
+                Stage::Moved => Health::Sound,
+                _ if unasked && args.repair => match site.settle_handover(&record.uuid) {
+                    Ok(_) => {
+                        done.push("the domain is back as it was before the handover".to_owned());
+                        Health::Repaired
+                    }
+                    Err(e) if e.kind() == Kind::Busy => Health::Busy,
+                    Err(e) => {
+                        explanation.push(e.chain());
+                        Health::NeedsPerson
+                    }
+                },
+                _ if unasked => Health::Repairable,
+                _ => Health::NeedsPerson,
+            };
+            match findings.iter_mut().find(|f| f.uuid == record.uuid && f.health == Health::Sound) {
+                Some(finding) => (finding.health, finding.explanation, finding.done) = (health, explanation, done),
+                None => {
+                    let (uuid, domain) = (record.uuid, Some(record.domain.to_string()));
+                    findings.push(Finding { uuid, domain, health, explanation, done });
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Drills on this host that were cut short, and, to mend it, nothing of them any more.

@@ -1,6 +1,8 @@
-//! `failover`: brings a domain up on this host because its source is gone; undoes that, or makes it the truth.
+//! `failover`: at the source, hands a domain to its target (planned); on the target, brings one up because its source is gone,
+//! undoes that, or makes it the truth.
 
 use super::Globals;
+use super::handover::HandoverArgs;
 use super::here::HereArgs;
 use super::output::{Exit, Output};
 use clap::{ArgGroup, Args};
@@ -8,11 +10,19 @@ use virt_replica::error::Result;
 use virt_replica::name::PointId;
 
 #[derive(Debug, Args)]
-#[command(group = ArgGroup::new("what").args(["unplanned", "undo", "commit"]).required(true))]
+#[command(group = ArgGroup::new("here").args(["unplanned", "undo", "commit"]), group = ArgGroup::new("back").args(["undo", "abort"]))]
 pub struct FailoverArgs {
     /// Name or UUID of the domain
     domain: String,
-    /// Bring it up from a point, without its source; what it wrote since that point is not here
+    /// At the source: shut the guest down, send what is left, and have this target start it; nothing is lost
+    #[arg(long, value_name = "TARGET", conflicts_with = "here")]
+    to: Option<String>,
+    /// Call a planned failover off: the target ends the domain, then it is started here again
+    #[arg(long, requires = "to")]
+    abort: bool,
+    #[command(flatten)]
+    handover: HandoverArgs,
+    /// On the target: bring it up from a point, without its source; what it wrote since that point is not here
     #[arg(long, requires = "source_is_dead")]
     unplanned: bool,
     /// You have made sure that the domain cannot run at its source any more: the host is off, or cut from storage and network
@@ -24,13 +34,13 @@ pub struct FailoverArgs {
     /// Ask libvirt of the source first (qemu+ssh://a/system), and go no further if the domain runs there
     #[arg(long, value_name = "URI", requires = "unplanned")]
     ask: Option<String>,
-    /// End it here, throw away what it wrote here, and let its source replicate again
+    /// On the target: end it, throw away what it wrote there, and let its source replicate again
     #[arg(long, requires = "lose_its_writes")]
     undo: bool,
-    /// You know that everything written here since the failover is lost
-    #[arg(long, requires = "undo")]
+    /// You know that everything written on the target since the failover is lost
+    #[arg(long, requires = "back")]
     lose_its_writes: bool,
-    /// Make it the truth: the generation rises, the old source is refused for ever, and there is no undo
+    /// On the target: make it the truth: the generation rises, the old source is refused for ever, and there is no undo
     #[arg(long)]
     commit: bool,
     #[command(flatten)]
@@ -52,19 +62,23 @@ pub use act::failover;
 mod act {
     use super::*;
     use crate::cli::output::{Message, print};
-    use crate::cli::{progress, render};
+    use crate::cli::{handover, render};
     use serde_json::json;
+    use virt_replica::error::{Error, Kind};
     use virt_replica::name::Generation;
     use virt_replica::recovery::failover::FailoverRecord;
 
     pub fn failover(args: &FailoverArgs, globals: &Globals, output: Output) -> Result<Exit> {
+        match &args.to {
+            Some(to) if args.abort => {
+                return handover::abort(&args.handover, &args.domain, to, args.lose_its_writes, globals, output);
+            }
+            Some(to) => return handover::planned(&args.handover, &args.domain, to, globals, output),
+            None if !(args.unplanned || args.undo || args.commit) => return Err(which_one()),
+            None => {}
+        }
         let here = args.here.connect(globals)?;
-        let say = |what: &str| match (output.json, output.quiet) {
-            // A reader that has gone away must not end a failover in the middle.
-            (true, _) => drop(Message { message_type: "step", body: json!({ "what": what }) }.print()),
-            (false, true) => {}
-            (false, false) => progress::say(what),
-        };
+        let say = |what: &str| handover::say(output, what);
         let (record, generation, action) = if args.undo {
             (here.undo_failover(&args.domain, &say)?, None, "undone")
         } else if args.commit {
@@ -79,6 +93,13 @@ mod act {
             false => print(&describe(&record, generation, action))?,
         }
         Ok(Exit::Done)
+    }
+
+    fn which_one() -> Error {
+        Error::new(Kind::Usage, "is the source alive, or gone?").hint(
+            "at a source that is alive: `virt-replica failover DOMAIN --to TARGET`, and nothing is lost; on the target, if the source \
+             is gone: `virt-replica failover DOMAIN --unplanned --source-is-dead`",
+        )
     }
 
     fn body(record: &FailoverRecord, generation: Option<Generation>, action: &str) -> serde_json::Value {

@@ -10,13 +10,23 @@ mod digest;
 mod doctor;
 mod drill;
 mod export;
+mod failback;
+// A build without libvirt reads the arguments and goes no further.
+#[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
 mod failover;
 // A build without libvirt reads the arguments and goes no further.
 #[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
 mod give_way;
+// A build without libvirt reads the arguments and goes no further.
+#[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
+mod handover;
+// A build without libvirt reads the arguments and goes no further.
+#[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
 mod here;
 mod limits;
 mod logging;
+#[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
+mod migrate;
 // A build without libvirt prints less than it could.
 #[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
 mod output;
@@ -146,12 +156,16 @@ enum Command {
     Ready(ready::ReadyArgs),
     /// On a target: boot a throw-away copy of a point, and wait for evidence that it works
     Drill(drill::DrillArgs),
-    /// On a target: bring a domain up here without its source, or undo that
+    /// Hand a domain to its target, nothing lost; or, on a target, bring one up without its source
     Failover(failover::FailoverArgs),
     /// On a target: give a domain that was brought up here for good images of its own
     Detach(detach::DetachArgs),
     /// On a host whose domain lives elsewhere by now: make what it has a point of its own store, and forget the domain
     GiveWay(give_way::GiveWayArgs),
+    /// Hand a domain that was brought up on this host to its home again
+    Failback(Box<failback::FailbackArgs>),
+    /// Move a running domain to its target, down for no longer than it has to be
+    Migrate(Box<migrate::MigrateArgs>),
     /// Explain what is left of a run that was cut short, and mend it on request
     Doctor(doctor::DoctorArgs),
     /// Check policies, and say what they mean and when
@@ -205,7 +219,9 @@ impl Command {
             Command::Failover(args) => args.json,
             Command::Detach(args) => args.json,
             Command::GiveWay(args) => args.json,
+            Command::Failback(args) => args.json,
             Command::Drill(args) => args.json,
+            Command::Migrate(args) => args.json,
             Command::Seed(args) => args.json,
             Command::Policy(args) => args.json(),
             Command::Copy(args) => args.json,
@@ -242,7 +258,9 @@ pub fn main() -> ExitCode {
         Command::Failover(args) => failover::failover(args, &cli.globals, output),
         Command::Detach(args) => detach::detach(args, &cli.globals, output),
         Command::GiveWay(args) => give_way::give_way(args, &cli.globals, output),
+        Command::Failback(args) => failback::failback(args, &cli.globals, output),
         Command::Drill(args) => drill::drill(args, &cli.globals, output),
+        Command::Migrate(args) => migrate::migrate(args, &cli.globals, output),
         Command::Seed(args) => seed::seed(args, output),
         Command::Policy(args) => policy::policy(args, &cli.globals, output),
         Command::Daemon(args) => daemon::daemon(args, &cli.globals),

@@ -3,6 +3,8 @@
 //! Even the second costs nothing but time: the dead-man lets the guest go, and the next run settles the rest.
 
 use super::progress;
+#[cfg(feature = "libvirt")]
+use std::io::IsTerminal as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -17,6 +19,34 @@ pub fn listen() -> Result<&'static AtomicBool> {
         "stopping in order: the domain goes back onto its own images (again: at once)",
         "ended at once; the next run, or `virt-replica doctor`, puts the domain right",
     )
+}
+
+/// Set by SIGUSR1, and, with `keys`, by Enter where somebody sits in front of it: a migration cuts over.
+#[cfg(feature = "libvirt")]
+pub fn cut_over(keys: bool) -> Result<&'static AtomicBool> {
+    static CUT: AtomicBool = AtomicBool::new(false);
+    let listen = || -> std::io::Result<(Runtime, Signal)> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let signal = runtime.block_on(async { signal(SignalKind::user_defined1()) })?;
+        Ok((runtime, signal))
+    };
+    let (runtime, mut signal) = listen().map_err(|e| Error::from_io("cannot listen for SIGUSR1", e))?;
+    std::thread::spawn(move || {
+        runtime.block_on(async {
+            while signal.recv().await.is_some() {
+                CUT.store(true, Ordering::Relaxed);
+            }
+        });
+    });
+    if keys && std::io::stdin().is_terminal() {
+        progress::say("Enter, or SIGUSR1, cuts over after the round that is under way");
+        std::thread::spawn(|| {
+            if matches!(std::io::stdin().read_line(&mut String::new()), Ok(1..)) {
+                CUT.store(true, Ordering::Relaxed);
+            }
+        });
+    }
+    Ok(&CUT)
 }
 
 /// SIGINT, SIGTERM and SIGHUP, and the runtime to await them on. They are registered when this returns: a signal that comes

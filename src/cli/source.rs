@@ -57,6 +57,8 @@ pub fn request(
         compression: Compression::default(),
         throttle: None,
         hooks: FreezeHooks::default(),
+        handover: None,
+        gives_way: false,
     })
 }
 

@@ -8,6 +8,9 @@
 pub mod backup;
 #[cfg(feature = "libvirt")]
 mod bitmap;
+pub mod custody;
+#[cfg(feature = "libvirt")]
+mod custody_libvirt;
 pub mod flatten;
 #[cfg(feature = "libvirt")]
 pub mod gate;

@@ -28,6 +28,9 @@ pub const TAGS_NS: &str = "https://virt-replica.org/xmlns/tags/1";
 /// Largest domain XML we read. libvirt's own limit on a reply is 32 MiB; real definitions are some ten KiB.
 pub const XML_LEN_MAX: usize = 4 << 20;
 
+/// Namespace of the words in a domain's `<metadata>` that say where it lives, of one that was handed to another host.
+pub const LIVES_NS: &str = "https://virt-replica.org/xmlns/lives/1";
+
 /// Largest record we store: it travels inside every copy of the XML.
 pub const RECORD_LEN_MAX: usize = 64 << 10;
 
@@ -154,6 +157,11 @@ pub fn record_xml(record: &str) -> Result<String> {
     Ok(format!("<record>{}</record>", escape(record)?))
 }
 
+/// The element to store as our words about where it lives; libvirt adds prefix and namespace.
+pub fn lives_xml(words: &str) -> Result<String> {
+    Ok(format!("<lives>{}</lives>", escape(words)?))
+}
+
 /// Points the named disks of an inactive definition at other layers.
 ///
 /// If the layer lies in the disk's own recorded chain (our overlay's base), the definition goes back to what it says
@@ -175,12 +183,12 @@ pub fn set_layers(xml: &str, disks: &[(DiskName, Layer)]) -> Result<String> {
     Ok(splice(xml, edits))
 }
 
-/// The definition without our record, and without a `<metadata>` that held nothing else: what travels with a point must
+/// The definition without our record and mark, and without a `<metadata>` that held nothing else: what travels with a point must
 /// not tell another host of a run that was open here.
 pub fn without_record(xml: &str) -> Result<String> {
     let doc = document(xml)?;
     let Some(metadata) = child(domain_element(&doc)?, "metadata") else { return Ok(xml.to_owned()) };
-    let is_record = |n: &Node| n.has_tag_name((RECORD_NS, "record"));
+    let is_record = |n: &Node| n.has_tag_name((RECORD_NS, "record")) || n.has_tag_name((LIVES_NS, "lives"));
     let others = metadata.children().any(|n| n.is_element() && !is_record(&n));
     let gone: Vec<Node> = if others { metadata.children().filter(is_record).collect() } else { vec![metadata] };
     let edits = gone.iter().map(|n| {

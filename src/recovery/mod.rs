@@ -5,6 +5,8 @@
 //! [`failover`] act, [`detach`] gives what was brought up images of its own; [`bringup`] is the port to all that, here or on another
 //! host.
 //!
+//! At the source, [`handover`] is a planned failover and [`migrate`] what goes before it; [`failback`] is the way home.
+//!
 //! A point is never booted itself (I20): the guest writes to overlays. Crash order: docs/recovery.md.
 
 pub mod bringup;
@@ -12,10 +14,13 @@ pub mod definition;
 pub mod detach;
 pub mod drill;
 pub mod drills;
+pub mod failback;
 pub mod failover;
 pub mod give_way;
 pub mod hand_back;
+pub mod handover;
 pub mod mapping;
+pub mod migrate;
 pub mod overlays;
 #[cfg(test)]
 mod point_tests;

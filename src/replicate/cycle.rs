@@ -22,6 +22,7 @@
 
 use super::backup::{self, BackupCapture};
 use super::capture::{Capture, OffCapture, OverlayCapture, Source, Still, pending};
+use super::demoted::{self, HandoverRecord};
 use super::freeze_hooks::{self, FreezeHooks};
 use super::journal::{Journal, Record};
 use super::marks::{Marked, doubted_again, unless_cut};
@@ -37,8 +38,9 @@ use super::throttle::Throttle;
 use crate::block::ByteRange;
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::failpoint;
+use crate::hypervisor::custody::Custody;
 use crate::hypervisor::guest::GuestAgent;
-use crate::hypervisor::{Backups, DomainView, Hypervisor, Tracking};
+use crate::hypervisor::{Backups, DomainView, Hypervisor, Power, Tracking};
 use crate::image::open::{OpenOptions, Opened};
 use crate::image::{Chain, Image};
 use crate::name::{DiskName, DomainUuid, RunId};
@@ -60,6 +62,8 @@ pub struct Ports<'a> {
     pub stored: &'a dyn Tracking,
     /// The guest agent of a running domain.
     pub guest: &'a dyn GuestAgent,
+    /// A domain that was handed to its target and comes back.
+    pub custody: &'a dyn Custody,
     /// Backup jobs of a running domain.
     pub backups: &'a dyn Backups,
     /// Connects to the replica of a domain on the target.
@@ -94,6 +98,10 @@ pub struct Request {
     /// How fast the run may send; `None`: as fast as it goes.
     pub throttle: Option<Arc<Throttle>>,
     pub hooks: FreezeHooks,
+    /// The handover that this run belongs to.
+    pub handover: Option<RunId>,
+    /// The domain lives elsewhere, and what is here becomes a point of this host's own store; only while it is off.
+    pub gives_way: bool,
 }
 
 /// Told what happens while it happens. Called from several threads.
@@ -218,8 +226,11 @@ impl<'a> Run<'a> {
 
         self.watch.step(2, "observe the domain, connect to the target");
         let domain = self.ports.hypervisor.observe(uuid)?;
+        let handed = self.may_run(&domain)?;
         let replica = (self.ports.replica)(uuid)?;
         let view = replica.describe()?;
+        let (custody, state) = (self.ports.custody, &self.request.state);
+        report.warnings.extend(demoted::let_back(custody, state, handed.as_ref(), domain.power, &view)?);
         failpoint!("2");
 
         self.watch.step(3, "plan, reserve space");
@@ -319,6 +330,16 @@ impl<'a> Run<'a> {
             CaptureKind::Overlay | CaptureKind::Backup => (self.ports.guard)(&plan.uuid).map(Some),
             CaptureKind::Off => Ok(None),
         }
+    }
+
+    /// No run goes over a domain that lives elsewhere; that it runs here too is an alarm, whatever else is found out.
+    fn may_run(&self, domain: &DomainView) -> Result<Option<HandoverRecord>> {
+        let record = demoted::peek(&self.request.state, &domain.uuid)?;
+        if self.request.gives_way && domain.power == Power::Off {
+            return Ok(None);
+        }
+        record.iter().filter_map(|r| r.alarm(domain.power)).for_each(|alarm| self.alarm(alarm));
+        demoted::may_run(record, domain.power, &self.request.target, self.request.handover.as_ref())
     }
 
     /// Step 1, and all that is needed after any crash.

@@ -11,6 +11,7 @@ pub mod compare;
 pub mod cycle;
 pub mod deadman;
 pub mod decide;
+pub mod demoted;
 pub mod doctor;
 pub mod forecast;
 pub mod freeze_hooks;

@@ -4,6 +4,7 @@
 
 use super::choice::{self, CaptureKind, CaptureWish, CommitFacts, choose};
 use super::cycle::{Ports, Request};
+use super::demoted;
 use super::forecast::{self, Room};
 use super::generation::generation;
 use super::journal;
@@ -26,7 +27,12 @@ use std::path::Path;
 /// Steps 2 and 3 alone: what a run would do. Touches nothing, here or there.
 pub fn plan_only(ports: &Ports, request: &Request) -> Result<Plan> {
     let domain = observe::find(ports.hypervisor, &request.domain)?;
+    let handed = demoted::peek(&request.state, &domain.uuid)?;
+    let handed = demoted::may_run(handed, domain.power, &request.target, request.handover.as_ref())?;
     let view = (ports.replica)(&domain.uuid)?.describe()?;
+    if let Some(record) = handed.filter(|_| view.promoted.is_some()) {
+        return Err(record.refusal(domain.power));
+    }
     let mut plan = make_plan(ports, request, &domain, &view)?;
     let record = journal::peek(&request.state, &domain.uuid)?;
     if let Some(left) = journal::peek_backup(&request.state, &domain.uuid)? {

@@ -3,10 +3,11 @@
 use super::here::Here;
 use super::{Connection, Site, SiteOptions, new_run, open_options, workers};
 use crate::error::{Error, Kind, Result};
-use crate::name::{DiskName, DomainUuid};
+use crate::name::{DiskName, DomainUuid, Generation};
 use crate::patch::Compression;
-use crate::recovery::failover;
+use crate::recovery::failover::{self, FailoverState};
 use crate::recovery::give_way::{self, GaveWay, Ports};
+use crate::recovery::hand_back;
 use crate::replica::Mode;
 use crate::replicate::cycle::{Request, Watch};
 use crate::replicate::freeze_hooks::FreezeHooks;
@@ -50,6 +51,12 @@ impl Here {
         done
     }
 
+    /// See [`hand_back::run`].
+    pub fn hand_back(&self, uuid: &DomainUuid, generation: Generation, say: &dyn Fn(&str)) -> Result<()> {
+        let (state, store) = (FailoverState::open(&self.options.state, uuid)?, self.store(uuid)?);
+        hand_back::run(&self.failover_ports(&store, say), &state, generation)
+    }
+
     /// A run of all disks of a domain that is off.
     fn own_run(&self, uuid: &DomainUuid) -> Result<Request> {
         let workers = workers();
@@ -69,6 +76,8 @@ impl Here {
             compression: Compression::default(),
             throttle: None,
             hooks: FreezeHooks::default(),
+            handover: None,
+            gives_way: true,
         })
     }
 }

@@ -14,6 +14,7 @@ use crate::recovery::{definition_of, detach, drill, drills, overlays};
 use crate::replica::store::{self, Store};
 use crate::replica::upkeep::Held;
 use crate::replica::{PointView, ReplicaView};
+use crate::replicate::demoted;
 use crate::replicate::generation;
 use crate::replicate::room::free_bytes;
 use jiff::Timestamp;
@@ -162,7 +163,10 @@ impl Here {
         let held = self.hold(found, "failover")?;
         let done = self.failover_from(found, held.as_ref(), state, say);
         held.release();
-        done.map_err(|e| e.domain(&found.name))
+        let record = done.map_err(|e| e.domain(&found.name))?;
+        // A domain that was handed away and has come home is this host's again.
+        demoted::has_come_home(&self.options.state, &found.uuid)?;
+        Ok(record)
     }
 
     fn failover_from(
@@ -190,7 +194,7 @@ impl Here {
         failover::run(&self.failover_ports(&store, say), state, &plan, held)
     }
 
-    fn failover_ports<'a>(&'a self, store: &'a Store, say: &'a dyn Fn(&str)) -> failover::Ports<'a> {
+    pub(super) fn failover_ports<'a>(&'a self, store: &'a Store, say: &'a dyn Fn(&str)) -> failover::Ports<'a> {
         failover::Ports { machines: &self.hypervisor, replica: store, clock: &Timestamp::now, say }
     }
 

@@ -16,12 +16,13 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use virt_replica::error::{Error, Kind, Result};
-use virt_replica::hypervisor::{DomainView, Hypervisor as _};
+use virt_replica::hypervisor::{DomainView, Hypervisor as _, Power};
 use virt_replica::name::{DomainName, DomainUuid};
 use virt_replica::policy::select::select;
 use virt_replica::replica::{Replica as _, ReplicaView};
 use virt_replica::replicate::cycle::record_in_domain;
 use virt_replica::replicate::decide::{Action, decide};
+use virt_replica::replicate::demoted;
 use virt_replica::replicate::journal::{self, Record};
 use virt_replica::replicate::observe::observe;
 use virt_replica::replicate::plan::is_our_overlay;
@@ -316,6 +317,10 @@ fn row(
         (_, None) => stray(domain, &mut notes),
         _ => false,
     };
+    let handed = demoted::peek(&globals.state_dir, &domain.uuid)?;
+    let power = domain.view.as_ref().map_or(Power::Off, |view| view.power);
+    let both = handed.as_ref().and_then(|record| record.alarm(power));
+    notes.splice(0..0, handed.as_ref().map(|record| record.refusal(power).what().to_owned()));
     if site.is_some() && domain.view.is_none() {
         notes.push("libvirt does not know it (any more)".to_owned());
     }
@@ -329,7 +334,8 @@ fn row(
     let seen = Seen {
         open: record.map(|r| r.phase),
         backup: journal::peek_backup(&globals.state_dir, &domain.uuid)?.is_some(),
-        stuck,
+        stuck: stuck || both.is_some(),
+        handed: handed.as_ref().map(|record| record.stage),
         observed: domain.view.is_some(),
         replicated: head.is_some(),
         alarmed: !damaged.is_empty() || reports().next_back().is_some_and(|r| !r.alarms.is_empty()),

@@ -60,8 +60,13 @@ fn judge(row: &Row, limits: Limits) -> (Verdict, Option<String>) {
         (State::NeedsAttention, _, _) => {
             (Verdict::Critical, row.notes.first().cloned().unwrap_or_else(|| "needs attention".to_owned()))
         }
+        // Nobody replicates it from here any more: its age says nothing.
+        (State::Demoted, _, _) => return (Verdict::Ok, None),
         (_, Some(limit), _) => (Verdict::Critical, late(limit)),
         (State::CommitPending, _, _) if row.running.is_none() => (Verdict::Warning, "commit pending".to_owned()),
+        (State::HandingOver, _, _) => {
+            (Verdict::Warning, row.notes.first().cloned().unwrap_or_else(|| "handing over".to_owned()))
+        }
         (State::NeverReplicated, _, _) if limits.critical.is_some() => {
             (Verdict::Warning, "not replicated yet".to_owned())
         }

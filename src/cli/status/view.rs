@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use virt_replica::name::{DiskName, DomainUuid, Generation, PointId, RunId};
 use virt_replica::replica::{Consistency, PointView};
 use virt_replica::replicate::decide::Phase;
+use virt_replica::replicate::demoted::Stage;
 use virt_replica::replicate::report::RunOutcome;
 
 /// How a domain's own disks stand.
@@ -19,6 +20,10 @@ pub enum State {
     ByBackup,
     CommitPending,
     NeedsAttention,
+    /// It lives on its target: it was handed over.
+    Demoted,
+    /// It is being handed over, or that was cut short.
+    HandingOver,
     NeverReplicated,
     Unknown,
 }
@@ -31,6 +36,8 @@ impl State {
             State::ByBackup => "by backup",
             State::CommitPending => "commit pending",
             State::NeedsAttention => "needs attention",
+            State::Demoted => "demoted",
+            State::HandingOver => "handing over",
             State::NeverReplicated => "never replicated",
             State::Unknown => "unknown",
         }
@@ -46,6 +53,8 @@ pub struct Seen {
     pub backup: bool,
     /// The open record cannot be settled without a person, or an overlay of ours has no record.
     pub stuck: bool,
+    /// How far the domain is on the way to its target.
+    pub handed: Option<Stage>,
     /// libvirt was asked and knows the domain.
     pub observed: bool,
     /// A point was sealed, ever.
@@ -61,6 +70,8 @@ pub fn state(seen: Seen) -> State {
         Seen { open: Some(Phase::CommitIntent | Phase::PivotIntent), .. } => State::CommitPending,
         Seen { open: Some(_), .. } => State::OnOverlay,
         Seen { backup: true, .. } => State::ByBackup,
+        Seen { handed: Some(Stage::Moved), .. } => State::Demoted,
+        Seen { handed: Some(_), .. } => State::HandingOver,
         Seen { alarmed: true, .. } => State::NeedsAttention,
         Seen { observed: false, .. } => State::Unknown,
         Seen { replicated: false, .. } => State::NeverReplicated,
@@ -228,7 +239,7 @@ pub fn describe(rows: &[Row], from: HeadFrom) -> String {
 mod tests {
     use super::*;
 
-    /// A letter each: phase (- f F c p, b by backup), stuck, observed, replicated, alarmed.
+    /// A letter each: phase (- f F c p, b by backup, m moved, h being handed over), stuck, observed, replicated, alarmed.
     fn of(text: &str) -> State {
         let c: Vec<char> = text.chars().collect();
         let open = match c[0] {
@@ -242,6 +253,11 @@ mod tests {
             open,
             backup: c[0] == 'b',
             stuck: c[1] == 's',
+            handed: match c[0] {
+                'm' => Some(Stage::Moved),
+                'h' => Some(Stage::Off),
+                _ => None,
+            },
             observed: c[2] == 'o',
             replicated: c[3] == 'r',
             alarmed: c.get(4) == Some(&'a'),
@@ -264,6 +280,10 @@ mod tests {
             ("-sor", State::NeedsAttention),
             ("--ora", State::NeedsAttention),
             ("c-ora", State::CommitPending),
+            ("m-or", State::Demoted),
+            ("h-or", State::HandingOver),
+            ("m-ora", State::Demoted),
+            ("msor", State::NeedsAttention),
         ] {
             assert_eq!(of(seen), expected, "{seen}");
         }

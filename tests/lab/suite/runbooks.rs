@@ -17,7 +17,7 @@ impl Drop for Cleared<'_> {
     fn drop(&mut self) {
         let script = r#"virsh -q destroy "$1" || true; virsh -q undefine --nvram "$1" || true
             rm -rf "/var/lib/libvirt/images/vr-failover-$2" "/var/lib/virt-replica/replicas/$2" "/root/$1.before-failback.xml"
-            rm -rf "/var/lib/virt-replica/source/recovery/failovers/$2" "/var/lib/virt-replica/source/domains/$2""#;
+            rm -rf "/var/lib/virt-replica/source/recovery/failovers/$2" "/var/lib/virt-replica/source/recovery/handovers/$2" "/var/lib/virt-replica/source/domains/$2""#;
         for host in [Host::A, Host::B] {
             host.run(&["bash", "-c", script, "clear", &self.0.name, &self.0.uuid]);
         }
@@ -56,7 +56,7 @@ fn play(vm: &Domain, page: &str, probe: &str) -> Vec<Done> {
 }
 
 /// Kernel and initrd of the test guest are at the same place on both hosts.
-fn map_paths() {
+pub fn map_paths() {
     for host in [Host::A, Host::B] {
         let text = "paths: {/lab/guest: /lab/guest}";
         host.script("mkdir -p /etc/virt-replica; printf '%s\\n' \"$1\" >/etc/virt-replica/recovery.yaml", &[text]);
@@ -64,7 +64,7 @@ fn map_paths() {
 }
 
 /// How many lines the guest has on disk, whole and in order.
-fn lines(host: Host, image: &str) -> u64 {
+pub fn lines(host: Host, image: &str) -> u64 {
     let lines = host.output(&["/lab/tools/guest", "lines", image, "qcow2"]);
     for (at, line) in lines.lines().enumerate() {
         assert_eq!(line, (at + 1).to_string(), "line {} of {image}", at + 1);
@@ -83,7 +83,10 @@ fn a_domain_is_drilled_moved_and_brought_home_as_the_runbooks_say_and_nothing_is
     assert_eq!(play(&vm, "drill.md", "--probe 'serial:ack '").len(), 3);
 
     // Moved: every line that was acknowledged to the very end is on b.
-    assert_eq!(play(&vm, "planned-move.md", "").len(), 6);
+    let done = play(&vm, "planned-move.md", "");
+    assert_eq!(done.len(), 4);
+    assert!(done[1].stdout.contains("down for"), "{}", done[1].stdout);
+    assert!(done[2].stdout.contains("demoted") && done[3].stdout.contains("lives on"), "{done:?}");
     let acked = vm.acked();
     let moved = format!("/var/lib/libvirt/images/vr-failover-{}/vda.qcow2", vm.uuid);
     std::thread::sleep(Duration::from_secs(6));
@@ -100,6 +103,19 @@ fn a_domain_is_drilled_moved_and_brought_home_as_the_runbooks_say_and_nothing_is
     assert!(first.stdout.contains("digest"), "only what differs is sent: {}", first.stdout);
     // The source's old image is what it was.
     assert!(lines(Host::A, &vm.images[0]) >= acked);
+}
+
+#[test]
+fn a_running_domain_migrates_as_the_runbook_says() {
+    let lab = Lab::get();
+    let vm = lab.domain("runbook-migrate").disk(Disk::ext4("64M", "qcow2")).guest().running();
+    let (there, _cleared) = (OnB(&vm), Cleared(&vm));
+    map_paths();
+    vm.sync().sealed();
+    let done = play(&vm, "migrate.md", "");
+    assert_eq!(done.len(), 3);
+    assert!(done[1].stderr.contains("round 1: ") && done[1].stdout.contains("down for"), "{:?}", done[1]);
+    assert!(there.runs() && vm.state() == "shut off");
 }
 
 #[test]

@@ -1,0 +1,372 @@
+//! A migration, at the source: runs while the guest works (precopy) until what is left is so little that the guest may go down for
+//! it; then a planned failover (cutover).
+//!
+//! Invariants
+//! - Until the cutover a migration is runs, and nothing else: whatever ends it leaves the domain as after any run.
+//! - The cutover is [`handover`]'s, with all that holds there. One that was begun is gone on with, whatever the forecast.
+//!
+//! [`forecast`] and [`decide`] are pure.
+
+use super::handover::{self, HandoverState, Stage};
+use crate::block::BLOCK_LEN;
+use crate::error::{Error, Kind, Result};
+use crate::hypervisor::Power;
+use crate::image::Format;
+use crate::name::Generation;
+use crate::replica::Mode;
+use crate::replicate::demoted::Learned;
+use crate::replicate::plan::Plan;
+use crate::replicate::report::Report as RunReport;
+use jiff::Timestamp;
+use serde::Serialize;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// What a guest is given to shut down, and a target to start it, as long as nobody has seen how long they take.
+const SHUTDOWN_ASSUMED: Duration = Duration::from_secs(15);
+const START_ASSUMED: Duration = Duration::from_secs(10);
+/// A round that sent less says more of its own cost than of the link.
+const TELLING_BYTES: u64 = 4 << 20;
+/// What is written in so short a time says nothing of what is written in a long one.
+const TELLING_TIME: Duration = Duration::from_millis(200);
+/// Between two rounds, where the forecast is good and the time to cut over has not come.
+const IDLE: Duration = Duration::from_secs(10);
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// What one run told, and how the disks stood right after it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Ran {
+    pub bytes_sent: u64,
+    pub bytes_read: u64,
+    /// Whole blocks that differed.
+    pub changed_bytes: u64,
+    pub took: Duration,
+    pub frozen_at: Timestamp,
+    /// How long after the freeze the next figure was asked for.
+    pub since_freeze: Duration,
+    /// Bytes of blocks that the guest has written to since the freeze; `None`: not all its disks have a bitmap that tells.
+    pub written_bytes: Option<u64>,
+    /// Size of the disks whose bitmap goes with their QEMU: the last run has to read them from end to end.
+    pub unmapped_bytes: u64,
+}
+
+impl Ran {
+    /// `plan`: what the next run would do, asked for at `now`; `None`: that could not be found out.
+    pub fn of(report: &RunReport, plan: Option<&Plan>, now: Timestamp) -> Ran {
+        let disks = report.point.iter().flat_map(|point| &point.disks);
+        let sum = |of: &dyn Fn(&crate::replica::DiskStats) -> u64| disks.clone().map(|d| of(&d.stats)).sum::<u64>();
+        let frozen_at = report.point.as_ref().map_or(report.started_at, |point| point.frozen_at);
+        let planned = plan.map(|plan| &plan.disks[..]);
+        let by_bitmap = planned.is_some_and(|disks| disks.iter().all(|d| d.mode == Mode::Bitmap));
+        let planned = planned.unwrap_or_default();
+        Ran {
+            bytes_sent: sum(&|s| s.bytes_sent),
+            bytes_read: sum(&|s| s.bytes_read),
+            changed_bytes: sum(&|s| s.blocks_changed * BLOCK_LEN as u64),
+            took: Duration::from_secs_f64(report.duration_ms.max(0.0) / 1e3),
+            frozen_at,
+            since_freeze: now.duration_since(frozen_at).try_into().unwrap_or_default(),
+            written_bytes: by_bitmap.then(|| planned.iter().map(|d| d.reserve_bytes).sum()),
+            unmapped_bytes: planned.iter().filter(|d| d.chain.top().format != Format::Qcow2).map(|d| d.size.0).sum(),
+        }
+    }
+}
+
+/// How long the guest would be down, if it went down now.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Forecast {
+    pub downtime_ms: f64,
+    /// What that consists of.
+    pub shutdown_ms: f64,
+    pub transfer_ms: f64,
+    pub fixed_ms: f64,
+    /// What the last run would have to send, in bytes.
+    pub left_bytes: u64,
+    /// Sent for what the guest writes, in bytes a second.
+    pub dirty_rate_bytes: u64,
+    /// In bytes a second; absent as long as no round has sent enough to tell.
+    pub link_rate_bytes: Option<u64>,
+}
+
+/// From all rounds so far; `None` as long as nobody can tell: nothing but the first copy has been made. Pure.
+pub fn forecast(rounds: &[Ran], learned: &Learned) -> Option<Forecast> {
+    let last = rounds.last()?;
+    let before = rounds.len().checked_sub(2).map(|at| &rounds[at]);
+    // Of a block that was written to, only the pieces that differ travel, compressed.
+    let mut telling = rounds.iter().skip(1).filter(|r| r.changed_bytes > 0);
+    let shrunk = telling.next_back().map_or(1.0, |r| (r.bytes_sent as f64 / r.changed_bytes as f64).min(1.0));
+    let (left, dirty_rate) = match (last.written_bytes, before) {
+        (Some(written), _) if last.since_freeze >= TELLING_TIME => {
+            let left = written as f64 * shrunk;
+            (left, left / last.since_freeze.as_secs_f64())
+        }
+        (_, Some(before)) => {
+            let between = Duration::try_from(last.frozen_at.duration_since(before.frozen_at)).unwrap_or_default();
+            let rate = last.bytes_sent as f64 / between.max(TELLING_TIME).as_secs_f64();
+            (rate * last.since_freeze.as_secs_f64(), rate)
+        }
+        _ => return None,
+    };
+    let rate_of = |r: &Ran| r.bytes_sent as f64 / r.took.as_secs_f64().max(0.001);
+    let link = rounds.iter().rev().find(|r| r.bytes_sent >= TELLING_BYTES).map(rate_of);
+    let shutdown = learned.shutdown_ms.map_or(SHUTDOWN_ASSUMED, ms);
+    let start = learned.start_ms.map_or(START_ASSUMED, ms);
+    // The guest goes on writing until it is off.
+    let left = left + dirty_rate * shutdown.as_secs_f64();
+    let shortest = rounds.iter().map(|r| r.took).min().unwrap_or_default();
+    let transfer = match link {
+        Some(rate) => left / rate,
+        // So little was sent that the cost of a round is all there is to it.
+        None => 0.0,
+    };
+    let read_rate =
+        rounds.iter().filter(|r| r.bytes_read > 0).map(|r| r.bytes_read as f64 / r.took.as_secs_f64().max(0.001));
+    let read_rate = read_rate.fold(1.0_f64, f64::max);
+    let transfer = transfer + last.unmapped_bytes as f64 / read_rate;
+    let fixed = (shortest + start).as_secs_f64();
+    Some(Forecast {
+        downtime_ms: rounded(shutdown.as_secs_f64() + transfer + fixed),
+        shutdown_ms: rounded(shutdown.as_secs_f64()),
+        transfer_ms: rounded(transfer),
+        fixed_ms: rounded(fixed),
+        left_bytes: left as u64,
+        dirty_rate_bytes: dirty_rate as u64,
+        link_rate_bytes: link.map(|rate| rate as u64),
+    })
+}
+
+fn ms(ms: f64) -> Duration {
+    Duration::from_secs_f64(ms.max(0.0) / 1e3)
+}
+
+fn rounded(seconds: f64) -> f64 {
+    (seconds * 1e3).round()
+}
+
+/// When is cut over, and when is given up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    pub downtime_max: Duration,
+    /// Not before this time, and then whatever the forecast.
+    pub at: Option<Timestamp>,
+    pub rounds_max: u32,
+    /// After one round, whatever the forecast.
+    pub now: bool,
+}
+
+/// What follows from a round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Decision {
+    GoOn,
+    /// There is time: what is left is little enough, or the time to cut over has not come.
+    Wait,
+    CutOver(Why),
+    /// The guest writes as fast as the link carries: rounds do not get shorter.
+    Diverges,
+    TooManyRounds,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Why {
+    Forecast,
+    Time,
+    /// A key, a signal, or `--now`.
+    Asked,
+}
+
+/// Pure. `forecasts`: of each round so far that had one, `rounds`: how many there were, `asked`: a person wants it now.
+pub fn decide(rounds: usize, forecasts: &[Forecast], limits: &Limits, now: Timestamp, asked: bool) -> Decision {
+    if asked || limits.now {
+        return Decision::CutOver(Why::Asked);
+    }
+    let last = forecasts.last();
+    let small = last.is_some_and(|f| f.downtime_ms <= limits.downtime_max.as_secs_f64() * 1e3);
+    match limits.at {
+        Some(at) if now >= at => return Decision::CutOver(Why::Time),
+        Some(_) if small => return Decision::Wait,
+        // The time is given: it comes, however much is left.
+        Some(_) => return Decision::GoOn,
+        None if small => return Decision::CutOver(Why::Forecast),
+        None => {}
+    }
+    if let [.., before, last] = forecasts
+        && last.link_rate_bytes.is_some_and(|link| last.dirty_rate_bytes >= link)
+        && last.left_bytes as f64 >= 0.9 * before.left_bytes as f64
+    {
+        return Decision::Diverges;
+    }
+    if rounds >= limits.rounds_max as usize {
+        return Decision::TooManyRounds;
+    }
+    Decision::GoOn
+}
+
+/// A round, as it is told.
+#[derive(Debug, Clone, Serialize)]
+pub struct Round {
+    pub round: usize,
+    pub bytes_sent: u64,
+    pub duration_ms: f64,
+    /// Absent as long as nobody can tell.
+    pub forecast: Option<Forecast>,
+    pub decision: Decision,
+}
+
+/// Who sees it, and may want it to end.
+pub struct Ui<'a> {
+    pub told: &'a dyn Fn(&Round),
+    /// A key, or SIGUSR1: cut over now.
+    pub cut: &'a AtomicBool,
+}
+
+pub struct Ports<'a> {
+    pub handover: &'a handover::Ports<'a>,
+    /// One run while the guest works.
+    pub round: &'a dyn Fn() -> Result<Ran>,
+    pub ui: &'a Ui<'a>,
+}
+
+#[derive(Debug, Clone)]
+pub struct Request {
+    pub handover: handover::Request,
+    pub limits: Limits,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    #[serde(flatten)]
+    pub handover: handover::Report,
+    pub rounds: Vec<Round>,
+    /// From the request to shut down to the start there, as it was forecast after the last round; absent where it was not.
+    pub forecast_ms: Option<f64>,
+    /// The same, as it was; absent if the domain did not run.
+    pub measured_ms: Option<f64>,
+    /// Since it was committed; absent if that can still be undone.
+    pub generation: Option<Generation>,
+}
+
+/// Migrates, or goes on where an earlier attempt was left in its cutover. Blocks for as long as it takes.
+pub fn run(ports: &Ports, state: &HandoverState, request: &Request) -> Result<Report> {
+    let rounds = match state.record()? {
+        // It lives there already, and not by a migration: whether that is to stay is for a person to say.
+        Some(record) if record.stage == Stage::Moved && !record.commit => {
+            let power = ports.handover.machines.power(&record.uuid)?;
+            return Err(record.refusal(power.unwrap_or(Power::Off)));
+        }
+        Some(_) => Vec::new(),
+        None => precopy(ports, state, request)?,
+    };
+    (ports.handover.say)("cutting over");
+    let handover = handover::over(ports.handover, state, &request.handover)?;
+    let mut report = Report {
+        measured_ms: handover.downtime_ms.zip(handover.shutdown_ms).map(|(down, shutdown)| down + shutdown),
+        forecast_ms: rounds.last().and_then(|r| r.forecast).map(|f| f.downtime_ms),
+        handover,
+        rounds,
+        generation: None,
+    };
+    if request.handover.commit {
+        (ports.handover.say)("committing it there");
+        match (ports.handover.there)().and_then(|there| there.commit(ports.handover.say)) {
+            Ok(generation) => report.generation = Some(generation),
+            // It runs there, and its source is refused: nothing is at stake but the way back.
+            Err(e) => report.handover.warnings.push(format!(
+                "it was not committed there, and can still be undone: {}; `virt-replica failover {} --commit` on the target commits it",
+                e.chain(),
+                report.handover.domain
+            )),
+        }
+    }
+    Ok(report)
+}
+
+fn precopy(ports: &Ports, state: &HandoverState, request: &Request) -> Result<Vec<Round>> {
+    let learned = state.learned();
+    let (mut all, mut forecasts, mut told) = (Vec::new(), Vec::new(), Vec::new());
+    if (ports.handover.head)()?.is_some() {
+        can_be_brought_up(ports, request)?;
+    }
+    loop {
+        let off = !matches!(ports.handover.machines.power(&request.handover.uuid)?, Some(p) if p != Power::Off);
+        all.push((ports.round)()?);
+        let ran = all.last().expect("it was pushed just now");
+        if all.len() == 1 {
+            can_be_brought_up(ports, request)?;
+        }
+        let forecast = forecast(&all, &learned).filter(|_| !off);
+        forecasts.extend(forecast);
+        // Of a domain that is off there is nothing to wait for.
+        let asked = ports.ui.cut.load(Ordering::Relaxed) || off;
+        let decision = decide(all.len(), &forecasts, &request.limits, (ports.handover.clock)(), asked);
+        let round = Round {
+            round: all.len(),
+            bytes_sent: ran.bytes_sent,
+            duration_ms: rounded(ran.took.as_secs_f64()),
+            forecast,
+            decision,
+        };
+        (ports.ui.told)(&round);
+        told.push(round);
+        match decision {
+            Decision::CutOver(_) => return Ok(told),
+            Decision::GoOn => stopped(ports)?,
+            Decision::Wait => wait(ports, &request.limits)?,
+            Decision::Diverges | Decision::TooManyRounds => return Err(does_not_converge(&told)),
+        }
+    }
+}
+
+fn stopped(ports: &Ports) -> Result<()> {
+    match ports.handover.stop.load(Ordering::Relaxed) {
+        true => Err(Error::new(Kind::Interrupted, "the migration was stopped; the domain runs here as before")),
+        false => Ok(()),
+    }
+}
+
+/// Until somebody wants it, its time has come, or it is worth another round.
+fn wait(ports: &Ports, limits: &Limits) -> Result<()> {
+    let mut waited = Duration::ZERO;
+    while waited < IDLE {
+        stopped(ports)?;
+        let due = limits.at.is_some_and(|at| (ports.handover.clock)() >= at);
+        if due || ports.ui.cut.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        (ports.handover.sleep)(LOOK_EVERY);
+        waited += LOOK_EVERY;
+    }
+    Ok(())
+}
+
+fn can_be_brought_up(ports: &Ports, request: &Request) -> Result<()> {
+    let readiness = (ports.handover.there)()?.ready(None)?;
+    match readiness.red() {
+        None => Ok(()),
+        Some(red) => {
+            let what = format!("it cannot be brought up on {}: {}", request.handover.to, red.what);
+            Err(Error::new(Kind::Conflict, what).hint(red.advice.clone().unwrap_or_default()))
+        }
+    }
+}
+
+fn does_not_converge(rounds: &[Round]) -> Error {
+    let count = rounds.len();
+    let figures = rounds.last().and_then(|r| r.forecast).map_or(String::new(), |f| {
+        let link = f.link_rate_bytes.map_or("an unknown rate".to_owned(), |rate| format!("{} KiB/s", rate >> 10));
+        format!(
+            ": the guest's writes need {} KiB/s of a link that carries {link}, and it would be down for {:.0} s",
+            f.dirty_rate_bytes >> 10,
+            f.downtime_ms / 1e3
+        )
+    });
+    let what = format!("the migration does not converge after {count} rounds{figures}; the domain runs here as before");
+    Error::new(Kind::Conflict, what).hint(
+        "let the guest write less, give it a faster link, allow more (--max-downtime, --rounds-max), or cut over whatever it takes: --now, or --at a quiet hour",
+    )
+}
+
+#[cfg(test)]
+#[path = "migrate_tests.rs"]
+mod tests;

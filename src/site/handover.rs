@@ -1,0 +1,155 @@
+//! A planned failover and a migration, with the adapters of this host as their ports.
+
+use super::here::Here;
+use super::{Connection, Site};
+use crate::error::{Error, Kind, Result};
+use crate::hypervisor::Hypervisor as _;
+use crate::name::{DomainUuid, RunId};
+use crate::recovery::bringup::BringUp;
+use crate::recovery::failback::{self, CameHome};
+use crate::recovery::handover::{self, HandoverRecord, HandoverState, Look, Ports, Sent};
+use crate::recovery::migrate;
+use crate::replica::Replica as _;
+use crate::replicate::choice::CaptureKind;
+use crate::replicate::cycle::{Request, Watch};
+use crate::replicate::report::Report;
+use jiff::Timestamp;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+/// What a handover is done with: the way there, how its runs are made, and who is told.
+pub struct Means<'a> {
+    /// Its agent brings domains up, or refuses.
+    pub target: &'a Connection,
+    /// Of every run; each gets an id of its own.
+    pub runs: &'a Request,
+    pub new_run: &'a dyn Fn() -> Result<RunId>,
+    pub watch: &'a dyn Watch,
+    pub say: &'a dyn Fn(&str),
+    pub stop: &'a AtomicBool,
+}
+
+impl Means<'_> {
+    fn request(&self, handover: Option<&RunId>) -> Result<Request> {
+        Ok(Request { run: (self.new_run)()?, handover: handover.cloned(), ..self.runs.clone() })
+    }
+}
+
+impl Site {
+    /// See [`handover::over`].
+    pub fn hand_over(&self, means: &Means, request: &handover::Request) -> Result<handover::Report> {
+        let state = HandoverState::open(self.state(), &request.uuid)?;
+        self.with_handover(means, &request.uuid, |ports| handover::over(ports, &state, request))
+    }
+
+    /// See [`handover::back`].
+    pub fn call_off(&self, means: &Means, uuid: &DomainUuid, lose_its_writes: bool) -> Result<HandoverRecord> {
+        let state = HandoverState::open(self.state(), uuid)?;
+        self.with_handover(means, uuid, |ports| handover::back(ports, &state, lose_its_writes))
+    }
+
+    /// See [`handover::settle`]: no target is needed for it.
+    pub fn settle_handover(&self, uuid: &DomainUuid) -> Result<Option<HandoverRecord>> {
+        let state = HandoverState::open(self.state(), uuid)?;
+        let never = || Error::new(Kind::Usage, "this needs a target");
+        handover::settle(
+            &Ports {
+                machines: self.hypervisor(),
+                custody: self.hypervisor(),
+                look: &|| Err(never()),
+                run: &|_| Err(never()),
+                head: &|| Err(never()),
+                there: &|| Err(never()),
+                clock: &Timestamp::now,
+                sleep: &std::thread::sleep,
+                say: &|_| {},
+                stop: &AtomicBool::new(false),
+            },
+            &state,
+        )
+    }
+
+    /// See [`migrate::run`].
+    pub fn migrate(&self, means: &Means, request: &migrate::Request, ui: &migrate::Ui) -> Result<migrate::Report> {
+        let uuid = &request.handover.uuid;
+        let state = HandoverState::open(self.state(), uuid)?;
+        let round = || -> Result<migrate::Ran> {
+            let report = self.run_once(means, None)?;
+            // What the guest has written since is a help to foretell, and no more.
+            let plan = self.plan(means.target, &means.request(None)?).ok();
+            Ok(migrate::Ran::of(&report, plan.as_ref(), Timestamp::now()))
+        };
+        self.with_handover(means, uuid, |ports| {
+            migrate::run(&migrate::Ports { handover: ports, round: &round, ui }, &state, request)
+        })
+    }
+
+    /// See [`failback::run`]. `here`: this host as the target that the domain goes home from.
+    pub fn fail_back(
+        &self,
+        here: &Here,
+        means: &Means,
+        request: &handover::Request,
+        keep_undo: bool,
+    ) -> Result<CameHome> {
+        let home =
+            || -> Result<Box<dyn BringUp>> { Ok(Box::new(means.target.client_again()?.bring_up(&request.uuid))) };
+        failback::run(
+            &failback::Ports {
+                home: &home,
+                hand_over: &|| self.hand_over(means, request),
+                hand_back: &|generation| here.hand_back(&request.uuid, generation, means.say),
+                say: means.say,
+            },
+            keep_undo,
+        )
+        .map_err(|e| e.domain(&request.domain))
+    }
+
+    fn with_handover<T>(&self, means: &Means, uuid: &DomainUuid, act: impl FnOnce(&Ports) -> Result<T>) -> Result<T> {
+        let look = || -> Result<Look> {
+            let view = self.hypervisor().observe(uuid)?;
+            Ok(Look { persistent: view.persistent, managed_save: view.managed_save, guest_agent: view.guest_agent })
+        };
+        let run = |handover: Option<&RunId>| self.run_once(means, handover).and_then(sent);
+        let head = || -> Result<Option<Timestamp>> {
+            let view = means.target.client_again()?.open(uuid)?.describe()?;
+            Ok(view.head().map(|point| point.frozen_at))
+        };
+        let there = || -> Result<Box<dyn BringUp>> { Ok(Box::new(means.target.client_again()?.bring_up(uuid))) };
+        act(&Ports {
+            machines: self.hypervisor(),
+            custody: self.hypervisor(),
+            look: &look,
+            run: &run,
+            head: &head,
+            there: &there,
+            clock: &Timestamp::now,
+            sleep: &|time: Duration| std::thread::sleep(time),
+            say: means.say,
+            stop: means.stop,
+        })
+    }
+
+    /// One run that has to lead to a point.
+    fn run_once(&self, means: &Means, handover: Option<&RunId>) -> Result<Report> {
+        // The runs before may have taken hours: the session of then need not be there any more.
+        means.target.client_again()?;
+        let (report, error) = self.sync(means.target, &means.request(handover)?, means.watch, means.stop)?;
+        match error {
+            Some(e) => Err(e),
+            None => Ok(report),
+        }
+    }
+}
+
+fn sent(report: Report) -> Result<Sent> {
+    let point = report.point.ok_or_else(|| Error::new(Kind::Io, "the run told of no point"))?;
+    Ok(Sent {
+        off: report.capture == Some(CaptureKind::Off),
+        bytes: point.disks.iter().map(|d| d.stats.bytes_sent).sum(),
+        frozen_at: point.frozen_at,
+        point: point.id,
+        warnings: report.alarms.into_iter().chain(report.warnings).collect(),
+    })
+}

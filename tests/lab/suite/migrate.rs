@@ -1,0 +1,86 @@
+//! Migrations under load with two real hypervisors: forecast and measured downtime, nothing that was acknowledged lost; and whatever
+//! ends one before its cutover leaves the guest writing as before.
+
+use super::domain::{Disk, Domain};
+use super::handover::{LONG, Traveller, message};
+use super::runbooks::lines;
+use super::support::{Host, Job, Lab};
+use std::time::Duration;
+
+/// A guest that writes lines as fast as it can.
+fn writer(lab: &Lab, name: &str) -> Domain {
+    lab.domain(name).disk(Disk::ext4("128M", "qcow2")).guest().delay("0.01").running()
+}
+
+/// Sends a signal to the program that migrates this domain, in host a.
+fn signal(vm: &Domain, signal: &str) {
+    let script = r#"for p in /proc/[0-9]*; do
+          words=$(tr '\0' ' ' <"$p/cmdline" 2>/dev/null) || continue
+          [[ $words == *"virt-replica migrate $1 "* && $words != *bash* ]] && kill -"$2" "${p#/proc/}"
+        done; true"#;
+    Host::A.script(script, &[&vm.name, signal]);
+}
+
+fn wait_round(job: &mut Job, n: u64) {
+    let wanted = format!("\"round\":{n},");
+    job.wait_line(Duration::from_secs(90), &format!("round {n}"), |line| line.contains(&wanted));
+}
+
+#[test]
+fn a_writing_guest_migrates_and_its_downtime_is_foretold_and_measured() {
+    let lab = Lab::get();
+    let vm = writer(&lab, "migrate");
+    let t = Traveller::of(&vm);
+    vm.wait_acked(20);
+    let done = t.start("", "migrate", &["--max-downtime", "2m"]).wait(LONG).success();
+    let acked = vm.acked();
+    let report = message(&done, "migrate");
+    let (forecast, measured) = (report["forecast_ms"].as_f64().unwrap(), report["measured_ms"].as_f64().unwrap());
+    println!("foretold {forecast} ms, measured {measured} ms, of which down {} ms", report["downtime_ms"]);
+    assert!(measured > 0.0 && forecast > 0.0 && forecast <= 120_000.0);
+    let rounds = report["rounds"].as_array().unwrap();
+    assert_eq!(rounds.last().unwrap()["decision"]["cut_over"], "forecast");
+    assert_eq!(report["generation"], 2);
+    assert!(t.there.runs() && vm.state() == "shut off");
+    t.writes_there();
+    Host::B.ok(&["virsh", "-q", "destroy", &vm.name]);
+    let moved = lines(Host::B, &t.image());
+    assert!(moved > acked, "line {acked} was acknowledged here, and {moved} are there");
+    // The same command tells the same again.
+    let again = message(&t.start("", "migrate", &[]).wait(LONG).success(), "migrate");
+    assert_eq!((&again["point"], &again["generation"]), (&report["point"], &report["generation"]));
+    t.failover("", &["--abort", "--lose-its-writes"]).exit(1).says(&["committed"]);
+}
+
+#[test]
+fn a_migration_that_ends_before_its_cutover_leaves_the_guest_as_before() {
+    let lab = Lab::get();
+    let vm = writer(&lab, "migrate-stop");
+    let t = Traveller::of(&vm);
+    vm.wait_acked(5);
+    let never = ["--max-downtime", "0s", "--rounds-max"];
+    let as_before = || {
+        assert!(vm.state() == "running" && !t.there.runs());
+        vm.still_writes();
+        vm.assert_home();
+        assert_eq!(t.status()["state"], "ok");
+    };
+    let done = t.start("", "migrate", &[&never[..], &["2"]].concat()).wait(LONG).exit(1);
+    done.says(&["does not converge after 2 rounds", "runs here as before", "--max-downtime"]);
+    as_before();
+    let mut job = t.start("", "migrate", &[&never[..], &["1000"]].concat());
+    wait_round(&mut job, 2);
+    signal(&vm, "INT");
+    job.wait_from_now(LONG).exit(130);
+    as_before();
+
+    // A key cuts over, whatever the forecast; the undo is kept on request.
+    let mut job = t.start("", "migrate", &[&never[..], &["1000", "--keep-undo"]].concat());
+    wait_round(&mut job, 1);
+    signal(&vm, "USR1");
+    let report = message(&job.wait_from_now(LONG).success(), "migrate");
+    let last = report["rounds"].as_array().unwrap().last().unwrap();
+    assert_eq!((&last["decision"]["cut_over"], &report["generation"]), (&"asked".into(), &serde_json::Value::Null));
+    t.failover("", &["--abort", "--lose-its-writes"]).success();
+    assert!(vm.state() == "running" && !t.there.runs());
+}
