@@ -24,7 +24,6 @@ pub struct AgentArgs {
     failover: bool,
     /// What networks, machine types and paths of the source are here [default: recovery.yaml beside the configuration]
     #[arg(long, value_name = "FILE", requires = "failover")]
-    #[cfg_attr(not(feature = "libvirt"), expect(dead_code, reason = "nothing is brought up"))]
     mapping: Option<PathBuf>,
     /// Remove no point younger than this, whatever a client asks for (7d, 12h)
     #[arg(long, value_name = "AGE", default_value = "0s", value_parser = super::render::parse_age)]

@@ -262,7 +262,12 @@ impl<'a> Run<'a> {
                 Verdict::No => {
                     (ports.say)(&format!("the target says no: {}", error.chain()));
                     let mut record = self.held().clone();
-                    put_back(ports, self.state, &mut record, None)?;
+                    put_back(ports, self.state, &mut record, None).map_err(|e| {
+                        let (domain, to) = (&record.domain, &record.to);
+                        let what = format!("{}; and the domain could not be put back as it was", error.chain());
+                        let hint = format!("`virt-replica failover {domain} --to {to} --abort` goes on with that");
+                        Error::new(e.kind(), what).source(e).hint(hint)
+                    })?;
                     self.record = None;
                     return Err(error);
                 }

@@ -4,7 +4,7 @@
 use super::crash_failover::OnB;
 use super::domain::{Disk, Domain};
 use super::runbooks::{lines, map_paths};
-use super::support::{Done, Host, Job, Lab, STORE, TARGET, eventually};
+use super::support::{Done, Host, Job, Lab, STORE, TARGET, Undo, eventually};
 use serde_json::Value;
 use std::time::Duration;
 
@@ -189,4 +189,40 @@ fn whoever_tries_it_in_whatever_order_the_domain_runs_on_one_side() {
     vm.sync_with("", &[]).failed(1).says(&["lives on"]);
     assert_eq!(t.status()["state"], "demoted");
     Host::A.virt_replica(&["failover", &vm.name]).exit(2).says(&["--to TARGET", "--unplanned --source-is-dead"]);
+}
+
+/// The target falls silent just when it is asked: the answer is waited for, asked for again, and never guessed.
+#[test]
+fn a_target_that_is_cut_off_when_it_is_asked_is_asked_again_and_nothing_is_started_meanwhile() {
+    let lab = Lab::alone();
+    let vm = lab.domain("handover-cut").disk(Disk::qcow2("16M").then("write -P 0x11 1M 3M")).paused();
+    let t = Traveller::of(&vm);
+    vm.sync().sealed();
+    vm.virsh(&["resume"]);
+    let over = ["--timeout", "1s", "--force-off"];
+    let _healed = Undo(|| drop(lab.tool(&["heal"])));
+
+    // Nobody is there to call it off: the domain stays off.
+    t.failover("h5=kill", &over).exit(137);
+    lab.tool(&["cut"]);
+    t.failover("", &["--abort", "--lose-its-writes"]).exit(1);
+    assert_eq!(vm.state(), "shut off");
+    lab.tool(&["heal"]);
+    t.failover("", &["--abort"]).success();
+    assert!(vm.state() == "running" && !t.there.runs());
+
+    let mut job = t.start("h5=sleep:4000", "failover", &over);
+    job.wait_line(LONG, "that it sends what is left", |line| line.contains("sending what is left"));
+    eventually("the record to say that the target is asked", Duration::from_secs(30), || {
+        let record = format!("{STORE}/source/recovery/handovers/{}/record.json", vm.uuid);
+        Host::A.run(&["grep", "-q", "\"asked\": true", &record]).code.eq(&0).then_some(())
+    });
+    lab.tool(&["cut"]);
+    job.wait_line(LONG, "that it asks again", |line| line.contains("asking again"));
+    assert_eq!(vm.state(), "shut off");
+    vm.sync_with("", &[]).failed(1).says(&["may run on"]);
+    lab.tool(&["heal"]);
+    job.wait_from_now(LONG).success();
+    assert!(t.there.runs() && vm.state() == "shut off");
+    assert_eq!(t.status()["state"], "demoted");
 }
