@@ -41,15 +41,15 @@ pub struct GaveWay {
 /// Durable when it returns; takes as long as a first copy of the disks. `failover`: the domain reads a point of this store.
 /// [`Kind::Conflict`] if it runs here, [`Kind::Refused`] while it reads a point.
 pub fn run(ports: &Ports, uuid: &DomainUuid, failover: Option<&FailoverRecord>) -> Result<GaveWay> {
+    if !is_off(ports, uuid)? {
+        return Ok(GaveWay { point: None });
+    }
     if let Some(record) = failover {
         let what = format!("the domain reads point {} of this very store", record.point);
         return Err(Error::new(Kind::Refused, what).domain(&record.domain).hint(match record.stage.is_committed() {
             true => "`virt-replica detach DOMAIN` here first: it gives it images of its own",
             false => "undo or commit that failover first",
         }));
-    }
-    if !is_off(ports, uuid)? {
-        return Ok(GaveWay { point: None });
     }
     (ports.say)("keeping what this host has as a point of its own store");
     let point = (ports.run)()?;
