@@ -15,6 +15,9 @@ pub struct StatusArgs {
     /// Ask this target for the newest points (URL or name as for sync)
     #[arg(long, value_name = "TARGET")]
     to: Option<String>,
+    /// Ask it too whether each domain could be brought up there from its newest point; its host has to allow failovers
+    #[arg(long, requires = "to", conflicts_with = "nagios")]
+    ready: bool,
     #[command(flatten)]
     ssh: SshArgs,
     /// Print JSON for scripts

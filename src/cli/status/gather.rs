@@ -2,7 +2,7 @@
 
 use super::StatusArgs;
 use super::nagios::{self, Limits};
-use super::view::{Alarm, Head, HeadFrom, LastRun, Overlay, Row, Seen, describe, state};
+use super::view::{Alarm, Head, HeadFrom, LastRun, Overlay, Ready, Row, Seen, describe, state};
 use crate::cli::Globals;
 use crate::cli::output::{Exit, Output, print, print_json};
 use crate::cli::progress::say;
@@ -19,6 +19,7 @@ use virt_replica::error::{Error, Kind, Result};
 use virt_replica::hypervisor::{DomainView, Hypervisor as _, Power};
 use virt_replica::name::{DomainName, DomainUuid};
 use virt_replica::policy::select::select;
+use virt_replica::recovery::bringup::BringUp as _;
 use virt_replica::replica::{Replica as _, ReplicaView};
 use virt_replica::replicate::cycle::record_in_domain;
 use virt_replica::replicate::decide::{Action, decide};
@@ -29,6 +30,7 @@ use virt_replica::replicate::plan::is_our_overlay;
 use virt_replica::replicate::report::{Report, RunOutcome};
 use virt_replica::replicate::settle::halt_error;
 use virt_replica::site::{Connection, Site};
+use virt_replica::transport::Service;
 
 /// A domain that libvirt, the journal or the target knows.
 struct Known {
@@ -66,7 +68,10 @@ impl<'a> Sources<'a> {
             Some(to) => Some(Target::resolve(to, &args.ssh, &globals.config()?)?),
             None => None,
         };
-        let target = target.map(|t| {
+        let target = target.map(|mut t| {
+            if args.ready {
+                t.ssh.service = Service::Failover;
+            }
             let connection = t.connection();
             (t, connection)
         });
@@ -235,7 +240,17 @@ fn rows(
         match target {
             Some((target, connection)) => {
                 let replica = connection.client()?.open(&domain.uuid)?.describe()?;
-                rows.push(row(globals, site, domain, record.as_ref(), Some(&target.url.to_string()), Some(&replica))?);
+                let mut row =
+                    row(globals, site, domain, record.as_ref(), Some(&target.url.to_string()), Some(&replica))?;
+                if args.ready && row.head.is_some() {
+                    match connection.client()?.bring_up(&domain.uuid).ready(None) {
+                        Ok(readiness) => row.ready = Some(Ready::from(&readiness)),
+                        Err(e) => {
+                            row.notes.push(format!("whether the target could bring it up is not known: {}", e.chain()))
+                        }
+                    }
+                }
+                rows.push(row);
             }
             None => {
                 for target in targets(&domain.reports) {
@@ -360,6 +375,7 @@ fn row(
         running: running.map(|h| format!("{} (pid {})", h.what, h.pid)),
         overlays: record.map_or_else(Vec::new, |r| overlays(r, age)),
         alarms: alarms.collect(),
+        ready: None,
     })
 }
 

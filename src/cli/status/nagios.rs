@@ -141,6 +141,7 @@ mod tests {
             running: None,
             overlays: Vec::new(),
             alarms: Vec::new(),
+            ready: None,
         }
     }
 

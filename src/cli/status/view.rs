@@ -5,6 +5,8 @@ use jiff::Timestamp;
 use serde::Serialize;
 use std::path::PathBuf;
 use virt_replica::name::{DiskName, DomainUuid, Generation, PointId, RunId};
+use virt_replica::recovery::bringup::Readiness;
+use virt_replica::recovery::ready::{Color, Finding};
 use virt_replica::replica::{Consistency, PointView};
 use virt_replica::replicate::decide::Phase;
 use virt_replica::replicate::demoted::Stage;
@@ -97,6 +99,28 @@ pub struct Row {
     pub overlays: Vec<Overlay>,
     /// Dirty bitmaps that lied, newest last, as far as the journal's tail goes.
     pub alarms: Vec<Alarm>,
+    /// With `--ready`: whether the target could bring it up from its head. `None`: not asked, or not known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ready: Option<Ready>,
+}
+
+/// What the target says of bringing a domain up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Ready {
+    pub ready: bool,
+    /// What stands in the way, with what to do about it.
+    pub red: Vec<String>,
+}
+
+impl From<&Readiness> for Ready {
+    fn from(readiness: &Readiness) -> Ready {
+        let red = readiness.findings.iter().filter(|f| f.color == Color::Red);
+        let words = |f: &Finding| match &f.advice {
+            Some(advice) => format!("{}: {advice}", f.what),
+            None => f.what.clone(),
+        };
+        Ready { ready: readiness.red().is_none(), red: red.map(words).collect() }
+    }
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -166,13 +190,15 @@ impl Row {
             running: None,
             overlays: Vec::new(),
             alarms: Vec::new(),
+            ready: None,
         }
     }
 
     /// Whether nobody has to look at it.
     pub fn is_well(&self) -> bool {
         let failed = self.last_run.as_ref().is_some_and(|r| r.outcome != RunOutcome::Sealed);
-        self.state == State::Ok && (!failed || self.running.is_some())
+        let ready = self.ready.as_ref().is_none_or(|r| r.ready);
+        self.state == State::Ok && ready && (!failed || self.running.is_some())
     }
 
     fn last_run_words(&self) -> &str {
@@ -196,7 +222,11 @@ impl Row {
         let failed = failed.filter_map(|r| r.error.as_ref().map(|e| format!("last run: {e}")));
         let alarms =
             self.alarms.iter().rev().take(1).map(|a| format!("ALARM of {}: {}", render::time(a.at), a.message));
-        overlays.chain(alarms).chain(running).chain(failed).chain(self.notes.iter().cloned())
+        let ready = self.ready.iter().flat_map(|r| match r.ready {
+            true => vec!["the target could bring it up from its head".to_owned()],
+            false => r.red.iter().map(|red| format!("NOT READY at the target: {red}")).collect(),
+        });
+        overlays.chain(alarms).chain(ready).chain(running).chain(failed).chain(self.notes.iter().cloned())
     }
 }
 

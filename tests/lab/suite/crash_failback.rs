@@ -3,7 +3,7 @@
 
 use super::domain::{Disk, Domain};
 use super::handover::{LONG, Traveller, message};
-use super::support::{Done, Host, Job, Lab, STORE};
+use super::support::{Done, Host, Job, Lab, STORE, TARGET};
 
 /// Host a, as host b calls it.
 const HOME: &str = "ssh://root@192.0.2.1";
@@ -54,6 +54,10 @@ fn a_writing_guest_comes_home_and_what_home_had_stays_as_a_point() {
     let name = vm.name.as_str();
     vm.wait_acked(5);
     vm.sync().sealed();
+    // Beforehand it is asked whether that could be done.
+    let status = Host::A.json(&["status", name, "--to", TARGET, "--ready", "--json"]);
+    assert_eq!(status["domains"][0]["ready"]["ready"], true, "{status:#}");
+    Host::A.virt_replica(&["status", name, "--to", TARGET, "--ready"]).success().says(&["could bring it up"]);
     // What it writes now is lost by the failover, and home has it.
     vm.wait_acked(vm.acked() + 10);
     vm.virsh(&["destroy"]);
