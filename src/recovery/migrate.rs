@@ -114,14 +114,16 @@ pub fn forecast(rounds: &[Ran], learned: &Learned) -> Option<Forecast> {
     // The guest goes on writing until it is off.
     let left = left + dirty_rate * shutdown.as_secs_f64();
     let shortest = rounds.iter().map(|r| r.took).min().unwrap_or_default();
+    // It carries this at the least.
+    let carried = rounds.iter().map(rate_of).fold(1.0, f64::max);
     let transfer = match link {
         Some(rate) => left / rate,
-        // So little was sent that the cost of a round is all there is to it.
-        None => 0.0,
+        // So little is sent that the cost of a round is all there is to it.
+        None if left <= TELLING_BYTES as f64 => 0.0,
+        None => left / carried,
     };
-    let read_rate =
-        rounds.iter().filter(|r| r.bytes_read > 0).map(|r| r.bytes_read as f64 / r.took.as_secs_f64().max(0.001));
-    let read_rate = read_rate.fold(1.0_f64, f64::max);
+    let read_rate = |r: &Ran| r.bytes_read as f64 / r.took.as_secs_f64().max(0.001);
+    let read_rate = rounds.iter().map(read_rate).fold(1.0, f64::max);
     let transfer = transfer + last.unmapped_bytes as f64 / read_rate;
     let fixed = (shortest + start).as_secs_f64();
     Some(Forecast {

@@ -41,6 +41,15 @@ fn a_forecast_is_the_shutdown_the_transfer_and_what_every_run_costs() {
     assert_eq!((f.shutdown_ms, f.fixed_ms), (15_000.0, 11_000.0));
 }
 
+/// A first copy that was mostly zeros says nothing of the link: what is left is taken to need long until a round has shown it.
+#[test]
+fn a_link_that_nobody_has_seen_is_not_taken_to_be_fast() {
+    let f = forecast(&[ran(0, 1, 10, Some(100))], &known()).unwrap();
+    assert_eq!((f.link_rate_bytes, f.left_bytes / MIB, f.transfer_ms), (None, 120, 1_200_000.0));
+    let f = forecast(&[ran(0, 1, 10, Some(3))], &known()).unwrap();
+    assert_eq!((f.link_rate_bytes, f.transfer_ms), (None, 0.0), "a round's own cost is all there is to it");
+}
+
 #[test]
 fn without_bitmaps_the_last_run_tells_and_the_first_tells_nothing() {
     assert_eq!(forecast(&[], &known()), None);

@@ -12,6 +12,15 @@ fn writer(lab: &Lab, name: &str) -> Domain {
     lab.domain(name).disk(Disk::ext4("128M", "qcow2")).guest().delay("0.01").running()
 }
 
+/// Writes to the third disk, which the guest leaves alone, over and over, for as long as its domain runs.
+fn load(vm: &Domain) -> Job {
+    let script = r#"for ((i = 0; ; i++)); do
+          io="qemu-io -d /machine/peripheral/virtio-disk2/virtio-backend \"write -P $((i % 250 + 1)) $((i % 48))M 1M\""
+          virsh -q qemu-monitor-command "$1" --hmp "$io" >/dev/null || exit 0
+        done"#;
+    Job::start(Host::A.command(&["bash", "-c", script, "load", &vm.name]))
+}
+
 /// Sends a signal to the program that migrates this domain, in host a.
 fn signal(vm: &Domain, signal: &str) {
     let script = r#"for p in /proc/[0-9]*; do
@@ -29,9 +38,11 @@ fn wait_round(job: &mut Job, n: u64) {
 #[test]
 fn a_writing_guest_migrates_and_its_downtime_is_foretold_and_measured() {
     let lab = Lab::get();
-    let vm = writer(&lab, "migrate");
+    let (lines_to, load_to) = (|| Disk::ext4("64M", "qcow2"), Disk::qcow2("64M"));
+    let vm = lab.domain("migrate").disk(lines_to()).disk(lines_to()).disk(load_to).guest().delay("0.01").running();
     let t = Traveller::of(&vm);
     vm.wait_acked(20);
+    let mut load = load(&vm);
     let done = t.start("", "migrate", &["--max-downtime", "2m"]).wait(LONG).success();
     let acked = vm.acked();
     let report = message(&done, "migrate");
@@ -41,7 +52,11 @@ fn a_writing_guest_migrates_and_its_downtime_is_foretold_and_measured() {
     let rounds = report["rounds"].as_array().unwrap();
     assert_eq!(rounds.last().unwrap()["decision"]["cut_over"], "forecast");
     assert_eq!(report["generation"], 2);
+    assert!(rounds.last().unwrap()["forecast"]["dirty_rate_bytes"].as_u64().unwrap() > 0, "it is under load");
     assert!(t.there.runs() && vm.state() == "shut off");
+    // What was written to the other disk until the very end is there too.
+    assert!(!load.running(), "its domain is off");
+    vm.compare_with_frozen(&vm.head(), 2, &vm.copy(2));
     t.writes_there();
     Host::B.ok(&["virsh", "-q", "destroy", &vm.name]);
     let moved = lines(Host::B, &t.image());
