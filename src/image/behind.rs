@@ -5,9 +5,9 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Mutex, OnceLock};
 use std::thread::JoinHandle;
 
 /// Bytes written between two nudges. Less, and what is written twice goes to the disk twice.
@@ -17,7 +17,13 @@ const STEP_LEN: u64 = 8 << 20;
 #[derive(Default)]
 pub(super) struct Behind {
     written: AtomicU64,
-    thread: OnceLock<Option<(SyncSender<()>, Mutex<Option<JoinHandle<()>>>)>>,
+    /// `None` where there was no thread or descriptor to be had: then the sync does it all.
+    thread: OnceLock<Option<Running>>,
+}
+
+struct Running {
+    nudge: SyncSender<()>,
+    thread: JoinHandle<()>,
 }
 
 impl Behind {
@@ -27,7 +33,7 @@ impl Behind {
         if before / STEP_LEN == (before + len) / STEP_LEN {
             return;
         }
-        if let Some((nudge, _)) = self.thread.get_or_init(|| start(file)) {
+        if let Some(Running { nudge, .. }) = self.thread.get_or_init(|| start(file)) {
             // Where one is waiting already, it stands for this one, too.
             let _ = nudge.try_send(());
         }
@@ -35,11 +41,10 @@ impl Behind {
 
     /// Ends the thread, and waits for it: it must not be in the way of what follows.
     pub(super) fn end(&mut self) {
-        let Some(Some((nudge, thread))) = self.thread.take() else { return };
+        let Some(Some(Running { nudge, thread })) = self.thread.take() else { return };
         drop(nudge);
-        if let Some(thread) = thread.into_inner().ok().flatten() {
-            let _ = thread.join();
-        }
+        // It has nothing to tell.
+        let _ = thread.join();
         self.written.store(0, Ordering::Relaxed);
     }
 }
@@ -50,8 +55,7 @@ impl Drop for Behind {
     }
 }
 
-/// `None` where there is no thread or descriptor to be had: then the sync does it all.
-fn start(file: &File) -> Option<(SyncSender<()>, Mutex<Option<JoinHandle<()>>>)> {
+fn start(file: &File) -> Option<Running> {
     let file = file.try_clone().ok()?;
     let (nudge, nudges) = sync_channel::<()>(1);
     let work = move || {
@@ -60,7 +64,7 @@ fn start(file: &File) -> Option<(SyncSender<()>, Mutex<Option<JoinHandle<()>>>)>
         }
     };
     let thread = std::thread::Builder::new().name("write-behind".to_owned()).spawn(work).ok()?;
-    Some((nudge, Mutex::new(Some(thread))))
+    Some(Running { nudge, thread })
 }
 
 /// Begins to write out what is dirty of the whole file. Without a flag that waits it takes no error from the sync.
