@@ -21,6 +21,7 @@ mod output;
 mod patch;
 mod pin;
 mod plain;
+mod pointfile;
 mod points;
 mod policy;
 mod progress;
