@@ -54,12 +54,13 @@ impl Source {
     pub fn open(path: &Path, format: Format, options: &ReadOptions) -> Result<Source> {
         let layer = layer(path, format)?;
         redo::refuse_if_torn(&super::place::real_path(path)?, layer.block_device, &options.redo_dir)?;
-        let chain = offline::resolve_chain(&layer)?;
+        let may = |file: &Path| match &options.within {
+            Some(root) => super::place::check_within(file, root).map(drop),
+            None => Ok(()),
+        };
+        let chain = offline::resolve_chain_where(&layer, &may)?;
         let mut files: Vec<&Path> = chain.0.iter().map(|l| l.path.as_path()).collect();
         files.extend(chain.0.iter().filter_map(|l| l.data_file.as_deref()));
-        if let Some(root) = &options.within {
-            files.iter().try_for_each(|file| super::place::check_within(file, root).map(drop))?;
-        }
         let shared = options.open.force_share;
         let locks = match shared {
             true => Vec::new(),
