@@ -229,6 +229,16 @@ impl Upkeep for FakeReplica {
         Ok(Box::new(FakeStream(Arc::clone(&self.0), point.seq() as u8)))
     }
 
+    fn changes(&self, since: &PointId, point: &PointId, disk: &DiskName) -> Result<Box<dyn PatchStream>> {
+        self.0.asked.lock().unwrap().push(format!("changes {} {disk}", since.seq()));
+        self.export(point, disk)
+    }
+
+    fn attachment(&self, point: &PointId, name: Attachment) -> Result<Box<dyn PatchStream>> {
+        self.0.asked.lock().unwrap().push(format!("attachment {}", name.file_name()));
+        self.export(point, &disk("none"))
+    }
+
     fn scrub(&self, restart: bool) -> Result<Box<dyn Scrubbing>> {
         self.0.streams.fetch_add(1, Ordering::SeqCst);
         self.0.asked.lock().unwrap().push(format!("scrub {restart}"));
@@ -506,6 +516,15 @@ fn a_stream_is_read_ahead_and_ends_with_its_reader() {
     assert!(stream.next_chunk().unwrap().is_empty() && stream.next_chunk().unwrap().is_empty());
     stream.close().unwrap();
     assert_eq!(fake.streams.load(Ordering::SeqCst), 0);
+    for asked in ["changes 3 vda", "attachment nvram.fd"] {
+        let mut stream = match asked.starts_with("changes") {
+            true => replica.changes(&point(3).id, &point(1).id, &disk("vda")).unwrap(),
+            false => replica.attachment(&point(1).id, Attachment::Nvram).unwrap(),
+        };
+        assert_eq!(stream.next_chunk().unwrap(), vec![1; 600_000]);
+        stream.close().unwrap();
+        assert_eq!(fake.asked.lock().unwrap().last().unwrap(), asked);
+    }
 
     let mut stream = replica.export(&point(200).id, &disk("vda")).unwrap();
     let e = stream.next_chunk().unwrap_err();

@@ -5,6 +5,7 @@ use super::client::AgentClient;
 use super::remote::RemoteReplica;
 use crate::error::Result;
 use crate::name::{DiskName, PointId};
+use crate::replica::Attachment;
 use crate::replica::upkeep::{
     Holds, PatchStream, PruneReport, ScrubStart, ScrubStep, Scrubbing, ShortenStart, ShortenStep, Shortening, Upkeep,
 };
@@ -35,6 +36,16 @@ impl RemoteReplica {
         let told = ask(client, handle, ask_for, progress)?;
         take(told).ok_or_else(|| client.shared.at_host(protocol("the answer is to another question")))
     }
+
+    fn stream(&self, ask: Ask) -> Result<Box<dyn PatchStream>> {
+        let stream = self.told(ask, &mut |_, _| {}, |told| match told {
+            Told::Export { stream } => Some(stream),
+            _ => None,
+        })?;
+        let (client, handle) = self.session();
+        let (client, asked) = (Arc::clone(client), VecDeque::new());
+        Ok(Box::new(RemoteStream { client, handle, stream, asked, ended: false }))
+    }
 }
 
 impl Upkeep for RemoteReplica {
@@ -58,14 +69,15 @@ impl Upkeep for RemoteReplica {
     }
 
     fn export(&self, point: &PointId, disk: &DiskName) -> Result<Box<dyn PatchStream>> {
-        let ask = Ask::Export { point: point.clone(), disk: disk.clone() };
-        let stream = self.told(ask, &mut |_, _| {}, |told| match told {
-            Told::Export { stream } => Some(stream),
-            _ => None,
-        })?;
-        let (client, handle) = self.session();
-        let (client, asked) = (Arc::clone(client), VecDeque::new());
-        Ok(Box::new(RemoteStream { client, handle, stream, asked, ended: false }))
+        self.stream(Ask::Export { point: point.clone(), disk: disk.clone() })
+    }
+
+    fn changes(&self, since: &PointId, point: &PointId, disk: &DiskName) -> Result<Box<dyn PatchStream>> {
+        self.stream(Ask::Changes { since: since.clone(), point: point.clone(), disk: disk.clone() })
+    }
+
+    fn attachment(&self, point: &PointId, name: Attachment) -> Result<Box<dyn PatchStream>> {
+        self.stream(Ask::Attachment { point: point.clone(), name })
     }
 
     fn scrub(&self, restart: bool) -> Result<Box<dyn Scrubbing>> {

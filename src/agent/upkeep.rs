@@ -1,6 +1,6 @@
 //! The agent's side of what is done with points that exist. It obeys or refuses: what may be removed is the store's to say.
 
-use super::{Answer, Opened, Session};
+use super::{Answer, Served, Session};
 use crate::error::{Error, Kind, Result};
 use crate::replica::upkeep::{PatchStream, Scrubbing, Shortening};
 use crate::wire::upkeep::{Ask, StreamId, Told};
@@ -89,12 +89,11 @@ impl<W: Write> Session<'_, W> {
                 self.at(handle)?.replica.pin(&point, reason.as_deref())?;
                 Told::Pin {}
             }
-            Ask::Export { point, disk } => {
-                self.streams.have_room()?;
-                let Opened { replica, .. } = self.at(handle)?;
-                let stream = replica.export(&point, &disk)?;
-                Told::Export { stream: self.streams.add(handle, Stream::Patch(stream))? }
+            Ask::Export { point, disk } => self.stream(handle, |replica| replica.export(&point, &disk))?,
+            Ask::Changes { since, point, disk } => {
+                self.stream(handle, |replica| replica.changes(&since, &point, &disk))?
             }
+            Ask::Attachment { point, name } => self.stream(handle, |replica| replica.attachment(&point, name))?,
             Ask::Chunk { stream } => return self.chunk(stream),
             Ask::Close { stream } => {
                 let (_, stream) = self.streams.open.remove(&stream).ok_or_else(|| no_stream(stream))?;
@@ -128,6 +127,16 @@ impl<W: Write> Session<'_, W> {
             },
         };
         Ok(Reply::Upkeep { told }.into())
+    }
+
+    fn stream(
+        &mut self,
+        handle: Handle,
+        begin: impl FnOnce(&dyn Served) -> Result<Box<dyn PatchStream>>,
+    ) -> Result<Told> {
+        self.streams.have_room()?;
+        let stream = begin(self.at(handle)?.replica.as_ref())?;
+        Ok(Told::Export { stream: self.streams.add(handle, Stream::Patch(stream))? })
     }
 
     fn chunk(&mut self, id: StreamId) -> Result<Answer> {

@@ -33,6 +33,7 @@ mod output;
 mod patch;
 mod pin;
 mod plain;
+mod pointfile;
 mod points;
 mod policy;
 mod progress;

@@ -4,12 +4,13 @@ use super::Globals;
 use super::output::{Exit, Message, Output, print, print_json};
 use super::plain::{OutFile, WayArgs, absolute, beside, format, input, listen, print_beside, unless_stopped, watched};
 use super::render;
-use super::target::{SshArgs, hang_up};
+use super::target::{SshArgs, Target, hang_up};
 use clap::{Args, Subcommand};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use virt_replica::error::{Error, Kind, Result};
+use virt_replica::name::PointId;
 use virt_replica::patch::Compression;
 use virt_replica::plain::copy::Sending;
 use virt_replica::plain::diff::{Diffed, KnownByDigests, Nothing};
@@ -23,12 +24,15 @@ use virt_replica::site::{Connection, workers};
 #[derive(Debug, Args)]
 pub struct DiffArgs {
     /// The image that the patch leads to: a file or block device
-    source: PathBuf,
+    #[arg(required_unless_present = "point", conflicts_with = "point")]
+    source: Option<PathBuf>,
     #[command(flatten)]
     base: BaseArgs,
+    #[command(flatten)]
+    pub(super) since: SinceArgs,
     /// Where the patch goes; - for stdout
     #[arg(short, long, value_name = "PATCH")]
-    output: PathBuf,
+    pub(super) output: PathBuf,
     /// Format of the source: raw or qcow2; never guessed from the content [default: by its name]
     #[arg(long, value_name = "FORMAT", value_parser = ["raw", "qcow2"])]
     source_format: Option<String>,
@@ -37,7 +41,7 @@ pub struct DiffArgs {
     base_format: Option<String>,
     /// Replace the patch if it is there
     #[arg(long)]
-    force: bool,
+    pub(super) force: bool,
     /// Compress it: a level of zstd, 1 (fast) to 19 (small), or no
     #[arg(long, value_name = "LEVEL", default_value_t)]
     compress: Compression,
@@ -45,7 +49,7 @@ pub struct DiffArgs {
     #[arg(long)]
     force_share: bool,
     #[command(flatten)]
-    ssh: SshArgs,
+    pub(super) ssh: SshArgs,
     /// Print JSON for scripts
     #[arg(long)]
     pub json: bool,
@@ -64,10 +68,30 @@ struct BaseArgs {
     /// Nothing: the patch holds the whole image
     #[arg(long)]
     from_nothing: bool,
+    /// No image, but a whole recovery point of a store (--to): all disks of this domain at this point [default: the head],
+    /// and what else the point has, in one file, from nothing or from another point (--since)
+    #[arg(long, value_name = "DOMAIN[@POINT]", requires = "to")]
+    point: Option<String>,
+}
+
+/// Which store a point is in, and what it leads on from.
+#[derive(Debug, Args)]
+pub(super) struct SinceArgs {
+    /// The point that the file leads on from; whoever applies it has to have this one as the newest
+    #[arg(long, value_name = "POINT", requires = "point")]
+    pub(super) since: Option<PointId>,
+    /// Whose store: ssh://[user@]host[:port][/root], local:/root, /root, or a name of the configuration
+    #[arg(long, value_name = "TARGET", requires = "point")]
+    pub(super) to: Option<String>,
 }
 
 pub fn diff(args: &DiffArgs, globals: &Globals, output: Output) -> Result<Exit> {
-    let path = absolute(&args.source)?;
+    let source = match (&args.base.point, &args.source) {
+        (Some(point), _) => return super::pointfile::diff(args, point, globals, output),
+        (None, Some(source)) => source,
+        (None, None) => return Err(Error::new(Kind::Usage, "an image or a point is needed")),
+    };
+    let path = absolute(source)?;
     let out = OutFile::create(&args.output, args.force)?;
     let stop = listen()?;
     let (base, connection) = open_base(args, globals)?;
@@ -139,12 +163,16 @@ fn open_base(args: &DiffArgs, globals: &Globals) -> Result<(Box<dyn PlainTarget>
 
 #[derive(Debug, Args)]
 pub struct ApplyArgs {
-    /// The patch; - for stdin
+    /// The patch, or the file with a point; - for stdin
     #[arg(required_unless_present = "finish")]
     patch: Option<PathBuf>,
     /// The image: a file or block device. Of a patch that starts from nothing, a file that is not there yet
-    #[arg(required_unless_present = "finish")]
+    #[arg(required_unless_present_any = ["finish", "to"])]
     image: Option<PathBuf>,
+    /// Make a new point of a file with a point in the store of this target: ssh://[user@]host[:port][/root], local:/root,
+    /// /root, or a name of the configuration
+    #[arg(long, value_name = "TARGET", conflicts_with_all = ["image", "finish", "undo", "format", "atomic", "in_place", "force"])]
+    to: Option<String>,
     /// End what was cut short on this image, and do nothing else
     #[arg(long, value_name = "IMAGE", conflicts_with_all = ["patch", "image", "undo"])]
     finish: Option<PathBuf>,
@@ -159,6 +187,8 @@ pub struct ApplyArgs {
     /// Let a patch that starts from nothing take the place of the image that is there
     #[arg(long)]
     force: bool,
+    #[command(flatten)]
+    ssh: SshArgs,
     /// Print JSON for scripts
     #[arg(long)]
     pub json: bool,
@@ -167,6 +197,9 @@ pub struct ApplyArgs {
 pub fn apply(args: &ApplyArgs, globals: &Globals, output: Output) -> Result<Exit> {
     if let Some(image) = &args.finish {
         return finish(&absolute(image)?, globals, output);
+    }
+    if let (Some(file), Some(to)) = (&args.patch, &args.to) {
+        return super::pointfile::apply(file, &Target::resolve(to, &args.ssh, &globals.config()?)?, output);
     }
     let (Some(patch), Some(image)) = (&args.patch, &args.image) else {
         return Err(Error::new(Kind::Usage, "a patch and an image are needed"));

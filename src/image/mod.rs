@@ -6,6 +6,7 @@
 //!
 //! Formats are never probed: a layer's format is what libvirt or our own manifest recorded.
 
+mod behind;
 mod blockdev;
 pub mod locks;
 pub mod nbd;
@@ -33,6 +34,9 @@ pub trait Image: Send + Sync {
 
     /// Fills `buf` from `offset_bytes`. The range must lie within the size; a short read is an error. Blocks.
     fn read_at(&self, offset_bytes: u64, buf: &mut [u8]) -> Result<()>;
+
+    /// Says that this range will be read next, in small steps: whoever can begins to fetch it. Does not block.
+    fn expect(&self, _range: ByteRange) {}
 }
 
 /// An image that may be written. Nothing is durable before [`ImageMut::sync`] returned.

@@ -233,4 +233,11 @@ impl Image for Door {
     fn read_at(&self, offset_bytes: u64, buf: &mut [u8]) -> Result<()> {
         self.enter()?.as_ref().expect("an entered door has an image").read_at(offset_bytes, buf)
     }
+
+    fn expect(&self, range: ByteRange) {
+        // Whoever may not enter finds out when he reads.
+        if let Ok(image) = self.enter() {
+            image.as_ref().expect("an entered door has an image").expect(range);
+        }
+    }
 }

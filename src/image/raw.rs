@@ -4,6 +4,7 @@
 //! zeros behind the end of the file, and so do we. Extents are what the file system says (`SEEK_DATA`, `SEEK_HOLE`); a
 //! block device has no holes to show. Takes no locks; whoever opens a [`RawWriter`] holds the store's.
 
+use super::behind::Behind;
 use super::{Cover, Image, ImageMut, Layer, within};
 use crate::block::extent::{Content, Extent};
 use crate::block::{ByteRange, DiskSize};
@@ -94,12 +95,18 @@ impl Image for RawImage {
         tail.fill(0);
         Ok(())
     }
+
+    fn expect(&self, range: ByteRange) {
+        // Advice, as above.
+        let _ = rustix::fs::fadvise(&self.file, range.start, NonZeroU64::new(range.len()), Advice::WillNeed);
+    }
 }
 
 /// A raw image of our own store, open for reading and writing.
 pub struct RawWriter {
     image: RawImage,
     poison: Poison,
+    behind: Behind,
 }
 
 impl RawWriter {
@@ -109,13 +116,17 @@ impl RawWriter {
         check_sectors(path, size)?;
         let file = create_file(path)?;
         file.set_len(size.0).map_err(|e| Error::io("cannot size the image", path, e))?;
-        Ok(Self { image: RawImage::over(file, path, true)?, poison: Poison::default() })
+        Ok(Self { image: RawImage::over(file, path, true)?, poison: Poison::default(), behind: Behind::default() })
     }
 
     /// Opens an existing regular file.
     pub fn open(path: &Path) -> Result<Self> {
         let layer = Layer { path: path.to_owned(), format: super::Format::Raw, block_device: false, data_file: None };
-        Ok(Self { image: RawImage::over(open_file(&layer, true)?, path, true)?, poison: Poison::default() })
+        Ok(Self {
+            image: RawImage::over(open_file(&layer, true)?, path, true)?,
+            poison: Poison::default(),
+            behind: Behind::default(),
+        })
     }
 
     /// As [`RawImage::open_exact`], for writing. A block device is opened for us alone: one that is mounted, or part of a
@@ -125,12 +136,20 @@ impl RawWriter {
             false => open_file(layer, true)?,
             true => open_device(layer)?,
         };
-        Ok(Self { image: RawImage::exact(file, layer, device_max)?, poison: Poison::default() })
+        Ok(Self {
+            image: RawImage::exact(file, layer, device_max)?,
+            poison: Poison::default(),
+            behind: Behind::default(),
+        })
     }
 
     /// Creates a file as [`RawWriter::create`] does, of any size.
     pub fn create_exact(path: &Path, size: DiskSize) -> Result<Self> {
-        let mut writer = Self { image: RawImage::over(create_file(path)?, path, true)?, poison: Poison::default() };
+        let mut writer = Self {
+            image: RawImage::over(create_file(path)?, path, true)?,
+            poison: Poison::default(),
+            behind: Behind::default(),
+        };
         writer.resize(size)?;
         Ok(writer)
     }
@@ -169,7 +188,10 @@ impl ImageMut for RawWriter {
     fn write_at(&self, offset_bytes: u64, data: &[u8]) -> Result<()> {
         self.poison.check(&self.image.path)?;
         within(self.image.size, offset_bytes, data.len() as u64)?;
-        self.image.file.write_all_at(data, offset_bytes).map_err(|e| self.io("cannot write the image", offset_bytes, e))
+        let written = self.image.file.write_all_at(data, offset_bytes);
+        written.map_err(|e| self.io("cannot write the image", offset_bytes, e))?;
+        self.behind.wrote(&self.image.file, data.len() as u64);
+        Ok(())
     }
 
     fn zero(&self, range: ByteRange) -> Result<()> {

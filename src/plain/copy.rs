@@ -4,7 +4,7 @@
 //! the target not at all. Otherwise both ends hash what they have at the same time, equal roots end it, and only blocks that
 //! differ are read again. A change list from elsewhere replaces the reading of the source.
 
-use super::find::differing;
+use super::find::{Found, Remembered, differing};
 use super::source::{Hashed, Source, hash};
 use super::{Finish, PlainTarget, Way};
 use crate::block::digest::Digest;
@@ -17,6 +17,9 @@ use crate::replicate::throttle::Throttle;
 use serde::Serialize;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+
+/// Least number of threads where a question is asked of the target for each group: most of them wait for an answer.
+const ASKING: usize = 6;
 
 /// What is to be copied, and how.
 pub struct Copy<'a> {
@@ -80,6 +83,8 @@ pub(super) struct Comparison {
     pub(super) bytes_read_target: u64,
     /// The source's root where it was hashed: it must come out again.
     pub(super) root: Option<Digest>,
+    /// What the target said of itself where both were hashed.
+    found: Found,
 }
 
 impl Comparison {
@@ -114,18 +119,18 @@ pub(super) fn compare(
     };
     if !view.exists {
         let shipment = shipment(None, Mode::Full, "there is nothing to compare with", None);
-        return Ok(Comparison { shipment, bytes_read_target: 0, root: None });
+        return Ok(Comparison { shipment, bytes_read_target: 0, root: None, found: Found::default() });
     }
     if let Some(changed) = changed {
         let whole = target.read(&mut |_, _| {})?;
-        let dirty = completed(changed, size, whole.size);
+        let (dirty, found) = (completed(changed, size, whole.size), Found::default());
         let shipment = shipment(Some((whole.size, whole.root)), Mode::Bitmap, "a list says what changed", Some(dirty));
-        return Ok(Comparison { shipment, bytes_read_target: whole.bytes_read, root: None });
+        return Ok(Comparison { shipment, bytes_read_target: whole.bytes_read, root: None, found });
     }
     if let Some(root) = view.root {
         let reason = "the digests of the target are kept";
         let shipment = shipment(Some((view.size, root)), Mode::Digest, reason, None);
-        return Ok(Comparison { shipment, bytes_read_target: 0, root: None });
+        return Ok(Comparison { shipment, bytes_read_target: 0, root: None, found: Found::default() });
     }
     let (hashed, whole) = std::thread::scope(|scope| {
         let far = scope.spawn(|| target.read(&mut |_, _| {}));
@@ -134,13 +139,15 @@ pub(super) fn compare(
     });
     let (hashed, whole) = (hashed?, whole?);
     let equal = hashed.root == whole.root;
-    let dirty = match equal {
-        true => Vec::new(),
+    let mut found = match equal {
+        true => Found::default(),
         false => differing(&hashed.nodes, target, &disk, whole.size)?,
     };
     let reason = "both ends were read at once, and what differs once more";
-    let shipment = shipment(Some((whole.size, whole.root)), Mode::Digest, reason, Some(dirty));
-    Ok(Comparison { shipment, bytes_read_target: whole.bytes_read, root: Some(hashed.root) })
+    let dirty = Some(std::mem::take(&mut found.ranges));
+    let mut shipment = shipment(Some((whole.size, whole.root)), Mode::Digest, reason, dirty);
+    shipment.workers = shipment.workers.max(ASKING);
+    Ok(Comparison { shipment, bytes_read_target: whole.bytes_read, root: Some(hashed.root), found })
 }
 
 /// A list that somebody gave, whole: what grew has changed too, and so has the block that a cut goes through.
@@ -173,7 +180,8 @@ pub(super) fn ship(
     still_good: StillGood,
 ) -> Result<pump::Shipped> {
     progress.scanned.store(0, Ordering::Relaxed);
-    let shipped = pump::ship(source.image.as_ref(), end, &comparison.shipment, progress, still_good)?;
+    let end = Remembered { target: end, found: &comparison.found };
+    let shipped = pump::ship(source.image.as_ref(), &end, &comparison.shipment, progress, still_good)?;
     source.still_good()?;
     Ok(shipped)
 }

@@ -30,16 +30,30 @@ pub(super) fn real_path(path: &Path) -> Result<PathBuf> {
     }
 }
 
-/// The real path, if it lies below `root`.
+/// The real path, if it lies below `root`. What lies elsewhere is refused with the same words whether it is there or not.
 pub(super) fn check_within(path: &Path, root: &Path) -> Result<PathBuf> {
-    let real = real_path(path)?;
     let root = fs::canonicalize(root).map_err(|e| Error::io("cannot look at the directory of images", root, e))?;
-    match real.starts_with(&root) && real != root {
-        true => Ok(real),
-        false => Err(Error::new(Kind::Refused, format!("only what lies below {} is handed out", root.display()))
+    match real_path(path) {
+        // Where it is a link, what that leads to is not there.
+        Ok(real) if real.starts_with(&root) && real != root && !real.is_symlink() => Ok(real),
+        Err(e) if !leads_out(path, &root) => Err(e),
+        _ => Err(Error::new(Kind::Refused, format!("only what lies below {} is handed out", root.display()))
             .path(path)
             .hint("the agent's --root on that host says which directory it is")),
     }
+}
+
+/// Whether a path of which something is missing would lie outside of `root`, which is real, as far as there is a way.
+fn leads_out(path: &Path, root: &Path) -> bool {
+    for part in path.ancestors() {
+        match fs::canonicalize(part) {
+            Ok(real) => return !real.starts_with(root),
+            // A link to what is not there, or may not be looked at.
+            Err(_) if part.symlink_metadata().is_ok() => return true,
+            Err(_) => {}
+        }
+    }
+    true
 }
 
 pub(super) fn part_of(image: &Path) -> Result<PathBuf> {
@@ -231,6 +245,15 @@ mod tests {
         for bad in ["link", "up/secret", "../secret", "up/new", "sub/../../new", "."] {
             assert_eq!(check_within(&root.join(bad), &root).unwrap_err().kind(), Kind::Refused, "{bad}");
         }
+        // Whether there is something is nobody's business.
+        symlink(dir.path().join("missing/further"), root.join("dangling")).unwrap();
+        symlink(dir.path().join("missing"), root.join("loose")).unwrap();
+        for absent in ["up/missing/x", "../missing/x", "dangling", "dangling/x", "loose/x", "up/secret/x"] {
+            let e = check_within(&root.join(absent), &root).unwrap_err();
+            let there = check_within(&root.join("up/secret"), &root).unwrap_err();
+            assert_eq!((e.kind(), e.what()), (there.kind(), there.what()), "{absent}");
+        }
+        assert_ne!(check_within(&root.join("none/x"), &root).unwrap_err().kind(), Kind::Refused);
     }
 
     #[test]

@@ -32,6 +32,9 @@ const LINE_MAX: usize = 16 << 10;
 /// Bytes of patch read at once.
 const CHUNK_LEN: usize = 1 << 20;
 
+/// Bytes of a patch that surely hold its header.
+const BEGINNING_LEN: u64 = 4096;
+
 /// Which image a redo file is for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Of {
@@ -136,7 +139,10 @@ impl Drop for Spool {
 
 /// Steps i2 and i3: applies the redo file of an image, if there is one, and removes it. The caller holds the image's lock.
 /// `Conflict` if the redo file is for another file of that name, `Corrupt` if the image was changed since. Durable.
-pub(super) fn roll(layer: &Layer, redo: &Path) -> Result<bool> {
+///
+/// `just_checked`: it was published by this process, under the lock that is still held. Then it was taken apart, and every
+/// block it makes compared with its digest, on the way in, and neither is done a second time.
+pub(super) fn roll(layer: &Layer, redo: &Path, just_checked: bool) -> Result<bool> {
     let file = match File::open(redo) {
         Ok(file) => file,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
@@ -150,15 +156,19 @@ pub(super) fn roll(layer: &Layer, redo: &Path) -> Result<bool> {
             .hint("if the image was put here anew and is whole, remove the redo file"));
     }
     let start = input.stream_position().map_err(|e| Error::io("cannot read the redo file", redo, e))?;
-    // Whole before the first byte: it was, but it has lain on a disk since.
-    let sizes = for_each_item(&mut input, |_, _| Ok(())).map_err(|e| e.path(redo))?;
+    let (before, after) = match just_checked {
+        true => header(&mut input),
+        // Whole before the first byte: it was, but it has lain on a disk since.
+        false => for_each_item(&mut input, |_, _| Ok(())),
+    }
+    .map_err(|e| e.path(redo))?;
     input.seek(SeekFrom::Start(start)).map_err(|e| Error::io("cannot read the redo file", redo, e))?;
-    let (before, after) = sizes;
     let mut writer = RawWriter::open_exact(layer, Some(before.max(after)))?;
     if writer.size() < after && !layer.block_device {
         writer.resize(after)?;
     }
-    for_each_item(&mut input, |size, item| apply(&writer, size, item)).map_err(|e| e.path(&layer.path))?;
+    let applied = for_each_item(&mut input, |size, item| apply(&writer, size, item, just_checked));
+    applied.map_err(|e| e.path(&layer.path))?;
     if writer.size() > after && !layer.block_device {
         writer.resize(after)?;
     }
@@ -190,6 +200,19 @@ fn read_head(input: &mut impl Read) -> Result<Of> {
     serde_json::from_slice(&of).map_err(|e| Error::new(Kind::Corrupt, "this is no redo file").source(e))
 }
 
+/// The sizes before and after that the patch begins with.
+fn header(input: &mut impl Read) -> Result<(DiskSize, DiskSize)> {
+    let mut decoder = Decoder::new(Limits::default())?;
+    let mut beginning = Vec::new();
+    let read = input.take(BEGINNING_LEN).read_to_end(&mut beginning);
+    read.map_err(|e| Error::from_io("cannot read the patch", e))?;
+    decoder.push(&beginning);
+    match decoder.next_item()? {
+        Some(Item::Header(header)) => Ok((header.size_from, header.size)),
+        _ => Err(Error::new(Kind::Corrupt, "the patch is empty")),
+    }
+}
+
 /// Hands every item of the patch on, with the size after it; returns the sizes before and after.
 fn for_each_item(
     input: &mut impl Read,
@@ -215,11 +238,16 @@ fn for_each_item(
 }
 
 /// One record, in place. Of pieces only those that came are written, so that it can be done again from wherever it was cut.
-fn apply(image: &RawWriter, size: DiskSize, item: Item) -> Result<()> {
+fn apply(image: &RawWriter, size: DiskSize, item: Item, just_checked: bool) -> Result<()> {
     match item {
         Item::Data { block, digest, bytes } => {
             patch::check_block(block, &bytes, digest)?;
             image.write_at(block.offset(), &bytes)
+        }
+        Item::Pieces { block, mask, bytes, .. } if just_checked => {
+            let mut whole = vec![0; block.bytes(size).len() as usize];
+            mask.scatter(&bytes, &mut whole);
+            write_pieces(image, block, mask, &whole)
         }
         Item::Pieces { block, digest, mask, bytes } => {
             let mut whole = source::read_block(image, block, size)?;
@@ -250,7 +278,7 @@ pub fn finish(path: &Path, device_dir: &Path) -> Result<bool> {
         return Ok(false);
     }
     let _lock = super::target::lock_whole(&path)?;
-    roll(&layer, &redo)
+    roll(&layer, &redo, false)
 }
 
 #[cfg(test)]

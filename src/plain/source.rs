@@ -54,12 +54,13 @@ impl Source {
     pub fn open(path: &Path, format: Format, options: &ReadOptions) -> Result<Source> {
         let layer = layer(path, format)?;
         redo::refuse_if_torn(&super::place::real_path(path)?, layer.block_device, &options.redo_dir)?;
-        let chain = offline::resolve_chain(&layer)?;
+        let may = |file: &Path| match &options.within {
+            Some(root) => super::place::check_within(file, root).map(drop),
+            None => Ok(()),
+        };
+        let chain = offline::resolve_chain_where(&layer, &may)?;
         let mut files: Vec<&Path> = chain.0.iter().map(|l| l.path.as_path()).collect();
         files.extend(chain.0.iter().filter_map(|l| l.data_file.as_deref()));
-        if let Some(root) = &options.within {
-            files.iter().try_for_each(|file| super::place::check_within(file, root).map(drop))?;
-        }
         let shared = options.open.force_share;
         let locks = match shared {
             true => Vec::new(),
@@ -148,7 +149,7 @@ pub fn hash(
     let root = in_order(
         workers,
         groups,
-        || vec![0; GROUP_LEN as usize],
+        || vec![0; STRIDE_LEN as usize],
         |buffer, (group, data): (GroupIndex, Vec<ByteRange>)| hash_group(image, group, &data, buffer, progress),
         |results| {
             let runs = results.flat_map(|group| {
@@ -165,6 +166,9 @@ pub fn hash(
     Ok(Hashed { nodes, root })
 }
 
+/// Bytes read before they are hashed: they are still in the cache of the core then, and a whole group would not be.
+const STRIDE_LEN: u64 = 256 << 10;
+
 fn hash_group(
     image: &dyn Image,
     group: GroupIndex,
@@ -173,21 +177,34 @@ fn hash_group(
     progress: &Progress,
 ) -> Result<Vec<Run>> {
     let bytes = group.bytes(image.size());
-    let read = read_group(image, bytes, data, buffer)?;
+    data.iter().for_each(|range| image.expect(*range));
     let mut runs: Vec<Run> = Vec::new();
-    for block in group.blocks(image.size()) {
-        let range = BlockIndex(block).bytes(image.size());
-        if !data.iter().any(|d| d.intersect(range).is_some()) {
+    let mut at = bytes.start;
+    while at < bytes.end {
+        let stride = ByteRange::new(at, bytes.end.min(at + STRIDE_LEN));
+        at = stride.end;
+        let data: Vec<ByteRange> = data.iter().filter_map(|range| range.intersect(stride)).collect();
+        if data.is_empty() {
             continue;
         }
-        let digest = block_digest(&buffer[(range.start - bytes.start) as usize..(range.end - bytes.start) as usize]);
-        match runs.last_mut() {
-            _ if digest.is_zero() => {}
-            Some(Run::Digests { first, digests }) if first.0 + digests.len() as u64 == block => digests.push(digest),
-            _ => runs.push(Run::Digests { first: BlockIndex(block), digests: vec![digest] }),
+        let read = read_group(image, stride, &data, buffer)?;
+        progress.read.fetch_add(read, Ordering::Relaxed);
+        for block in stride.start / BLOCK_LEN as u64..stride.end.div_ceil(BLOCK_LEN as u64) {
+            let range = BlockIndex(block).bytes(image.size());
+            if !data.iter().any(|d| d.intersect(range).is_some()) {
+                continue;
+            }
+            let (from, to) = (range.start - stride.start, range.end - stride.start);
+            let digest = block_digest(&buffer[from as usize..to as usize]);
+            match runs.last_mut() {
+                _ if digest.is_zero() => {}
+                Some(Run::Digests { first, digests }) if first.0 + digests.len() as u64 == block => {
+                    digests.push(digest);
+                }
+                _ => runs.push(Run::Digests { first: BlockIndex(block), digests: vec![digest] }),
+            }
         }
     }
-    progress.read.fetch_add(read, Ordering::Relaxed);
     progress.scanned.fetch_max(bytes.end, Ordering::Relaxed);
     Ok(runs)
 }

@@ -156,7 +156,7 @@ impl LocalTarget {
     }
 
     fn end_redo(&self) -> Result<bool> {
-        redo::roll(&self.layer, &self.redo_path()?)
+        redo::roll(&self.layer, &self.redo_path()?, false)
     }
 
     /// What a copy that was cut short left is gone on from, where this one could have left it too.
@@ -272,7 +272,7 @@ impl LocalTarget {
         match landing {
             Landing { into: Into::Spool(spool), .. } => {
                 spool.publish()?;
-                redo::roll(&self.layer, &self.redo_path()?)?;
+                redo::roll(&self.layer, &self.redo_path()?, true)?;
             }
             landing if way == Way::InPlace => landing.finish(size, None)?,
             landing => {

@@ -19,6 +19,7 @@ pub mod manifest;
 pub mod nodefile;
 pub mod pace;
 mod point;
+pub mod pointfile;
 mod promote;
 mod prune;
 pub mod receive;

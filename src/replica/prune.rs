@@ -8,6 +8,7 @@
 //!
 //! Crash order: docs/replication.md, step p1 (the others in `fold.rs`).
 
+use super::Attachment;
 use super::chain;
 use super::damage::State;
 use super::files::Dir;
@@ -96,6 +97,14 @@ impl Upkeep for Store {
 
     fn export(&self, point: &PointId, disk: &DiskName) -> Result<Box<dyn PatchStream>> {
         Ok(Box::new(super::export::Export::begin(self, point, disk)?))
+    }
+
+    fn changes(&self, since: &PointId, point: &PointId, disk: &DiskName) -> Result<Box<dyn PatchStream>> {
+        Ok(Box::new(super::export::Export::begin_since(self, since, point, disk)?))
+    }
+
+    fn attachment(&self, point: &PointId, name: Attachment) -> Result<Box<dyn PatchStream>> {
+        Ok(Box::new(super::export::AttachmentStream::begin(self, point, name)?))
     }
 
     fn scrub(&self, restart: bool) -> Result<Box<dyn Scrubbing>> {

@@ -30,6 +30,14 @@ pub trait Upkeep: Send + Sync {
     /// stream lives and is read.
     fn export(&self, point: &PointId, disk: &DiskName) -> Result<Box<dyn PatchStream>>;
 
+    /// The patch that leads from a disk at the point `since` to the same at `point`, whichever of them is older. Both are
+    /// leased as above.
+    fn changes(&self, since: &PointId, point: &PointId, disk: &DiskName) -> Result<Box<dyn PatchStream>>;
+
+    /// The content of an attachment. [`Kind::NotFound`](crate::error::Kind::NotFound) if the point has none of this name,
+    /// [`Kind::Corrupt`](crate::error::Kind::Corrupt) if it is not what was sealed.
+    fn attachment(&self, point: &PointId, name: Attachment) -> Result<Box<dyn PatchStream>>;
+
     /// Begins to read all points again, or goes on where the last one was left, unless `restart`. One at a time:
     /// [`Kind::Busy`](crate::error::Kind::Busy) otherwise. Replication goes on beside it.
     fn scrub(&self, restart: bool) -> Result<Box<dyn Scrubbing>>;

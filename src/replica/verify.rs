@@ -144,10 +144,10 @@ pub(super) fn check_headers(images: &Chain, disk: &DiskName) -> Result<()> {
     }
 }
 
-type Blocks = Box<dyn Iterator<Item = Result<(u64, Digest)>>>;
+type Blocks = Box<dyn Iterator<Item = Result<(u64, Digest)>> + Send>;
 
 /// The blocks of runs that are not zero, with their digests.
-fn blocks_of(runs: impl Iterator<Item = Result<Run>>) -> impl Iterator<Item = Result<(u64, Digest)>> {
+pub(super) fn blocks_of(runs: impl Iterator<Item = Result<Run>>) -> impl Iterator<Item = Result<(u64, Digest)>> {
     runs.flat_map(|run| -> Blocks {
         match run {
             Ok(Run::Digests { first, digests }) => Box::new((first.0..).zip(digests).map(Ok)),

@@ -14,6 +14,11 @@ const DEPTH_MAX: usize = 256;
 /// The chain below `top`, by the backing files recorded in the images. Domains define these images, so their headers are
 /// believed as libvirt believes them; a format that is not recorded is refused, never probed.
 pub fn resolve_chain(top: &Layer) -> Result<Chain> {
+    resolve_chain_where(top, &|_| Ok(()))
+}
+
+/// As [`resolve_chain`]; `may` is asked of each file before anything else is done with it, and its error ends the walk.
+pub fn resolve_chain_where(top: &Layer, may: &dyn Fn(&Path) -> Result<()>) -> Result<Chain> {
     let mut layers = Vec::new();
     let mut next = Some(top.clone());
     while let Some(mut layer) = next.take() {
@@ -22,10 +27,12 @@ pub fn resolve_chain(top: &Layer) -> Result<Chain> {
                 Error::new(Kind::Refused, format!("the chain is deeper than {DEPTH_MAX} images")).path(&top.path)
             );
         }
+        may(&layer.path)?;
         if layer.format == Format::Qcow2 {
             // The domain may be started by anybody while we look, and must not be hindered.
             let info = qemu_img::info(&layer.path, layer.format, true)?;
             take_data_file(&mut layer, &info)?;
+            layer.data_file.as_deref().map_or(Ok(()), may)?;
             next = match info.backing {
                 Some(name) => Some(backing_layer(&layer.path, &name, info.backing_format.as_deref())?),
                 None => None,

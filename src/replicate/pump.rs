@@ -317,9 +317,12 @@ impl<'a> Worker<'a> {
     fn group(&mut self, work: Work) -> Result<Done> {
         let size = self.shipment.size;
         let bytes = work.group.bytes(size);
-        let read = read_group(self.image, bytes, &work.data, &mut self.buffer)?;
         let blocks = work.group.blocks(size);
         let partial = work.suspects != ALL_SUSPECT;
+        let read = match partial {
+            true => self.read_suspects(&work)?,
+            false => read_group(self.image, bytes, &work.data, &mut self.buffer)?,
+        };
         let mut head = if partial { self.head_blocks(work.head_node, &blocks)? } else { Vec::new() };
         let mut digests = [Digest::ZERO; FANOUT];
         for (at, block) in blocks.clone().enumerate() {
@@ -344,6 +347,20 @@ impl<'a> Worker<'a> {
         self.progress.read.fetch_add(read, Ordering::Relaxed);
         self.progress.scanned.fetch_add(bytes.len(), Ordering::Relaxed);
         Ok(Done { seq: work.seq, node: (1, work.group.0, node), records })
+    }
+
+    /// Fills the places of the blocks that may differ, and no others: few of a group's, as a rule.
+    fn read_suspects(&mut self, work: &Work) -> Result<u64> {
+        let (size, start) = (self.shipment.size, work.group.bytes(self.shipment.size).start);
+        let mut read = 0;
+        for (at, block) in work.group.blocks(size).enumerate().filter(|(at, _)| work.suspects >> at & 1 == 1) {
+            let range = BlockIndex(block).bytes(size);
+            let data: Vec<ByteRange> = work.data.iter().filter_map(|d| d.intersect(range)).collect();
+            let place = &mut self.buffer[at * BLOCK_LEN..at * BLOCK_LEN + range.len() as usize];
+            debug_assert_eq!(range.start - start, (at * BLOCK_LEN) as u64);
+            read += read_group(self.image, range, &data, place)?;
+        }
+        Ok(read)
     }
 
     /// The head's digests of a group's blocks; none are asked for where it has nothing.

@@ -1,6 +1,7 @@
 //! Requests and replies about points that exist: what [`crate::replica::upkeep`] offers.
 
 use crate::name::{DiskName, PointId};
+use crate::replica::Attachment;
 use crate::replica::upkeep::{Holds, PruneReport, ScrubStart, ScrubStep, ShortenStart, ShortenStep};
 use serde::{Deserialize, Serialize};
 
@@ -23,6 +24,17 @@ pub enum Ask {
     Export {
         point: PointId,
         disk: DiskName,
+    },
+    /// Answered as an export is.
+    Changes {
+        since: PointId,
+        point: PointId,
+        disk: DiskName,
+    },
+    /// Likewise.
+    Attachment {
+        point: PointId,
+        name: Attachment,
     },
     Chunk {
         stream: StreamId,
