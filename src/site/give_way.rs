@@ -4,7 +4,6 @@ use super::here::Here;
 use super::{Connection, Site, SiteOptions, new_run, open_options, workers};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, DomainUuid, Generation};
-use crate::patch::Compression;
 use crate::recovery::failover::{self, FailoverState};
 use crate::recovery::give_way::{self, GaveWay, Ports};
 use crate::recovery::hand_back;
@@ -73,7 +72,7 @@ impl Here {
             open: open_options(workers),
             with_secrets: false,
             workers,
-            compression: Compression::default(),
+            compression: Default::default(),
             throttle: None,
             hooks: FreezeHooks::default(),
             handover: None,
