@@ -203,8 +203,8 @@ mod tests {
     fn a_record_that_names_another_directory_is_not_obeyed() {
         let temp = tempfile::tempdir().unwrap();
         let id = RunId::from_bits(1);
+        let drill = DrillState::create(temp.path(), &id).unwrap();
         for dir in ["/", "/images", "/images/vr-drill-0000000000000002", "/images/vr-drill-0000000000000001/.."] {
-            let drill = DrillState::create(temp.path(), &id).unwrap();
             drill.write(&DrillRecord { dir: dir.into(), ..record(&id) }).unwrap();
             assert_eq!(drill.record().unwrap_err().kind(), Kind::Corrupt, "{dir}");
         }

@@ -57,3 +57,7 @@ pub fn run(ports: &Ports, keep_undo: bool) -> Result<CameHome> {
     (ports.hand_back)(generation)?;
     Ok(CameHome { handover, old, generation: Some(generation) })
 }
+
+#[cfg(test)]
+#[path = "failback_tests.rs"]
+mod tests;

@@ -12,9 +12,7 @@ use super::failover::FailoverRecord;
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::hypervisor::Power;
-use crate::hypervisor::machine::Machines;
 use crate::name::{DomainUuid, PointId};
-use crate::replica::upkeep::Upkeep;
 use serde::{Deserialize, Serialize};
 
 /// Why such a point is pinned.
@@ -22,11 +20,14 @@ pub const REASON: &str = "what this host had when its domain lived elsewhere; un
 
 /// What is needed of the world.
 pub struct Ports<'a> {
-    pub machines: &'a dyn Machines,
+    /// How the domain stands here; `None`: libvirt knows no such domain.
+    pub power: &'a dyn Fn() -> Result<Option<Power>>,
     /// One run of the domain, which is off, into this host's own store; gives the sealed point.
     pub run: &'a dyn Fn() -> Result<PointId>,
-    /// Of that store.
-    pub upkeep: &'a dyn Upkeep,
+    /// Keeps a point of that store, for a reason in words; durable when it returns.
+    pub pin: &'a dyn Fn(&PointId, &str) -> Result<()>,
+    /// Removes the definition of the domain, and nothing of its files.
+    pub undefine: &'a dyn Fn() -> Result<()>,
     /// Told what is done now, in words.
     pub say: &'a dyn Fn(&str),
 }
@@ -54,12 +55,12 @@ pub fn run(ports: &Ports, uuid: &DomainUuid, failover: Option<&FailoverRecord>) 
     (ports.say)("keeping what this host has as a point of its own store");
     let point = (ports.run)()?;
     failpoint!("k1");
-    ports.upkeep.pin(&point, Some(REASON))?;
+    (ports.pin)(&point, REASON)?;
     failpoint!("k2");
     // A moment ago is not now: to undefine a running domain would only hide it.
     if is_off(ports, uuid)? {
         (ports.say)("removing its definition");
-        ports.machines.undefine(uuid)?;
+        (ports.undefine)()?;
     }
     failpoint!("k3");
     Ok(GaveWay { point: Some(point) })
@@ -67,7 +68,7 @@ pub fn run(ports: &Ports, uuid: &DomainUuid, failover: Option<&FailoverRecord>) 
 
 /// `false`: there is none.
 fn is_off(ports: &Ports, uuid: &DomainUuid) -> Result<bool> {
-    match ports.machines.power(uuid)? {
+    match (ports.power)()? {
         None => Ok(false),
         Some(Power::Off) => Ok(true),
         Some(Power::Running | Power::Paused) => {
@@ -79,3 +80,7 @@ fn is_off(ports: &Ports, uuid: &DomainUuid) -> Result<bool> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "give_way_tests.rs"]
+mod tests;

@@ -258,7 +258,12 @@ fn collisions(d: &Definition, name: &DomainName, uuid: &DomainUuid, host: &HostV
         Some(other) => found.push(red(
             Question::Name,
             format!("a domain '{}' is here already (UUID {})", other.name, other.uuid),
-            "if it is an older copy, `virsh undefine` it; if it is another guest, rename one of the two",
+            match other.uuid == uuid.as_str() {
+                true => {
+                    "it is this domain, older or newer: if it lives elsewhere by now, `virt-replica give-way DOMAIN --lives-elsewhere` here keeps what it has as a point"
+                }
+                false => "rename one of the two",
+            },
         )),
         None => found.push(green(Question::Name, format!("no other domain here is called '{name}'"))),
     }
@@ -267,7 +272,7 @@ fn collisions(d: &Definition, name: &DomainName, uuid: &DomainUuid, host: &HostV
         found.push(red(
             Question::Uuid,
             what,
-            "if it is an older copy, `virsh undefine` it; two guests of one UUID cannot be on one host",
+            "if it is an older copy, `virt-replica give-way UUID --lives-elsewhere` here keeps what it has as a point; two guests of one UUID cannot be on one host",
         ));
     }
     let owner = |mac: &String| host.domains.iter().find(|n| n.uuid != uuid.as_str() && n.macs.contains(mac));

@@ -3,11 +3,13 @@
 use super::here::Here;
 use super::{Connection, Site, SiteOptions, new_run, open_options, workers};
 use crate::error::{Error, Kind, Result};
+use crate::hypervisor::machine::Machines as _;
 use crate::name::{DiskName, DomainUuid, Generation};
 use crate::recovery::failover::{self, FailoverState};
 use crate::recovery::give_way::{self, GaveWay, Ports};
 use crate::recovery::hand_back;
 use crate::replica::Mode;
+use crate::replica::upkeep::Upkeep as _;
 use crate::replicate::cycle::{Request, Watch};
 use crate::replicate::freeze_hooks::FreezeHooks;
 use crate::replicate::plan::PlanOptions;
@@ -44,7 +46,13 @@ impl Here {
             }
         };
         let store = self.store(uuid)?;
-        let ports = Ports { machines: &self.hypervisor, run: &run, upkeep: &store, say };
+        let ports = Ports {
+            power: &|| self.hypervisor.power(uuid),
+            run: &run,
+            pin: &|point, reason| store.pin(point, Some(reason)),
+            undefine: &|| self.hypervisor.undefine(uuid),
+            say,
+        };
         let done = give_way::run(&ports, uuid, failover::peek(&self.options.state, uuid)?.as_ref());
         connection.close()?;
         done

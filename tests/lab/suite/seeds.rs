@@ -1,7 +1,7 @@
 //! First copies that do not begin from nothing: one that was broken off goes on, one that was brought is built on.
 
 use super::domain::Disk;
-use super::support::{Host, Job, Lab, PATIENCE, SyncResult, Undo, eventually};
+use super::support::{Host, Job, Lab, PATIENCE, STORE, SyncResult, Undo, eventually};
 use serde_json::Value;
 use std::time::Duration;
 
@@ -68,4 +68,29 @@ fn a_copy_that_was_brought_is_built_on() {
     vm.compare_with_head();
     let late = Host::B.virt_replica(&["seed", &vm.uuid, "--from", &brought, "--format", "raw"]);
     late.exit(1).says(&["nothing to seed"]);
+}
+
+/// A whole point came by car, in one file, from a store beside the source: the first run over the network sends what is newer.
+#[test]
+fn a_point_that_was_brought_in_a_file_is_built_on() {
+    let lab = Lab::get();
+    let vm = lab.domain("car-point").disk(Disk::qcow2("128M").then("write -P 0x41 0 32M")).paused();
+    let (own, file) = (format!("{}/own-store", vm.shared()), format!("{}/point", vm.shared()));
+    Host::A.virt_replica(&["sync", &vm.name, "--to", &own]).success();
+    Host::A.virt_replica(&["diff", "--point", &vm.name, "--to", &own, "-o", &file]).success();
+    for _ in 0..2 {
+        Host::B.virt_replica(&["apply", &file, "--to", STORE]).success();
+    }
+    vm.write(0, "-P 0x42 1M 128k");
+    let first = vm.sync().sealed();
+    assert_eq!((first.mode("vda"), first.bytes("vda", "blocks_changed")), ("digest", 2), "{:#}", first.report);
+    assert!(first.bytes("vda", "bytes_sent") < 64 << 10, "{:#}", first.report);
+    vm.compare_with_head();
+
+    // And the way back: what is newer, over ssh and through a pipe, onto the store beside the source.
+    let since = Host::A.json(&["points", &vm.name, "--to", &vm.to, "--json"])["points"][0]["id"].clone();
+    let script = r#"virt-replica diff --point "$1" --since "$2" --to "$3" -o - | virt-replica apply - --to "$4""#;
+    let done = Host::A.script(script, &[&vm.name, since.as_str().unwrap(), &vm.to, &own]);
+    println!("{done}");
+    Host::A.virt_replica(&["verify", &vm.name, "--to", &own]).success();
 }

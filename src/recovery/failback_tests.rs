@@ -1,0 +1,119 @@
+//! The order of the way home, broken off at every verb: nothing is thrown away here before home has committed.
+
+use super::*;
+use crate::error::{Error, Kind};
+use crate::name::{DomainName, DomainUuid, RunId};
+use crate::recovery::bringup::{Order, Readiness, Standing};
+use crate::recovery::failover::FailoverRecord;
+use crate::recovery::give_way::GaveWay;
+use crate::replica::upkeep::Promoted;
+use jiff::Timestamp;
+use std::sync::Mutex;
+
+fn point() -> PointId {
+    PointId::from_parts(1, &RunId::from_bits(7))
+}
+
+/// The home, and what was done in which order.
+#[derive(Default)]
+struct World {
+    done: Mutex<Vec<&'static str>>,
+    verbs_left: Mutex<Option<usize>>,
+    promoted: Mutex<bool>,
+}
+
+impl World {
+    fn does<T>(&self, verb: &'static str, told: T) -> Result<T> {
+        match &mut *self.verbs_left.lock().unwrap() {
+            Some(0) => return Err(Error::new(Kind::Unavailable, "the power has failed")),
+            Some(left) => *left -= 1,
+            None => {}
+        }
+        self.done.lock().unwrap().push(verb);
+        Ok(told)
+    }
+
+    fn run(&self, verbs: Option<usize>, keep_undo: bool) -> Result<CameHome> {
+        *self.verbs_left.lock().unwrap() = verbs;
+        let hand_over = || {
+            *self.promoted.lock().unwrap() = true;
+            self.does("hand over", report())
+        };
+        let hand_back = |generation| {
+            assert_eq!(generation, Generation(2));
+            self.does("hand back", ())
+        };
+        let ports = Ports { home: &|| Ok(Box::new(self)), hand_over: &hand_over, hand_back: &hand_back, say: &|_| {} };
+        run(&ports, keep_undo)
+    }
+
+    fn done(&self) -> Vec<&'static str> {
+        std::mem::take(&mut *self.done.lock().unwrap())
+    }
+}
+
+fn report() -> handover::Report {
+    handover::Report {
+        domain: DomainName::new("web01").unwrap(),
+        uuid: DomainUuid::new("6695eb01-f6a4-8304-79aa-97f2502e193f").unwrap(),
+        to: "ssh://home".into(),
+        handover: RunId::from_bits(1),
+        point: None,
+        downtime_ms: None,
+        shutdown_ms: None,
+        last_run_ms: None,
+        last_run_bytes: 0,
+        forced_off: false,
+        warnings: Vec::new(),
+    }
+}
+
+impl BringUp for &World {
+    fn ready(&self, _: Option<&PointId>) -> Result<Readiness> {
+        unreachable!("the handover asks for that")
+    }
+    fn state(&self) -> Result<Standing> {
+        let promoted = *self.promoted.lock().unwrap();
+        let promoted = promoted.then(|| Promoted { point: point(), since: Timestamp::UNIX_EPOCH, committed: false });
+        Ok(Standing { promoted, ..Standing::default() })
+    }
+    fn bring_up(&self, _: &Order, _: &dyn Fn(&str)) -> Result<FailoverRecord> {
+        unreachable!("the handover does that")
+    }
+    fn call_off(&self, _: &Order, _: &dyn Fn(&str)) -> Result<()> {
+        unreachable!("nothing is called off")
+    }
+    fn undo(&self, _: &dyn Fn(&str)) -> Result<FailoverRecord> {
+        unreachable!("nothing is undone")
+    }
+    fn commit(&self, _: &dyn Fn(&str)) -> Result<Generation> {
+        self.does("commit", Generation(2))
+    }
+    fn give_way(&self, _: &dyn Fn(&str)) -> Result<GaveWay> {
+        self.does("give way", GaveWay { point: Some(point()) })
+    }
+}
+
+#[test]
+fn broken_off_anywhere_the_same_command_finishes_and_nothing_goes_before_home_has_committed() {
+    let whole = ["give way", "hand over", "commit", "hand back"];
+    for verbs in 0..whole.len() {
+        let world = World::default();
+        world.run(Some(verbs), false).unwrap_err();
+        assert_eq!(world.done(), whole[..verbs]);
+        // Home has brought it up, so far as anybody knows: then it has nothing of its own to give way.
+        let rest = if verbs == 0 { &whole[..] } else { &whole[1..] };
+        let came = world.run(None, false).unwrap();
+        let done = world.done();
+        assert!(done == rest || done == whole, "after {verbs} verbs: {done:?}");
+        assert_eq!(came.generation, Some(Generation(2)));
+    }
+}
+
+#[test]
+fn what_can_still_be_undone_is_neither_committed_nor_handed_back() {
+    let world = World::default();
+    let came = world.run(None, true).unwrap();
+    assert_eq!((came.old, came.generation), (Some(point()), None));
+    assert_eq!(world.done(), ["give way", "hand over"]);
+}
