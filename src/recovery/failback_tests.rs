@@ -8,11 +8,14 @@ use crate::recovery::failover::FailoverRecord;
 use crate::recovery::give_way::GaveWay;
 use crate::replica::upkeep::Promoted;
 use jiff::Timestamp;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 fn point() -> PointId {
     PointId::from_parts(1, &RunId::from_bits(7))
 }
+
+#[derive(Clone, Default)]
+struct Home(Arc<World>);
 
 /// The home, and what was done in which order.
 #[derive(Default)]
@@ -32,23 +35,26 @@ impl World {
         self.done.lock().unwrap().push(verb);
         Ok(told)
     }
+}
 
+impl Home {
     fn run(&self, verbs: Option<usize>, keep_undo: bool) -> Result<CameHome> {
-        *self.verbs_left.lock().unwrap() = verbs;
+        *self.0.verbs_left.lock().unwrap() = verbs;
         let hand_over = || {
-            *self.promoted.lock().unwrap() = true;
-            self.does("hand over", report())
+            *self.0.promoted.lock().unwrap() = true;
+            self.0.does("hand over", report())
         };
         let hand_back = |generation| {
             assert_eq!(generation, Generation(2));
-            self.does("hand back", ())
+            self.0.does("hand back", ())
         };
-        let ports = Ports { home: &|| Ok(Box::new(self)), hand_over: &hand_over, hand_back: &hand_back, say: &|_| {} };
+        let ports =
+            Ports { home: &|| Ok(Box::new(self.clone())), hand_over: &hand_over, hand_back: &hand_back, say: &|_| {} };
         run(&ports, keep_undo)
     }
 
     fn done(&self) -> Vec<&'static str> {
-        std::mem::take(&mut *self.done.lock().unwrap())
+        std::mem::take(&mut *self.0.done.lock().unwrap())
     }
 }
 
@@ -68,12 +74,12 @@ fn report() -> handover::Report {
     }
 }
 
-impl BringUp for &World {
+impl BringUp for Home {
     fn ready(&self, _: Option<&PointId>) -> Result<Readiness> {
         unreachable!("the handover asks for that")
     }
     fn state(&self) -> Result<Standing> {
-        let promoted = *self.promoted.lock().unwrap();
+        let promoted = *self.0.promoted.lock().unwrap();
         let promoted = promoted.then(|| Promoted { point: point(), since: Timestamp::UNIX_EPOCH, committed: false });
         Ok(Standing { promoted, ..Standing::default() })
     }
@@ -87,10 +93,10 @@ impl BringUp for &World {
         unreachable!("nothing is undone")
     }
     fn commit(&self, _: &dyn Fn(&str)) -> Result<Generation> {
-        self.does("commit", Generation(2))
+        self.0.does("commit", Generation(2))
     }
     fn give_way(&self, _: &dyn Fn(&str)) -> Result<GaveWay> {
-        self.does("give way", GaveWay { point: Some(point()) })
+        self.0.does("give way", GaveWay { point: Some(point()) })
     }
 }
 
@@ -98,7 +104,7 @@ impl BringUp for &World {
 fn broken_off_anywhere_the_same_command_finishes_and_nothing_goes_before_home_has_committed() {
     let whole = ["give way", "hand over", "commit", "hand back"];
     for verbs in 0..whole.len() {
-        let world = World::default();
+        let world = Home::default();
         world.run(Some(verbs), false).unwrap_err();
         assert_eq!(world.done(), whole[..verbs]);
         // Home has brought it up, so far as anybody knows: then it has nothing of its own to give way.
@@ -112,7 +118,7 @@ fn broken_off_anywhere_the_same_command_finishes_and_nothing_goes_before_home_ha
 
 #[test]
 fn what_can_still_be_undone_is_neither_committed_nor_handed_back() {
-    let world = World::default();
+    let world = Home::default();
     let came = world.run(None, true).unwrap();
     assert_eq!((came.old, came.generation), (Some(point()), None));
     assert_eq!(world.done(), ["give way", "hand over"]);
