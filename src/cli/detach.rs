@@ -36,6 +36,7 @@ mod act {
     use serde_json::json;
     use std::cell::Cell;
     use virt_replica::name::DiskName;
+    use virt_replica::site::here::Told;
 
     pub fn detach(args: &DetachArgs, globals: &Globals, output: Output) -> Result<Exit> {
         let stop = signals::listen_saying(
@@ -56,7 +57,7 @@ mod act {
                 say(&format!("disk {disk}: {} of {} are looked at", render::bytes(done), render::bytes(total)));
             }
         };
-        let done = here.detach(&args.domain, args.rate, (&say, &progress), stop)?;
+        let done = here.detach(&args.domain, args.rate, Told { say: &say, progress: &progress }, stop)?;
         let (record, warnings) = (&done.record, &done.warnings);
         match output.json {
             true => {

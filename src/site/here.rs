@@ -217,18 +217,18 @@ impl Here {
         failover::commit(&self.failover_ports(&store, say), &state).map_err(|e| e.domain(&found.name))
     }
 
-    /// Gives a domain that was brought up here for good images of its own: see [`detach::run`]. Told in words what is done, and of
-    /// each disk the bytes done and in all.
+    /// Gives a domain that was brought up here for good images of its own: see [`detach::run`].
     pub fn detach(
         &self,
         name_or_uuid: &str,
         rate_bytes: Option<u64>,
-        (say, progress): (&dyn Fn(&str), &dyn Fn(&DiskName, u64, u64)),
+        tell: Told<'_>,
         stop: &AtomicBool,
     ) -> Result<detach::Detached> {
         let found = self.find(name_or_uuid, None)?;
         let (state, store) = (FailoverState::open(&self.options.state, &found.uuid)?, self.store(&found.uuid)?);
-        let ports = detach::Ports { flattening: &self.hypervisor, replica: &store, say, progress };
+        let ports =
+            detach::Ports { flattening: &self.hypervisor, replica: &store, say: tell.say, progress: tell.progress };
         let generation = generation::generation(&self.options.state, &found.uuid)?;
         let record = state.record()?;
         let held = match &record {
@@ -305,6 +305,15 @@ fn source_runs(uri: &str, found: &Found, say: &dyn Fn(&str)) -> Result<()> {
             Ok(())
         }
     }
+}
+
+/// Who is told how it goes on.
+#[derive(Clone, Copy)]
+pub struct Told<'a> {
+    /// What is done now, in words.
+    pub say: &'a dyn Fn(&str),
+    /// Of a disk: bytes done, bytes in all.
+    pub progress: &'a dyn Fn(&DiskName, u64, u64),
 }
 
 /// What is asked of a drill beside its point.
