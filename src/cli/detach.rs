@@ -32,7 +32,7 @@ pub use act::detach;
 mod act {
     use super::*;
     use crate::cli::output::{Message, print};
-    use crate::cli::{progress, render, signals};
+    use crate::cli::{render, signals};
     use serde_json::json;
     use std::cell::Cell;
     use virt_replica::name::DiskName;
@@ -44,12 +44,7 @@ mod act {
             "ended at once; `virt-replica detach` again goes on from there",
         )?;
         let here = args.here.connect(globals)?;
-        // A reader that has gone away must not end it in the middle.
-        let say = |what: &str| match (output.json, output.quiet) {
-            (true, _) => drop(Message { message_type: "step", body: json!({ "what": what }) }.print()),
-            (false, true) => {}
-            (false, false) => progress::say(what),
-        };
+        let say = |what: &str| output.step(what);
         let said = Cell::new(0);
         let progress = |disk: &DiskName, done: u64, total: u64| {
             let tenth = (done * 10).checked_div(total).unwrap_or(0);

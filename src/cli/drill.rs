@@ -42,8 +42,7 @@ pub use run::drill;
 mod run {
     use super::*;
     use crate::cli::output::{Message, print};
-    use crate::cli::{progress, render, signals, source};
-    use serde_json::json;
+    use crate::cli::{render, signals, source};
     use virt_replica::error::{Error, Kind};
     use virt_replica::recovery::drill::{Outcome, Report};
     use virt_replica::site::here::DrillWish;
@@ -63,12 +62,7 @@ mod run {
             probes: args.probes.clone(),
             within: args.within,
         };
-        let say = |what: &str| match (output.json, output.quiet) {
-            // A reader that has gone away must not end a drill in the middle.
-            (true, _) => drop(Message { message_type: "step", body: json!({ "what": what }) }.print()),
-            (false, true) => {}
-            (false, false) => progress::say(what),
-        };
+        let say = |what: &str| output.step(what);
         let report = here.drill(&found, wish, &say, stop)?;
         match output.json {
             true => Message { message_type: "drill", body: &report }.print()?,

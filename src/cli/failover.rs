@@ -78,7 +78,7 @@ mod act {
             None => {}
         }
         let here = args.here.connect(globals)?;
-        let say = |what: &str| handover::say(output, what);
+        let say = |what: &str| output.step(what);
         let (record, generation, action) = if args.undo {
             (here.undo_failover(&args.domain, &say)?, None, "undone")
         } else if args.commit {

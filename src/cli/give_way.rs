@@ -32,7 +32,7 @@ pub use act::give_way;
 mod act {
     use super::*;
     use crate::cli::output::{Message, print};
-    use crate::cli::{progress, render, source};
+    use crate::cli::{render, source};
     use serde_json::json;
     use virt_replica::error::Kind;
 
@@ -55,11 +55,7 @@ mod act {
                 })?
             }
         };
-        let say = |what: &str| match (output.json, output.quiet) {
-            (true, _) => drop(Message { message_type: "step", body: json!({ "what": what }) }.print()),
-            (false, true) => {}
-            (false, false) => progress::say(what),
-        };
+        let say = |what: &str| output.step(what);
         let done = here.give_way(&uuid, &say).map_err(|e| e.domain(&name))?;
         match (output.json, &done.point) {
             (true, point) => {

@@ -22,7 +22,7 @@ pub struct HandoverArgs {
 }
 
 #[cfg(feature = "libvirt")]
-pub use act::{Prepared, abort, describe, planned, say};
+pub use act::{Prepared, abort, describe, planned};
 
 #[cfg(feature = "libvirt")]
 mod act {
@@ -30,7 +30,7 @@ mod act {
     use crate::cli::output::{Exit, Message, Output, print};
     use crate::cli::target::{Target, hang_up};
     use crate::cli::watch::Watcher;
-    use crate::cli::{Globals, progress, render, signals, source};
+    use crate::cli::{Globals, render, signals, source};
     use serde_json::json;
     use std::sync::atomic::AtomicBool;
     use virt_replica::error::{Error, Kind, Result};
@@ -46,16 +46,6 @@ mod act {
 
     /// A head that is older is brought up to date before the guest goes down.
     const HEAD_AGE_MAX: Duration = Duration::from_secs(120);
-
-    /// Tells what is done now.
-    pub fn say(output: Output, what: &str) {
-        match (output.json, output.quiet) {
-            // A reader that has gone away must not end a failover in the middle.
-            (true, _) => drop(Message { message_type: "step", body: json!({ "what": what }) }.print()),
-            (false, true) => {}
-            (false, false) => progress::say(what),
-        }
-    }
 
     /// All that a handover needs, found and checked.
     pub struct Prepared {
@@ -111,7 +101,7 @@ mod act {
 
         /// Does it, and hangs up, however it went.
         pub fn with<T>(self, act: impl FnOnce(&Prepared, &Means) -> Result<T>) -> Result<T> {
-            let tell = |what: &str| say(self.output, what);
+            let tell = |what: &str| self.output.step(what);
             let means = Means {
                 target: &self.connection,
                 runs: &self.runs,

@@ -32,6 +32,17 @@ pub struct Output {
 }
 
 impl Output {
+    /// Tells what is done now.
+    #[cfg(feature = "libvirt")]
+    pub fn step(self, what: &str) {
+        match (self.json, self.quiet) {
+            // A reader that has gone away must not end in the middle what it was told of.
+            (true, _) => drop(Message { message_type: "step", body: serde_json::json!({ "what": what }) }.print()),
+            (false, true) => {}
+            (false, false) => super::progress::say(what),
+        }
+    }
+
     /// Ends the program: prints the error, if it is one, and gives the exit code.
     pub fn end(self, result: Result<Exit>) -> ExitCode {
         match result {

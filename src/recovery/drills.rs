@@ -6,11 +6,11 @@
 
 use crate::error::{Error, Kind, Result};
 use crate::name::{DomainName, DomainUuid, PointId, RunId};
+use crate::replicate::held_dir;
 use crate::replicate::journal::{read_json, replace, sync_dir, to_json};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Ended drills whose reports are kept; the oldest go first.
@@ -71,22 +71,13 @@ impl DrillState {
     /// Of a new drill.
     pub fn create(state: &Path, id: &RunId) -> Result<DrillState> {
         let dir = drills_dir(state).join(id.as_str());
-        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir);
-        made.map_err(|e| Error::io("cannot make the directory of the drill", &dir, e))?;
+        held_dir::make(&dir)?;
         Self::lock(dir)?.ok_or_else(|| Error::new(Kind::Busy, format!("the drill {id} is under way")))
     }
 
     /// `None`: somebody has it.
     fn lock(dir: PathBuf) -> Result<Option<DrillState>> {
-        let path = dir.join("lock");
-        let mut options = fs::OpenOptions::new();
-        let file = options.write(true).create(true).truncate(false).mode(0o600).open(&path);
-        let file = file.map_err(|e| Error::io("cannot open the drill's lock", &path, e))?;
-        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Some(DrillState { dir, _lock: file })),
-            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
-            Err(e) => Err(Error::io("cannot lock the drill", &path, e.into())),
-        }
+        Ok(held_dir::lock(&dir)?.map(|lock| DrillState { dir, _lock: lock }))
     }
 
     pub fn record(&self) -> Result<Option<DrillRecord>> {

@@ -23,6 +23,8 @@ pub struct Ports<'a> {
     pub hand_over: &'a dyn Fn() -> Result<handover::Report>,
     /// See [`hand_back`](super::hand_back).
     pub hand_back: &'a dyn Fn(Generation) -> Result<()>,
+    /// An earlier attempt has handed it over: the home has nothing of its own any more.
+    pub handed_over: bool,
     /// Told what is done now, in words.
     pub say: &'a dyn Fn(&str),
 }
@@ -44,7 +46,7 @@ pub fn run(ports: &Ports, keep_undo: bool) -> Result<CameHome> {
     let standing = home.state()?;
     let mut old = None;
     // A home that has brought it up already is what an earlier attempt led to.
-    if standing.failover.is_none() && standing.promoted.is_none() {
+    if !ports.handed_over && standing.failover.is_none() && standing.promoted.is_none() {
         old = home.give_way(ports.say)?.point;
     }
     drop(home);

@@ -48,8 +48,13 @@ impl Home {
             assert_eq!(generation, Generation(2));
             self.0.does("hand back", ())
         };
-        let ports =
-            Ports { home: &|| Ok(Box::new(self.clone())), hand_over: &hand_over, hand_back: &hand_back, say: &|_| {} };
+        let ports = Ports {
+            home: &|| Ok(Box::new(self.clone())),
+            hand_over: &hand_over,
+            hand_back: &hand_back,
+            handed_over: false,
+            say: &|_| {},
+        };
         run(&ports, keep_undo)
     }
 

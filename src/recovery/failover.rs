@@ -18,13 +18,12 @@ use crate::hypervisor::Power;
 use crate::hypervisor::machine::Machines;
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
 use crate::replica::upkeep::{Held, Promoting};
-use crate::replicate::generation;
 use crate::replicate::journal::{read_json, replace, sync_dir, to_json};
+use crate::replicate::{generation, held_dir};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 const RECORD: &str = "record.json";
@@ -130,19 +129,10 @@ impl FailoverState {
     /// [`Kind::Busy`] while another hand is on it.
     pub fn open(state: &Path, uuid: &DomainUuid) -> Result<FailoverState> {
         let dir = state_dir(state, uuid);
-        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir);
-        made.map_err(|e| Error::io("cannot make the directory of the failover", &dir, e))?;
-        let path = dir.join("lock");
-        let mut options = fs::OpenOptions::new();
-        let file = options.write(true).create(true).truncate(false).mode(0o600).open(&path);
-        let file = file.map_err(|e| Error::io("cannot open the failover's lock", &path, e))?;
-        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(FailoverState { state: state.to_owned(), dir, _lock: file }),
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                Err(Error::new(Kind::Busy, "another program works on this failover").path(path))
-            }
-            Err(e) => Err(Error::io("cannot lock the failover", path, e.into())),
-        }
+        held_dir::make(&dir)?;
+        let busy = || Error::new(Kind::Busy, "another program works on this failover").path(&dir);
+        let lock = held_dir::lock(&dir)?.ok_or_else(busy)?;
+        Ok(FailoverState { state: state.to_owned(), dir, _lock: lock })
     }
 
     pub fn record(&self) -> Result<Option<FailoverRecord>> {

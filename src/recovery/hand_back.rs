@@ -26,6 +26,11 @@ pub fn run(ports: &Ports, state: &FailoverState, generation: Generation) -> Resu
             .domain(&record.domain)
             .hint("shut it off here (`virsh destroy`): the one at its new home is the domain"));
     }
+    if record.stage == Stage::Detached {
+        // It has images of its own, and only the replica does not know yet: they stay.
+        ports.replica.conclude(generation)?;
+        return state.close();
+    }
     record.stage = Stage::HandingBack;
     state.write(&record)?;
     failpoint!("k5");

@@ -6,6 +6,7 @@
 //!
 //! Format: docs/formats/recovery.md. Steps: docs/recovery.md.
 
+use super::held_dir;
 use super::journal::{read_json, replace, sync_dir, to_json};
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::Power;
@@ -15,7 +16,6 @@ use crate::replica::ReplicaView;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 const RECORD: &str = "record.json";
@@ -124,7 +124,7 @@ impl HandoverRecord {
                     "the domain lives on {to} since {since:.0}: it was handed over, and this host has an old copy of it"
                 ),
                 format!(
-                    "leave it shut off here; to bring it home, replicate from there; if it is not wanted there, \
+                    "leave it shut off here; `virt-replica failback` there brings it home; if it is not wanted there, \
                      `virt-replica failover {domain} --to {to} --abort`"
                 ),
             ),
@@ -160,19 +160,10 @@ impl HandoverState {
     /// [`Kind::Busy`] while another hand is on it.
     pub fn open(state: &Path, uuid: &DomainUuid) -> Result<HandoverState> {
         let dir = state_dir(state, uuid);
-        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir);
-        made.map_err(|e| Error::io("cannot make the directory of the handover", &dir, e))?;
-        let path = dir.join("lock");
-        let mut options = fs::OpenOptions::new();
-        let file = options.write(true).create(true).truncate(false).mode(0o600).open(&path);
-        let file = file.map_err(|e| Error::io("cannot open the handover's lock", &path, e))?;
-        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(HandoverState { dir, _lock: file }),
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                Err(Error::new(Kind::Busy, "another program works on this handover").path(path).domain(uuid))
-            }
-            Err(e) => Err(Error::io("cannot lock the handover", path, e.into())),
-        }
+        held_dir::make(&dir)?;
+        let busy = || Error::new(Kind::Busy, "another program works on this handover").path(&dir).domain(uuid);
+        let lock = held_dir::lock(&dir)?.ok_or_else(busy)?;
+        Ok(HandoverState { dir, _lock: lock })
     }
 
     pub fn record(&self) -> Result<Option<HandoverRecord>> {

@@ -16,6 +16,7 @@ pub mod doctor;
 pub mod forecast;
 pub mod freeze_hooks;
 pub mod generation;
+pub(crate) mod held_dir;
 pub mod journal;
 mod marks;
 pub mod observe;

@@ -12,6 +12,7 @@ use crate::recovery::migrate;
 use crate::replica::Replica as _;
 use crate::replicate::choice::CaptureKind;
 use crate::replicate::cycle::{Request, Watch};
+use crate::replicate::demoted::{self, Stage};
 use crate::replicate::report::Report;
 use jiff::Timestamp;
 use std::sync::atomic::AtomicBool;
@@ -94,11 +95,13 @@ impl Site {
     ) -> Result<CameHome> {
         let home =
             || -> Result<Box<dyn BringUp>> { Ok(Box::new(means.target.client_again()?.bring_up(&request.uuid))) };
+        let handed = demoted::peek(self.state(), &request.uuid)?;
         failback::run(
             &failback::Ports {
                 home: &home,
                 hand_over: &|| self.hand_over(means, request),
                 hand_back: &|generation| here.hand_back(&request.uuid, generation, means.say),
+                handed_over: handed.is_some_and(|r| r.stage == Stage::Moved && r.to == request.to),
                 say: means.say,
             },
             keep_undo,

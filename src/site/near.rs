@@ -8,6 +8,7 @@ use crate::recovery::bringup::{BringUp, Order, Readiness, Standing};
 use crate::recovery::failover::{self, FailoverRecord, FailoverState};
 use crate::recovery::give_way::GaveWay;
 use crate::replica::upkeep::Promoting as _;
+use crate::replicate::generation;
 
 /// A domain of this host's store.
 pub struct HereDomain<'a> {
@@ -98,7 +99,15 @@ impl BringUp for HereDomain<'_> {
     }
 
     fn commit(&self, say: &dyn Fn(&str)) -> Result<Generation> {
-        self.here.commit_failover(self.uuid.as_str(), say).map(|(_, generation)| generation)
+        match self.here.commit_failover(self.uuid.as_str(), say) {
+            Ok((_, generation)) => Ok(generation),
+            // Committed, and given images of its own since: who asks again has lost the answer.
+            Err(e) if e.kind() == Kind::NotFound => match generation::generation(self.here.state(), &self.uuid)? {
+                known if known > Generation(1) && self.here.hypervisor().power(&self.uuid)?.is_some() => Ok(known),
+                _ => Err(e),
+            },
+            Err(e) => Err(e),
+        }
     }
 
     fn give_way(&self, say: &dyn Fn(&str)) -> Result<GaveWay> {

@@ -121,6 +121,9 @@ fn giving_way_and_coming_home_killed_at_each_step_are_finished_by_the_same_comma
         }
     }
     on(Host::B, "", &failback).success().says(&["\"generation\":2"]);
+    // Also where the domain has images of its own at home by now, and whoever asks has lost every answer.
+    on(Host::A, "", &["detach", name]).success();
+    on(Host::B, "", &failback).success().says(&["\"generation\":2", "\"old\":null"]);
     assert!(!is_defined(Host::B, name));
     vm.sync().sealed();
     Host::B.virt_replica(&["verify", name, "--to", STORE]).success();

@@ -1,0 +1,30 @@
+//! A directory of state with a lock: one hand at a time on a drill, a failover, a handover.
+//!
+//! The kernel frees the lock when its holder dies, however it dies. The file is never removed: a lock on an unlinked file
+//! excludes nobody.
+
+use crate::error::{Error, Result};
+use std::fs::{self, File};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
+
+const LOCK: &str = "lock";
+
+/// Makes `dir` if it is not there, for nobody else to look into.
+pub(crate) fn make(dir: &Path) -> Result<()> {
+    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+    made.map_err(|e| Error::io("cannot make the directory of the state", dir, e))
+}
+
+/// Takes the lock of `dir`, which is there; held until the file is dropped. Does not wait; `None`: another hand has it.
+pub(crate) fn lock(dir: &Path) -> Result<Option<File>> {
+    let path = dir.join(LOCK);
+    let mut options = fs::OpenOptions::new();
+    let file = options.write(true).create(true).truncate(false).mode(0o600).open(&path);
+    let file = file.map_err(|e| Error::io("cannot open the lock", &path, e))?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(file)),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+        Err(e) => Err(Error::io("cannot take the lock", path, e.into())),
+    }
+}
