@@ -101,25 +101,54 @@ impl Meter {
 
     fn sample(&self, ended: &AtomicBool) -> [End; 2] {
         let mut ends = [End::default(); 2];
-        let mut read: [BTreeMap<String, (u64, u64)>; 2] = Default::default();
+        let mut read: [BTreeMap<String, Read>; 2] = Default::default();
         while !ended.load(Ordering::Relaxed) {
             for (n, group) in self.0.iter().enumerate() {
                 let mut rss = 0;
+                let mut living = Vec::new();
                 for pid in fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default().lines() {
                     rss += resident(pid).unwrap_or(0);
-                    if let Some(bytes) = rchar(pid) {
+                    if let (Some(bytes), Some(parent)) = (rchar(pid), parent(pid)) {
+                        living.push(pid.to_owned());
                         // What it had read before does not count.
-                        read[n].entry(pid.to_owned()).or_insert((bytes, bytes)).1 = bytes;
+                        let before = Read { first: bytes, last: bytes, parent, ended: false };
+                        read[n].entry(pid.to_owned()).or_insert(before).last = bytes;
                     }
                 }
+                forget_inherited(&mut read[n], &living);
                 ends[n].rss = ends[n].rss.max(rss);
             }
             std::thread::sleep(TICK);
         }
         for (end, read) in ends.iter_mut().zip(&read) {
-            end.read = read.values().map(|(first, last)| last - first).sum();
+            end.read = read.values().map(|read| read.last.saturating_sub(read.first)).sum();
         }
         ends
+    }
+}
+
+/// What one process has read.
+struct Read {
+    first: u64,
+    last: u64,
+    parent: String,
+    ended: bool,
+}
+
+/// The kernel adds what a process had read to its parent's account once that has waited for it; here each byte counts for
+/// whoever read it.
+fn forget_inherited(read: &mut BTreeMap<String, Read>, living: &[String]) {
+    let ended = read.iter_mut().filter(|(pid, read)| !read.ended && !living.contains(pid));
+    let inherited: Vec<(String, u64)> = ended
+        .map(|(_, read)| {
+            read.ended = true;
+            (read.parent.clone(), read.last)
+        })
+        .collect();
+    for (parent, bytes) in inherited {
+        if let Some(parent) = read.get_mut(&parent) {
+            parent.first += bytes;
+        }
     }
 }
 
@@ -143,6 +172,11 @@ fn resident(pid: &str) -> Option<u64> {
 fn rchar(pid: &str) -> Option<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/io")).ok()?;
     text.lines().find_map(|l| l.strip_prefix("rchar: "))?.parse().ok()
+}
+
+fn parent(pid: &str) -> Option<String> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    Some(text.lines().find_map(|l| l.strip_prefix("PPid:"))?.trim().to_owned())
 }
 
 /// Bytes over host a's network, both ways.

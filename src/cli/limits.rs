@@ -20,7 +20,8 @@ pub struct LinkArgs {
     /// Time zone of the times in --rate, as Europe/Berlin [default: the host's]
     #[arg(long, value_name = "ZONE", requires = "rates")]
     timezone: Option<String>,
-    /// Compress what is sent: a level of zstd, 1 (fast) to 19 (small), or no [default: 1]
+    /// Compress what is sent: a level of zstd, 1 (fast) to 19 (small), no, or auto: level 1, unless the link is quicker
+    /// than that [default: auto]
     #[arg(long, value_name = "LEVEL")]
     compress: Option<Compression>,
 }

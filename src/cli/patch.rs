@@ -42,8 +42,8 @@ pub struct DiffArgs {
     /// Replace the patch if it is there
     #[arg(long)]
     pub(super) force: bool,
-    /// Compress it: a level of zstd, 1 (fast) to 19 (small), or no
-    #[arg(long, value_name = "LEVEL", default_value_t)]
+    /// Compress it: a level of zstd, 1 (fast) to 19 (small), no, or auto: 1 while that is not slower
+    #[arg(long, value_name = "LEVEL", default_value_t = Compression::FAST)]
     compress: Compression,
     /// Read images although a QEMU is writing to them: what the patch makes may be torn, as after a power cut or worse
     #[arg(long)]

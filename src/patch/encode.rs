@@ -30,13 +30,26 @@ pub struct RecordEncoder {
     scratch: Vec<u8>,
     gathered: Vec<u8>,
     effort: Effort,
+    /// For now payloads are stored untried, whatever they are.
+    resting: bool,
 }
 
 impl RecordEncoder {
     pub fn new(compression: Compression) -> Result<Self> {
         let compressor = compression.level().map(zstd::bulk::Compressor::new).transpose();
         let compressor = compressor.map_err(|e| Error::new(Kind::Io, "cannot set up compression").source(e))?;
-        Ok(Self { compressor, scratch: vec![0; BLOCK_LEN], gathered: Vec::new(), effort: Effort::default() })
+        Ok(Self {
+            compressor,
+            scratch: vec![0; BLOCK_LEN],
+            gathered: Vec::new(),
+            effort: Effort::default(),
+            resting: false,
+        })
+    }
+
+    /// Whether payloads are compressed from here on, if they are at all.
+    pub fn set_compressing(&mut self, yes: bool) {
+        self.resting = !yes;
     }
 
     /// Appends a record with the whole content of a block to `out`, or that it is zero if `digest` says so.
@@ -108,7 +121,7 @@ impl RecordEncoder {
     /// Length of the compressed payload in `scratch`; `None`: to be stored.
     fn compress(&mut self, raw: &[u8]) -> Option<usize> {
         let compressor = self.compressor.as_mut()?;
-        if raw.len() < COMPRESS_MIN || !self.effort.worth_a_try() {
+        if self.resting || raw.len() < COMPRESS_MIN || !self.effort.worth_a_try() {
             return None;
         }
         // Room for what is strictly less than 15/16. zstd gives up when it is full: any failure means "store it".

@@ -77,7 +77,7 @@ pub fn merge<R: Read>(patches: Vec<R>, out: &mut dyn Write) -> Result<Header> {
     let (size, header) = (last.header.size, Header { size: last.header.size, ..first.header.clone() });
     check_headers(&links)?;
     let cannot = |e| Error::from_io("cannot write the patch", e);
-    let mut encoder = RecordEncoder::new(Compression::default())?;
+    let mut encoder = RecordEncoder::new(Compression::FAST)?;
     let mut bytes = Vec::new();
     let mut tail = StreamTail::begin(&header, &mut bytes);
     let mut buffer = vec![0; BLOCK_LEN];

@@ -30,7 +30,7 @@ impl Undo {
         let dir = dir_of(&path);
         let file = tempfile::tempfile_in(dir).map_err(|e| Error::io("cannot create a temporary file", dir, e))?;
         let records = BufWriter::with_capacity(1 << 20, file);
-        Ok(Undo { path, records, encoder: RecordEncoder::new(Compression::default())?, record: Vec::new() })
+        Ok(Undo { path, records, encoder: RecordEncoder::new(Compression::FAST)?, record: Vec::new() })
     }
 
     /// The block as it was. Blocks ascend.

@@ -11,7 +11,7 @@ pub enum Shape {
     /// `512M`, `1G`, or a plain number of bytes.
     Bytes,
     Count,
-    /// `no`, or a level of compression.
+    /// `auto`, `no`, or a level of compression.
     Level,
     Switch,
     /// One of these words.
@@ -97,7 +97,7 @@ pub const KEYS: &[Key] = &[
     key("bandwidth.times[].to", Shape::Clock, "", "Until this time; at or before `from`: of the next day"),
     key("bandwidth.times[].days", Shape::Days, "every day", "Days on which that begins"),
     key("bandwidth.times[].rate", Shape::Bytes, "", "Most that a run sends in a second then"),
-    key("compression", Shape::Level, "1", "Level of zstd, 1 (fast) to 19 (small), or no"),
+    key("compression", Shape::Level, "auto", "auto, a level of zstd, 1 (fast) to 19 (small), or no"),
     key(
         "verify.every",
         Shape::Duration,
@@ -171,7 +171,7 @@ fn leaf(key: &Key) -> Value {
         Shape::Count => json!({ "type": "integer", "minimum": 0 }),
         Shape::Level => {
             let levels = (1..=crate::patch::Compression::LEVEL_MAX).map(Value::from);
-            json!({ "enum": levels.chain([Value::from("no")]).collect::<Vec<_>>() })
+            json!({ "enum": levels.chain(["auto", "no"].map(Value::from)).collect::<Vec<_>>() })
         }
         Shape::Switch => json!({ "type": "boolean" }),
         Shape::Choice(words) => json!({ "enum": words }),

@@ -126,7 +126,7 @@ impl Export {
             image,
             size: record.size,
             root: record.root,
-            encoder: RecordEncoder::new(Compression::default())?,
+            encoder: RecordEncoder::new(Compression::FAST)?,
             tail,
             ready,
             blocks: Vec::new(),

@@ -9,14 +9,16 @@
 //! nothing on either side unless the head has data there.
 
 mod planner;
+mod worth;
 
 use self::planner::Planner;
 pub(crate) use self::planner::expect_nodes;
 pub(super) use self::planner::suspects;
+use self::worth::Worth;
 use super::throttle::Throttle;
 use crate::block::digest::{BlockPieces, Digest, block_digest, node_digest, piece_digests};
 use crate::block::tree::RootBuilder;
-use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, FANOUT, GROUP_LEN, GroupIndex};
+use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, FANOUT, GROUP_LEN, GroupIndex, PIECE_LEN};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::name::{DiskName, DomainUuid};
@@ -27,6 +29,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 /// Groups between reading and sending: 32 MiB read and as much encoded, at worst.
 const IN_FLIGHT_MAX: usize = 8;
@@ -171,6 +174,10 @@ struct Done {
     /// Its node in the digest tree: level, index, digest.
     node: (u8, u64, Digest),
     records: Vec<u8>,
+    /// Bytes of content in the records, before compression.
+    payload: u64,
+    /// Whether compressing was tried.
+    compressed: bool,
 }
 
 fn scan(
@@ -186,12 +193,16 @@ fn scan(
     let (done_tx, done_rx) = channel::<Result<Done>>();
     let (token_tx, token_rx) = sync_channel::<()>(IN_FLIGHT_MAX);
     let work_rx = Mutex::new(work_rx);
+    let worth = Worth::new(!shipment.compression.is_auto());
 
     std::thread::scope(|scope| {
         for _ in 0..shipment.workers.max(1) {
             let done = done_tx.clone();
-            let (work, stop) = (&work_rx, &stop);
-            scope.spawn(move || work_on_groups(image, replica, shipment, progress, work, &done, stop));
+            let (work, worth, stop) = (&work_rx, &worth, &stop);
+            scope.spawn(move || {
+                let worker = Worker::new(image, replica, shipment, progress, worth);
+                work_on_groups(worker, work, &done, stop);
+            });
         }
         let planner_done = done_tx;
         let stop_ref = &stop;
@@ -212,7 +223,7 @@ fn scan(
                 let _ = planner_done.send(Err(e));
             }
         });
-        let result = collect(shipment, &done_rx, &token_rx, still_good, sink);
+        let result = collect(shipment, &done_rx, &token_rx, &worth, still_good, sink);
         // Whatever ended the sender, planner and workers must find out: a token is taken from nobody any more.
         stop.store(true, Ordering::Relaxed);
         drop(token_rx);
@@ -225,12 +236,14 @@ fn collect(
     shipment: &Shipment,
     done: &Receiver<Result<Done>>,
     token: &Receiver<()>,
+    worth: &Worth,
     still_good: StillGood,
     sink: &mut dyn FnMut(&[u8]) -> Result<()>,
 ) -> Result<Digest> {
     let mut root = RootBuilder::new(shipment.size);
     let mut waiting: BTreeMap<u64, Done> = BTreeMap::new();
     let mut next = 0;
+    let (began, mut told) = (Instant::now(), worth.watch());
     for finished in done {
         let finished = finished?;
         waiting.insert(finished.seq, finished);
@@ -243,6 +256,7 @@ fn collect(
             }
             if !group.records.is_empty() {
                 sink(&group.records)?;
+                told(group.compressed, group.payload, began.elapsed());
             }
             token.recv().expect("the planner put one in for every group");
         }
@@ -252,15 +266,12 @@ fn collect(
 }
 
 fn work_on_groups(
-    image: &dyn Image,
-    replica: &dyn DiskTarget,
-    shipment: &Shipment,
-    progress: &Progress,
+    worker: Result<Worker>,
     work: &Mutex<Receiver<Work>>,
     done: &Sender<Result<Done>>,
     stop: &AtomicBool,
 ) {
-    let mut worker = match Worker::new(image, replica, shipment, progress) {
+    let mut worker = match worker {
         Ok(worker) => worker,
         Err(e) => {
             let _ = done.send(Err(e));
@@ -299,6 +310,7 @@ struct Worker<'a> {
     replica: &'a dyn DiskTarget,
     shipment: &'a Shipment,
     progress: &'a Progress,
+    worth: &'a Worth,
     encoder: RecordEncoder,
     buffer: Vec<u8>,
 }
@@ -309,9 +321,10 @@ impl<'a> Worker<'a> {
         replica: &'a dyn DiskTarget,
         shipment: &'a Shipment,
         progress: &'a Progress,
+        worth: &'a Worth,
     ) -> Result<Self> {
         let encoder = RecordEncoder::new(shipment.compression)?;
-        Ok(Self { image, replica, shipment, progress, encoder, buffer: vec![0; GROUP_LEN as usize] })
+        Ok(Self { image, replica, shipment, progress, worth, encoder, buffer: vec![0; GROUP_LEN as usize] })
     }
 
     fn group(&mut self, work: Work) -> Result<Done> {
@@ -337,16 +350,18 @@ impl<'a> Worker<'a> {
             };
         }
         let node = node_digest(&digests);
-        let mut records = Vec::new();
+        let (mut records, mut payload) = (Vec::new(), 0);
+        let compressed = self.worth.compress();
+        self.encoder.set_compressing(compressed);
         if node != work.head_node || self.shipment.head.is_none() {
             if !partial {
                 head = self.head_blocks(work.head_node, &blocks)?;
             }
-            self.encode_differences(bytes, blocks, &digests, &head, &mut records)?;
+            payload = self.encode_differences(bytes, blocks, &digests, &head, &mut records)?;
         }
         self.progress.read.fetch_add(read, Ordering::Relaxed);
         self.progress.scanned.fetch_add(bytes.len(), Ordering::Relaxed);
-        Ok(Done { seq: work.seq, node: (1, work.group.0, node), records })
+        Ok(Done { seq: work.seq, node: (1, work.group.0, node), records, payload, compressed })
     }
 
     /// Fills the places of the blocks that may differ, and no others: few of a group's, as a rule.
@@ -377,6 +392,7 @@ impl<'a> Worker<'a> {
         &self.buffer[(range.start - group.start) as usize..(range.end - group.start) as usize]
     }
 
+    /// Returns the bytes of content in the records.
     fn encode_differences(
         &mut self,
         group: ByteRange,
@@ -384,7 +400,7 @@ impl<'a> Worker<'a> {
         digests: &[Digest; FANOUT],
         head: &[Digest],
         out: &mut Vec<u8>,
-    ) -> Result<()> {
+    ) -> Result<u64> {
         let first = blocks.start;
         let old_of = |block: u64| head.get((block - first) as usize).copied().unwrap_or(Digest::ZERO);
         let new_of = |block: u64| digests[(block - first) as usize];
@@ -395,7 +411,7 @@ impl<'a> Worker<'a> {
             .map(|b| BlockIndex(*b))
             .collect();
         let old_pieces = self.old_pieces(rewritten)?;
-        let mut zeros: Option<Range<u64>> = None;
+        let (mut zeros, mut payload): (Option<Range<u64>>, u64) = (None, 0);
         for block in &changed {
             let (block, index) = (*block, BlockIndex(*block));
             if new_of(block).is_zero() {
@@ -414,13 +430,17 @@ impl<'a> Worker<'a> {
                 // None differs where the whole does: a digest there has rotted, or lies. The block is sent anew.
                 Some(mask) if (1..=PIECES_WORTH).contains(&mask.count()) => {
                     self.encoder.pieces(index, new_of(block), mask, data, out);
+                    payload += u64::from(mask.count()) * PIECE_LEN as u64;
                 }
-                _ => self.encoder.data(index, new_of(block), data, out),
+                _ => {
+                    self.encoder.data(index, new_of(block), data, out);
+                    payload += range.len();
+                }
             }
         }
         flush_zeros(&self.encoder, zeros, out);
         self.progress.changed_blocks.fetch_add(changed.len() as u64, Ordering::Relaxed);
-        Ok(())
+        Ok(payload)
     }
 
     /// The head's piece digests of blocks that were rewritten. Not asked for where nearly all of a group was: such blocks

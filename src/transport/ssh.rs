@@ -1,5 +1,6 @@
 //! Channels to the agent on another host through the user's own `ssh`: one master connection per target, shared by
-//! all channels (crate `openssh`, native multiplexing). The user's configuration, ssh agent and ProxyJump apply.
+//! all channels (crate `openssh`, native multiplexing). The user's configuration, ssh agent and ProxyJump apply; where it names no
+//! cipher, one that the processor is good at is preferred (`config`).
 //!
 //! The crate is asynchronous; its two threads live here, and what leaves this file are plain blocking pipes.
 //!
@@ -11,6 +12,7 @@
 //! - A master outlives a SIGKILL of this process; it ends after [`SshOptions::idle_persist`] without a channel, and
 //!   the channels end at once, because the kernel closes our pipes.
 
+mod config;
 mod explain;
 
 use super::pipe::{PipeReader, PipeWriter};
@@ -115,7 +117,7 @@ impl SshTransport {
         })
     }
 
-    fn builder(&self) -> SessionBuilder {
+    fn builder(&self) -> Result<SessionBuilder> {
         let options = &self.options;
         let mut builder = SessionBuilder::default();
         builder
@@ -134,13 +136,14 @@ impl SshTransport {
         if let Some(path) = &options.identity_file {
             builder.keyfile(path);
         }
-        if let Some(path) = &options.config_file {
+        let prepared = config::prepare(self.control.path(), options.config_file.as_deref())?;
+        if let Some(path) = prepared.as_ref().or(options.config_file.as_ref()) {
             builder.config_file(path);
         }
         if let Some(path) = &options.known_hosts_file {
             builder.user_known_hosts_file(path);
         }
-        builder
+        Ok(builder)
     }
 
     fn held(&self) -> MutexGuard<'_, Option<Arc<Session>>> {
@@ -159,7 +162,7 @@ impl SshTransport {
             }
             *held = None;
         }
-        let (builder, host) = (self.builder(), self.target.host.clone());
+        let (builder, host) = (self.builder()?, self.target.host.clone());
         // A host may have several addresses, each with its own timeout.
         let limit = limit * 2 + Duration::from_secs(5);
         let connected = self.edge.run(limit, async move { builder.connect_mux(host).await });

@@ -146,7 +146,7 @@ impl Planner<'_> {
             return if self.stop.load(Ordering::Relaxed) { Err(Unwanted) } else { Ok(()) };
         }
         self.token.send(()).map_err(|_| Unwanted)?;
-        let done = Done { seq: self.seq, node, records: Vec::new() };
+        let done = Done { seq: self.seq, node, records: Vec::new(), payload: 0, compressed: false };
         self.seq += 1;
         self.done.send(Ok(done)).map_err(|_| Unwanted)
     }

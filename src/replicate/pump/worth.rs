@@ -1,0 +1,210 @@
+//! Whether compressing is worth its while on this link and at this moment.
+//!
+//! It shortens what goes over the link and lengthens the work of both hosts. Which of the two a run waits for depends on the
+//! link, the cores, the cipher, the guests beside it, and changes while it runs; so it is not computed but tried: one stretch
+//! is sent compressed, the next as it is, and the quicker way is kept for a good while. What is too short to be tried, as most
+//! runs are, is compressed; and so is everything where it makes little difference: the link has other users.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// A stretch has at least so many bytes of payload and takes at least so long: less is the jitter of groups and buffers.
+const STRETCH_BYTES: u64 = 32 << 20;
+const STRETCH_TIME: Duration = Duration::from_millis(250);
+
+/// On a thin link fewer bytes will do after so long: enough to be more than what the pipes hold.
+const THIN_BYTES: u64 = 8 << 20;
+const THIN_TIME: Duration = Duration::from_secs(10);
+
+/// For how many times the bytes of both stretches, whole ones, what was found out is kept. What is under way at a change goes the
+/// slower way too: all in all one byte in thirty does.
+const KEPT_FOR: u64 = 24;
+
+/// How much quicker it must be without compression to do without.
+const WORTH: f64 = 1.1;
+
+/// One way of sending payloads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Compressed,
+    Stored,
+}
+
+impl Way {
+    fn other(self) -> Way {
+        match self {
+            Way::Compressed => Way::Stored,
+            Way::Stored => Way::Compressed,
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Doing {
+    /// Sending a stretch to measure it, from the end of the first group that went this way. `other`: what came out for
+    /// the other way, and the bytes it took.
+    Trying { since: Option<Duration>, bytes: u64, other: Option<(f64, u64)> },
+    /// Sending so many more bytes before the next try.
+    Keeping { left: u64 },
+}
+
+/// The trials of one shipment. Time is an argument.
+#[derive(Debug)]
+struct Trials {
+    way: Way,
+    doing: Doing,
+}
+
+impl Trials {
+    fn new() -> Trials {
+        Trials { way: Way::Compressed, doing: Doing::Trying { since: None, bytes: 0, other: None } }
+    }
+
+    /// A group with so many bytes of payload, before compression, has been sent this way by `now`.
+    fn sent(&mut self, way: Way, payload: u64, now: Duration) {
+        // What was under way when the way changed says nothing of either.
+        if way != self.way || payload == 0 {
+            return;
+        }
+        match &mut self.doing {
+            Doing::Keeping { left } => {
+                *left = left.saturating_sub(payload);
+                if *left == 0 {
+                    self.doing = Doing::Trying { since: None, bytes: 0, other: None };
+                }
+            }
+            Doing::Trying { since: since @ None, .. } => *since = Some(now),
+            Doing::Trying { since: Some(since), bytes, other } => {
+                *bytes += payload;
+                let (bytes, took, other) = (*bytes, now.saturating_sub(*since), *other);
+                let enough = bytes >= STRETCH_BYTES && took >= STRETCH_TIME || bytes >= THIN_BYTES && took >= THIN_TIME;
+                if enough {
+                    self.tried(bytes as f64 / took.as_secs_f64(), bytes, other);
+                }
+            }
+        }
+    }
+
+    fn tried(&mut self, rate: f64, bytes: u64, other: Option<(f64, u64)>) {
+        let Some((other_rate, other_bytes)) = other else {
+            self.way = self.way.other();
+            self.doing = Doing::Trying { since: None, bytes: 0, other: Some((rate, bytes)) };
+            return;
+        };
+        let (compressed, stored) = match self.way {
+            Way::Compressed => (rate, other_rate),
+            Way::Stored => (other_rate, rate),
+        };
+        self.way = if stored > compressed * WORTH { Way::Stored } else { Way::Compressed };
+        self.doing = Doing::Keeping { left: (bytes + other_bytes).max(2 * STRETCH_BYTES) * KEPT_FOR };
+        tracing::debug!(compressed, stored, way = ?self.way, "bytes per second of payload, and what is kept");
+    }
+}
+
+/// What the workers ask, and the sender finds out.
+#[derive(Debug)]
+pub(super) struct Worth {
+    compress: AtomicBool,
+    /// Nothing is tried: it is said.
+    fixed: bool,
+}
+
+impl Worth {
+    /// Compresses at first; `fixed`: and always.
+    pub(super) fn new(fixed: bool) -> Worth {
+        Worth { compress: AtomicBool::new(true), fixed }
+    }
+
+    /// Whether what is encoded next is to be compressed.
+    pub(super) fn compress(&self) -> bool {
+        self.compress.load(Ordering::Relaxed)
+    }
+
+    /// The sender's side of it: told of every group that has been sent.
+    pub(super) fn watch(&self) -> impl FnMut(bool, u64, Duration) + '_ {
+        let mut trials = Trials::new();
+        move |compressed, payload, now| {
+            if self.fixed {
+                return;
+            }
+            trials.sent(if compressed { Way::Compressed } else { Way::Stored }, payload, now);
+            self.compress.store(trials.way == Way::Compressed, Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::GROUP_LEN;
+
+    /// Sends `mib` of payload where a group takes so many milliseconds either way, with eight groups under way at any time.
+    /// Returns the MiB that went compressed.
+    fn send(mib: u64, compressed_ms: u64, stored_ms: u64) -> u64 {
+        let worth = Worth::new(false);
+        let mut told = worth.watch();
+        let mut under_way: std::collections::VecDeque<bool> = (0..8).map(|_| worth.compress()).collect();
+        let (mut now, mut sum) = (Duration::ZERO, 0);
+        for _ in 0..mib / 4 {
+            let compressed = under_way.pop_front().expect("eight are under way");
+            now += Duration::from_millis(if compressed { compressed_ms } else { stored_ms });
+            sum += if compressed { 4 } else { 0 };
+            told(compressed, GROUP_LEN, now);
+            under_way.push_back(worth.compress());
+        }
+        sum
+    }
+
+    #[test]
+    fn the_quicker_way_takes_nearly_all() {
+        let stored = 20_000 - send(20_000, 40, 10);
+        assert!(stored > 19_000, "a link quicker than the cores: {stored} MiB of 20000 as they are");
+        let compressed = send(20_000, 10, 40);
+        assert!(compressed > 19_000, "a link slower than the cores: {compressed} MiB of 20000 compressed");
+    }
+
+    #[test]
+    fn where_it_makes_little_difference_the_link_is_spared() {
+        let compressed = send(20_000, 21, 20);
+        assert!(compressed > 19_000, "{compressed} MiB of 20000 compressed");
+    }
+
+    #[test]
+    fn what_is_short_is_compressed_and_a_thin_link_is_not_tried_for_long() {
+        assert_eq!(send(64, 40, 1), 64);
+        // 400 KiB/s compressed, 200 as it is: one stretch of 8 MiB, and what was under way.
+        let stored = 400 - send(400, 10_000, 20_000);
+        assert!((8..=48).contains(&stored), "{stored} MiB as they are");
+    }
+
+    #[test]
+    fn what_is_said_is_not_tried() {
+        let worth = Worth::new(true);
+        let mut told = worth.watch();
+        for n in 1..1000 {
+            told(true, GROUP_LEN, Duration::from_secs(n));
+            assert!(worth.compress());
+        }
+    }
+
+    #[test]
+    fn a_change_of_the_link_is_noticed() {
+        let mut trials = Trials::new();
+        let mut now = Duration::ZERO;
+        let mut run = |groups: u32, compressed_ms: u64, stored_ms: u64| {
+            let mut stored = 0;
+            for _ in 0..groups {
+                let way = trials.way;
+                now += Duration::from_millis(if way == Way::Compressed { compressed_ms } else { stored_ms });
+                stored += u32::from(way == Way::Stored);
+                trials.sent(way, GROUP_LEN, now);
+            }
+            stored
+        };
+        assert!(run(2000, 40, 10) > 1800);
+        // The link is shared from here on: within one keeping it goes back to compressing.
+        let stored = run(3000, 40, 80);
+        assert!(stored < 1500, "{stored} of 3000 groups as they are");
+        assert!(run(2000, 40, 80) < 200);
+    }
+}
