@@ -11,6 +11,7 @@
 
 use super::bitmap;
 use super::gate::{Call, Failure, Gate, Line, Repeat};
+use super::swtpm;
 use super::sys;
 use super::xml::{self, DiskXml, DomainXml};
 use super::{BlockJob, BlockJobKind, DiskKind, DiskView, DomainView, FreezeDisk, Hypervisor, Power};
@@ -427,7 +428,7 @@ fn path_text(path: &Path) -> Result<&str> {
 fn view(conn: &Connect, uuid: &str) -> Result<DomainView, Failure> {
     for _ in 0..OBSERVE_TRIES_MAX {
         let domain = lookup(conn, uuid)?;
-        let view = view_once(&domain);
+        let view = view_once(&domain, swtpm::root_of(&conn.uri()?).as_deref());
         // The id is told by the lookup; it changes with every start.
         if lookup(conn, uuid)?.id() == domain.id() {
             return view;
@@ -436,7 +437,7 @@ fn view(conn: &Connect, uuid: &str) -> Result<DomainView, Failure> {
     Err(Error::new(Kind::Busy, "the domain was started and stopped all the while it was looked at").into())
 }
 
-fn view_once(domain: &Domain) -> Result<DomainView, Failure> {
+fn view_once(domain: &Domain, tpm_root: Option<&Path>) -> Result<DomainView, Failure> {
     let runs = domain.id().is_some();
     let persistent = domain.is_persistent()?;
     let live = if runs { Some(xml::parse(&domain.xml_desc(0)?)?) } else { None };
@@ -460,6 +461,7 @@ fn view_once(domain: &Domain) -> Result<DomainView, Failure> {
         domain_job: if runs { job_of_domain(domain)? } else { None },
         record: record.or_else(|| inactive.as_ref().and_then(|i| i.record.clone())),
         nvram: shown.nvram.clone(),
+        tpm: shown.tpm.as_ref().and_then(|tpm| tpm.state_file(tpm_root, &shown.uuid)),
         guest_agent: shown.guest_agent,
         disks,
     })

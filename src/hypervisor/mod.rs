@@ -28,6 +28,7 @@ pub mod names;
 #[cfg(feature = "libvirt")]
 mod pull;
 pub mod stored;
+pub mod swtpm;
 #[cfg(feature = "libvirt")]
 mod sys;
 #[cfg(feature = "libvirt")]
@@ -188,6 +189,8 @@ pub struct DomainView {
     pub record: Option<String>,
     /// UEFI variables file, if the domain has one of its own.
     pub nvram: Option<PathBuf>,
+    /// State of its emulated TPM, if it has one and it is known where that lies.
+    pub tpm: Option<PathBuf>,
     /// Guest agent channel configured and connected.
     pub guest_agent: bool,
 }

@@ -211,6 +211,7 @@ fn clean(machines: &dyn Machines, record: &DrillRecord) -> Result<()> {
     }
     failpoint!("d6");
     overlays::remove(&record.dir)?;
+    machines.forget_tpm(&record.drill_uuid)?;
     failpoint!("d7");
     Ok(())
 }
@@ -231,6 +232,7 @@ fn prepare(ports: &Ports, request: &Request, held: &mut dyn Held) -> Result<(Dri
         macs: Macs::New(request.bits),
         console: Some(dir.join("console.log")),
         nvram: overlays.nvram.clone(),
+        tpm: overlays.tpm,
     };
     let definition = definition::render(&definition_of(held).map_err(place)?, &wish, request.mapping).map_err(place)?;
     definition.xml().map_err(place)?;
@@ -281,6 +283,7 @@ impl Drill<'_> {
         failpoint!("d1");
         (self.ports.say)("laying overlays on the point");
         overlays::make(held, &self.record.dir)?;
+        overlays::bring_tpm(self.ports.machines, held, &self.record.drill_uuid, &self.definition)?;
         failpoint!("d2");
         if let Some(network) = &self.record.network {
             // The kernel takes 15 bytes for the name of a device.

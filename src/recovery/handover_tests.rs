@@ -8,6 +8,7 @@ use super::super::ready::{Color, Finding, Question};
 use super::*;
 use crate::hypervisor::custody::Asking;
 use crate::hypervisor::machine::{HostView, Machine};
+use crate::hypervisor::swtpm::TpmVersion;
 use crate::name::Generation;
 use crate::recovery::give_way::GaveWay;
 use crate::replica::upkeep::Promoted;
@@ -116,6 +117,12 @@ impl Machines for World {
     }
     fn undefine(&self, _: &DomainUuid) -> Result<()> {
         unreachable!("a handover leaves the definition")
+    }
+    fn put_tpm(&self, _: &DomainUuid, _: TpmVersion, _: &[u8]) -> Result<()> {
+        unreachable!("a handover leaves the state of a TPM")
+    }
+    fn forget_tpm(&self, _: &DomainUuid) -> Result<()> {
+        unreachable!("a handover leaves the state of a TPM")
     }
     fn start_network(&self, _: &str, _: &str) -> Result<()> {
         unreachable!("a handover makes no network")
@@ -256,6 +263,7 @@ fn there(point: &PointId, stage: failover::Stage) -> FailoverRecord {
         started_at: at(0),
         detached: Vec::new(),
         detaching_in: None,
+        tpm: false,
     }
 }
 

@@ -5,6 +5,7 @@ use super::definition::Definition;
 use super::definition::remark::{Remark, Verdict};
 use super::mapping::Attach;
 use crate::hypervisor::machine::{Capabilities, HostView};
+use crate::hypervisor::swtpm;
 use crate::name::{DomainName, DomainUuid};
 use crate::replica::{PointView, ReplicaView};
 use serde::{Deserialize, Serialize};
@@ -92,7 +93,7 @@ pub fn judge(
     if let Ok(capabilities) = &host.machine {
         findings.extend(cpu(definition, capabilities));
         findings.extend(firmware(definition, capabilities));
-        findings.extend(tpm(definition, capabilities));
+        findings.extend(tpm(definition, uuid, host, capabilities));
     }
     findings.push(networks(definition, host));
     findings.extend(definition.remarks.iter().map(device));
@@ -185,13 +186,30 @@ fn firmware(d: &Definition, host: &Capabilities) -> Option<Finding> {
     })
 }
 
-fn tpm(d: &Definition, host: &Capabilities) -> Option<Finding> {
-    (d.tpm && !host.tpm_emulator).then(|| {
-        red(
+fn tpm(d: &Definition, uuid: &DomainUuid, host: &HostView, able: &Capabilities) -> Option<Finding> {
+    let tpm = d.tpm.as_ref()?;
+    let missing = tpm.secret.as_ref().filter(|s| !host.tpm_secrets.iter().any(|known| known == s.as_str()));
+    Some(match missing {
+        _ if !able.tpm_emulator => red(
             Question::Tpm,
             "this host cannot emulate a TPM",
             "install swtpm, or take the TPM out of the source's domain",
-        )
+        ),
+        Some(secret) => red(
+            Question::Tpm,
+            format!("the state of the TPM is encrypted, and libvirt here has no secret {secret} for it"),
+            "define it here as it is at the source (`virsh secret-dumpxml`, `virsh secret-define`), and give it the same value (`virsh secret-set-value`)",
+        ),
+        None if host.tpm_states.iter().any(|known| known == uuid.as_str()) => red(
+            Question::Tpm,
+            "the state of a TPM of this very domain is here already, and none of the point's may replace it",
+            format!("if no domain here needs it, move it away: {}/{uuid}", swtpm::ROOT),
+        ),
+        None if tpm.state => {
+            green(Question::Tpm, format!("TPM {}: its state comes with the point", tpm.version.words()))
+        }
+        // The remark on it says so.
+        None => return None,
     })
 }
 

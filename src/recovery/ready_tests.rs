@@ -13,7 +13,10 @@ const GUEST: &str = "<domain type='kvm'><memory unit='MiB'>512</memory>\
     <cpu mode='custom'><model>Haswell</model></cpu><devices>\
     <interface type='network'><mac address='52:54:00:00:00:0A'/><source network='default'/></interface>\
     <interface type='bridge'><mac address='52:54:00:00:00:0b'/><source bridge='br0'/></interface>\
-    <tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm></devices></domain>";
+    <tpm model='tpm-crb'><backend type='emulator' version='2.0'>\
+    <encryption secret='a5a5a5a5-0000-4000-8000-000000000001'/></backend></tpm></devices></domain>";
+
+const SECRET: &str = "a5a5a5a5-0000-4000-8000-000000000001";
 
 fn definition(mapping: &str) -> Definition {
     let mapping = Mapping::parse(mapping, Path::new("recovery.yaml")).unwrap();
@@ -26,6 +29,7 @@ fn definition(mapping: &str) -> Definition {
         macs: Macs::Keep,
         console: None,
         nvram: Some("/x/vars.fd".into()),
+        tpm: true,
     };
     render(GUEST, &wish, &mapping).unwrap()
 }
@@ -55,6 +59,8 @@ fn able() -> HostView {
         }],
         free_memory_bytes: 1 << 30,
         qemu_uid: Some(0),
+        tpm_states: vec!["x".into()],
+        tpm_secrets: vec![SECRET.into()],
     }
 }
 
@@ -79,18 +85,22 @@ fn reds(findings: &[Finding]) -> Vec<Question> {
 fn a_host_that_has_everything_is_not_red_and_says_what_differs() {
     let findings = judged(MAPPED, &able());
     assert_eq!(reds(&findings), [], "{findings:#?}");
-    assert_eq!(worst(&findings), Color::Yellow, "the firmware's build and the TPM's state are not the source's");
+    assert_eq!(worst(&findings), Color::Yellow, "the firmware's build is not the source's");
+    let tpm = findings.iter().find(|f| f.question == Question::Tpm).unwrap();
+    assert!(tpm.color == Color::Green && tpm.what.contains("comes with the point"), "{tpm:?}");
 }
 
 #[test]
 fn each_thing_that_a_host_lacks_makes_its_own_line_red() {
     type Lack = fn(&mut HostView);
-    let lacks: [(Question, Lack); 12] = [
+    let lacks: [(Question, Lack); 14] = [
         (Question::Machine, |h| h.machine = Err("the machine is not supported".into())),
         (Question::Cpu, |h| h.machine.as_mut().unwrap().cpu_models = vec!["Penryn".into()]),
         (Question::Firmware, |h| h.machine.as_mut().unwrap().uefi = false),
         (Question::Firmware, |h| h.machine.as_mut().unwrap().secure_boot = false),
         (Question::Tpm, |h| h.machine.as_mut().unwrap().tpm_emulator = false),
+        (Question::Tpm, |h| h.tpm_secrets = vec![UUID.into()]),
+        (Question::Tpm, |h| h.tpm_states.push(UUID.into())),
         (Question::Network, |h| h.networks.clear()),
         (Question::Network, |h| h.networks[0].active = false),
         (Question::Network, |h| h.bridges.clear()),

@@ -35,12 +35,17 @@ impl Run<'_> {
             let xml = self.ports.hypervisor.definition(&domain.uuid, false, secure)?;
             replica.attach(Attachment::LiveXml, self.as_its_owner_wrote(xml)?.as_bytes())?;
         }
-        if let Some(path) = &domain.nvram {
+        let files = [
+            (Attachment::Nvram, &domain.nvram, "cannot read the UEFI variables"),
+            (Attachment::Tpm, &domain.tpm, "cannot read the state of the TPM"),
+        ];
+        for (name, path, failed) in files {
+            let Some(path) = path else { continue };
             match std::fs::read(path) {
-                Ok(content) => replica.attach(Attachment::Nvram, &content)?,
+                Ok(content) => replica.attach(name, &content)?,
                 // Not there before the first start.
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-                Err(e) => return Err(Error::io("cannot read the UEFI variables", path, e)),
+                Err(e) => return Err(Error::io(failed, path, e)),
             }
         }
         Ok(())

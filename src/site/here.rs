@@ -125,6 +125,7 @@ impl Here {
             },
             console: None,
             nvram: overlays.nvram.clone(),
+            tpm: overlays.tpm,
         };
         definition::render(&definition_of(held)?, &wish, mapping)
     }
