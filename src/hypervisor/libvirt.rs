@@ -11,6 +11,7 @@
 
 use super::bitmap;
 use super::gate::{Call, Failure, Gate, Line, Repeat};
+use super::machine_libvirt::firmware_for;
 use super::swtpm;
 use super::sys;
 use super::xml::{self, DiskXml, DomainXml};
@@ -19,7 +20,7 @@ use crate::block::DiskSize;
 use crate::error::{Error, Kind, Result};
 use crate::image::{Chain, Layer};
 use crate::name::{DiskName, DomainName, DomainUuid};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use virt::connect::Connect;
 use virt::domain::Domain;
@@ -164,6 +165,10 @@ impl Hypervisor for LibvirtHypervisor {
 
     fn observe(&self, uuid: &DomainUuid) -> Result<DomainView> {
         self.query("look at the domain", uuid, |conn, uuid| view(conn, uuid))
+    }
+
+    fn firmware(&self, uuid: &DomainUuid) -> Result<Option<PathBuf>> {
+        self.query("ask for the firmware", uuid, |conn, uuid| firmware_for(conn, &lookup(conn, uuid)?.xml_desc(0)?))
     }
 
     fn list(&self) -> Result<Vec<DomainView>> {

@@ -10,11 +10,15 @@ use crate::error::{Error, Kind, Result};
 use crate::name::DomainUuid;
 use serde::Serialize;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 
 pub trait Machines: Send + Sync {
     /// Looks at the host, as far as it decides whether this machine can run there.
     fn host(&self, machine: &Machine) -> Result<HostView>;
+
+    /// The file of the UEFI firmware that a domain of this definition would start with. `None`: libvirt does not say.
+    fn firmware_for(&self, xml: &str) -> Result<Option<PathBuf>>;
 
     /// Starts a domain that leaves no definition behind. `Refused`, with libvirt's words, if it cannot be.
     fn start_transient(&self, xml: &str) -> Result<()>;

@@ -3,6 +3,7 @@
 //! Tried with libvirt 9.0 in tests/lab/suite/recovery.rs.
 
 use super::Power;
+use super::firmware::{self, Loader};
 use super::gate::{Call, Failure, Line, Repeat};
 use super::inside;
 use super::libvirt::{LibvirtHypervisor, lookup};
@@ -76,6 +77,12 @@ impl Machines for LibvirtHypervisor {
         })?;
         (view.bridges, view.free_memory_bytes) = (bridges(), available_memory_bytes()?);
         Ok(view)
+    }
+
+    fn firmware_for(&self, xml: &str) -> Result<Option<PathBuf>> {
+        let xml = xml.to_owned();
+        let deadline = self.deadlines.query;
+        self.on_host("ask for the firmware", deadline, Repeat::Harmless, move |conn| firmware_for(conn, &xml))
     }
 
     fn start_transient(&self, xml: &str) -> Result<()> {
@@ -253,6 +260,22 @@ fn capabilities(conn: &Line<'_>, machine: &Machine) -> Result<Result<Capabilitie
         Ok(xml) => Ok(Ok(machine::parse_capabilities(&xml)?)),
         Err(e) if e.domain().is(virt::error::ErrorDomain::Rpc) => Err(e.into()),
         Err(e) => Ok(Err(crate::error::printable(e.message(), 200))),
+    }
+}
+
+/// libvirt is asked how it would call QEMU, which starts nothing and looks at no image.
+pub(super) fn firmware_for(conn: &Line<'_>, xml: &str) -> Result<Option<PathBuf>, Failure> {
+    match firmware::loader(xml)? {
+        Loader::None => Ok(None),
+        Loader::File(path) => Ok(Some(path)),
+        Loader::Chosen => match conn.domain_xml_to_native("qemu-argv", xml, 0) {
+            Ok(command) => Ok(firmware::in_command_line(&command)),
+            Err(e) if e.domain().is(virt::error::ErrorDomain::Rpc) => Err(e.into()),
+            Err(e) => {
+                tracing::debug!(said = e.message(), "libvirt does not say which firmware it would choose");
+                Ok(None)
+            }
+        },
     }
 }
 

@@ -11,6 +11,7 @@ mod bitmap;
 pub mod custody;
 #[cfg(feature = "libvirt")]
 mod custody_libvirt;
+pub mod firmware;
 pub mod flatten;
 #[cfg(feature = "libvirt")]
 pub mod gate;
@@ -50,6 +51,9 @@ pub trait Hypervisor: Send + Sync {
 
     /// Observes a domain again. `NotFound` when it is gone (a transient domain that ended, an undefined one).
     fn observe(&self, uuid: &DomainUuid) -> Result<DomainView>;
+
+    /// The file of the UEFI firmware that a domain runs with, or would start with. `None`: it has none, or libvirt does not say.
+    fn firmware(&self, uuid: &DomainUuid) -> Result<Option<PathBuf>>;
 
     /// All domains, for `status`.
     fn list(&self) -> Result<Vec<DomainView>>;

@@ -13,7 +13,7 @@ use super::definition::{self, Definition, Macs, Nics, Wish};
 use super::drills::{self, DrillRecord, DrillState};
 use super::mapping::{Attach, Mapping};
 use super::probe::{self, Probe};
-use super::ready::{self, Color, Room};
+use super::ready::{self, Builds, Color, Room};
 use super::{definition_of, overlays};
 use crate::error::{Error, Kind, Result, printable};
 use crate::failpoint;
@@ -254,7 +254,8 @@ fn prepare(ports: &Ports, request: &Request, held: &mut dyn Held) -> Result<(Dri
     host.networks.push(NetworkView { name: name.clone(), active: true });
     let room =
         Room { dir: request.mapping.images_dir().to_owned(), free_bytes: (ports.room)(request.mapping.images_dir()) };
-    let findings = ready::judge(&definition, &wish.name, &wish.uuid, &host, &room);
+    // Another build of the firmware keeps no copy from being tried.
+    let findings = ready::judge(&definition, &wish.name, &wish.uuid, &host, &room, &Builds::default());
     if let Some(red) = findings.iter().find(|f| f.color == Color::Red) {
         let e = Error::new(Kind::Conflict, format!("the copy cannot be started here: {}", red.what));
         return Err(place(e.hint(red.advice.clone().unwrap_or_default())));

@@ -60,6 +60,9 @@ impl Machines for World {
     fn host(&self, _: &Machine) -> Result<HostView> {
         unreachable!("whoever plans has asked")
     }
+    fn firmware_for(&self, _: &str) -> Result<Option<PathBuf>> {
+        unreachable!("whoever plans has asked")
+    }
     fn start_transient(&self, _: &str) -> Result<()> {
         unreachable!("a failover is defined")
     }

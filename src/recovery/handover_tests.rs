@@ -13,6 +13,7 @@ use crate::name::Generation;
 use crate::recovery::give_way::GaveWay;
 use crate::replica::upkeep::Promoted;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
@@ -107,6 +108,9 @@ impl Machines for World {
         })
     }
     fn host(&self, _: &Machine) -> Result<HostView> {
+        unreachable!("a handover looks at no host")
+    }
+    fn firmware_for(&self, _: &str) -> Result<Option<PathBuf>> {
         unreachable!("a handover looks at no host")
     }
     fn start_transient(&self, _: &str) -> Result<()> {

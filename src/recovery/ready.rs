@@ -4,6 +4,7 @@
 use super::definition::Definition;
 use super::definition::remark::{Remark, Verdict};
 use super::mapping::Attach;
+use crate::hypervisor::firmware::Firmware;
 use crate::hypervisor::machine::{Capabilities, HostView};
 use crate::hypervisor::swtpm;
 use crate::name::{DomainName, DomainUuid};
@@ -81,6 +82,13 @@ pub struct Room {
     pub free_bytes: Option<u64>,
 }
 
+/// The builds of the UEFI firmware; `None`: not known.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Builds {
+    pub source: Option<Firmware>,
+    pub here: Option<Firmware>,
+}
+
 /// Answers every question about a failover of `definition`, which bears this name and UUID.
 pub fn judge(
     definition: &Definition,
@@ -88,11 +96,12 @@ pub fn judge(
     uuid: &DomainUuid,
     host: &HostView,
     room: &Room,
+    builds: &Builds,
 ) -> Vec<Finding> {
     let mut findings = vec![machine(definition, host)];
     if let Ok(capabilities) = &host.machine {
         findings.extend(cpu(definition, capabilities));
-        findings.extend(firmware(definition, capabilities));
+        findings.extend(firmware(definition, capabilities, builds));
         findings.extend(tpm(definition, uuid, host, capabilities));
     }
     findings.push(networks(definition, host));
@@ -167,7 +176,7 @@ fn cpu(d: &Definition, host: &Capabilities) -> Option<Finding> {
     })
 }
 
-fn firmware(d: &Definition, host: &Capabilities) -> Option<Finding> {
+fn firmware(d: &Definition, host: &Capabilities, builds: &Builds) -> Option<Finding> {
     Some(match (d.uefi, d.secure_boot) {
         (false, _) => return None,
         (true, _) if !host.uefi => {
@@ -178,12 +187,23 @@ fn firmware(d: &Definition, host: &Capabilities) -> Option<Finding> {
             "this host has no UEFI firmware with secure boot",
             "install one (Debian: ovmf has it), or switch secure boot off in the source's domain",
         ),
-        _ => yellow(
-            Question::Firmware,
-            "UEFI: the build is the one that this host's libvirt chooses",
-            "keep the packages of the firmware alike on both hosts, and try it with `virt-replica drill`",
-        ),
+        _ => build(builds),
     })
+}
+
+fn build(builds: &Builds) -> Finding {
+    let what = match (&builds.source, &builds.here) {
+        (Some(source), Some(here)) if source.blake3 == here.blake3 => {
+            return green(Question::Firmware, format!("UEFI: {} is the build that the source boots from", here.path));
+        }
+        (Some(source), Some(here)) => {
+            format!("UEFI: {} is another build than the source's {}", here.path, source.path)
+        }
+        (None, _) => "UEFI: the point does not say from which build the source boots".to_owned(),
+        (Some(_), None) => "UEFI: this host's libvirt does not say which build it would choose".to_owned(),
+    };
+    let advice = "keep the packages of the firmware alike on both hosts, and try it with `virt-replica drill` on the newest point";
+    yellow(Question::Firmware, what, advice)
 }
 
 fn tpm(d: &Definition, uuid: &DomainUuid, host: &HostView, able: &Capabilities) -> Option<Finding> {

@@ -1,6 +1,7 @@
 //! Every question, with a host that has what it takes and one that lacks just that.
 
 use super::*;
+use crate::block::digest::Digest;
 use crate::hypervisor::machine::{Machine, Neighbour, NetworkView};
 use crate::recovery::definition::{Macs, Nics, Wish, render};
 use crate::recovery::mapping::Mapping;
@@ -69,7 +70,13 @@ const MAPPED: &str = "networks: {default: lan, 'bridge:br0': 'bridge:br1'}";
 fn judged(mapping: &str, host: &HostView) -> Vec<Finding> {
     let (name, uuid) = names();
     let room = Room { dir: "/images".into(), free_bytes: Some(10 << 30) };
-    judge(&definition(mapping), &name, &uuid, host, &room)
+    judge(&definition(mapping), &name, &uuid, host, &room, &Builds { source: build(1), here: build(1) })
+}
+
+/// A build of the firmware.
+fn build(content: u8) -> Option<Firmware> {
+    let path = format!("/f/{content}.fd");
+    Some(Firmware { format: 1, path, size_bytes: 1, blake3: Digest([content; 32]) })
 }
 
 /// The questions that are red, each of which must say what to do.
@@ -82,10 +89,10 @@ fn reds(findings: &[Finding]) -> Vec<Question> {
 }
 
 #[test]
-fn a_host_that_has_everything_is_not_red_and_says_what_differs() {
+fn a_host_that_has_everything_is_green() {
     let findings = judged(MAPPED, &able());
     assert_eq!(reds(&findings), [], "{findings:#?}");
-    assert_eq!(worst(&findings), Color::Yellow, "the firmware's build is not the source's");
+    assert_eq!(worst(&findings), Color::Green, "{findings:#?}");
     let tpm = findings.iter().find(|f| f.question == Question::Tpm).unwrap();
     assert!(tpm.color == Color::Green && tpm.what.contains("comes with the point"), "{tpm:?}");
 }
@@ -125,6 +132,22 @@ fn a_network_that_nobody_mapped_is_red_and_one_that_is_left_out_is_not() {
     let d = definition(&mapped);
     let machine = Machine { virt_type: "kvm".into(), arch: "x86_64".into(), machine: "pc-q35-7.2".into() };
     assert_eq!((d.machine, d.cpu.as_deref()), (machine, Some("Penryn")));
+}
+
+#[test]
+fn another_build_of_the_firmware_is_yellow_and_so_is_one_that_nobody_knows() {
+    let seen = |source, here| {
+        let finding = super::build(&Builds { source, here });
+        assert_eq!(finding.advice.is_some(), finding.color != Color::Green);
+        (finding.color, finding.what)
+    };
+    assert_eq!(seen(build(1), build(1)).0, Color::Green);
+    let (color, what) = seen(build(1), build(2));
+    assert!(color == Color::Yellow && what.contains("/f/2.fd") && what.contains("/f/1.fd"), "{what}");
+    let (color, what) = seen(None, build(2));
+    assert!(color == Color::Yellow && what.contains("the point does not say"), "{what}");
+    let (color, what) = seen(build(1), None);
+    assert!(color == Color::Yellow && what.contains("does not say which"), "{what}");
 }
 
 #[test]

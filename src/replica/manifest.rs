@@ -45,9 +45,9 @@ const VERSION_DETACHING: u32 = 3;
 /// The version of a manifest with a promotion. A program that does not know of it would accept runs of the old source.
 const VERSION_PROMOTED: u32 = 4;
 
-/// The version of a manifest with the state of a TPM, and the newest this program reads. A program that does not know of it
-/// would bring the domain up with an empty one.
-const VERSION_WITH_TPM: u32 = 5;
+/// The version of a manifest with attachments that the first ones had not, and the newest this program reads. A program that
+/// does not know of the state of a TPM would bring the domain up with an empty one.
+const VERSION_MORE_ATTACHED: u32 = 5;
 
 /// Largest manifest read or written, in bytes: tens of thousands of points.
 pub const MANIFEST_MAX: usize = 64 << 20;
@@ -207,11 +207,11 @@ impl Manifest {
         if preamble.format != FORMAT {
             return Err(corrupt(format!("this is not a {FORMAT}")));
         }
-        if !(VERSION..=VERSION_WITH_TPM).contains(&preamble.version) {
+        if !(VERSION..=VERSION_MORE_ATTACHED).contains(&preamble.version) {
             return Err(Error::new(
                 Kind::Protocol,
                 format!(
-                    "the manifest has version {}, this program reads versions {VERSION} to {VERSION_WITH_TPM}",
+                    "the manifest has version {}, this program reads versions {VERSION} to {VERSION_MORE_ATTACHED}",
                     preamble.version
                 ),
             )
@@ -226,7 +226,7 @@ impl Manifest {
     pub fn to_json(&self) -> Result<Vec<u8>> {
         let any = |is: fn(&Point) -> bool| self.points.iter().chain(&self.links).any(is);
         let version = match (&self.promotion, self.links.is_empty()) {
-            _ if any(Point::has_tpm) => VERSION_WITH_TPM,
+            _ if any(Point::has_more_attached) => VERSION_MORE_ATTACHED,
             (Some(_), _) => VERSION_PROMOTED,
             (None, _) if any(Point::is_detaching) => VERSION_DETACHING,
             (None, false) => VERSION_WITH_LINKS,
@@ -421,8 +421,8 @@ impl Point {
         self.disks.iter().any(|d| d.detaching)
     }
 
-    fn has_tpm(&self) -> bool {
-        self.attachments.iter().any(|a| a.name == Attachment::Tpm)
+    fn has_more_attached(&self) -> bool {
+        self.attachments.iter().any(|a| matches!(a.name, Attachment::Tpm | Attachment::Firmware))
     }
 
     /// The public view; `points_dir` is the absolute path under which the point's directory lies.
@@ -678,7 +678,7 @@ mod tests {
         assert_eq!(version(&m), VERSION);
         let attached = Attached { name: Attachment::Tpm, size_bytes: 1, blake3: Digest::ZERO };
         m.point_mut(&ids(&[1])[0]).unwrap().attachments.push(attached);
-        assert_eq!(version(&m), VERSION_WITH_TPM);
+        assert_eq!(version(&m), VERSION_MORE_ATTACHED);
         // It goes with the point that has it.
         m.remove(&ids(&[1])).unwrap();
         m.folded(&ids(&[2])[0]).unwrap();

@@ -275,6 +275,8 @@ pub enum Attachment {
     Nvram,
     /// State of an emulated TPM, as swtpm keeps it.
     Tpm,
+    /// Which build of the UEFI firmware the source boots from.
+    Firmware,
 }
 
 impl Attachment {
@@ -284,6 +286,7 @@ impl Attachment {
             Attachment::LiveXml => "domain-live.xml",
             Attachment::Nvram => "nvram.fd",
             Attachment::Tpm => "tpm.permall",
+            Attachment::Firmware => "firmware.json",
         }
     }
 }

@@ -3,8 +3,10 @@
 
 use super::cycle::Run;
 use super::freeze_hooks;
+use super::journal::to_json;
 use super::plan::{CaptureKind, Plan};
 use crate::error::{Error, Result};
+use crate::hypervisor::firmware::Firmware;
 use crate::hypervisor::{DomainView, Power, xml};
 use crate::replica::{Attachment, Replica};
 
@@ -48,7 +50,20 @@ impl Run<'_> {
                 Err(e) => return Err(Error::io(failed, path, e)),
             }
         }
-        Ok(())
+        match self.firmware(domain) {
+            Ok(Some(firmware)) => replica.attach(Attachment::Firmware, &to_json(&firmware)),
+            Ok(None) => Ok(()),
+            // The point is as good without; what it comes from is then not known where it is asked for.
+            Err(e) => {
+                tracing::warn!(error = e.chain(), "the point does not say which firmware its source boots from");
+                Ok(())
+            }
+        }
+    }
+
+    fn firmware(&self, domain: &DomainView) -> Result<Option<Firmware>> {
+        let path = self.ports.hypervisor.firmware(&domain.uuid)?;
+        path.map_or(Ok(None), |path| Firmware::of(&path))
     }
 
     /// While we hold the disks, both definitions name our overlays and carry our record; those to keep name the images
