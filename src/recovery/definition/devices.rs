@@ -264,7 +264,9 @@ impl Rendering<'_> {
         let secret = child(backend, "encryption").map(|e| DomainUuid::new(e.attribute("secret").unwrap_or("")));
         let attrs = self.out.attributes(node, path, &[("model", Check::Word)]);
         self.out.open("tpm", &attrs)?;
-        let attrs = [("type", "emulator"), ("version", version.words())];
+        let mut attrs = vec![("type", "emulator"), ("version", version.words())];
+        // Whoever removes the domain by hand is not to lose the state with it. We know what of it is ours to remove.
+        attrs.extend(backend.attribute("persistent_state").filter(|v| *v == "yes").map(|v| ("persistent_state", v)));
         match &secret {
             None => self.out.leaf("backend", &attrs)?,
             Some(Ok(uuid)) => {
