@@ -91,6 +91,8 @@ mod states;
 mod support;
 #[path = "lab/suite/targets.rs"]
 mod targets;
+#[path = "lab/suite/tpm.rs"]
+mod tpm;
 #[path = "lab/suite/tracked.rs"]
 mod tracked;
 #[path = "lab/suite/verify.rs"]

@@ -45,6 +45,7 @@ fn record() -> FailoverRecord {
         started_at: Timestamp::UNIX_EPOCH,
         detached: Vec::new(),
         detaching_in: None,
+        tpm: false,
     }
 }
 

@@ -11,6 +11,8 @@
 
 use super::bitmap;
 use super::gate::{Call, Failure, Gate, Line, Repeat};
+use super::machine_libvirt::firmware_for;
+use super::swtpm;
 use super::sys;
 use super::xml::{self, DiskXml, DomainXml};
 use super::{BlockJob, BlockJobKind, DiskKind, DiskView, DomainView, FreezeDisk, Hypervisor, Power};
@@ -18,7 +20,7 @@ use crate::block::DiskSize;
 use crate::error::{Error, Kind, Result};
 use crate::image::{Chain, Layer};
 use crate::name::{DiskName, DomainName, DomainUuid};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use virt::connect::Connect;
 use virt::domain::Domain;
@@ -163,6 +165,10 @@ impl Hypervisor for LibvirtHypervisor {
 
     fn observe(&self, uuid: &DomainUuid) -> Result<DomainView> {
         self.query("look at the domain", uuid, |conn, uuid| view(conn, uuid))
+    }
+
+    fn firmware(&self, uuid: &DomainUuid) -> Result<Option<PathBuf>> {
+        self.query("ask for the firmware", uuid, |conn, uuid| firmware_for(conn, &lookup(conn, uuid)?.xml_desc(0)?))
     }
 
     fn list(&self) -> Result<Vec<DomainView>> {
@@ -427,7 +433,7 @@ fn path_text(path: &Path) -> Result<&str> {
 fn view(conn: &Connect, uuid: &str) -> Result<DomainView, Failure> {
     for _ in 0..OBSERVE_TRIES_MAX {
         let domain = lookup(conn, uuid)?;
-        let view = view_once(&domain);
+        let view = view_once(&domain, swtpm::root_of(&conn.uri()?).as_deref());
         // The id is told by the lookup; it changes with every start.
         if lookup(conn, uuid)?.id() == domain.id() {
             return view;
@@ -436,7 +442,7 @@ fn view(conn: &Connect, uuid: &str) -> Result<DomainView, Failure> {
     Err(Error::new(Kind::Busy, "the domain was started and stopped all the while it was looked at").into())
 }
 
-fn view_once(domain: &Domain) -> Result<DomainView, Failure> {
+fn view_once(domain: &Domain, tpm_root: Option<&Path>) -> Result<DomainView, Failure> {
     let runs = domain.id().is_some();
     let persistent = domain.is_persistent()?;
     let live = if runs { Some(xml::parse(&domain.xml_desc(0)?)?) } else { None };
@@ -460,6 +466,7 @@ fn view_once(domain: &Domain) -> Result<DomainView, Failure> {
         domain_job: if runs { job_of_domain(domain)? } else { None },
         record: record.or_else(|| inactive.as_ref().and_then(|i| i.record.clone())),
         nvram: shown.nvram.clone(),
+        tpm: shown.tpm.as_ref().and_then(|tpm| tpm.state_file(tpm_root, &shown.uuid)),
         guest_agent: shown.guest_agent,
         disks,
     })

@@ -4,16 +4,21 @@
 //! middle does it all again.
 
 use super::Power;
+use super::swtpm::TpmVersion;
 use super::xml::{child, children, document, text_of};
 use crate::error::{Error, Kind, Result};
 use crate::name::DomainUuid;
 use serde::Serialize;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 
 pub trait Machines: Send + Sync {
     /// Looks at the host, as far as it decides whether this machine can run there.
     fn host(&self, machine: &Machine) -> Result<HostView>;
+
+    /// The file of the UEFI firmware that a domain of this definition would start with. `None`: libvirt does not say.
+    fn firmware_for(&self, xml: &str) -> Result<Option<PathBuf>>;
 
     /// Starts a domain that leaves no definition behind. `Refused`, with libvirt's words, if it cannot be.
     fn start_transient(&self, xml: &str) -> Result<()>;
@@ -27,8 +32,14 @@ pub trait Machines: Send + Sync {
     /// Ends a domain at once, as a power cut does. Returns when its QEMU is gone.
     fn destroy(&self, uuid: &DomainUuid) -> Result<()>;
 
-    /// Removes the definition of a domain that is off, and nothing of its files.
+    /// Removes the definition of a domain that is off, with the state of its TPM, and nothing else of its files.
     fn undefine(&self, uuid: &DomainUuid) -> Result<()>;
+
+    /// Gives a domain that is off this state of its TPM, in the place of any other. Durable when it returns.
+    fn put_tpm(&self, uuid: &DomainUuid, version: TpmVersion, state: &[u8]) -> Result<()>;
+
+    /// Removes the state of a domain's TPM.
+    fn forget_tpm(&self, uuid: &DomainUuid) -> Result<()>;
 
     /// How a domain stands; `None`: there is no such domain.
     fn power(&self, uuid: &DomainUuid) -> Result<Option<Power>>;
@@ -75,6 +86,10 @@ pub struct HostView {
     pub free_memory_bytes: u64,
     /// The user that QEMU runs as unless a domain says otherwise; `None`: libvirt does not say.
     pub qemu_uid: Option<u32>,
+    /// Domains of which the state of a TPM is here, by their UUIDs, whether or not there is such a domain.
+    pub tpm_states: Vec<String>,
+    /// UUIDs of libvirt's secrets that are there for the state of a TPM.
+    pub tpm_secrets: Vec<String>,
 }
 
 /// libvirt's word on what QEMU of this host can do for one kind of machine.

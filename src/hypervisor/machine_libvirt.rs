@@ -3,14 +3,17 @@
 //! Tried with libvirt 9.0 in tests/lab/suite/recovery.rs.
 
 use super::Power;
+use super::firmware::{self, Loader};
 use super::gate::{Call, Failure, Line, Repeat};
 use super::inside;
 use super::libvirt::{LibvirtHypervisor, lookup};
 use super::machine::{self, Capabilities, HostView, Machine, Machines, Neighbour, NetworkView};
-use super::xml::escape;
+use super::swtpm::{self, TpmPlace, TpmVersion};
+use super::xml::{self, escape};
 use crate::error::{Error, Kind, Result};
 use crate::name::DomainUuid;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 use virt::domain::Domain;
 use virt::error::{Error as VirtError, ErrorNumber};
@@ -30,6 +33,14 @@ impl LibvirtHypervisor {
         F: Fn(&Line<'_>) -> Result<T, Failure> + Send + 'static,
     {
         self.gate.call(Call { what, domain: None, deadline, repeat }, work)
+    }
+}
+
+impl LibvirtHypervisor {
+    /// Where this libvirt keeps the states of TPMs, if that is known.
+    fn tpm_root(&self) -> Result<Option<PathBuf>> {
+        let uri = self.on_host("ask where it is", self.deadlines.query, Repeat::Harmless, |conn| Ok(conn.uri()?))?;
+        Ok(swtpm::root_of(&uri))
     }
 }
 
@@ -59,10 +70,19 @@ impl Machines for LibvirtHypervisor {
             }
             let machine = capabilities(conn, &machine)?;
             let qemu_uid = machine::qemu_uid(&conn.capabilities()?)?;
-            Ok(HostView { machine, networks, bridges: Vec::new(), domains, free_memory_bytes: 0, qemu_uid })
+            let tpm_states = swtpm::root_of(&conn.uri()?).map(|root| swtpm::states(&root)).unwrap_or_default();
+            let tpm_secrets = tpm_secrets(conn)?;
+            let (bridges, free_memory_bytes) = (Vec::new(), 0);
+            Ok(HostView { machine, networks, bridges, domains, free_memory_bytes, qemu_uid, tpm_states, tpm_secrets })
         })?;
         (view.bridges, view.free_memory_bytes) = (bridges(), available_memory_bytes()?);
         Ok(view)
+    }
+
+    fn firmware_for(&self, xml: &str) -> Result<Option<PathBuf>> {
+        let xml = xml.to_owned();
+        let deadline = self.deadlines.query;
+        self.on_host("ask for the firmware", deadline, Repeat::Harmless, move |conn| firmware_for(conn, &xml))
     }
 
     fn start_transient(&self, xml: &str) -> Result<()> {
@@ -112,9 +132,28 @@ impl Machines for LibvirtHypervisor {
             if !domain.is_persistent()? {
                 return Ok(());
             }
+            let tpm = xml::parse(&domain.xml_desc(c::VIR_DOMAIN_XML_INACTIVE)?)?.tpm;
             conn.about_to_change()?;
-            Ok(domain.undefine_flags(c::VIR_DOMAIN_UNDEFINE_MANAGED_SAVE | c::VIR_DOMAIN_UNDEFINE_KEEP_NVRAM)?)
+            domain.undefine_flags(c::VIR_DOMAIN_UNDEFINE_MANAGED_SAVE | c::VIR_DOMAIN_UNDEFINE_KEEP_NVRAM)?;
+            // libvirt leaves that of a domain with `persistent_state`.
+            match (tpm.map(|tpm| tpm.place), swtpm::root_of(&conn.uri()?)) {
+                (Some(TpmPlace::Libvirts), Some(root)) => Ok(swtpm::forget(&root, &DomainUuid::new(uuid)?)?),
+                _ => Ok(()),
+            }
         })
+    }
+
+    fn put_tpm(&self, uuid: &DomainUuid, version: TpmVersion, state: &[u8]) -> Result<()> {
+        let Some(root) = self.tpm_root()? else {
+            let what = "it is not known where this libvirt keeps the state of a TPM";
+            return Err(Error::new(Kind::Refused, what).hint("bring it up in the system's libvirt (qemu:///system)"));
+        };
+        swtpm::put(&root, uuid, version, state, swtpm::owner()?)
+    }
+
+    fn forget_tpm(&self, uuid: &DomainUuid) -> Result<()> {
+        // Where that is not known, nothing was put either.
+        self.tpm_root()?.map_or(Ok(()), |root| swtpm::forget(&root, uuid))
     }
 
     fn power(&self, uuid: &DomainUuid) -> Result<Option<Power>> {
@@ -222,6 +261,34 @@ fn capabilities(conn: &Line<'_>, machine: &Machine) -> Result<Result<Capabilitie
         Err(e) if e.domain().is(virt::error::ErrorDomain::Rpc) => Err(e.into()),
         Err(e) => Ok(Err(crate::error::printable(e.message(), 200))),
     }
+}
+
+/// libvirt is asked how it would call QEMU, which starts nothing and looks at no image.
+pub(super) fn firmware_for(conn: &Line<'_>, xml: &str) -> Result<Option<PathBuf>, Failure> {
+    match firmware::loader(xml)? {
+        Loader::None => Ok(None),
+        Loader::File(path) => Ok(Some(path)),
+        Loader::Chosen => match conn.domain_xml_to_native("qemu-argv", xml, 0) {
+            Ok(command) => Ok(firmware::in_command_line(&command)),
+            Err(e) if e.domain().is(virt::error::ErrorDomain::Rpc) => Err(e.into()),
+            Err(e) => {
+                tracing::debug!(said = e.message(), "libvirt does not say which firmware it would choose");
+                Ok(None)
+            }
+        },
+    }
+}
+
+/// Without the secret driver there is none.
+fn tpm_secrets(conn: &Line<'_>) -> Result<Vec<String>, Failure> {
+    let mut found = Vec::new();
+    for secret in conn.list_all_secrets(0).unwrap_or_default() {
+        // One that cannot be asked went between the list and the look.
+        if secret.usage_type().ok() == Some(c::VIR_SECRET_USAGE_TYPE_VTPM) {
+            found.push(secret.uuid_string()?);
+        }
+    }
+    Ok(found)
 }
 
 /// The kernel's word: libvirt knows only bridges of its own networks.

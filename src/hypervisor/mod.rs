@@ -11,6 +11,7 @@ mod bitmap;
 pub mod custody;
 #[cfg(feature = "libvirt")]
 mod custody_libvirt;
+pub mod firmware;
 pub mod flatten;
 #[cfg(feature = "libvirt")]
 pub mod gate;
@@ -28,6 +29,7 @@ pub mod names;
 #[cfg(feature = "libvirt")]
 mod pull;
 pub mod stored;
+pub mod swtpm;
 #[cfg(feature = "libvirt")]
 mod sys;
 #[cfg(feature = "libvirt")]
@@ -49,6 +51,9 @@ pub trait Hypervisor: Send + Sync {
 
     /// Observes a domain again. `NotFound` when it is gone (a transient domain that ended, an undefined one).
     fn observe(&self, uuid: &DomainUuid) -> Result<DomainView>;
+
+    /// The file of the UEFI firmware that a domain runs with, or would start with. `None`: it has none, or libvirt does not say.
+    fn firmware(&self, uuid: &DomainUuid) -> Result<Option<PathBuf>>;
 
     /// All domains, for `status`.
     fn list(&self) -> Result<Vec<DomainView>>;
@@ -188,6 +193,8 @@ pub struct DomainView {
     pub record: Option<String>,
     /// UEFI variables file, if the domain has one of its own.
     pub nvram: Option<PathBuf>,
+    /// State of its emulated TPM, if it has one and it is known where that lies.
+    pub tpm: Option<PathBuf>,
     /// Guest agent channel configured and connected.
     pub guest_agent: bool,
 }

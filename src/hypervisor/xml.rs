@@ -10,6 +10,7 @@
 //!
 //! Format: <https://libvirt.org/formatdomain.html#hard-drives-floppy-disks-cdroms>.
 
+use super::swtpm::{self, TpmXml};
 use super::{DiskKind, FreezeDisk};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Format, Layer};
@@ -58,6 +59,7 @@ pub struct DomainXml {
     /// Our record, unescaped.
     pub record: Option<String>,
     pub nvram: Option<PathBuf>,
+    pub tpm: Option<TpmXml>,
     /// A guest agent channel is there and its guest end is open; only known of a running instance.
     pub guest_agent: bool,
 }
@@ -116,6 +118,7 @@ pub fn parse(xml: &str) -> Result<DomainXml> {
         disks,
         record: record(root),
         nvram: nvram(root),
+        tpm: devices.and_then(swtpm::of),
         guest_agent: devices.is_some_and(agent_connected),
     })
 }

@@ -17,6 +17,7 @@ mod rules;
 
 use crate::error::{Error, Kind, Result, printable};
 use crate::hypervisor::machine::Machine;
+use crate::hypervisor::swtpm::TpmVersion;
 use crate::hypervisor::xml::{child, document, domain_element, path_text, text_of};
 use crate::name::{DiskName, DomainName, DomainUuid};
 use crate::recovery::mapping::{Attach, Mapping};
@@ -44,6 +45,8 @@ pub struct Wish<'a> {
     pub console: Option<PathBuf>,
     /// A copy of the UEFI variables, if the point has any.
     pub nvram: Option<PathBuf>,
+    /// The point has the state of the TPM.
+    pub tpm: bool,
 }
 
 /// What network interfaces are attached to.
@@ -74,12 +77,22 @@ pub struct Definition {
     pub macs: Vec<String>,
     pub uefi: bool,
     pub secure_boot: bool,
-    pub tpm: bool,
+    pub tpm: Option<Tpm>,
     /// It has a channel for the guest agent.
     pub guest_agent: bool,
     /// It has a serial line.
     pub serial: bool,
     pub remarks: Vec<Remark>,
+}
+
+/// An emulated TPM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tpm {
+    pub version: TpmVersion,
+    /// Its state comes with the point.
+    pub state: bool,
+    /// Its state is encrypted with this secret of libvirt's.
+    pub secret: Option<DomainUuid>,
 }
 
 impl Definition {
@@ -119,7 +132,7 @@ pub fn render(xml: &str, wish: &Wish, mapping: &Mapping) -> Result<Definition> {
         macs: Vec::new(),
         guest_agent: false,
         serial: false,
-        tpm: false,
+        tpm: None,
     };
     let virt_type = state.domain_type(root);
     state.out.open("domain", &[("type", virt_type.as_str())])?;
@@ -162,7 +175,7 @@ struct Rendering<'a> {
     macs: Vec<String>,
     guest_agent: bool,
     serial: bool,
-    tpm: bool,
+    tpm: Option<Tpm>,
 }
 
 impl Rendering<'_> {

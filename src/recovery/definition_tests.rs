@@ -24,6 +24,7 @@ fn wish(disks: &[(DiskName, PathBuf)]) -> Wish<'_> {
         macs: Macs::Keep,
         console: None,
         nvram: None,
+        tpm: false,
     }
 }
 
@@ -86,7 +87,8 @@ fn what_an_ordinary_guest_has_comes_through() {
         let parsed = xml::parse(&text).unwrap();
         let replicated = parsed.disks.iter().filter(|d| d.kind == crate::hypervisor::DiskKind::Image);
         let disks = disks(&replicated.map(|d| d.name.as_str()).collect::<Vec<_>>());
-        let wish = Wish { nvram: text.contains("pflash").then(|| "/images/vars.fd".into()), ..wish(&disks) };
+        let nvram = text.contains("pflash").then(|| "/images/vars.fd".into());
+        let wish = Wish { nvram, tpm: text.contains("pflash"), ..wish(&disks) };
         let definition = render(&text, &wish, &mapping()).unwrap();
         definition.xml().unwrap_or_else(|e| panic!("{}: {}", path.display(), e.chain()));
         check_recorded(&path.with_extension("here"), &definition.xml);

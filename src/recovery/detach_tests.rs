@@ -157,6 +157,7 @@ impl Bench {
             started_at: Timestamp::UNIX_EPOCH,
             detached: Vec::new(),
             detaching_in: None,
+            tpm: false,
         };
         self.state.write(&record).unwrap();
     }

@@ -13,7 +13,7 @@ use super::definition::{self, Definition, Macs, Nics, Wish};
 use super::drills::{self, DrillRecord, DrillState};
 use super::mapping::{Attach, Mapping};
 use super::probe::{self, Probe};
-use super::ready::{self, Color, Room};
+use super::ready::{self, Builds, Color, Room};
 use super::{definition_of, overlays};
 use crate::error::{Error, Kind, Result, printable};
 use crate::failpoint;
@@ -211,6 +211,7 @@ fn clean(machines: &dyn Machines, record: &DrillRecord) -> Result<()> {
     }
     failpoint!("d6");
     overlays::remove(&record.dir)?;
+    machines.forget_tpm(&record.drill_uuid)?;
     failpoint!("d7");
     Ok(())
 }
@@ -231,6 +232,7 @@ fn prepare(ports: &Ports, request: &Request, held: &mut dyn Held) -> Result<(Dri
         macs: Macs::New(request.bits),
         console: Some(dir.join("console.log")),
         nvram: overlays.nvram.clone(),
+        tpm: overlays.tpm,
     };
     let definition = definition::render(&definition_of(held).map_err(place)?, &wish, request.mapping).map_err(place)?;
     definition.xml().map_err(place)?;
@@ -252,7 +254,8 @@ fn prepare(ports: &Ports, request: &Request, held: &mut dyn Held) -> Result<(Dri
     host.networks.push(NetworkView { name: name.clone(), active: true });
     let room =
         Room { dir: request.mapping.images_dir().to_owned(), free_bytes: (ports.room)(request.mapping.images_dir()) };
-    let findings = ready::judge(&definition, &wish.name, &wish.uuid, &host, &room);
+    // Another build of the firmware keeps no copy from being tried.
+    let findings = ready::judge(&definition, &wish.name, &wish.uuid, &host, &room, &Builds::default());
     if let Some(red) = findings.iter().find(|f| f.color == Color::Red) {
         let e = Error::new(Kind::Conflict, format!("the copy cannot be started here: {}", red.what));
         return Err(place(e.hint(red.advice.clone().unwrap_or_default())));
@@ -281,6 +284,7 @@ impl Drill<'_> {
         failpoint!("d1");
         (self.ports.say)("laying overlays on the point");
         overlays::make(held, &self.record.dir)?;
+        overlays::bring_tpm(self.ports.machines, held, &self.record.drill_uuid, &self.definition)?;
         failpoint!("d2");
         if let Some(network) = &self.record.network {
             // The kernel takes 15 bytes for the name of a device.

@@ -3,6 +3,7 @@
 use super::*;
 use crate::hypervisor::Power;
 use crate::hypervisor::machine::{Capabilities, HostView, Machine};
+use crate::hypervisor::swtpm::TpmVersion;
 use crate::image::Format;
 use crate::image::qemu_img;
 use crate::recovery::point_tests::Point;
@@ -13,13 +14,15 @@ use std::sync::Mutex;
 const XML: &str = "<domain type='qemu'><memory unit='MiB'>64</memory><os><type arch='x86_64' machine='pc'>hvm</type></os>\
     <devices><disk type='file' device='disk'><target dev='vda' bus='virtio'/></disk>\
     <interface type='network'><source network='production'/></interface>\
-    <serial type='pty'/></devices></domain>";
+    <serial type='pty'/><tpm model='tpm-tis'><backend type='emulator'/></tpm></devices></domain>";
 
 /// A host of the test's making. It knows what runs on it, and fails at the verb it is told to.
 #[derive(Default)]
 struct Host {
     running: Mutex<Vec<String>>,
     networks: Mutex<Vec<String>>,
+    /// States of TPMs, by the domain's UUID.
+    tpms: Mutex<Vec<(String, Vec<u8>)>>,
     done: Mutex<Vec<String>>,
     fails_at: Mutex<Option<&'static str>>,
     /// The guest says this when it is started.
@@ -40,7 +43,9 @@ impl Host {
     }
 
     fn is_clean(&self) -> bool {
-        self.running.lock().unwrap().is_empty() && self.networks.lock().unwrap().is_empty()
+        self.running.lock().unwrap().is_empty()
+            && self.networks.lock().unwrap().is_empty()
+            && self.tpms.lock().unwrap().is_empty()
     }
 }
 
@@ -48,15 +53,20 @@ impl Machines for Host {
     fn host(&self, _: &Machine) -> Result<HostView> {
         self.does("host")?;
         Ok(HostView {
-            machine: Ok(Capabilities::default()),
+            machine: Ok(Capabilities { tpm_emulator: true, ..Capabilities::default() }),
             networks: Vec::new(),
             bridges: Vec::new(),
             domains: Vec::new(),
             free_memory_bytes: 1 << 30,
             qemu_uid: Some(64055),
+            tpm_states: Vec::new(),
+            tpm_secrets: Vec::new(),
         })
     }
 
+    fn firmware_for(&self, _: &str) -> Result<Option<PathBuf>> {
+        unreachable!("a drill is tried with any build")
+    }
     fn start_transient(&self, xml: &str) -> Result<()> {
         self.does("start")?;
         assert!(!xml.contains("production"), "{xml}");
@@ -94,6 +104,18 @@ impl Machines for Host {
 
     fn undefine(&self, _: &DomainUuid) -> Result<()> {
         unreachable!("a drill leaves no definition behind")
+    }
+
+    fn put_tpm(&self, uuid: &DomainUuid, _: TpmVersion, state: &[u8]) -> Result<()> {
+        self.does("put_tpm")?;
+        self.tpms.lock().unwrap().push((uuid.as_str().to_owned(), state.to_vec()));
+        Ok(())
+    }
+
+    fn forget_tpm(&self, uuid: &DomainUuid) -> Result<()> {
+        self.does("forget_tpm")?;
+        self.tpms.lock().unwrap().retain(|(u, _)| u != uuid.as_str());
+        Ok(())
     }
 
     fn power(&self, uuid: &DomainUuid) -> Result<Option<Power>> {
@@ -158,7 +180,7 @@ impl Bench {
         std::fs::create_dir_all(&dir).unwrap();
         let closed = std::fs::Permissions::from_mode(0o700);
         dir.ancestors().take(5).for_each(|d| std::fs::set_permissions(d, closed.clone()).unwrap());
-        Point::in_dir(&dir, 1, Some(XML))
+        Point::in_dir(&dir, 1, Some(XML)).with_tpm(b"sealed")
     }
 
     fn drill(&self, host: &Host, id: u64, probe: &str, stop: bool) -> Result<Report> {
@@ -204,7 +226,7 @@ fn a_guest_that_shows_what_is_waited_for_passes_and_nothing_is_left_but_the_proo
         serde_json::from_slice(&std::fs::read(report.kept.join(drills::REPORT)).unwrap()).unwrap();
     assert_eq!((&kept["outcome"], &kept["point"]), (&"passed".into(), &report.point.as_str().into()));
     let done = host.done.lock().unwrap().join(" ");
-    assert_eq!(done, "host network start screenshot destroy leave stop_network");
+    assert_eq!(done, "host put_tpm network start screenshot destroy leave stop_network forget_tpm");
 }
 
 #[test]
@@ -213,7 +235,7 @@ fn a_guest_that_accepts_a_connection_is_reached_from_inside_its_network() {
     let report = bench.drill(&host, 1, "tcp:192.0.2.10/24:22", false).unwrap();
     assert_eq!((report.outcome, report.error.as_deref()), (Outcome::Passed, None));
     let done = host.done.lock().unwrap().join(" ");
-    assert_eq!(done, "host network join start screenshot destroy leave stop_network");
+    assert_eq!(done, "host put_tpm network join start screenshot destroy leave stop_network forget_tpm");
     let closed = bench.drill(&host, 2, "tcp:192.0.2.10/24:23", false).unwrap();
     assert!(closed.outcome == Outcome::Failed && closed.cleaned && host.is_clean());
 }
@@ -235,11 +257,16 @@ fn what_is_not_seen_in_time_fails_and_is_cleaned_up_all_the_same() {
 #[test]
 fn whatever_the_host_refuses_nothing_is_left_or_the_next_drill_removes_it() {
     let bench = Bench::new();
-    for (id, (verb, cleaned)) in
-        [("network", true), ("start", true), ("destroy", false), ("leave", false), ("stop_network", false)]
-            .into_iter()
-            .enumerate()
-    {
+    let verbs = [
+        ("put_tpm", true),
+        ("network", true),
+        ("start", true),
+        ("destroy", false),
+        ("leave", false),
+        ("stop_network", false),
+        ("forget_tpm", false),
+    ];
+    for (id, (verb, cleaned)) in verbs.into_iter().enumerate() {
         let host = Host { says: "ok", ..Host::default() };
         *host.fails_at.lock().unwrap() = Some(verb);
         let report = bench.drill(&host, id as u64, "serial:ok", false).unwrap();

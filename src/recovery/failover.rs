@@ -59,6 +59,9 @@ pub struct FailoverRecord {
     /// Who had the images open when the next one of them was begun.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub detaching_in: Option<Instance>,
+    /// It has the state of a TPM here, which came with the point.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub tpm: bool,
 }
 
 /// One running of a domain: libvirt counts anew after each boot of the host.
@@ -290,6 +293,7 @@ pub fn run(ports: &Ports, state: &FailoverState, plan: &Plan, held: &dyn Held) -
         (ports.say)("laying overlays on the point");
         overlays::remove(&record.dir)?;
         overlays::make(held, &record.dir)?;
+        overlays::bring_tpm(ports.machines, held, &record.uuid, plan.definition)?;
         failpoint!("f3");
         record.stage = Stage::Made;
         state.write(&record)?;
@@ -317,6 +321,7 @@ fn record_for(
     held: &dyn Held,
     begun: (Next, Option<FailoverRecord>),
 ) -> Result<FailoverRecord> {
+    let tpm = plan.definition.tpm.as_ref().is_some_and(|tpm| tpm.state);
     Ok(match begun {
         (Next::FinishUndo, Some(record)) => {
             let what = format!("the failover of {} is being undone", record.started_at);
@@ -333,7 +338,7 @@ fn record_for(
         }
         // Nobody was told of that point yet, and there may be a newer one.
         (Next::Remake, Some(record)) if ports.replica.promoted()?.is_none() => {
-            FailoverRecord { point: held.point().id.clone(), frozen_at: held.point().frozen_at, ..record }
+            FailoverRecord { point: held.point().id.clone(), frozen_at: held.point().frozen_at, tpm, ..record }
         }
         (_, Some(record)) if record.point != held.point().id => {
             let what =
@@ -352,6 +357,7 @@ fn record_for(
             started_at: (ports.clock)(),
             detached: Vec::new(),
             detaching_in: None,
+            tpm,
         },
     })
 }
@@ -376,13 +382,21 @@ pub fn undo(ports: &Ports, state: &FailoverState) -> Result<FailoverRecord> {
     ports.machines.undefine(&record.uuid)?;
     failpoint!("f9");
     (ports.say)("removing its overlays");
-    overlays::remove(&record.dir)?;
+    remove_files(ports, &record)?;
     failpoint!("f10");
     ports.replica.withdraw()?;
     failpoint!("f11");
     state.close()?;
     failpoint!("f12");
     Ok(record)
+}
+
+/// Removes what the domain wrote here, once it cannot run here any more.
+pub(super) fn remove_files(ports: &Ports, record: &FailoverRecord) -> Result<()> {
+    if record.tpm {
+        ports.machines.forget_tpm(&record.uuid)?;
+    }
+    overlays::remove(&record.dir)
 }
 
 /// Makes the failover the truth: the generation rises, and it cannot be undone.

@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::hypervisor::machine::{HostView, Machine};
+use crate::hypervisor::swtpm::TpmVersion;
 use crate::name::DiskName;
 use crate::recovery::definition::{self, Macs, Nics, Wish};
 use crate::recovery::mapping::Mapping;
@@ -13,7 +14,12 @@ use std::time::Duration;
 
 const UUID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
 const XML: &str = "<domain type='qemu'><memory unit='MiB'>64</memory><os><type arch='x86_64' machine='pc'>hvm</type></os>\
-    <devices><disk type='file' device='disk'><target dev='vda' bus='virtio'/></disk></devices></domain>";
+    <devices><disk type='file' device='disk'><target dev='vda' bus='virtio'/></disk>\
+    <tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm></devices></domain>";
+
+/// What the point has of the TPM, and what the guest makes of it.
+const SEALED: &[u8] = b"sealed";
+const WRITTEN: &[u8] = b"written by the guest";
 
 /// Host and replica in one, so that what must never be together is seen at once.
 #[derive(Default)]
@@ -31,6 +37,7 @@ struct Inner {
     verbs_left: Option<usize>,
     /// Where the overlays are: the guest writes to them when it starts.
     dir: PathBuf,
+    tpm: Option<Vec<u8>>,
 }
 
 impl World {
@@ -53,6 +60,9 @@ impl Machines for World {
     fn host(&self, _: &Machine) -> Result<HostView> {
         unreachable!("whoever plans has asked")
     }
+    fn firmware_for(&self, _: &str) -> Result<Option<PathBuf>> {
+        unreachable!("whoever plans has asked")
+    }
     fn start_transient(&self, _: &str) -> Result<()> {
         unreachable!("a failover is defined")
     }
@@ -63,6 +73,8 @@ impl Machines for World {
         self.does(|w| {
             assert!(w.defined);
             w.running = true;
+            assert!(w.tpm.is_some(), "it starts with the state that came with the point");
+            w.tpm = Some(WRITTEN.to_vec());
             fs::write(w.dir.join("written"), "by the guest").unwrap();
         })
     }
@@ -71,6 +83,16 @@ impl Machines for World {
     }
     fn undefine(&self, _: &DomainUuid) -> Result<()> {
         self.does(|w| w.defined = false)
+    }
+    fn put_tpm(&self, uuid: &DomainUuid, version: TpmVersion, state: &[u8]) -> Result<()> {
+        assert_eq!((uuid.as_str(), version), (UUID, TpmVersion::V2_0));
+        self.does(|w| {
+            assert!(w.tpm.as_deref() != Some(WRITTEN), "what the guest has written is not replaced");
+            w.tpm = Some(state.to_vec());
+        })
+    }
+    fn forget_tpm(&self, _: &DomainUuid) -> Result<()> {
+        self.does(|w| w.tpm = None)
     }
     fn power(&self, _: &DomainUuid) -> Result<Option<Power>> {
         let inner = self.inner.lock().unwrap();
@@ -142,7 +164,8 @@ impl Bench {
         let temp = tempfile::tempdir().unwrap();
         let disks = [(DiskName::new("vda").unwrap(), PathBuf::from("/images/vda.qcow2"))];
         let (name, uuid) = (DomainName::new("web01").unwrap(), DomainUuid::new(UUID).unwrap());
-        let wish = Wish { name, uuid, disks: &disks, nics: Nics::Mapped, macs: Macs::Keep, console: None, nvram: None };
+        let (nics, macs) = (Nics::Mapped, Macs::Keep);
+        let wish = Wish { name, uuid, disks: &disks, nics, macs, console: None, nvram: None, tpm: true };
         let definition = definition::render(XML, &wish, &Mapping::default()).unwrap();
         let world = World::default();
         world.inner.lock().unwrap().dir = free_dir(temp.path(), &wish.uuid);
@@ -151,7 +174,7 @@ impl Bench {
     }
 
     fn point(&self, seq: u64) -> Point {
-        Point::in_dir(self.temp.path(), seq, None)
+        Point::in_dir(self.temp.path(), seq, None).with_tpm(SEALED)
     }
 
     fn with<T>(&self, verbs: Option<usize>, act: impl FnOnce(&Ports, &FailoverState) -> Result<T>) -> Result<T> {
@@ -185,7 +208,7 @@ impl Bench {
 
 #[test]
 fn broken_off_anywhere_the_same_command_finishes_and_no_write_is_lost() {
-    for verbs in 0..6 {
+    for verbs in 0..7 {
         let bench = Bench::new();
         let broken = bench.run(Some(verbs), 1);
         let wrote = bench.guest_wrote();
@@ -198,7 +221,7 @@ fn broken_off_anywhere_the_same_command_finishes_and_no_write_is_lost() {
             bench.run(None, 1).unwrap();
             assert_eq!(fs::read(bench.dir().join("written")).unwrap(), b"more", "after {verbs} verbs");
         }
-        assert_eq!(broken.is_ok(), verbs >= 4, "a failover takes four verbs");
+        assert_eq!(broken.is_ok(), verbs >= 5, "a failover takes five verbs");
     }
 }
 
@@ -211,7 +234,7 @@ fn a_point_that_was_sealed_before_the_source_was_refused_is_not_passed_by() {
 
 #[test]
 fn an_undo_broken_off_anywhere_is_finished_and_the_source_is_let_in_last() {
-    for verbs in 0..5 {
+    for verbs in 0..6 {
         let bench = Bench::new();
         bench.run(None, 1).unwrap();
         let broken = bench.undo(Some(verbs));
@@ -222,7 +245,7 @@ fn an_undo_broken_off_anywhere_is_finished_and_the_source_is_let_in_last() {
         }
         let world = bench.world.inner.lock().unwrap();
         assert!(
-            !world.running && !world.defined && world.promoted.is_none() && !world.dir.exists(),
+            !world.running && !world.defined && world.promoted.is_none() && !world.dir.exists() && world.tpm.is_none(),
             "after {verbs} verbs"
         );
         drop(world);

@@ -8,8 +8,7 @@
 //!
 //! Steps: docs/recovery.md.
 
-use super::failover::{FailoverState, Ports, Stage};
-use super::overlays;
+use super::failover::{FailoverState, Ports, Stage, remove_files};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::hypervisor::Power;
@@ -37,7 +36,7 @@ pub fn run(ports: &Ports, state: &FailoverState, generation: Generation) -> Resu
     (ports.say)("removing the domain here");
     ports.machines.undefine(&record.uuid)?;
     failpoint!("k6");
-    overlays::remove(&record.dir)?;
+    remove_files(ports, &record)?;
     failpoint!("k7");
     ports.replica.conclude(generation)?;
     failpoint!("k8");

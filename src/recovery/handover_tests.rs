@@ -8,10 +8,12 @@ use super::super::ready::{Color, Finding, Question};
 use super::*;
 use crate::hypervisor::custody::Asking;
 use crate::hypervisor::machine::{HostView, Machine};
+use crate::hypervisor::swtpm::TpmVersion;
 use crate::name::Generation;
 use crate::recovery::give_way::GaveWay;
 use crate::replica::upkeep::Promoted;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
@@ -108,6 +110,9 @@ impl Machines for World {
     fn host(&self, _: &Machine) -> Result<HostView> {
         unreachable!("a handover looks at no host")
     }
+    fn firmware_for(&self, _: &str) -> Result<Option<PathBuf>> {
+        unreachable!("a handover looks at no host")
+    }
     fn start_transient(&self, _: &str) -> Result<()> {
         unreachable!("a handover starts what is defined")
     }
@@ -116,6 +121,12 @@ impl Machines for World {
     }
     fn undefine(&self, _: &DomainUuid) -> Result<()> {
         unreachable!("a handover leaves the definition")
+    }
+    fn put_tpm(&self, _: &DomainUuid, _: TpmVersion, _: &[u8]) -> Result<()> {
+        unreachable!("a handover leaves the state of a TPM")
+    }
+    fn forget_tpm(&self, _: &DomainUuid) -> Result<()> {
+        unreachable!("a handover leaves the state of a TPM")
     }
     fn start_network(&self, _: &str, _: &str) -> Result<()> {
         unreachable!("a handover makes no network")
@@ -256,6 +267,7 @@ fn there(point: &PointId, stage: failover::Stage) -> FailoverRecord {
         started_at: at(0),
         detached: Vec::new(),
         detaching_in: None,
+        tpm: false,
     }
 }
 

@@ -1,10 +1,12 @@
 //! What a guest that is brought up from a point writes to: a directory with an empty overlay for each disk, and a copy of the
 //! UEFI variables. The point's images lie below and are only read (I20).
 
+use super::definition::Definition;
 use crate::block::DiskSize;
 use crate::error::{Error, Kind, Result};
+use crate::hypervisor::machine::Machines;
 use crate::image::qemu_img;
-use crate::name::DiskName;
+use crate::name::{DiskName, DomainUuid};
 use crate::replica::Attachment;
 use crate::replica::upkeep::Held;
 use crate::replicate::journal::{Stamp, sync_dir};
@@ -21,6 +23,8 @@ pub struct Overlays {
     pub disks: Vec<(DiskName, PathBuf)>,
     /// A copy of the point's UEFI variables, if it has any.
     pub nvram: Option<PathBuf>,
+    /// The point has the state of a TPM; it does not lie here, but where libvirt looks for it.
+    pub tpm: bool,
 }
 
 /// Where what belongs to `held` lies, or will lie, in `dir`. Touches nothing.
@@ -28,7 +32,8 @@ pub fn named(held: &dyn Held, dir: &Path) -> Overlays {
     let point = held.point();
     let disks = point.disks.iter().map(|d| (d.name.clone(), dir.join(format!("{}.qcow2", d.name)))).collect();
     let nvram = point.attachments.contains(&Attachment::Nvram).then(|| dir.join(Attachment::Nvram.file_name()));
-    Overlays { disks, nvram }
+    let tpm = point.attachments.contains(&Attachment::Tpm);
+    Overlays { disks, nvram, tpm }
 }
 
 /// Makes `dir`, which must not exist, with an empty overlay for each disk. Its names are durable when this returns.
@@ -60,6 +65,15 @@ pub fn make(held: &dyn Held, dir: &Path) -> Result<Overlays> {
     }
     sync_dir(dir)?;
     dir.parent().map_or(Ok(()), sync_dir).map(|()| overlays)
+}
+
+/// Gives the domain of this UUID, which is off, the state of a TPM that the point has. Durable when it returns.
+pub fn bring_tpm(machines: &dyn Machines, held: &dyn Held, uuid: &DomainUuid, definition: &Definition) -> Result<()> {
+    let Some(tpm) = &definition.tpm else { return Ok(()) };
+    match held.attachment(Attachment::Tpm)? {
+        Some(state) => machines.put_tpm(uuid, tpm.version, &state),
+        None => Ok(()),
+    }
 }
 
 /// Lets QEMU through to the images of the point, if it runs as a user of its own: directories of a store are closed to others.

@@ -13,6 +13,7 @@ use std::path::Path;
 pub struct Point {
     view: PointView,
     definition: Option<&'static str>,
+    tpm: Option<&'static [u8]>,
 }
 
 impl Point {
@@ -35,7 +36,13 @@ impl Point {
             disks,
             attachments: definition.map(|_| Attachment::InactiveXml).into_iter().collect(),
         };
-        Point { view, definition }
+        Point { view, definition, tpm: None }
+    }
+
+    /// The state of a TPM comes with it.
+    pub fn with_tpm(mut self, state: &'static [u8]) -> Point {
+        self.view.attachments.push(Attachment::Tpm);
+        Point { tpm: Some(state), ..self }
     }
 }
 
@@ -50,8 +57,12 @@ impl Held for Point {
     }
 
     fn attachment(&self, name: Attachment) -> Result<Option<Vec<u8>>> {
-        let content = self.definition.filter(|_| name == Attachment::InactiveXml);
-        Ok(content.map(|xml| xml.as_bytes().to_vec()))
+        let content = match name {
+            Attachment::InactiveXml => self.definition.map(str::as_bytes),
+            Attachment::Tpm => self.tpm,
+            _ => None,
+        };
+        Ok(content.map(<[u8]>::to_vec))
     }
 
     fn renew(&mut self) -> Result<()> {

@@ -4,7 +4,9 @@
 use super::definition::Definition;
 use super::definition::remark::{Remark, Verdict};
 use super::mapping::Attach;
+use crate::hypervisor::firmware::Firmware;
 use crate::hypervisor::machine::{Capabilities, HostView};
+use crate::hypervisor::swtpm;
 use crate::name::{DomainName, DomainUuid};
 use crate::replica::{PointView, ReplicaView};
 use serde::{Deserialize, Serialize};
@@ -80,6 +82,13 @@ pub struct Room {
     pub free_bytes: Option<u64>,
 }
 
+/// The builds of the UEFI firmware; `None`: not known.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Builds {
+    pub source: Option<Firmware>,
+    pub here: Option<Firmware>,
+}
+
 /// Answers every question about a failover of `definition`, which bears this name and UUID.
 pub fn judge(
     definition: &Definition,
@@ -87,12 +96,13 @@ pub fn judge(
     uuid: &DomainUuid,
     host: &HostView,
     room: &Room,
+    builds: &Builds,
 ) -> Vec<Finding> {
     let mut findings = vec![machine(definition, host)];
     if let Ok(capabilities) = &host.machine {
         findings.extend(cpu(definition, capabilities));
-        findings.extend(firmware(definition, capabilities));
-        findings.extend(tpm(definition, capabilities));
+        findings.extend(firmware(definition, capabilities, builds));
+        findings.extend(tpm(definition, uuid, host, capabilities));
     }
     findings.push(networks(definition, host));
     findings.extend(definition.remarks.iter().map(device));
@@ -166,7 +176,7 @@ fn cpu(d: &Definition, host: &Capabilities) -> Option<Finding> {
     })
 }
 
-fn firmware(d: &Definition, host: &Capabilities) -> Option<Finding> {
+fn firmware(d: &Definition, host: &Capabilities, builds: &Builds) -> Option<Finding> {
     Some(match (d.uefi, d.secure_boot) {
         (false, _) => return None,
         (true, _) if !host.uefi => {
@@ -177,21 +187,49 @@ fn firmware(d: &Definition, host: &Capabilities) -> Option<Finding> {
             "this host has no UEFI firmware with secure boot",
             "install one (Debian: ovmf has it), or switch secure boot off in the source's domain",
         ),
-        _ => yellow(
-            Question::Firmware,
-            "UEFI: the build is the one that this host's libvirt chooses",
-            "keep the packages of the firmware alike on both hosts, and try it with `virt-replica drill`",
-        ),
+        _ => build(builds),
     })
 }
 
-fn tpm(d: &Definition, host: &Capabilities) -> Option<Finding> {
-    (d.tpm && !host.tpm_emulator).then(|| {
-        red(
+fn build(builds: &Builds) -> Finding {
+    let what = match (&builds.source, &builds.here) {
+        (Some(source), Some(here)) if source.blake3 == here.blake3 => {
+            return green(Question::Firmware, format!("UEFI: {} is the build that the source boots from", here.path));
+        }
+        (Some(source), Some(here)) => {
+            format!("UEFI: {} is another build than the source's {}", here.path, source.path)
+        }
+        (None, _) => "UEFI: the point does not say from which build the source boots".to_owned(),
+        (Some(_), None) => "UEFI: this host's libvirt does not say which build it would choose".to_owned(),
+    };
+    let advice = "keep the packages of the firmware alike on both hosts, and try it with `virt-replica drill` on the newest point";
+    yellow(Question::Firmware, what, advice)
+}
+
+fn tpm(d: &Definition, uuid: &DomainUuid, host: &HostView, able: &Capabilities) -> Option<Finding> {
+    let tpm = d.tpm.as_ref()?;
+    let missing = tpm.secret.as_ref().filter(|s| !host.tpm_secrets.iter().any(|known| known == s.as_str()));
+    Some(match missing {
+        _ if !able.tpm_emulator => red(
             Question::Tpm,
             "this host cannot emulate a TPM",
             "install swtpm, or take the TPM out of the source's domain",
-        )
+        ),
+        Some(secret) => red(
+            Question::Tpm,
+            format!("the state of the TPM is encrypted, and libvirt here has no secret {secret} for it"),
+            "define it here as it is at the source (`virsh secret-dumpxml`, `virsh secret-define`), and give it the same value (`virsh secret-set-value`)",
+        ),
+        None if host.tpm_states.iter().any(|known| known == uuid.as_str()) => red(
+            Question::Tpm,
+            "the state of a TPM of this very domain is here already, and none of the point's may replace it",
+            format!("if no domain here needs it, move it away: {}/{uuid}", swtpm::ROOT),
+        ),
+        None if tpm.state => {
+            green(Question::Tpm, format!("TPM {}: its state comes with the point", tpm.version.words()))
+        }
+        // The remark on it says so.
+        None => return None,
     })
 }
 

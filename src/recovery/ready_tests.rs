@@ -1,6 +1,7 @@
 //! Every question, with a host that has what it takes and one that lacks just that.
 
 use super::*;
+use crate::block::digest::Digest;
 use crate::hypervisor::machine::{Machine, Neighbour, NetworkView};
 use crate::recovery::definition::{Macs, Nics, Wish, render};
 use crate::recovery::mapping::Mapping;
@@ -13,7 +14,10 @@ const GUEST: &str = "<domain type='kvm'><memory unit='MiB'>512</memory>\
     <cpu mode='custom'><model>Haswell</model></cpu><devices>\
     <interface type='network'><mac address='52:54:00:00:00:0A'/><source network='default'/></interface>\
     <interface type='bridge'><mac address='52:54:00:00:00:0b'/><source bridge='br0'/></interface>\
-    <tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm></devices></domain>";
+    <tpm model='tpm-crb'><backend type='emulator' version='2.0'>\
+    <encryption secret='a5a5a5a5-0000-4000-8000-000000000001'/></backend></tpm></devices></domain>";
+
+const SECRET: &str = "a5a5a5a5-0000-4000-8000-000000000001";
 
 fn definition(mapping: &str) -> Definition {
     let mapping = Mapping::parse(mapping, Path::new("recovery.yaml")).unwrap();
@@ -26,6 +30,7 @@ fn definition(mapping: &str) -> Definition {
         macs: Macs::Keep,
         console: None,
         nvram: Some("/x/vars.fd".into()),
+        tpm: true,
     };
     render(GUEST, &wish, &mapping).unwrap()
 }
@@ -55,6 +60,8 @@ fn able() -> HostView {
         }],
         free_memory_bytes: 1 << 30,
         qemu_uid: Some(0),
+        tpm_states: vec!["x".into()],
+        tpm_secrets: vec![SECRET.into()],
     }
 }
 
@@ -63,7 +70,13 @@ const MAPPED: &str = "networks: {default: lan, 'bridge:br0': 'bridge:br1'}";
 fn judged(mapping: &str, host: &HostView) -> Vec<Finding> {
     let (name, uuid) = names();
     let room = Room { dir: "/images".into(), free_bytes: Some(10 << 30) };
-    judge(&definition(mapping), &name, &uuid, host, &room)
+    judge(&definition(mapping), &name, &uuid, host, &room, &Builds { source: build(1), here: build(1) })
+}
+
+/// A build of the firmware.
+fn build(content: u8) -> Option<Firmware> {
+    let path = format!("/f/{content}.fd");
+    Some(Firmware { format: 1, path, size_bytes: 1, blake3: Digest([content; 32]) })
 }
 
 /// The questions that are red, each of which must say what to do.
@@ -76,21 +89,25 @@ fn reds(findings: &[Finding]) -> Vec<Question> {
 }
 
 #[test]
-fn a_host_that_has_everything_is_not_red_and_says_what_differs() {
+fn a_host_that_has_everything_is_green() {
     let findings = judged(MAPPED, &able());
     assert_eq!(reds(&findings), [], "{findings:#?}");
-    assert_eq!(worst(&findings), Color::Yellow, "the firmware's build and the TPM's state are not the source's");
+    assert_eq!(worst(&findings), Color::Green, "{findings:#?}");
+    let tpm = findings.iter().find(|f| f.question == Question::Tpm).unwrap();
+    assert!(tpm.color == Color::Green && tpm.what.contains("comes with the point"), "{tpm:?}");
 }
 
 #[test]
 fn each_thing_that_a_host_lacks_makes_its_own_line_red() {
     type Lack = fn(&mut HostView);
-    let lacks: [(Question, Lack); 12] = [
+    let lacks: [(Question, Lack); 14] = [
         (Question::Machine, |h| h.machine = Err("the machine is not supported".into())),
         (Question::Cpu, |h| h.machine.as_mut().unwrap().cpu_models = vec!["Penryn".into()]),
         (Question::Firmware, |h| h.machine.as_mut().unwrap().uefi = false),
         (Question::Firmware, |h| h.machine.as_mut().unwrap().secure_boot = false),
         (Question::Tpm, |h| h.machine.as_mut().unwrap().tpm_emulator = false),
+        (Question::Tpm, |h| h.tpm_secrets = vec![UUID.into()]),
+        (Question::Tpm, |h| h.tpm_states.push(UUID.into())),
         (Question::Network, |h| h.networks.clear()),
         (Question::Network, |h| h.networks[0].active = false),
         (Question::Network, |h| h.bridges.clear()),
@@ -115,6 +132,22 @@ fn a_network_that_nobody_mapped_is_red_and_one_that_is_left_out_is_not() {
     let d = definition(&mapped);
     let machine = Machine { virt_type: "kvm".into(), arch: "x86_64".into(), machine: "pc-q35-7.2".into() };
     assert_eq!((d.machine, d.cpu.as_deref()), (machine, Some("Penryn")));
+}
+
+#[test]
+fn another_build_of_the_firmware_is_yellow_and_so_is_one_that_nobody_knows() {
+    let seen = |source, here| {
+        let finding = super::build(&Builds { source, here });
+        assert_eq!(finding.advice.is_some(), finding.color != Color::Green);
+        (finding.color, finding.what)
+    };
+    assert_eq!(seen(build(1), build(1)).0, Color::Green);
+    let (color, what) = seen(build(1), build(2));
+    assert!(color == Color::Yellow && what.contains("/f/2.fd") && what.contains("/f/1.fd"), "{what}");
+    let (color, what) = seen(None, build(2));
+    assert!(color == Color::Yellow && what.contains("the point does not say"), "{what}");
+    let (color, what) = seen(build(1), None);
+    assert!(color == Color::Yellow && what.contains("does not say which"), "{what}");
 }
 
 #[test]

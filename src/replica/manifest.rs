@@ -42,9 +42,12 @@ const VERSION_WITH_LINKS: u32 = 2;
 /// damaged.
 const VERSION_DETACHING: u32 = 3;
 
-/// The version of a manifest with a promotion, and the newest this program reads. A program that does not know of it would
-/// accept runs of the old source.
+/// The version of a manifest with a promotion. A program that does not know of it would accept runs of the old source.
 const VERSION_PROMOTED: u32 = 4;
+
+/// The version of a manifest with attachments that the first ones had not, and the newest this program reads. A program that
+/// does not know of the state of a TPM would bring the domain up with an empty one.
+const VERSION_MORE_ATTACHED: u32 = 5;
 
 /// Largest manifest read or written, in bytes: tens of thousands of points.
 pub const MANIFEST_MAX: usize = 64 << 20;
@@ -204,11 +207,11 @@ impl Manifest {
         if preamble.format != FORMAT {
             return Err(corrupt(format!("this is not a {FORMAT}")));
         }
-        if !(VERSION..=VERSION_PROMOTED).contains(&preamble.version) {
+        if !(VERSION..=VERSION_MORE_ATTACHED).contains(&preamble.version) {
             return Err(Error::new(
                 Kind::Protocol,
                 format!(
-                    "the manifest has version {}, this program reads versions {VERSION} to {VERSION_PROMOTED}",
+                    "the manifest has version {}, this program reads versions {VERSION} to {VERSION_MORE_ATTACHED}",
                     preamble.version
                 ),
             )
@@ -221,12 +224,13 @@ impl Manifest {
 
     /// The document as written. Indented: somebody may have to read it on a bad day.
     pub fn to_json(&self) -> Result<Vec<u8>> {
-        let detaching = self.points.iter().chain(&self.links).any(Point::is_detaching);
-        let version = match (&self.promotion, detaching, self.links.is_empty()) {
-            (Some(_), ..) => VERSION_PROMOTED,
-            (None, true, _) => VERSION_DETACHING,
-            (None, false, false) => VERSION_WITH_LINKS,
-            (None, false, true) => VERSION,
+        let any = |is: fn(&Point) -> bool| self.points.iter().chain(&self.links).any(is);
+        let version = match (&self.promotion, self.links.is_empty()) {
+            _ if any(Point::has_more_attached) => VERSION_MORE_ATTACHED,
+            (Some(_), _) => VERSION_PROMOTED,
+            (None, _) if any(Point::is_detaching) => VERSION_DETACHING,
+            (None, false) => VERSION_WITH_LINKS,
+            (None, true) => VERSION,
         };
         let document = Self { version, ..self.clone() };
         let mut json =
@@ -417,6 +421,10 @@ impl Point {
         self.disks.iter().any(|d| d.detaching)
     }
 
+    fn has_more_attached(&self) -> bool {
+        self.attachments.iter().any(|a| matches!(a.name, Attachment::Tpm | Attachment::Firmware))
+    }
+
     /// The public view; `points_dir` is the absolute path under which the point's directory lies.
     pub fn view(&self, points_dir: &Path) -> PointView {
         let dir = points_dir.join(self.id.as_str());
@@ -536,9 +544,9 @@ mod tests {
 
     #[test]
     fn a_future_version_is_refused_for_its_number() {
-        let e = Manifest::parse(br#"{"format":"virt-replica manifest","version":5,"points":"elsewhere"}"#).unwrap_err();
+        let e = Manifest::parse(br#"{"format":"virt-replica manifest","version":6,"points":"elsewhere"}"#).unwrap_err();
         assert_eq!(e.kind(), Kind::Protocol);
-        assert!(e.to_string().contains("version 5"), "{e}");
+        assert!(e.to_string().contains("version 6"), "{e}");
     }
 
     #[test]
@@ -657,5 +665,23 @@ mod tests {
         assert_eq!(Manifest::parse(lie.as_bytes()).unwrap_err().kind(), Kind::Corrupt);
         m.remove(&ids(&[1])).unwrap();
         assert_eq!(m.detach(&ids(&[1])[0], &[vda]).unwrap_err().kind(), Kind::Corrupt);
+    }
+
+    #[test]
+    fn the_state_of_a_tpm_is_told_to_programs_that_do_not_know_of_it() {
+        let mut m = manifest(&[(1, "vda"), (2, "vda<1")]).unwrap();
+        let version = |m: &Manifest| {
+            let json = m.to_json().unwrap();
+            assert_eq!(Manifest::parse(&json).unwrap().to_json().unwrap(), json);
+            serde_json::from_slice::<Preamble>(&json).unwrap().version
+        };
+        assert_eq!(version(&m), VERSION);
+        let attached = Attached { name: Attachment::Tpm, size_bytes: 1, blake3: Digest::ZERO };
+        m.point_mut(&ids(&[1])[0]).unwrap().attachments.push(attached);
+        assert_eq!(version(&m), VERSION_MORE_ATTACHED);
+        // It goes with the point that has it.
+        m.remove(&ids(&[1])).unwrap();
+        m.folded(&ids(&[2])[0]).unwrap();
+        assert_eq!(version(&m), VERSION);
     }
 }

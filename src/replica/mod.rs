@@ -76,7 +76,7 @@ pub trait Replica: DiskTarget {
     /// A disk that the head lacks may start from a seed, if `request` allows: it is read whole first, which takes its time.
     fn begin(&self, request: &BeginPoint) -> Result<Begun>;
 
-    /// Adds a file (domain XML, NVRAM) to the open point; the whole content in one call, at most [`ATTACHMENT_MAX`].
+    /// Adds a file (domain XML, NVRAM, TPM) to the open point; the whole content in one call, at most [`ATTACHMENT_MAX`].
     fn attach(&self, name: Attachment, content: &[u8]) -> Result<()>;
 
     /// Makes the open point exist, durably (I11): images and digests fsynced, then the manifest replaced.
@@ -273,6 +273,10 @@ pub enum Attachment {
     LiveXml,
     /// UEFI variables.
     Nvram,
+    /// State of an emulated TPM, as swtpm keeps it.
+    Tpm,
+    /// Which build of the UEFI firmware the source boots from.
+    Firmware,
 }
 
 impl Attachment {
@@ -281,6 +285,8 @@ impl Attachment {
             Attachment::InactiveXml => "domain.xml",
             Attachment::LiveXml => "domain-live.xml",
             Attachment::Nvram => "nvram.fd",
+            Attachment::Tpm => "tpm.permall",
+            Attachment::Firmware => "firmware.json",
         }
     }
 }

@@ -54,6 +54,7 @@ fn domain(notation: &str) -> DomainView {
         disks: disks.collect(),
         record: None,
         nvram: None,
+        tpm: None,
         guest_agent: false,
     }
 }

@@ -3,8 +3,10 @@
 
 use super::cycle::Run;
 use super::freeze_hooks;
+use super::journal::to_json;
 use super::plan::{CaptureKind, Plan};
 use crate::error::{Error, Result};
+use crate::hypervisor::firmware::Firmware;
 use crate::hypervisor::{DomainView, Power, xml};
 use crate::replica::{Attachment, Replica};
 
@@ -35,15 +37,33 @@ impl Run<'_> {
             let xml = self.ports.hypervisor.definition(&domain.uuid, false, secure)?;
             replica.attach(Attachment::LiveXml, self.as_its_owner_wrote(xml)?.as_bytes())?;
         }
-        if let Some(path) = &domain.nvram {
+        let files = [
+            (Attachment::Nvram, &domain.nvram, "cannot read the UEFI variables"),
+            (Attachment::Tpm, &domain.tpm, "cannot read the state of the TPM"),
+        ];
+        for (name, path, failed) in files {
+            let Some(path) = path else { continue };
             match std::fs::read(path) {
-                Ok(content) => replica.attach(Attachment::Nvram, &content)?,
+                Ok(content) => replica.attach(name, &content)?,
                 // Not there before the first start.
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-                Err(e) => return Err(Error::io("cannot read the UEFI variables", path, e)),
+                Err(e) => return Err(Error::io(failed, path, e)),
             }
         }
-        Ok(())
+        match self.firmware(domain) {
+            Ok(Some(firmware)) => replica.attach(Attachment::Firmware, &to_json(&firmware)),
+            Ok(None) => Ok(()),
+            // The point is as good without; what it comes from is then not known where it is asked for.
+            Err(e) => {
+                tracing::warn!(error = e.chain(), "the point does not say which firmware its source boots from");
+                Ok(())
+            }
+        }
+    }
+
+    fn firmware(&self, domain: &DomainView) -> Result<Option<Firmware>> {
+        let path = self.ports.hypervisor.firmware(&domain.uuid)?;
+        path.map_or(Ok(None), |path| Firmware::of(&path))
     }
 
     /// While we hold the disks, both definitions name our overlays and carry our record; those to keep name the images

@@ -3,17 +3,18 @@
 use super::one_of;
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::Power;
+use crate::hypervisor::firmware::Firmware;
 use crate::hypervisor::libvirt::LibvirtHypervisor;
-use crate::hypervisor::machine::Machines as _;
+use crate::hypervisor::machine::{HostView, Machines as _};
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId};
 use crate::recovery::definition::{self, Definition, Macs, Nics, Wish};
 use crate::recovery::failover::{self, FailoverRecord, FailoverState};
 use crate::recovery::mapping::{MacPolicy, Mapping};
-use crate::recovery::ready::{self, Finding, Room};
+use crate::recovery::ready::{self, Builds, Finding, Room};
 use crate::recovery::{definition_of, detach, drill, drills, overlays};
 use crate::replica::store::{self, Store};
 use crate::replica::upkeep::Held;
-use crate::replica::{PointView, ReplicaView};
+use crate::replica::{Attachment, PointView, ReplicaView};
 use crate::replicate::demoted;
 use crate::replicate::generation;
 use crate::replicate::room::free_bytes;
@@ -100,13 +101,40 @@ impl Here {
     /// Whether the domain could be brought up here from this point. Touches nothing.
     pub fn ready(&self, found: &Found) -> Result<Vec<Finding>> {
         let held = self.hold(found, "ready")?;
-        let definition = self.definition_here(found, held.as_ref());
+        let read = self.definition_here(found, held.as_ref()).and_then(|d| Ok((self.builds(&d, held.as_ref())?, d)));
         held.release();
-        let definition = definition.map_err(|e| e.domain(&found.name).point(&found.point.id))?;
-        let host = self.hypervisor.host(&definition.machine)?;
+        let (builds, definition) = read.map_err(|e| e.domain(&found.name).point(&found.point.id))?;
+        self.judge(found, &definition, &self.hypervisor.host(&definition.machine)?, &builds)
+    }
+
+    /// Every question about a failover, with what is known of the point.
+    fn judge(&self, found: &Found, definition: &Definition, host: &HostView, builds: &Builds) -> Result<Vec<Finding>> {
+        let mut host = host.clone();
+        if failover::peek(&self.options.state, &found.uuid)?.is_some_and(|record| record.tpm) {
+            // It is of a failover that was begun here, and has come from a point itself.
+            host.tpm_states.retain(|uuid| uuid != found.uuid.as_str());
+        }
         let mut findings = vec![ready::point(&found.view, &found.point)];
-        findings.extend(ready::judge(&definition, &found.name, &found.uuid, &host, &self.room()));
+        findings.extend(ready::judge(definition, &found.name, &found.uuid, &host, &self.room(), builds));
         Ok(findings)
+    }
+
+    /// What the source boots from, and what this host would. Of a definition that cannot be used: nothing.
+    fn builds(&self, definition: &Definition, held: &dyn Held) -> Result<Builds> {
+        let source = held.attachment(Attachment::Firmware)?.map(|json| Firmware::parse(&json)).transpose();
+        let here = match definition.xml() {
+            Ok(xml) if definition.uefi => self.hypervisor.firmware_for(xml),
+            _ => Ok(None),
+        };
+        let here = here.and_then(|file| file.map_or(Ok(None), |file| Firmware::of(&file)));
+        // What cannot be read is not known; a domain is not kept from coming up by that.
+        let known = |read: Result<Option<Firmware>>| {
+            read.unwrap_or_else(|e| {
+                tracing::warn!(error = e.chain(), "a build of the firmware is not known");
+                None
+            })
+        };
+        Ok(Builds { source: known(source), here: known(here) })
     }
 
     /// The definition of a failover.
@@ -125,6 +153,7 @@ impl Here {
             },
             console: None,
             nvram: overlays.nvram.clone(),
+            tpm: overlays.tpm,
         };
         definition::render(&definition_of(held)?, &wish, mapping)
     }
@@ -180,8 +209,8 @@ impl Here {
         let host = self.hypervisor.host(&definition.machine)?;
         // What was begun is found here by its own name.
         if state.record()?.is_none() {
-            let mut findings = vec![ready::point(&found.view, &found.point)];
-            findings.extend(ready::judge(&definition, &found.name, &found.uuid, &host, &self.room()));
+            // Another build of the firmware is for `ready` to say: it keeps nobody from a failover.
+            let findings = self.judge(found, &definition, &host, &Builds::default())?;
             if let Some(red) = findings.iter().find(|f| f.color == ready::Color::Red) {
                 let e = Error::new(Kind::Conflict, format!("it cannot be brought up here: {}", red.what));
                 return Err(e.hint(red.advice.clone().unwrap_or_default()));

@@ -2,10 +2,11 @@
 
 use super::remark::Verdict;
 use super::render::{Check, Out, is_word, shown};
-use super::{Macs, Nics, Rendering, rules};
+use super::{Macs, Nics, Rendering, Tpm, rules};
 use crate::error::Result;
+use crate::hypervisor::swtpm::TpmVersion;
 use crate::hypervisor::xml::{child, path_text};
-use crate::name::DiskName;
+use crate::name::{DiskName, DomainUuid};
 use crate::recovery::mapping::Attach;
 use roxmltree::Node;
 use std::path::PathBuf;
@@ -250,22 +251,39 @@ impl Rendering<'_> {
         Ok(())
     }
 
-    /// Emulated ones begin empty here, as no point carries their state.
+    /// An emulated one; its state is put where libvirt looks for it.
     fn tpm(&mut self, node: Node) -> Result<()> {
-        let backend = child(node, "backend");
-        if backend.and_then(|b| b.attribute("type")) != Some("emulator") {
-            self.out.remark("devices/tpm", Verdict::Missing, "passes the TPM of the source's host through");
+        let path = "devices/tpm";
+        let backend = child(node, "backend").filter(|b| b.attribute("type") == Some("emulator"));
+        let Some(backend) = backend else {
+            self.out.remark(path, Verdict::Missing, "passes the TPM of the source's host through");
             return Ok(());
-        }
-        self.tpm = true;
-        let attrs = self.out.attributes(node, "devices/tpm", &[("model", Check::Word)]);
+        };
+        let version = TpmVersion::parse(backend.attribute("version"));
+        // libvirt calls a secret as it calls a domain.
+        let secret = child(backend, "encryption").map(|e| DomainUuid::new(e.attribute("secret").unwrap_or("")));
+        let attrs = self.out.attributes(node, path, &[("model", Check::Word)]);
         self.out.open("tpm", &attrs)?;
-        let version = backend.and_then(|b| b.attribute("version")).filter(|v| matches!(*v, "1.2" | "2.0"));
-        let mut attrs = vec![("type", "emulator")];
-        attrs.extend(version.map(|v| ("version", v)));
-        self.out.leaf("backend", &attrs)?;
+        let mut attrs = vec![("type", "emulator"), ("version", version.words())];
+        // Whoever removes the domain by hand is not to lose the state with it. We know what of it is ours to remove.
+        attrs.extend(backend.attribute("persistent_state").filter(|v| *v == "yes").map(|v| ("persistent_state", v)));
+        match &secret {
+            None => self.out.leaf("backend", &attrs)?,
+            Some(Ok(uuid)) => {
+                self.out.open("backend", &attrs)?;
+                self.out.leaf("encryption", &[("secret", uuid.as_str())])?;
+                self.out.close("backend");
+            }
+            Some(Err(_)) => {
+                self.out.remark(path, Verdict::Refused, "is encrypted, and the secret for that is not named by a UUID");
+            }
+        }
         self.out.close("tpm");
-        self.out.remark("devices/tpm", Verdict::Missing, "begins empty: its state does not travel with a point, and what the guest sealed with it asks for its recovery key");
+        let state = self.wish.tpm;
+        self.tpm = Some(Tpm { version, state, secret: secret.and_then(Result::ok) });
+        if !state {
+            self.out.remark(path, Verdict::Missing, "begins empty: the point has no state of it, and what the guest sealed with it asks for its recovery key");
+        }
         Ok(())
     }
 

@@ -5,7 +5,8 @@
 
 # What programs want from /etc, and nothing that is secret or that libvirt would act upon.
 readonly ETC_COPIED=(passwd group nsswitch.conf ld.so.cache ld.so.conf ld.so.conf.d alternatives login.defs
-  localtime protocols services mke2fs.conf magic profile bash.bashrc terminfo debian_version os-release)
+  localtime protocols services mke2fs.conf magic profile bash.bashrc terminfo debian_version os-release
+  swtpm_setup.conf swtpm-localca.conf swtpm-localca.options)
 
 make_tree() { # make_tree HOST: runs outside, before the host exists
   local host=$1 root=$VR_LAB_DIR/host/$1 entry
@@ -14,6 +15,8 @@ make_tree() { # make_tree HOST: runs outside, before the host exists
   mkdir -m 700 "$root/root"
   mkdir -m 1777 "$root/tmp"
   chmod 1777 "$root/var/tmp"
+  # Where swtpm's certificates are made, by the user that libvirt runs it as.
+  install -d -m 750 -o tss "$root/var/lib/swtpm-localca"
   ln -s /run "$root/var/run"
   for entry in bin sbin lib lib32 lib64 libx32; do
     if [[ -L /$entry ]]; then cp -d "/$entry" "$root/$entry"; elif [[ -d /$entry ]]; then mkdir "$root/$entry"; fi

@@ -107,7 +107,7 @@ fn thin_raw_stays_thin() {
 }
 
 /// A file that lies beside a point's disks on host b.
-fn attachment(vm: &Domain, point: &Value, name: &str) -> Vec<u8> {
+pub fn attachment(vm: &Domain, point: &Value, name: &str) -> Vec<u8> {
     let path = format!("{}/points/{}/{name}", vm.replica(), point["id"].as_str().unwrap());
     std::fs::read(Host::B.file(&path)).unwrap_or_else(|e| panic!("{path}: {e}"))
 }

@@ -6,10 +6,10 @@ use super::handover::{LONG, Traveller, message};
 use super::support::{Done, Host, Job, Lab, STORE, TARGET};
 
 /// Host a, as host b calls it.
-const HOME: &str = "ssh://root@192.0.2.1";
+pub const HOME: &str = "ssh://root@192.0.2.1";
 
 #[track_caller]
-fn on(host: Host, failpoint: &str, words: &[&str]) -> Done {
+pub fn on(host: Host, failpoint: &str, words: &[&str]) -> Done {
     let mut all = vec!["virt-replica"];
     all.extend(words);
     let mut command = host.command(&all);
@@ -20,7 +20,7 @@ fn on(host: Host, failpoint: &str, words: &[&str]) -> Done {
 }
 
 /// What coming home leaves on host a goes with the test.
-struct AtHome<'a>(&'a Domain);
+pub struct AtHome<'a>(pub &'a Domain);
 
 impl AtHome<'_> {
     fn overlays(&self) -> String {
