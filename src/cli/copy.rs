@@ -159,6 +159,7 @@ fn one(
             digests: args.digests.as_deref().map(absolute).transpose()?,
             size: Some(source.size()),
             force_share: false,
+            afresh: false,
         };
         let target = site::open_image(&wish, connection, &site::local_options(&globals.state_dir, None))?;
         let meta = args.archive.then(|| meta_of(&pair.source)).transpose()?;

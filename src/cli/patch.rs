@@ -155,6 +155,7 @@ fn open_base(args: &DiffArgs, globals: &Globals) -> Result<(Box<dyn PlainTarget>
         digests: None,
         size: None,
         force_share: args.force_share,
+        afresh: false,
     };
     let options = site::local_options(&globals.state_dir, None);
     let target = site::open_image(&wish, connection.as_ref(), &options)?;
@@ -216,6 +217,7 @@ pub fn apply(args: &ApplyArgs, globals: &Globals, output: Output) -> Result<Exit
             digests: None,
             size: Some(if header.from_root.is_some() { header.size_from } else { header.size }),
             force_share: false,
+            afresh: true,
         };
         site::open_image(&wish, None, &options)
     };

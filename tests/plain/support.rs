@@ -136,6 +136,7 @@ impl Bench {
             digests: asked.digests.clone(),
             size: Some(source.size()),
             force_share: false,
+            afresh: false,
         };
         let target = LocalTarget::open(&wish, &self.local_options())?;
         let job = Copy {
