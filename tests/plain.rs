@@ -6,6 +6,8 @@ mod agent;
 #[cfg(feature = "failpoints")]
 #[path = "plain/crash.rs"]
 mod crash;
+#[path = "plain/envelope.rs"]
+mod envelope;
 #[path = "plain/patches.rs"]
 mod patches;
 #[path = "plain/support.rs"]

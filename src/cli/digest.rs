@@ -44,7 +44,7 @@ pub fn digest(args: &DigestArgs, globals: &Globals, output: Output) -> Result<Ex
     let progress = Progress::default();
     let name = image.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     let good = || unless_stopped(stop).and_then(|()| source.still_good());
-    let hashed = watched(&name, source.size().0, &progress, beside(output, &out), || {
+    let hashed = watched(&name, source.size().0, &progress, beside(output, out.is_stdout()), || {
         hash(source.image.as_ref(), workers(), &progress, &good)
     })?;
     good()?;

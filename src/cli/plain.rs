@@ -132,8 +132,8 @@ fn exists(path: &Path) -> Error {
 }
 
 /// As `output`, without JSON where stdout has the content.
-pub fn beside(output: Output, out: &OutFile) -> Output {
-    Output { json: output.json && !out.is_stdout(), ..output }
+pub fn beside(output: Output, piped: bool) -> Output {
+    Output { json: output.json && !piped, ..output }
 }
 
 /// A result that goes to stderr because stdout has the content.
