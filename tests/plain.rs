@@ -10,6 +10,8 @@ mod crash;
 mod envelope;
 #[path = "plain/patches.rs"]
 mod patches;
+#[path = "plain/places.rs"]
+mod places;
 #[path = "plain/support.rs"]
 mod support;
 

@@ -67,7 +67,7 @@ impl Source {
             false => files.iter().map(|file| lock(file)).collect::<Result<_>>()?,
         };
         let seen = files.iter().map(|f| Ok((f.to_path_buf(), Identity::of(f)?))).collect::<Result<_>>()?;
-        let exact = (format == Format::Raw && options.exact) || layer.block_device;
+        let exact = format == Format::Raw && (options.exact || layer.block_device);
         let (image, how, opened): (Arc<dyn Image>, _, _) = match exact {
             true => {
                 let image = RawImage::open_exact(&layer, options.device_max)?;
