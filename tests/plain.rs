@@ -8,6 +8,8 @@ mod agent;
 mod crash;
 #[path = "plain/envelope.rs"]
 mod envelope;
+#[path = "plain/foreign.rs"]
+mod foreign;
 #[path = "plain/patches.rs"]
 mod patches;
 #[path = "plain/places.rs"]

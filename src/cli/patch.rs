@@ -3,7 +3,9 @@
 use super::Globals;
 use super::envelope::{KeyArgs, ProtectedOut, UnwrapArgs, WrapArgs};
 use super::output::{Exit, Message, Output, print, print_json};
-use super::plain::{WayArgs, absolute, beside, format, input, listen, print_beside, unless_stopped, watched};
+use super::plain::{
+    READ_FORMATS, WayArgs, absolute, beside, format, input, listen, open_source, print_beside, unless_stopped, watched,
+};
 use super::render;
 use super::target::{SshArgs, Target, hang_up};
 use clap::{Args, Subcommand};
@@ -35,8 +37,8 @@ pub struct DiffArgs {
     /// Where the patch goes; - for stdout
     #[arg(short, long, value_name = "PATCH")]
     pub(super) output: PathBuf,
-    /// Format of the source: raw or qcow2; never guessed from the content [default: by its name]
-    #[arg(long, value_name = "FORMAT", value_parser = ["raw", "qcow2"])]
+    /// Format of the source; never guessed from the content [default: raw or qcow2, by its name]
+    #[arg(long, value_name = "FORMAT", value_parser = READ_FORMATS)]
     source_format: Option<String>,
     /// Format of the base: raw or qcow2 [default: by its name]
     #[arg(long, value_name = "FORMAT", value_parser = ["raw", "qcow2"])]
@@ -100,7 +102,7 @@ pub fn diff(args: &DiffArgs, globals: &Globals, output: Output) -> Result<Exit> 
     let stop = listen()?;
     let (base, connection) = open_base(args, globals)?;
     let read = site::read_options(&globals.state_dir, args.force_share);
-    let source = Source::open(&path, format(args.source_format.as_ref(), &path), &read)?;
+    let source = open_source(args.source_format.as_ref(), &path, &read)?;
     let made = make(&source, base.as_ref(), out, &path, args.compress, output, stop);
     drop(base);
     if let Some(connection) = connection {

@@ -236,3 +236,24 @@ fn pipes_carry_patches_and_digests() {
     }
     assert!(!program(&t, "", &["diff", "source", "-o", "x.patch"]).status.success(), "a base is demanded");
 }
+
+/// As docs/plain.md has it for an image on a host that can only be reached: digests go there, what differs comes back.
+#[test]
+fn an_image_is_fetched_by_its_digests_and_a_patch() {
+    let t = Bench::new();
+    let (far, near) = (t.image("far", Raw, ("aXcd.f", 77)), t.image("near", Raw, ("abcdef", 65536)));
+    let page = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/plain.md")).unwrap();
+    let line = page.lines().find(|line| line.contains("| ssh dr1 'virt-replica diff")).expect("the page has it");
+    // The other host is played by a shell.
+    let script = line
+        .replace("ssh dr1", "sh -c")
+        .replace("/srv/images/disk.raw", "far")
+        .replace("disk.raw", "near")
+        .replace("virt-replica", env!("CARGO_BIN_EXE_virt-replica"));
+    let done = Command::new("bash").args(["-o", "pipefail", "-c", &script]).current_dir(t.path("")).output().unwrap();
+    assert!(done.status.success(), "{script}: {done:?}");
+    assert!(fs::read(far).unwrap() == fs::read(near).unwrap());
+    let refused = program(&t, "", &["copy", "ssh://dr1/srv/images/disk.raw", "near"]);
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(refused.status.code() == Some(2) && said.contains("is on this host") && said.contains("hint"), "{said}");
+}
