@@ -250,7 +250,7 @@ fn a_chain_is_merged_if_each_part_is_signed() {
     let done = s.run(&[&merge[..], &["--force"]].concat());
     s.is_refused(&done, 13, "signature is not that of this file");
     assert!(
-        tool(&s.t, "minisign", &["-V", "-p", "sign.pub", "-m", "c.patch"]).len() > 0,
+        !tool(&s.t, "minisign", &["-V", "-p", "sign.pub", "-m", "c.patch"]).is_empty(),
         "the one that was there is there"
     );
 }

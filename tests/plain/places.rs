@@ -184,7 +184,7 @@ fn a_copy_takes_at_least_as_long_as_its_rate_says() {
         let took_s = began.elapsed().as_secs_f64();
         assert!(done.status.success(), "{done:?}");
         let said = String::from_utf8(done.stdout).unwrap();
-        let copied: serde_json::Value = said.lines().map(|l| serde_json::from_str(l).unwrap()).last().unwrap();
+        let copied: serde_json::Value = said.lines().map(|l| serde_json::from_str(l).unwrap()).next_back().unwrap();
         let sent = find(&copied, "bytes_sent").unwrap_or_else(|| panic!("{said}"));
         assert!(sent >= 48 << 16, "noise does not compress: {sent}");
         let least_s = sent as f64 / f64::from(1 << 20);
