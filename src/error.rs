@@ -90,8 +90,12 @@ impl Error {
         Self::from_io(what, source).path(path)
     }
 
-    /// As [`Error::io`], where no path is involved.
+    /// As [`Error::io`], where no path is involved. An error of ours that came through a reader or writer is itself again.
     pub fn from_io(what: impl Into<Cow<'static, str>>, source: std::io::Error) -> Self {
+        let source = match source.downcast::<Error>() {
+            Ok(ours) => return ours,
+            Err(source) => source,
+        };
         let kind = match source.kind() {
             std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Kind::Space,
             std::io::ErrorKind::NotFound => Kind::NotFound,
@@ -236,6 +240,16 @@ mod tests {
         assert_eq!(e.kind(), Kind::Space);
         assert_eq!(e.to_string(), "domain 'db01': disk 'vda': cannot write (/pool/a.qcow2) at byte 65536");
         assert!(e.chain().ends_with("No space left on device (os error 28)"), "{}", e.chain());
+    }
+
+    #[test]
+    fn an_error_that_came_through_a_reader_is_itself_again() {
+        let inner = Error::new(Kind::Auth, "not that key").hint("another one");
+        let e = Error::io("cannot read", "/a", std::io::Error::other(inner));
+        assert_eq!(
+            (e.kind(), e.to_string().as_str(), e.hint_text()),
+            (Kind::Auth, "not that key (/a)", Some("another one"))
+        );
     }
 
     #[test]

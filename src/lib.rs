@@ -15,6 +15,7 @@
 //!  image  hypervisor  replica  transport      ports: traits, plain views, and their adapters
 //!              |                              (agent and wire stand beside replica)
 //!  policy · retention · patch · wire          rules and formats: values or bytes in, values out
+//!  envelope                                   what protects a file on its way
 //!  manifest · xml
 //!              |
 //!     hook · yaml · units
@@ -30,6 +31,7 @@ pub mod units;
 pub mod yaml;
 
 pub mod block;
+pub mod envelope;
 pub mod patch;
 pub mod policy;
 pub mod retention;

@@ -731,3 +731,46 @@ fn policy_check_asks_libvirt_who_is_meant() {
     assert!(said.contains("'ghost' is no domain of this host"), "{said}");
     assert!(said.contains("a.yaml") && said.contains("b.yaml") && said.contains("domain 'test'"), "{said}");
 }
+
+/// A point in a file is encrypted and signed as a patch is; and no point comes of one that was not signed.
+#[test]
+fn a_point_is_brought_only_if_it_was_signed() {
+    let store = StoreWithPoints::new();
+    let in_dir = |name: &str| store.dir.path().join(name).display().to_string();
+    let (file, identity, key, public) =
+        (in_dir("shop.point"), in_dir("me.key"), in_dir("sign.key"), in_dir("sign.pub"));
+    let tool = |name: &str, args: &[&str]| {
+        let done =
+            Command::new(name).args(args).output().unwrap_or_else(|e| panic!("{name}: {e}; run tests/run/setup"));
+        expect_code(&done, 0);
+        stdout(&done).trim().to_owned()
+    };
+    tool("age-keygen", &["-o", &identity]);
+    let recipient = tool("age-keygen", &["-y", &identity]);
+    tool("minisign", &["-G", "-W", "-p", &public, "-s", &key]);
+    let target = store.target();
+    let from = ["diff", "--point", "web01", "--to", &target, "-o", &file];
+    expect_code(&run(&[&from[..], &["--encrypt-to", &recipient, "--sign-with", &key]].concat()), 0);
+    tool("minisign", &["-V", "-p", &public, "-m", &file]);
+    let other = format!("local:{}", in_dir("other"));
+    let with = ["--to", &other, "--decrypt-with", &identity, "--verify-with", &public];
+    let points = || stdout(&run(&["points", "web01", "--to", &other, "--json"]));
+    // Through a pipe it is known at the end only.
+    let forged = in_dir("forged");
+    expect_code(&run(&[&from[..4], &[&target, "-o", &forged, "--encrypt-to", &recipient]].concat()), 0);
+    let signature = format!("{file}.minisig");
+    let piped = |file: &str| {
+        let args = [&["apply", "-"][..], &with, &["--signature", &signature]].concat();
+        program().args(args).stdin(std::fs::File::open(file).unwrap()).output().unwrap()
+    };
+    for refused in [piped(&forged), run(&[&["apply", &forged][..], &with, &["--signature", &signature]].concat())] {
+        expect_code(&refused, 13);
+        assert!(stderr(&refused).contains("signature is not that of this file"), "{}", stderr(&refused));
+        assert!(!points().contains("frozen_at"), "{}", points());
+    }
+    expect_code(&piped(&file), 0);
+    assert!(points().contains("frozen_at"));
+    let again = run(&[&["apply", &file][..], &with].concat());
+    expect_code(&again, 0);
+    assert!(stdout(&again).contains("already"));
+}

@@ -6,8 +6,14 @@ mod agent;
 #[cfg(feature = "failpoints")]
 #[path = "plain/crash.rs"]
 mod crash;
+#[path = "plain/envelope.rs"]
+mod envelope;
+#[path = "plain/foreign.rs"]
+mod foreign;
 #[path = "plain/patches.rs"]
 mod patches;
+#[path = "plain/places.rs"]
+mod places;
 #[path = "plain/support.rs"]
 mod support;
 

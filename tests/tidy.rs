@@ -17,6 +17,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("name", &["error"]),
     ("block", &["error"]),
     ("units", &[]),
+    ("envelope", &["error"]),
     ("yaml", &["error"]),
     ("hook", &["error"]),
     ("policy", &["error", "hook", "name", "patch", "retention", "units", "yaml"]),

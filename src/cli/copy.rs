@@ -3,7 +3,7 @@
 use super::Globals;
 use super::limits::LinkArgs;
 use super::output::{Exit, Message, Output, print};
-use super::plain::{WayArgs, absolute, format, listen, unless_stopped, watched};
+use super::plain::{READ_FORMATS, WayArgs, absolute, format, listen, open_source, unless_stopped, watched};
 use super::render;
 use super::target::{SshArgs, hang_up};
 use clap::Args;
@@ -16,7 +16,7 @@ use virt_replica::block::ByteRange;
 use virt_replica::error::{Error, Kind, Result};
 use virt_replica::image::Format;
 use virt_replica::plain::copy::{self as story, Copied, Copy, Sending};
-use virt_replica::plain::source::{ReadOptions, Source};
+use virt_replica::plain::source::ReadOptions;
 use virt_replica::plain::{Finish, Wish, changed, meta_of};
 use virt_replica::replicate::pump::Progress;
 use virt_replica::site::plain::{self as site, Place};
@@ -29,8 +29,8 @@ pub struct CopyArgs {
     /// ssh://[user@]host[:port]/path
     #[arg(value_name = "PATH", num_args = 2.., required = true)]
     paths: Vec<String>,
-    /// Format of the source: raw or qcow2; never guessed from the content [default: by its name]
-    #[arg(long, value_name = "FORMAT", value_parser = ["raw", "qcow2"])]
+    /// Format of the source; never guessed from the content [default: raw or qcow2, by its name]
+    #[arg(long, value_name = "FORMAT", value_parser = READ_FORMATS)]
     source_format: Option<String>,
     /// Format of the target: raw or qcow2 [default: by its name]
     #[arg(long, value_name = "FORMAT", value_parser = ["raw", "qcow2"])]
@@ -92,6 +92,10 @@ fn pairs(sources: &[String], to: &str, target: &Path, here: bool) -> Result<Vec<
     let into_directory = sources.len() > 1 || to.ends_with('/') || (here && target.is_dir());
     let mut pairs = Vec::new();
     for source in sources {
+        if source.starts_with("ssh://") {
+            return Err(Error::new(Kind::Usage, format!("the source of a copy is on this host, and {source} is not"))
+                .hint("start the copy on that host, with this one as its target; or let a patch come through a pipe (docs/plain.md)"));
+        }
         let source = absolute(Path::new(source))?;
         let files = match source.is_dir() {
             true if !into_directory => {
@@ -146,10 +150,9 @@ fn one(
     stop: &AtomicBool,
 ) -> Result<()> {
     let began = Instant::now();
-    let from = format(args.source_format.as_ref(), &pair.source);
     let to = format(args.target_format.as_ref(), &pair.target);
     let read = ReadOptions { exact: to == Format::Raw, ..site::read_options(&globals.state_dir, args.force_share) };
-    let source = Source::open(&pair.source, from, &read)?;
+    let source = open_source(args.source_format.as_ref(), &pair.source, &read)?;
     let copied = (|| {
         let wish = Wish {
             path: pair.target.clone(),
@@ -159,6 +162,7 @@ fn one(
             digests: args.digests.as_deref().map(absolute).transpose()?,
             size: Some(source.size()),
             force_share: false,
+            afresh: false,
         };
         let target = site::open_image(&wish, connection, &site::local_options(&globals.state_dir, None))?;
         let meta = args.archive.then(|| meta_of(&pair.source)).transpose()?;

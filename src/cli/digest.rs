@@ -2,7 +2,9 @@
 
 use super::Globals;
 use super::output::{Exit, Output, print, print_json};
-use super::plain::{OutFile, absolute, beside, format, listen, print_beside, unless_stopped, watched};
+use super::plain::{
+    OutFile, READ_FORMATS, absolute, beside, listen, open_source, print_beside, unless_stopped, watched,
+};
 use super::render;
 use clap::Args;
 use serde_json::json;
@@ -10,7 +12,7 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use virt_replica::error::Result;
 use virt_replica::plain::kept;
-use virt_replica::plain::source::{Source, hash};
+use virt_replica::plain::source::hash;
 use virt_replica::replicate::pump::Progress;
 use virt_replica::site::{plain as site, workers};
 
@@ -21,8 +23,8 @@ pub struct DigestArgs {
     /// Where the digests go; - for stdout
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
-    /// Format of the image: raw or qcow2; never guessed from the content [default: by its name]
-    #[arg(long, value_name = "FORMAT", value_parser = ["raw", "qcow2"])]
+    /// Format of the image; never guessed from the content [default: raw or qcow2, by its name]
+    #[arg(long, value_name = "FORMAT", value_parser = READ_FORMATS)]
     format: Option<String>,
     /// Replace the file if it is there
     #[arg(long)]
@@ -40,11 +42,11 @@ pub fn digest(args: &DigestArgs, globals: &Globals, output: Output) -> Result<Ex
     let mut out = OutFile::create(&args.output, args.force)?;
     let stop = listen()?;
     let options = site::read_options(&globals.state_dir, args.force_share);
-    let source = Source::open(&image, format(args.format.as_ref(), &image), &options)?;
+    let source = open_source(args.format.as_ref(), &image, &options)?;
     let progress = Progress::default();
     let name = image.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     let good = || unless_stopped(stop).and_then(|()| source.still_good());
-    let hashed = watched(&name, source.size().0, &progress, beside(output, &out), || {
+    let hashed = watched(&name, source.size().0, &progress, beside(output, out.is_stdout()), || {
         hash(source.image.as_ref(), workers(), &progress, &good)
     })?;
     good()?;

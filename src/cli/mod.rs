@@ -9,6 +9,7 @@ mod detach;
 mod digest;
 mod doctor;
 mod drill;
+mod envelope;
 mod export;
 mod failback;
 // A build without libvirt reads the arguments and goes no further.

@@ -1,14 +1,18 @@
 //! `diff`, `apply` and `patch`: patches of plain images in files and pipes.
 
 use super::Globals;
+use super::envelope::{KeyArgs, ProtectedOut, UnwrapArgs, WrapArgs};
 use super::output::{Exit, Message, Output, print, print_json};
-use super::plain::{OutFile, WayArgs, absolute, beside, format, input, listen, print_beside, unless_stopped, watched};
+use super::plain::{
+    READ_FORMATS, WayArgs, absolute, beside, format, input, listen, open_source, print_beside, unless_stopped, watched,
+};
 use super::render;
 use super::target::{SshArgs, Target, hang_up};
 use clap::{Args, Subcommand};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use virt_replica::envelope::Opened;
 use virt_replica::error::{Error, Kind, Result};
 use virt_replica::name::PointId;
 use virt_replica::patch::Compression;
@@ -33,8 +37,8 @@ pub struct DiffArgs {
     /// Where the patch goes; - for stdout
     #[arg(short, long, value_name = "PATCH")]
     pub(super) output: PathBuf,
-    /// Format of the source: raw or qcow2; never guessed from the content [default: by its name]
-    #[arg(long, value_name = "FORMAT", value_parser = ["raw", "qcow2"])]
+    /// Format of the source; never guessed from the content [default: raw or qcow2, by its name]
+    #[arg(long, value_name = "FORMAT", value_parser = READ_FORMATS)]
     source_format: Option<String>,
     /// Format of the base: raw or qcow2 [default: by its name]
     #[arg(long, value_name = "FORMAT", value_parser = ["raw", "qcow2"])]
@@ -48,6 +52,8 @@ pub struct DiffArgs {
     /// Read images although a QEMU is writing to them: what the patch makes may be torn, as after a power cut or worse
     #[arg(long)]
     force_share: bool,
+    #[command(flatten)]
+    pub(super) wrap: WrapArgs,
     #[command(flatten)]
     pub(super) ssh: SshArgs,
     /// Print JSON for scripts
@@ -92,11 +98,11 @@ pub fn diff(args: &DiffArgs, globals: &Globals, output: Output) -> Result<Exit> 
         (None, None) => return Err(Error::new(Kind::Usage, "an image or a point is needed")),
     };
     let path = absolute(source)?;
-    let out = OutFile::create(&args.output, args.force)?;
+    let out = ProtectedOut::create(&args.output, args.force, &args.wrap)?;
     let stop = listen()?;
     let (base, connection) = open_base(args, globals)?;
     let read = site::read_options(&globals.state_dir, args.force_share);
-    let source = Source::open(&path, format(args.source_format.as_ref(), &path), &read)?;
+    let source = open_source(args.source_format.as_ref(), &path, &read)?;
     let made = make(&source, base.as_ref(), out, &path, args.compress, output, stop);
     drop(base);
     if let Some(connection) = connection {
@@ -122,7 +128,7 @@ pub fn diff(args: &DiffArgs, globals: &Globals, output: Output) -> Result<Exit> 
 fn make(
     source: &Source,
     base: &dyn PlainTarget,
-    mut out: OutFile,
+    mut out: ProtectedOut,
     path: &Path,
     compression: Compression,
     output: Output,
@@ -131,7 +137,7 @@ fn make(
     let sending = Sending { workers: workers(), compression, throttle: None };
     let progress = Progress::default();
     let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    let diffed = watched(&name, source.size().0, &progress, beside(output, &out), || {
+    let diffed = watched(&name, source.size().0, &progress, beside(output, out.is_stdout()), || {
         story::diff(source, base, &mut out, None, &sending, &progress, &|| unless_stopped(stop))
     })?;
     let piped = out.is_stdout();
@@ -155,6 +161,7 @@ fn open_base(args: &DiffArgs, globals: &Globals) -> Result<(Box<dyn PlainTarget>
         digests: None,
         size: None,
         force_share: args.force_share,
+        afresh: false,
     };
     let options = site::local_options(&globals.state_dir, None);
     let target = site::open_image(&wish, connection.as_ref(), &options)?;
@@ -188,6 +195,8 @@ pub struct ApplyArgs {
     #[arg(long)]
     force: bool,
     #[command(flatten)]
+    unwrap: UnwrapArgs,
+    #[command(flatten)]
     ssh: SshArgs,
     /// Print JSON for scripts
     #[arg(long)]
@@ -199,13 +208,25 @@ pub fn apply(args: &ApplyArgs, globals: &Globals, output: Output) -> Result<Exit
         return finish(&absolute(image)?, globals, output);
     }
     if let (Some(file), Some(to)) = (&args.patch, &args.to) {
-        return super::pointfile::apply(file, &Target::resolve(to, &args.ssh, &globals.config()?)?, output);
+        return super::pointfile::apply(
+            file,
+            &args.unwrap,
+            &Target::resolve(to, &args.ssh, &globals.config()?)?,
+            output,
+        );
     }
     let (Some(patch), Some(image)) = (&args.patch, &args.image) else {
         return Err(Error::new(Kind::Usage, "a patch and an image are needed"));
     };
     let image = absolute(image)?;
+    if args.unwrap.verifies() && args.way.wish() == WayWish::InPlace {
+        let what = "what is written in place is there before the signature is known to be right";
+        return Err(
+            Error::new(Kind::Usage, what).hint("leave --in-place away: the patch is kept beside the image first")
+        );
+    }
     let stop = listen()?;
+    let input = args.unwrap.open(patch)?.input;
     let options = site::local_options(&globals.state_dir, args.undo.as_deref().map(absolute).transpose()?);
     let open = |header: &virt_replica::patch::Header| {
         let wish = Wish {
@@ -216,6 +237,7 @@ pub fn apply(args: &ApplyArgs, globals: &Globals, output: Output) -> Result<Exit
             digests: None,
             size: Some(if header.from_root.is_some() { header.size_from } else { header.size }),
             force_share: false,
+            afresh: true,
         };
         site::open_image(&wish, None, &options)
     };
@@ -225,7 +247,7 @@ pub fn apply(args: &ApplyArgs, globals: &Globals, output: Output) -> Result<Exit
     let mut told = |done, _| progress.scanned.store(done, Ordering::Relaxed);
     let good = || unless_stopped(stop);
     let applied = watched(&name, size, &progress, output, || {
-        patchfile::apply(input(patch)?, &open, &Finish::default(), args.force, &mut told, &good)
+        patchfile::apply(input, &open, &Finish::default(), args.force, &mut told, &good)
     })?;
     if output.json {
         print_json(&json!({ "image": image, "undo": args.undo, "applied": applied }))?;
@@ -275,6 +297,8 @@ enum Verb {
 struct LookArgs {
     /// The patch; - for stdin
     patch: PathBuf,
+    #[command(flatten)]
+    unwrap: UnwrapArgs,
     /// Print JSON for scripts
     #[arg(long)]
     json: bool,
@@ -291,6 +315,10 @@ struct MergeArgs {
     /// Replace it if it is there
     #[arg(long)]
     force: bool,
+    #[command(flatten)]
+    keys: KeyArgs,
+    #[command(flatten)]
+    wrap: WrapArgs,
     /// Print JSON for scripts
     #[arg(long)]
     json: bool,
@@ -307,20 +335,28 @@ impl PatchArgs {
 
 pub fn patch(args: &PatchArgs, output: Output) -> Result<Exit> {
     match &args.verb {
-        Verb::Info(args) => look(&args.patch, false, output)?,
-        Verb::Verify(args) => look(&args.patch, true, output)?,
+        Verb::Info(args) => look(args, false, output)?,
+        Verb::Verify(args) => look(args, true, output)?,
         Verb::Merge(args) => merge_all(args, output)?,
     }
     Ok(Exit::Done)
 }
 
-fn look(path: &Path, check: bool, output: Output) -> Result<()> {
-    let info = patchfile::look(input(path)?, check).map_err(|e| e.path(path))?;
+fn look(args: &LookArgs, check: bool, output: Output) -> Result<()> {
+    let path = &args.patch;
+    let Opened { input, protection } = args.unwrap.open(path)?;
+    let info = patchfile::look(input, check).map_err(|e| e.path(path))?;
     if output.json {
-        return Message { message_type: "patch", body: json!({ "patch": path, "checked": check, "info": info }) }
-            .print();
+        let body = json!({ "patch": path, "checked": check, "protection": protection, "info": info });
+        return Message { message_type: "patch", body }.print();
     }
     let mut text = table(&info);
+    if protection.encrypted {
+        text += "\nsecret  encrypted, for a key that was named";
+    }
+    if let Some(said) = &protection.signed {
+        text += &format!("\nsigned  by the key that was named: {said}");
+    }
     if check {
         let pieces = match info.blocks_in_pieces {
             0 => String::new(),
@@ -353,8 +389,8 @@ fn table(info: &PatchInfo) -> String {
 }
 
 fn merge_all(args: &MergeArgs, output: Output) -> Result<()> {
-    let mut out = OutFile::create(&args.output, args.force)?;
-    let patches = args.patches.iter().map(|path| input(path)).collect::<Result<Vec<_>>>()?;
+    let mut out = ProtectedOut::create(&args.output, args.force, &args.wrap)?;
+    let patches = args.keys.open_all(&args.patches)?;
     let header = merge::merge(patches, &mut out)?;
     let piped = out.is_stdout();
     out.commit()?;

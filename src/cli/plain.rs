@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 use tempfile::NamedTempFile;
 use virt_replica::error::{Error, Kind, Result};
 use virt_replica::image::Format;
+use virt_replica::image::foreign::Foreign;
+use virt_replica::plain::source::{ReadOptions, Source};
 use virt_replica::plain::{WayWish, format_by_name};
 use virt_replica::replicate::pump::Progress;
 
@@ -44,6 +46,17 @@ pub fn format(given: Option<&String>, path: &Path) -> Format {
         Some("qcow2") => Format::Qcow2,
         Some(_) => Format::Raw,
         None => format_by_name(path),
+    }
+}
+
+/// Formats that an image may be read in.
+pub const READ_FORMATS: [&str; 7] = ["raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc", "qed"];
+
+/// Opens an image that is read, in the format given or as its name says.
+pub fn open_source(given: Option<&String>, path: &Path, options: &ReadOptions) -> Result<Source> {
+    match given.and_then(|given| given.parse::<Foreign>().ok()) {
+        Some(foreign) => Source::open_foreign(path, foreign, options),
+        None => Source::open(path, format(given, path), options),
     }
 }
 
@@ -132,8 +145,8 @@ fn exists(path: &Path) -> Error {
 }
 
 /// As `output`, without JSON where stdout has the content.
-pub fn beside(output: Output, out: &OutFile) -> Output {
-    Output { json: output.json && !out.is_stdout(), ..output }
+pub fn beside(output: Output, piped: bool) -> Output {
+    Output { json: output.json && !piped, ..output }
 }
 
 /// A result that goes to stderr because stdout has the content.

@@ -1,8 +1,9 @@
 //! `diff --point` and `apply --to`: whole recovery points in files and pipes.
 
+use super::envelope::{ProtectedOut, UnwrapArgs};
 use super::output::{Exit, Output, print, print_json};
 use super::patch::DiffArgs;
-use super::plain::{OutFile, beside, input, listen, print_beside, unless_stopped, watched};
+use super::plain::{beside, listen, print_beside, unless_stopped, watched};
 use super::target::{Target, hang_up};
 use super::{Globals, render};
 use serde_json::json;
@@ -29,7 +30,7 @@ pub fn diff(args: &DiffArgs, of: &str, globals: &Globals, output: Output) -> Res
     let (domain, point) = domain_and_point(of);
     let to = args.since.to.as_deref().expect("the grammar demands it beside a point");
     let target = Target::resolve(to, &args.ssh, &globals.config()?)?;
-    let mut out = OutFile::create(&args.output, args.force)?;
+    let mut out = ProtectedOut::create(&args.output, args.force, &args.wrap)?;
     let stop = listen()?;
     let connection = target.connection();
     let progress = Progress::default();
@@ -42,7 +43,7 @@ pub fn diff(args: &DiffArgs, of: &str, globals: &Globals, output: Output) -> Res
         };
         let which = (args.since.since.as_ref(), point.as_ref());
         let told = &mut told;
-        watched(name.as_str(), 0, &progress, beside(output, &out), || {
+        watched(name.as_str(), 0, &progress, beside(output, out.is_stdout()), || {
             pointfile::write(&replica, (&uuid, &name), which, &mut out, told).map_err(|e| e.domain(&name))
         })
     });
@@ -77,8 +78,9 @@ fn disks(n: usize) -> String {
     if n == 1 { "its disk".to_owned() } else { format!("its {n} disks") }
 }
 
-pub fn apply(file: &Path, target: &Target, output: Output) -> Result<Exit> {
+pub fn apply(file: &Path, unwrap: &UnwrapArgs, target: &Target, output: Output) -> Result<Exit> {
     let stop = listen()?;
+    let input = unwrap.open(file)?.input;
     let connection = target.connection();
     let progress = Progress::default();
     let size = std::fs::metadata(file).map_or(0, |m| m.len());
@@ -90,7 +92,7 @@ pub fn apply(file: &Path, target: &Target, output: Output) -> Result<Exit> {
         };
         let told = &mut told;
         watched(&name, size, &progress, output, || {
-            pointfile::apply(input(file)?, |carried| client.open(&carried.uuid), told).map_err(|e| e.path(file))
+            pointfile::apply(input, |carried| client.open(&carried.uuid), told).map_err(|e| e.path(file))
         })
     });
     hang_up(connection);

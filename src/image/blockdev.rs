@@ -4,6 +4,7 @@
 //! none), its data file (or none, which the caller has checked against the header). JSON needs no escaping of commas,
 //! colons or blanks in paths.
 
+use super::foreign::Foreign;
 use super::{Format, Layer};
 use crate::error::{Error, Kind, Result};
 use serde_json::{Value, json};
@@ -45,6 +46,16 @@ pub(super) fn describe(layers: &[Layer], access: Access) -> Result<String> {
         below = node;
     }
     Ok(format!("json:{below}"))
+}
+
+/// The description of an image in a format of others, alone, to be read: a parent that it names is not opened.
+pub(super) fn describe_foreign(layer: &Layer, driver: Foreign, access: Access) -> Result<String> {
+    let file = file(&layer.path, layer.block_device, access)?;
+    let mut node = json!({ "driver": driver.as_str(), "file": file, "backing": null, "read-only": true });
+    if access == Access::ReadUnlocked {
+        node["force-share"] = true.into();
+    }
+    Ok(format!("json:{node}"))
 }
 
 /// The description of one layer for questions about its metadata: nothing its header names is opened. Guest data of an

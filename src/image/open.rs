@@ -6,6 +6,7 @@
 //! - After [`Opened::close`] nobody reads any more, whoever still holds the image: the base of a chain is read only
 //!   between freeze and the commit's intent (I5).
 
+use super::foreign::{self, Foreign};
 use super::nbd::NbdImage;
 use super::qcow2::{Header, Qcow2Image};
 use super::qemu_nbd::{QemuNbd, Serve};
@@ -105,19 +106,32 @@ pub fn open_read(chain: &Chain, options: &OpenOptions) -> Result<Opened> {
         Way::Raw { .. } => (Box::new(RawImage::open(chain.top())?), None),
         Way::Qcow2 => (Box::new(Qcow2Image::open(chain)?), None),
         Way::QemuNbd { .. } => {
-            let mut child = QemuNbd::start(&Serve {
-                chain,
-                runtime_dir: &options.runtime_dir,
-                force_share: options.force_share,
-                connections: options.readers,
-                bitmap: None,
-            })?;
-            let image = NbdImage::connect(child.socket(), "", &[], options.readers)?;
-            child.close_the_door();
-            (Box::new(image), Some(child))
+            let (image, child) = served(QemuNbd::start(&serve(chain, options))?, options)?;
+            (image, Some(child))
         }
     };
     Ok(Opened::behind_a_door(image, way.describe(), child))
+}
+
+fn serve<'a>(chain: &'a Chain, options: &'a OpenOptions) -> Serve<'a> {
+    let OpenOptions { runtime_dir, force_share, readers } = options;
+    Serve { chain, runtime_dir, force_share: *force_share, connections: *readers, bitmap: None }
+}
+
+fn served(mut child: QemuNbd, options: &OpenOptions) -> Result<(Box<dyn Image>, QemuNbd)> {
+    let image = NbdImage::connect(child.socket(), "", &[], options.readers)?;
+    child.close_the_door();
+    Ok((Box::new(image), child))
+}
+
+/// Opens an image in a format of others for reading. Blocks; starts a process. The errors are those of [`open_read`]. Of the
+/// layer only the place counts.
+pub fn open_foreign(layer: &Layer, format: Foreign, options: &OpenOptions) -> Result<Opened> {
+    foreign::check(layer, format)?;
+    let chain = Chain(vec![layer.clone()]);
+    let (image, child) = served(QemuNbd::start_foreign(&serve(&chain, options), format)?, options)?;
+    let how = format!("qemu-nbd, because it is a {} image", format.as_str());
+    Ok(Opened::behind_a_door(image, how, Some(child)))
 }
 
 /// Opens an export of a server that is there already, for reading: a running QEMU's, which serves a backup. Blocks.

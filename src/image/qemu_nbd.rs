@@ -4,6 +4,7 @@
 //! and whoever holds it ends it: [`QemuNbd::stop`] waits, dropping does as well but has nobody to tell.
 
 use super::blockdev::{self, Access};
+use super::foreign::Foreign;
 use super::program::{self, Listener};
 use super::{Chain, Layer};
 use crate::error::{Error, Kind, Result};
@@ -46,13 +47,22 @@ pub struct QemuNbd {
 impl QemuNbd {
     /// Starts the child and waits until it serves. [`Kind::Refused`], with its words, if it cannot open the chain.
     pub fn start(serve: &Serve<'_>) -> Result<Self> {
+        Self::start_private(serve, None)
+    }
+
+    /// As [`QemuNbd::start`], of a chain that is one layer, in a format of others.
+    pub(super) fn start_foreign(serve: &Serve<'_>, format: Foreign) -> Result<Self> {
+        Self::start_private(serve, Some(format))
+    }
+
+    fn start_private(serve: &Serve<'_>, foreign: Option<Foreign>) -> Result<Self> {
         let dir = private_dir(serve.runtime_dir)?;
         let socket = dir.path().join("s");
         if socket.as_os_str().len() > SOCKET_PATH_MAX {
             return Err(Error::new(Kind::Config, "the path of the runtime directory is too long for a socket")
                 .path(serve.runtime_dir));
         }
-        Self::spawn(serve, socket, Some(dir))
+        Self::spawn(serve, foreign, socket, Some(dir))
     }
 
     /// As [`QemuNbd::start`], on a socket where the operator wants it, in a directory that exists. Whoever may connect to
@@ -67,12 +77,15 @@ impl QemuNbd {
             Ok(_) => return Err(Error::new(Kind::Conflict, "something is there already").path(socket)),
         }
         let serve = Serve { chain, runtime_dir: Path::new(""), force_share: false, connections: 16, bitmap: None };
-        Self::spawn(&serve, socket.to_owned(), None)
+        Self::spawn(&serve, None, socket.to_owned(), None)
     }
 
-    fn spawn(serve: &Serve<'_>, socket: PathBuf, dir: Option<TempDir>) -> Result<Self> {
+    fn spawn(serve: &Serve<'_>, foreign: Option<Foreign>, socket: PathBuf, dir: Option<TempDir>) -> Result<Self> {
         let access = if serve.force_share { Access::ReadUnlocked } else { Access::Read };
-        let image = blockdev::describe(&serve.chain.0, access)?;
+        let image = match foreign {
+            None => blockdev::describe(&serve.chain.0, access)?,
+            Some(format) => blockdev::describe_foreign(serve.chain.top(), format, access)?,
+        };
         let mut command = program::command("QEMU_NBD", "qemu-nbd");
         command.arg("--read-only").arg("--persistent").arg("--socket").arg(&socket);
         // One more, for the connection that asks whether it serves.

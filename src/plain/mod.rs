@@ -78,6 +78,10 @@ pub struct Wish {
     /// Read it although a QEMU may be writing to it. Never for writing.
     #[serde(default)]
     pub force_share: bool,
+    /// What was cut short on its way into the image's place is thrown away, not gone on from. A patch that was made earlier
+    /// is for the image that is there, and not for what something else had begun to make of it.
+    #[serde(default)]
+    pub afresh: bool,
 }
 
 /// How an image that is there is to be changed.

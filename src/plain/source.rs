@@ -9,6 +9,7 @@ use crate::block::extent::Content;
 use crate::block::tree::ZeroNodes;
 use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, GROUP_LEN, GroupIndex};
 use crate::error::{Error, Kind, Result};
+use crate::image::foreign::Foreign;
 use crate::image::locks::ReadLock;
 use crate::image::open::{self, OpenOptions, Opened};
 use crate::image::raw::RawImage;
@@ -67,7 +68,7 @@ impl Source {
             false => files.iter().map(|file| lock(file)).collect::<Result<_>>()?,
         };
         let seen = files.iter().map(|f| Ok((f.to_path_buf(), Identity::of(f)?))).collect::<Result<_>>()?;
-        let exact = (format == Format::Raw && options.exact) || layer.block_device;
+        let exact = format == Format::Raw && (options.exact || layer.block_device);
         let (image, how, opened): (Arc<dyn Image>, _, _) = match exact {
             true => {
                 let image = RawImage::open_exact(&layer, options.device_max)?;
@@ -79,6 +80,21 @@ impl Source {
             }
         };
         Ok(Source { image, path: path.to_owned(), how, opened, seen, shared, _locks: locks })
+    }
+
+    /// As [`Source::open`], of an image in a format of others, which is one file.
+    pub fn open_foreign(path: &Path, format: Foreign, options: &ReadOptions) -> Result<Source> {
+        let layer = layer(path, Format::Raw)?;
+        redo::refuse_if_torn(&super::place::real_path(path)?, layer.block_device, &options.redo_dir)?;
+        if let Some(root) = &options.within {
+            super::place::check_within(path, root)?;
+        }
+        let shared = options.open.force_share;
+        let locks = if shared { Vec::new() } else { vec![lock(path)?] };
+        let seen = vec![(path.to_owned(), Identity::of(path)?)];
+        let opened = open::open_foreign(&layer, format, &options.open)?;
+        let (image, how) = (opened.image.clone(), opened.how.clone());
+        Ok(Source { image, path: path.to_owned(), how, opened: Some(opened), seen, shared, _locks: locks })
     }
 
     pub fn size(&self) -> DiskSize {

@@ -172,7 +172,7 @@ impl LocalTarget {
             Ok(_) => return Err(Error::new(Kind::Conflict, "this is no file of ours").path(part).hint("remove it")),
         }
         let held = place::hold(&part)?;
-        if self.layer.format == Format::Qcow2 && !mended(&part) {
+        if self.wish.afresh || self.layer.format == Format::Qcow2 && !mended(&part) {
             return remove(&part);
         }
         self.lock().part = Some((part, held));

@@ -228,24 +228,24 @@ impl<R: Read> Reading<R> {
         Ok(())
     }
 
-    /// A line without its newline, of at most `max` bytes.
-    fn line(&mut self, max: usize) -> Result<Vec<u8>> {
+    /// A line without its newline; an error that `long` gives if it has more than `max` bytes.
+    fn line(&mut self, max: usize, long: impl FnOnce() -> Error) -> Result<Vec<u8>> {
         let mut line = Vec::new();
         loop {
             let mut byte = [0];
             self.take(&mut byte)?;
             match byte {
                 [b'\n'] => return Ok(line),
-                _ if line.len() == max => return Err(corrupt("this is no point in a stream")),
+                _ if line.len() == max => return Err(long()),
                 [byte] => line.push(byte),
             }
         }
     }
 
     fn head(&mut self) -> Result<Carried> {
-        let banner = self.line(Banner::LEN_MAX).map_err(|_| BANNER.not_this())?;
+        let banner = self.line(Banner::LEN_MAX, || BANNER.not_this())?;
         BANNER.check(&[&banner[..], b"\n"].concat())?;
-        let line = self.line(HEAD_MAX)?;
+        let line = self.line(HEAD_MAX, || corrupt("this is no point in a stream"))?;
         let head: Carried =
             serde_json::from_slice(&line).map_err(|e| corrupt("the stream does not say what it carries").source(e))?;
         let mut names: Vec<Attachment> = head.attachments.clone();

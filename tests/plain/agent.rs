@@ -24,7 +24,16 @@ fn agent(root: &Path, service: Service) -> Arc<AgentClient> {
 }
 
 fn wish(path: PathBuf, format: Format) -> Wish {
-    Wish { path, format, read_only: false, way: WayWish::Auto, digests: None, size: None, force_share: false }
+    Wish {
+        path,
+        format,
+        read_only: false,
+        way: WayWish::Auto,
+        digests: None,
+        size: None,
+        force_share: false,
+        afresh: false,
+    }
 }
 
 fn send(t: &Bench, client: &Arc<AgentClient>, source: &Path, wish: &Wish) -> Result<Copied, Error> {

@@ -61,6 +61,23 @@ fn killed_at_i5() {
     killed_at("i5", "copy", &REPEAT);
 }
 
+/// A patch fits the image that is there, and is not taken in by the copy of it that nobody gave the name.
+#[test]
+fn an_apply_that_was_cut_short_is_repeated_on_the_image_itself() {
+    for way in ["redo", "copy"] {
+        let step = if way == "redo" { "i1" } else { "i4" };
+        let t = Bench::new();
+        let (source, image) = (t.image("source", Raw, ("xbc0eg", 9)), t.image("image", Raw, ("abcdef", 65536)));
+        assert!(program(&t, "", &["diff", "source", "--base", "image", "-o", "a.patch"]).status.success());
+        let args = ["apply", "--atomic", way, "a.patch", "image"];
+        assert!(!program(&t, &format!("{step}=kill"), &args).status.success());
+        let done = program(&t, "", &args);
+        assert!(done.status.success(), "{done:?}");
+        assert!(fs::read(&image).unwrap() == fs::read(&source).unwrap(), "{way}");
+        t.clean(way);
+    }
+}
+
 /// Torn between any two blocks, with the redo file durable: the next run ends it all the same.
 #[test]
 fn a_torn_image_is_mended_however_far_it_came() {

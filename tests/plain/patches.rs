@@ -19,7 +19,16 @@ const STATES: [(&str, usize); 6] =
     [("abcd.f", 65536), ("abXd.f", 65536), ("a.XdYf", 65536), ("a.XdYfgh", 77), ("a.XdY1", 4097), ("", 0)];
 
 fn wish(path: &Path, way: WayWish, read_only: bool) -> Wish {
-    Wish { path: path.to_owned(), format: Raw, read_only, way, digests: None, size: None, force_share: false }
+    Wish {
+        path: path.to_owned(),
+        format: Raw,
+        read_only,
+        way,
+        digests: None,
+        size: None,
+        force_share: false,
+        afresh: !read_only,
+    }
 }
 
 fn make(t: &Bench, base: &dyn PlainTarget, source: &Path) -> Vec<u8> {
@@ -114,10 +123,11 @@ fn what_is_damaged_is_not_applied_at_all() {
             let cut = &patch[..at];
             assert!(put(&t, cut, &old, way, None).is_err(), "cut at {at}");
             assert!(fs::read(&old).unwrap() == before, "{at}");
-            // What a copy left that was cut short is not what is tested here.
-            let _ = fs::remove_file(t.path(".old.vr-part"));
         }
     }
+    // And what the damaged ones left in the place of a copy is in nobody's way.
+    assert!(!put(&t, &patch, &old, WayWish::Copy, None).unwrap().already);
+    assert!(fs::read(&old).unwrap() == fs::read(&new).unwrap());
     t.clean("damaged");
 }
 
@@ -225,4 +235,25 @@ fn pipes_carry_patches_and_digests() {
         assert!(done.status.success(), "{name}: {done:?}");
     }
     assert!(!program(&t, "", &["diff", "source", "-o", "x.patch"]).status.success(), "a base is demanded");
+}
+
+/// As docs/plain.md has it for an image on a host that can only be reached: digests go there, what differs comes back.
+#[test]
+fn an_image_is_fetched_by_its_digests_and_a_patch() {
+    let t = Bench::new();
+    let (far, near) = (t.image("far", Raw, ("aXcd.f", 77)), t.image("near", Raw, ("abcdef", 65536)));
+    let page = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/plain.md")).unwrap();
+    let line = page.lines().find(|line| line.contains("| ssh dr1 'virt-replica diff")).expect("the page has it");
+    // The other host is played by a shell.
+    let script = line
+        .replace("ssh dr1", "sh -c")
+        .replace("/srv/images/disk.raw", "far")
+        .replace("disk.raw", "near")
+        .replace("virt-replica", env!("CARGO_BIN_EXE_virt-replica"));
+    let done = Command::new("bash").args(["-o", "pipefail", "-c", &script]).current_dir(t.path("")).output().unwrap();
+    assert!(done.status.success(), "{script}: {done:?}");
+    assert!(fs::read(far).unwrap() == fs::read(near).unwrap());
+    let refused = program(&t, "", &["copy", "ssh://dr1/srv/images/disk.raw", "near"]);
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(refused.status.code() == Some(2) && said.contains("is on this host") && said.contains("hint"), "{said}");
 }

@@ -38,6 +38,10 @@ impl Bench {
         Bench(tempfile::tempdir().unwrap())
     }
 
+    pub fn within(dir: &Path) -> Bench {
+        Bench(tempfile::tempdir_in(dir).unwrap())
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
@@ -136,6 +140,7 @@ impl Bench {
             digests: asked.digests.clone(),
             size: Some(source.size()),
             force_share: false,
+            afresh: false,
         };
         let target = LocalTarget::open(&wish, &self.local_options())?;
         let job = Copy {
@@ -211,7 +216,11 @@ pub struct Loop(PathBuf);
 
 impl Loop {
     pub fn over(file: &Path) -> Option<Loop> {
-        let done = Command::new("losetup").args(["--find", "--show"]).arg(file).output().ok()?;
+        Self::with(file, &[])
+    }
+
+    pub fn with(file: &Path, options: &[&str]) -> Option<Loop> {
+        let done = Command::new("losetup").args(["--find", "--show"]).args(options).arg(file).output().ok()?;
         done.status.success().then(|| Loop(PathBuf::from(String::from_utf8(done.stdout).unwrap().trim())))
     }
 

@@ -1,0 +1,162 @@
+//! What protects a file on its way: encrypted for whoever may read it (age), and signed by whoever made it (minisign).
+//!
+//! The signature is outside: it is over the bytes as they travel, so that a courier, or a store of objects, checks it
+//! without being able to read them, and so that of a file not a byte is taken apart, nor a key used on it, before it is
+//! known whose it is.
+//!
+//! Invariants
+//! - A reader that was told to check a signature reports the end of its input only if the signature is right over all
+//!   that it handed out. Whoever waits for the end before anything counts cannot be deceived, and a file that is
+//!   changed between two looks at it makes no difference.
+//! - Keys never show: neither in errors nor in a `Debug`.
+//!
+//! Formats: docs/formats/envelope.md.
+
+mod aside;
+mod crypt;
+mod keyfile;
+mod sign;
+
+pub use crypt::{Identities, Recipients};
+pub use sign::{PublicKey, Signer};
+
+use crate::error::{Error, Kind, Result};
+use age::stream::StreamWriter;
+use serde::Serialize;
+use sign::{Signing, Verifying};
+use std::fs::File;
+use std::io::{self, Cursor, Read, Seek, Write};
+
+/// What a signature's name has more than that of its file.
+pub const SIGNATURE_SUFFIX: &str = ".minisig";
+
+/// How a file is protected that is written.
+#[derive(Default)]
+pub struct Wrap {
+    pub recipients: Option<Recipients>,
+    pub signer: Option<Signer>,
+}
+
+/// A writer that encrypts, then signs. Without [`Wrapped::finish`] nothing can be done with what was written.
+pub struct Wrapped<W: Write>(Layer<W>);
+
+enum Layer<W: Write> {
+    Open(Signing<W>),
+    Encrypted(StreamWriter<Signing<W>>),
+}
+
+impl<W: Write> Wrapped<W> {
+    pub fn new(out: W, wrap: Wrap) -> Result<Self> {
+        let signing = Signing::new(out, wrap.signer)?;
+        Ok(Wrapped(match wrap.recipients {
+            Some(recipients) => Layer::Encrypted(recipients.encrypt(signing)?),
+            None => Layer::Open(signing),
+        }))
+    }
+
+    /// Ends it: what was written to, flushed, and the signature, if there is to be one.
+    pub fn finish(self) -> Result<(W, Option<String>)> {
+        let signing = match self.0 {
+            Layer::Open(signing) => signing,
+            Layer::Encrypted(stream) => stream.finish().map_err(|e| Error::from_io("cannot write the file", e))?,
+        };
+        signing.finish()
+    }
+}
+
+impl<W: Write> Write for Wrapped<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match &mut self.0 {
+            Layer::Open(out) => out.write(bytes),
+            Layer::Encrypted(out) => out.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match &mut self.0 {
+            Layer::Open(out) => out.flush(),
+            Layer::Encrypted(out) => out.flush(),
+        }
+    }
+}
+
+/// How the protection of a file that is read is taken off.
+#[derive(Default)]
+pub struct Unwrap {
+    pub identities: Option<Identities>,
+    /// Only what this key signed is read to its end.
+    pub key: Option<PublicKey>,
+}
+
+/// What a file was protected by. The JSON of this struct is a contract with scripts: fields are added, never renamed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Protection {
+    pub encrypted: bool,
+    /// What the signature says beside the bytes, signed as they are. To be believed once the file was read to its end; absent
+    /// where no signature was checked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub signed: Option<String>,
+}
+
+/// A file with its protection taken off as it is read.
+pub struct Opened {
+    pub input: Box<dyn Read + Send>,
+    pub protection: Protection,
+}
+
+impl Unwrap {
+    /// `signature`: the text of it, where one is to be checked.
+    pub fn open(&self, input: impl Read + Send + 'static, signature: Option<&str>) -> Result<Opened> {
+        let (input, signed) = self.verifying(Box::new(input), signature)?;
+        self.decrypting(input, signed)
+    }
+
+    /// As [`Unwrap::open`]: a file is read twice, so that nothing is taken apart that was not signed. What counts is the
+    /// second time, over the same bytes that are handed out.
+    pub fn open_file(&self, mut file: File, signature: Option<&str>) -> Result<Opened> {
+        let cannot = |e| Error::from_io("cannot read the file", e);
+        if self.key.is_some() && file.metadata().map_err(cannot)?.is_file() {
+            let copy = file.try_clone().map_err(cannot)?;
+            let (mut input, _) = self.verifying(Box::new(copy), signature)?;
+            io::copy(&mut input, &mut io::sink()).map_err(cannot)?;
+            file.rewind().map_err(cannot)?;
+        }
+        self.open(file, signature)
+    }
+
+    fn verifying(
+        &self,
+        input: Box<dyn Read + Send>,
+        signature: Option<&str>,
+    ) -> Result<(Box<dyn Read + Send>, Option<String>)> {
+        match (&self.key, signature) {
+            (None, _) => Ok((input, None)),
+            (Some(_), None) => Err(Error::new(Kind::Usage, "there is no signature to be checked")
+                .hint("name the file that has it: --signature FILE")),
+            (Some(key), Some(signature)) => {
+                let (verifying, comment) = Verifying::new(input, key, signature)?;
+                Ok((Box::new(verifying), Some(comment)))
+            }
+        }
+    }
+
+    fn decrypting(&self, mut input: Box<dyn Read + Send>, signed: Option<String>) -> Result<Opened> {
+        let mut beginning = Vec::new();
+        let read = (&mut input).take(crypt::BEGINNING_LEN as u64).read_to_end(&mut beginning);
+        read.map_err(|e| Error::from_io("cannot read the file", e))?;
+        let encrypted = crypt::is_encrypted(&beginning)?;
+        let whole = Cursor::new(beginning).chain(input);
+        let input: Box<dyn Read + Send> = match (encrypted, &self.identities) {
+            (false, _) => Box::new(whole),
+            (true, Some(identities)) => Box::new(identities.decrypt(whole)?),
+            (true, None) => {
+                return Err(Error::new(Kind::Auth, "the file is encrypted (age)")
+                    .hint("name the file with your key: --decrypt-with FILE"));
+            }
+        };
+        Ok(Opened { input, protection: Protection { encrypted, signed } })
+    }
+}
+
+#[cfg(test)]
+mod tests;
