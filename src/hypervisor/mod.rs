@@ -27,6 +27,7 @@ mod machine_libvirt;
 pub mod names;
 #[cfg(feature = "libvirt")]
 mod pull;
+pub mod relocate;
 pub mod stored;
 #[cfg(feature = "libvirt")]
 mod sys;

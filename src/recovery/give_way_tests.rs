@@ -45,6 +45,9 @@ fn give_way(powers: &[Option<Power>], stage: Option<Stage>) -> (Result<GaveWay>,
         started_at: Timestamp::UNIX_EPOCH,
         detached: Vec::new(),
         detaching_in: None,
+        raw: Vec::new(),
+        moving: None,
+        wanted: Default::default(),
     });
     let given = run(&ports, &uuid, record.as_ref());
     (given, done.into_inner())
