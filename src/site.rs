@@ -36,6 +36,8 @@ pub mod here;
 pub mod near;
 
 #[cfg(feature = "libvirt")]
+use source::start_deadman;
+#[cfg(feature = "libvirt")]
 pub use source::{Site, SiteOptions};
 
 pub mod plain;
@@ -297,7 +299,7 @@ mod source {
     use crate::name::RunId;
     use crate::recovery::drills::DrillRecord;
     use crate::recovery::failover::{self, FailoverRecord};
-    use crate::recovery::{drill, drills};
+    use crate::recovery::{detach, drill, drills};
     use crate::replica::Replica;
     use crate::replicate::cycle::{Ports, Request, Watch};
     use crate::replicate::deadman::{self, Charge, Deadman};
@@ -394,6 +396,7 @@ mod source {
                 backups: &self.hypervisor,
                 state: &self.options.state,
                 uuid: uuid.clone(),
+                others: &|| detach::raw::release(&self.hypervisor, &self.options.state, uuid),
                 driver,
             };
             deadman::serve(std::io::stdin(), std::io::stdout(), &charge)
@@ -404,9 +407,7 @@ mod source {
                 let target = target.ok_or_else(|| Error::new(Kind::Usage, "this needs a target"))?;
                 Ok(Box::new(target.client()?.open(uuid)?))
             };
-            let guard = |uuid: &DomainUuid| -> Result<Box<dyn PauseGuard>> {
-                Ok(Box::new(Deadman::start(self.deadman_command(uuid)?)?))
-            };
+            let guard = |uuid: &DomainUuid| start_deadman(&self.options, uuid);
             f(&Ports {
                 hypervisor: &self.hypervisor,
                 tracking: &self.hypervisor,
@@ -422,15 +423,16 @@ mod source {
                 clock: &Timestamp::now,
             })
         }
+    }
 
-        fn deadman_command(&self, uuid: &DomainUuid) -> Result<Command> {
-            let program = std::env::current_exe().map_err(|e| Error::from_io("cannot find this program's file", e))?;
-            let mut command = Command::new(program);
-            if let Some(uri) = &self.options.uri {
-                command.arg("--connect").arg(uri);
-            }
-            command.arg("--state-dir").arg(&self.options.state).arg("deadman").arg(uuid.as_str());
-            Ok(command)
+    /// A process of this program that guards the domain; see [`Site::guard`].
+    pub(super) fn start_deadman(options: &SiteOptions, uuid: &DomainUuid) -> Result<Box<dyn PauseGuard>> {
+        let program = std::env::current_exe().map_err(|e| Error::from_io("cannot find this program's file", e))?;
+        let mut command = Command::new(program);
+        if let Some(uri) = &options.uri {
+            command.arg("--connect").arg(uri);
         }
+        command.arg("--state-dir").arg(&options.state).arg("deadman").arg(uuid.as_str());
+        Ok(Box::new(Deadman::start(command)?))
     }
 }

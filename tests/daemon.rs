@@ -102,6 +102,7 @@ impl Daemon {
             program: Program {
                 path: path("child"),
                 globals: vec!["--state-dir".to_owned(), path("state").display().to_string()],
+                state: path("state"),
             },
             list: Arc::new(list),
             list_store: Arc::new(|_| Ok(Vec::new())),

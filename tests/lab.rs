@@ -55,6 +55,8 @@ mod crash_power;
 mod crash_qmp;
 #[path = "lab/suite/crash_quiesce.rs"]
 mod crash_quiesce;
+#[path = "lab/suite/crash_raw.rs"]
+mod crash_raw;
 #[path = "lab/suite/daemon.rs"]
 mod daemon;
 #[path = "lab/suite/daemon_soak.rs"]

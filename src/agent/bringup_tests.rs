@@ -4,7 +4,7 @@ use super::super::client::AgentClient;
 use super::super::{ReplicaOpener, ServeOptions, Served, serve};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DomainName, DomainUuid, Generation, PointId, RunId};
-use crate::recovery::bringup::{BringUp, Order, Readiness, Standing};
+use crate::recovery::bringup::{BringUp, Order, Readiness, Standing, Wanted};
 use crate::recovery::failover::{FailoverRecord, Stage};
 use crate::recovery::give_way::GaveWay;
 use crate::recovery::ready::{Color, Finding, Question};
@@ -17,7 +17,11 @@ const UUID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
 
 fn order() -> Order {
     let run = RunId::from_bits(7);
-    Order { point: PointId::from_parts(1, &run), handover: run }
+    Order {
+        point: PointId::from_parts(1, &run),
+        handover: run,
+        wanted: Wanted { autostart: true, ..Wanted::default() },
+    }
 }
 
 /// Does nothing, and remembers what it was told to do.
@@ -46,6 +50,9 @@ fn record() -> FailoverRecord {
         detached: Vec::new(),
         detaching_in: None,
         tpm: false,
+        raw: Vec::new(),
+        moving: None,
+        wanted: Default::default(),
     }
 }
 
@@ -59,7 +66,7 @@ impl BringUp for Host {
         Ok(Standing { failover: Some(record()), ..Standing::default() })
     }
     fn bring_up(&self, order: &Order, say: &dyn Fn(&str)) -> Result<FailoverRecord> {
-        self.hears(format!("up {} {}", order.handover, order.point));
+        self.hears(format!("up {} {} {:?}", order.handover, order.point, order.wanted));
         say("starting\x1b[2J the domain");
         // The latest words count; these have to be heard before others could come.
         std::thread::sleep(std::time::Duration::from_millis(200));
@@ -173,11 +180,11 @@ fn every_verb_arrives_and_every_answer_comes_back() {
         assert_eq!(far.commit(&|_| {}).unwrap(), Generation(2));
         assert_eq!(far.give_way(&|_| {}).unwrap().point, Some(order().point));
     });
-    let Order { handover, point } = order();
+    let Order { handover, point, wanted } = order();
     let all = [
         "ready true",
         "ready false",
-        &format!("up {handover} {point}"),
+        &format!("up {handover} {point} {wanted:?}"),
         &format!("off {handover}"),
         "undo",
         "commit",

@@ -110,6 +110,7 @@ fn describe(status: &Value) -> String {
     let age = |v: &Value| v.as_i64().map_or("-".to_owned(), render::short_age);
     let rows = status["domains"].as_array().map_or(&[][..], Vec::as_slice).iter().map(|row| {
         let state = match () {
+            _ if !row["lives_on"].is_null() => "demoted".to_owned(),
             _ if !row["breach_since"].is_null() => "RPO BROKEN".to_owned(),
             _ if !row["running"].is_null() => format!("step {}", row["running"]["step"]),
             _ if row["policy"].is_null() => "no policy".to_owned(),
@@ -180,7 +181,11 @@ mod service {
             config: globals.config_path().to_owned(),
             config_named: globals.config.is_some(),
             state: globals.state_dir.clone(),
-            program: Program { path: own_program()?, globals: child_globals(globals) },
+            program: Program {
+                path: own_program()?,
+                globals: child_globals(globals),
+                state: globals.state_dir.clone(),
+            },
             list: lister(globals),
             list_store: Arc::new(|root| {
                 let replicas = site::replicas_of(root)?.into_iter();

@@ -3,8 +3,9 @@
 use super::Globals;
 use super::here::HereArgs;
 use super::output::{Exit, Output};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use virt_replica::error::Result;
+use virt_replica::replicate::demoted::DiskFormat;
 
 #[derive(Debug, Args)]
 pub struct DetachArgs {
@@ -13,11 +14,33 @@ pub struct DetachArgs {
     /// Copy at most so much in a second (100M) [default: as fast as it goes]
     #[arg(long, value_name = "SIZE", value_parser = super::render::parse_bytes)]
     rate: Option<u64>,
+    /// What its images are to be; raw ones need a copy of the whole disk, and hold the guest for a moment; same: as they were at
+    /// the source [default: as the migration asked for, or qcow2]
+    #[arg(long, value_name = "FORMAT")]
+    disk_format: Option<WantedFormat>,
     #[command(flatten)]
     here: HereArgs,
     /// Print JSON for scripts
     #[arg(long)]
     pub json: bool,
+}
+
+/// What images are to be once they are a domain's own.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum WantedFormat {
+    Qcow2,
+    Raw,
+    Same,
+}
+
+impl From<WantedFormat> for DiskFormat {
+    fn from(wanted: WantedFormat) -> DiskFormat {
+        match wanted {
+            WantedFormat::Qcow2 => DiskFormat::Qcow2,
+            WantedFormat::Raw => DiskFormat::Raw,
+            WantedFormat::Same => DiskFormat::Same,
+        }
+    }
 }
 
 #[cfg(not(feature = "libvirt"))]
@@ -52,13 +75,19 @@ mod act {
                 say(&format!("disk {disk}: {} of {} are looked at", render::bytes(done), render::bytes(total)));
             }
         };
-        let done = here.detach(&args.domain, args.rate, Told { say: &say, progress: &progress }, stop)?;
+        let done = here.detach(
+            &args.domain,
+            args.rate,
+            args.disk_format.map(DiskFormat::from),
+            Told { say: &say, progress: &progress },
+            stop,
+        )?;
         let (record, warnings) = (&done.record, &done.warnings);
         match output.json {
             true => {
                 let body = json!({
                     "domain": record.domain, "uuid": record.uuid, "point": record.point, "images": record.dir,
-                    "disks": record.detached, "warnings": warnings,
+                    "disks": record.detached, "raw": record.raw, "warnings": warnings,
                 });
                 Message { message_type: "detach", body }.print()?;
             }

@@ -36,7 +36,7 @@ mod act {
     use virt_replica::error::{Error, Kind, Result};
     use virt_replica::hypervisor::Hypervisor as _;
     use virt_replica::name::{DomainName, DomainUuid};
-    use virt_replica::recovery::handover::{self, Report};
+    use virt_replica::recovery::handover::{self, DiskFormat, Report};
     use virt_replica::replicate::plan::PlanOptions;
     use virt_replica::replicate::{cycle, demoted};
     use virt_replica::site::handover::Means;
@@ -83,6 +83,7 @@ mod act {
                 force_off: args.force_off,
                 commit: false,
                 head_age_max: HEAD_AGE_MAX,
+                disk_format: DiskFormat::default(),
             };
             let stop = signals::listen_saying(
                 "stopping: the domain is left, or put back, as it was (unless the target has been asked to start it)",

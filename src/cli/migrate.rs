@@ -1,6 +1,7 @@
 //! `migrate`: moves a running domain to its target, down for no longer than it has to be.
 
 use super::Globals;
+use super::detach::WantedFormat;
 use super::handover::HandoverArgs;
 use super::limits::LinkArgs;
 use super::output::{Exit, Output};
@@ -33,6 +34,9 @@ pub struct MigrateArgs {
     /// Do not commit it at the target: it can be undone from there
     #[arg(long)]
     keep_undo: bool,
+    /// What its images are to be there, once `detach` gives it its own; same: as they are here
+    #[arg(long, value_name = "FORMAT", default_value = "qcow2")]
+    disk_format: WantedFormat,
     #[command(flatten)]
     link: LinkArgs,
     #[command(flatten)]
@@ -80,6 +84,7 @@ mod act {
         // Whoever comes here is warm: the rounds saw to that.
         prepared.request.head_age_max = Duration::MAX;
         prepared.request.commit = !args.keep_undo;
+        prepared.request.disk_format = args.disk_format.into();
         let told = |round: &Round| match output.json {
             true => drop(Message { message_type: "round", body: round }.print()),
             false if output.quiet => {}

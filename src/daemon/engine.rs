@@ -11,6 +11,7 @@ use super::event::{About, Event, Level, Listed, Now, Order, Setup, StartRun};
 use super::pair::{End, Key, Pair, RunResult};
 use super::run::{Phase, Run, hook_env};
 use crate::name::DomainUuid;
+use crate::policy::Policy;
 use crate::policy::admission::{self, BreachChange, Running, Waiting};
 use crate::policy::retry;
 use crate::policy::schedule::{Due, Shift};
@@ -45,6 +46,8 @@ pub struct Engine {
     asked: BTreeSet<Key>,
     pub(super) next_run: u64,
     domains: Vec<Listed>,
+    /// Domains of this host that were handed over, and where they live: nothing is promised of them here.
+    pub(super) handed: BTreeMap<DomainUuid, String>,
     listed: bool,
     pub(super) libvirt_error: Option<String>,
     pub(super) config_error: Option<String>,
@@ -76,6 +79,7 @@ impl Engine {
             asked: BTreeSet::new(),
             next_run: 1,
             domains: Vec::new(),
+            handed: BTreeMap::new(),
             listed: false,
             libvirt_error: None,
             config_error: None,
@@ -96,6 +100,8 @@ impl Engine {
                 if self.libvirt_error.take().is_some() {
                     orders.push(Order::Say(Level::Info, About::default(), "libvirt is there again".to_owned()));
                 }
+                let handed = domains.iter().filter_map(|l| Some((l.domain.uuid.clone(), l.lives_on.clone()?)));
+                self.handed = handed.collect();
                 self.domains = domains;
                 self.listed = true;
                 self.assign(now, &mut orders);
@@ -227,6 +233,15 @@ impl Engine {
         self.asked.remove(&key);
         self.foreseen.remove(&key);
         let Some(pair) = self.pairs.get_mut(&key) else { return };
+        if let Some(to) = end.lives_on.as_ref().filter(|_| end.alarms.is_empty()) {
+            // As it should be, and no failure. It is asked again: the target may have let it back.
+            pair.retry_at = now.wall.checked_add(signed(job.policy.retry.max)).ok();
+            pair.failures = 0;
+            let text = format!("domain '{}' lives on {to}: nothing is replicated from here", job.domain.name);
+            orders.extend([Order::Say(Level::Info, About::job(&job), text), Order::Save]);
+            self.handed.insert(key.uuid, to.clone());
+            return;
+        }
         pair.ended(begun, now.wall, end.clone());
         let (name, target) = (&job.domain.name, &job.target);
         match (end.result, &end.error) {
@@ -311,7 +326,8 @@ impl Engine {
             if !self.listed || (policy.is_none() && pair.breach_since.is_none()) {
                 continue;
             }
-            let rpo = policy.and_then(|p| p.rpo);
+            let lives_on = policy.and_then(|p| lives_on(&self.handed, key, p));
+            let rpo = policy.and_then(|p| p.rpo).filter(|_| lives_on.is_none());
             let deadline = rpo.map(|rpo| deadline(pair, rpo));
             let since = pair.breach_since;
             let change = admission::breach(&mut pair.breach_since, deadline, now.wall);
@@ -325,6 +341,9 @@ impl Engine {
             };
             orders.push(Order::Save);
             let text = match (change, since) {
+                (BreachChange::Left, _) if lives_on.is_some() => {
+                    format!("it lives on {} now", lives_on.unwrap_or_default())
+                }
                 (BreachChange::Left, _) if deadline.is_none() => "it has no RPO any more".to_owned(),
                 (BreachChange::Left, Some(since)) => format!("the RPO is kept again; it was broken since {since}"),
                 _ => "the RPO is broken".to_owned(),
@@ -349,7 +368,7 @@ impl Engine {
         let waiting = self.waiting(now.wall);
         let running = self.running(now);
         for miss in admission::foresee(&waiting, &running, &self.setup.caps, now.wall) {
-            let has_rpo = self.assigned.get(&miss.key).is_some_and(|a| self.setup.policies[a.policy].rpo.is_some());
+            let has_rpo = self.assigned.get(&miss.key).is_some_and(|a| self.rpo(&miss.key, a).is_some());
             let late = miss.deadline > now.wall;
             if has_rpo && late && self.foreseen.insert(miss.key.clone(), miss.deadline) != Some(miss.deadline) {
                 let name = &self.pairs[&miss.key].domain;
@@ -400,7 +419,7 @@ impl Engine {
             if !due || self.runs.values().any(|r| r.key == *key) {
                 continue;
             }
-            let (schedule, rpo) = (&self.setup.schedules[a.policy], self.setup.policies[a.policy].rpo);
+            let (schedule, rpo) = (&self.setup.schedules[a.policy], self.rpo(key, a));
             let deadline = schedule.deadline(shift(key), rpo, pair.frozen_at, &pair.past());
             waiting.push(Waiting {
                 key: key.clone(),
@@ -433,6 +452,12 @@ impl Engine {
         self.setup.schedules[a.policy].due(shift(key), &self.pairs[key].past(), now)
     }
 
+    /// What is promised of it.
+    fn rpo(&self, key: &Key, assigned: &Assigned) -> Option<Duration> {
+        let policy = &self.setup.policies[assigned.policy];
+        policy.rpo.filter(|_| lives_on(&self.handed, key, policy).is_none())
+    }
+
     /// How long nothing happens by itself.
     pub fn sleep(&self, now: Now) -> Duration {
         let mut sleep = SLEEP_MAX;
@@ -449,7 +474,7 @@ impl Engine {
         }
         for (key, a) in &self.assigned {
             let pair = &self.pairs[key];
-            if let (Some(rpo), None) = (self.setup.policies[a.policy].rpo, pair.breach_since) {
+            if let (Some(rpo), None) = (self.rpo(key, a), pair.breach_since) {
                 until(deadline(pair, rpo) + SignedDuration::from_millis(1));
             }
         }
@@ -499,6 +524,11 @@ impl Engine {
     pub fn stopping(&self) -> bool {
         self.stop_at.is_some()
     }
+}
+
+/// Where the domain of a pair lives, if it was handed over. A replica of a store of this host's is no domain of it.
+pub(super) fn lives_on<'a>(handed: &'a BTreeMap<DomainUuid, String>, key: &Key, policy: &Policy) -> Option<&'a str> {
+    handed.get(&key.uuid).filter(|_| policy.store.is_none()).map(String::as_str)
 }
 
 fn is_called(domain: &SeenDomain, name: &str) -> bool {

@@ -73,6 +73,7 @@ impl Bench {
             },
             store: None,
             points: Vec::new(),
+            lives_on: None,
         };
         names.split_whitespace().map(domain).collect()
     }
@@ -162,6 +163,7 @@ fn a_failure_waits_longer_each_time_and_a_point_made_by_hand_ends_that() {
         domain: SeenDomain { name: DomainName::new("a").unwrap(), uuid: uuid(97), tags: Vec::new() },
         store: None,
         points: vec![("ssh://dr1".into(), b.now.wall, b.now.wall)],
+        lives_on: None,
     };
     b.tell(Event::Domains(vec![listed]));
     assert_eq!(words(&b.pass(120)), [""; 0], "it has a point of two minutes ago");
@@ -203,6 +205,48 @@ fn stopping_ends_runs_in_order_and_kills_what_does_not_end() {
     assert_eq!(words(&b.pass(1)), ["kill 2"]);
     assert_eq!(words(&b.fails(2, Kind::Interrupted)), ["exit"], "no repair: its dead-man, or the next run, does it");
     assert_eq!(words(&Bench::new(&[HOURLY]).tell(Event::Stop)), ["exit"]);
+}
+
+/// A domain that lives on its target is no domain whose replica is late.
+#[test]
+fn of_a_domain_that_was_handed_over_nothing_is_promised_and_nobody_is_alarmed() {
+    let hooks = "hooks: {on_breach: {command: [/bin/true]}, on_failure: {command: [/bin/true]}}\n";
+    let mut b = Bench::new(&[&format!("{HOURLY}{hooks}")]);
+    b.domains("a");
+    b.seals(1);
+    // It was handed over while a run was under way: the daemon learns of it by that.
+    assert_eq!(words(&b.pass(3600)), ["2:a>dr1"]);
+    let end =
+        || End { lives_on: Some("ssh://dr1".into()), ..End::failed(Some(Kind::Conflict), "it lives on ssh://dr1") };
+    let orders = b.tell(Event::Ended { run: 2, end: end() });
+    assert!(words(&orders).is_empty() && said(&orders, Level::Error).is_empty(), "{orders:?}");
+    assert!(said(&orders, Level::Info).contains("lives on ssh://dr1"), "{orders:?}");
+    let here = |b: &Bench| b.listed("a");
+    let there = |b: &Bench| vec![Listed { lives_on: Some("ssh://dr1".into()), ..here(b).remove(0) }];
+    let listed = there(&b);
+    b.tell(Event::Domains(listed));
+    // Hours beyond its RPO: now and then is asked whether the target has let it back, and nothing is broken.
+    let mut asked = 0;
+    for _ in 0..20 {
+        for word in words(&b.pass(1800)) {
+            let run = word.strip_suffix(":a>dr1").unwrap_or_else(|| panic!("{word}")).parse().unwrap();
+            asked += 1;
+            assert_eq!(words(&b.tell(Event::Ended { run, end: end() })), [""; 0]);
+        }
+    }
+    assert!((5..=20).contains(&asked), "{asked}");
+    let row = b.engine.status(b.now).domains.remove(0);
+    assert_eq!((row.lives_on.as_deref(), row.lag_s, row.rpo_s, row.slack_s), (Some("ssh://dr1"), None, None, None));
+    assert_eq!((row.breach_since, row.failures, row.totals.breaches, row.totals.failed), (None, 0, 0, 0));
+    // Somebody starts it here all the same: that is told as loudly as ever.
+    let run = words(&b.pass(1800))[0].split(':').next().unwrap().parse().unwrap();
+    let end = End { alarms: vec!["a RUNS ON BOTH SIDES".into()], ..end() };
+    let orders = b.tell(Event::Ended { run, end });
+    assert_eq!(words(&orders), ["hook on_failurefailed"]);
+    assert!(said(&orders, Level::Error).contains("RUNS ON BOTH SIDES"), "{orders:?}");
+    // It is this host's again: what was promised of it is broken by now.
+    let listed = here(&b);
+    assert_eq!(words(&b.tell(Event::Domains(listed))), ["hook on_breachentered"]);
 }
 
 #[test]

@@ -73,6 +73,8 @@ pub struct Listed {
     /// A replica of this store on this host, and no domain of it.
     pub store: Option<PathBuf>,
     pub points: Vec<(String, Timestamp, Timestamp)>,
+    /// It was handed over, and lives on this target.
+    pub lives_on: Option<String>,
 }
 
 #[derive(Debug)]

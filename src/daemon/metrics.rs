@@ -89,6 +89,9 @@ pub fn render(status: &Status) -> String {
         r.rpo_s.map(|_| flag(r.breach_since.is_some()))
     });
     page.each("rpo_breaches_total", Counter, "How often the RPO was broken.", rows, |r| Some(r.totals.breaches as f64));
+    page.each("demoted", Gauge, "Whether it was handed over, and lives elsewhere.", rows, |r| {
+        Some(flag(r.lives_on.is_some()))
+    });
     page.each("paused", Gauge, "Whether a person holds runs back.", rows, |r| Some(flag(r.paused)));
     page.each("consecutive_failures", Gauge, "Runs that failed since the last that did not.", rows, |r| {
         Some(f64::from(r.failures))
@@ -201,6 +204,7 @@ mod tests {
             target: "ssh://dr1".into(),
             policy: Some("p".into()),
             paused: false,
+            lives_on: (name == "new").then(|| "ssh://dr1".into()),
             frozen_at: lag.map(|_| jiff::Timestamp::UNIX_EPOCH),
             lag_s: lag,
             rpo_s: Some(900),
@@ -269,6 +273,8 @@ mod tests {
         assert_eq!(of(&format!("virt_replica_bytes_sent_total{web}")), Some((1u64 << 40) as f64));
         assert_eq!(of(&format!("virt_replica_points{web}")), Some(3.0));
         assert_eq!(of(r#"virt_replica_points{domain="new",target="ssh://dr1"}"#), None);
+        assert_eq!(of(&format!("virt_replica_demoted{web}")), Some(0.0));
+        assert_eq!(of(r#"virt_replica_demoted{domain="new",target="ssh://dr1"}"#), Some(1.0));
         let check = r#"{domain="new",target="ssh://dr1",check="verify"}"#;
         assert_eq!(of(&format!("virt_replica_check_failed{check}")), Some(1.0));
         assert_eq!((of("virt_replica_config_ok"), of("virt_replica_libvirt_up")), (Some(0.0), Some(1.0)));

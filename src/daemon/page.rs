@@ -125,6 +125,7 @@ fn line(html: &mut String, row: &Row) {
     chart(html, &row.recent);
     newest(html, row);
     let next = match (&row.running, row.paused, row.next_at) {
+        _ if row.lives_on.is_some() => "demoted".to_owned(),
         (Some(run), _, _) => format!("step {} of 8, {}", run.step, run.state),
         (None, true, _) => "paused".to_owned(),
         (None, false, Some(at)) => time(at),
@@ -135,6 +136,10 @@ fn line(html: &mut String, row: &Row) {
 
 /// The lag as a bar whose whole length is the RPO.
 fn lag(html: &mut String, row: &Row) {
+    if let Some(to) = &row.lives_on {
+        let _ = write!(html, "<td><small>lives on {}</small></td>", escaped(to));
+        return;
+    }
     let Some(lag_s) = row.lag_s.map(|s| s.max(0) as u64) else {
         html.push_str("<td><small>no point yet</small></td>");
         return;
@@ -251,6 +256,7 @@ mod tests {
             target: "ssh://dr1".into(),
             policy: Some("gold".into()),
             paused: false,
+            lives_on: None,
             frozen_at: None,
             lag_s,
             rpo_s: rpo,

@@ -56,6 +56,9 @@ pub struct End {
     pub bytes_written: u64,
     #[serde(default)]
     pub seen: Option<TargetSeen>,
+    /// It made no point because its domain lives on this target.
+    #[serde(default)]
+    pub lives_on: Option<String>,
 }
 
 impl End {
@@ -74,6 +77,7 @@ impl End {
             bytes_sent: 0,
             bytes_written: 0,
             seen: None,
+            lives_on: None,
         }
     }
 }

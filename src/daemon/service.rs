@@ -338,6 +338,7 @@ fn replicas(store: &Path, list: &StoreLister) -> Vec<Listed> {
         domain,
         store: Some(store.to_owned()),
         points: head.map(|frozen_at| (url.clone(), frozen_at, frozen_at)).into_iter().collect(),
+        lives_on: None,
     };
     found.into_iter().map(listed).collect()
 }
@@ -354,5 +355,6 @@ fn learn(domain: SeenDomain, state: &Path, known: &Mutex<BTreeSet<DomainUuid>>) 
         Vec::new()
     });
     let points = reports.into_iter().filter_map(|r| Some((r.target, r.started_at, r.point?.frozen_at))).collect();
-    Listed { domain, store: None, points }
+    let lives_on = worker::lives_on(state, &domain.uuid);
+    Listed { domain, store: None, points, lives_on }
 }

@@ -1,7 +1,7 @@
 //! How everything stands, as data: the answer of the control socket, and what the metrics are made of.
 
 use super::checks::{Check, CheckState};
-use super::engine::{Engine, deadline};
+use super::engine::{Engine, deadline, lives_on};
 use super::event::Now;
 use super::pair::{Brief, LastRun, Totals};
 use super::run::Phase;
@@ -35,6 +35,8 @@ pub struct Row {
     /// The policy that means it; absent for a domain that no policy means any more.
     pub policy: Option<String>,
     pub paused: bool,
+    /// Where it lives since it was handed over: nothing is promised of it here, so lag and RPO are absent.
+    pub lives_on: Option<String>,
     pub frozen_at: Option<Timestamp>,
     pub lag_s: Option<i64>,
     pub rpo_s: Option<u64>,
@@ -70,7 +72,8 @@ impl Engine {
         let rows = shown.map(|(key, pair)| {
             let assigned = self.assigned.get(key);
             let policy = assigned.map(|a| &self.setup.policies[a.policy]);
-            let rpo = policy.and_then(|p| p.rpo);
+            let lives_on = policy.and_then(|p| lives_on(&self.handed, key, p));
+            let rpo = policy.and_then(|p| p.rpo).filter(|_| lives_on.is_none());
             let running = self.runs.values().find(|r| r.key == *key);
             Row {
                 domain: pair.domain.clone(),
@@ -79,7 +82,8 @@ impl Engine {
                 policy: policy.map(|p| p.name.clone()),
                 paused: self.all_paused || self.paused.contains(&key.uuid),
                 frozen_at: pair.frozen_at,
-                lag_s: pair.frozen_at.map(|f| now.wall.duration_since(f).as_secs()),
+                lives_on: lives_on.map(str::to_owned),
+                lag_s: pair.frozen_at.filter(|_| lives_on.is_none()).map(|f| now.wall.duration_since(f).as_secs()),
                 rpo_s: rpo.map(|r| r.as_secs()),
                 slack_s: rpo.map(|r| deadline(pair, r).duration_since(now.wall).as_secs()),
                 breach_since: pair.breach_since,

@@ -9,13 +9,14 @@ use super::service::Input;
 use crate::error::{Error, Kind, Result, printable};
 use crate::hook::{Env, Hook};
 use crate::name::DomainUuid;
+use crate::replicate::demoted::{self, Stage};
 use crate::replicate::report::{Report, RunOutcome};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::Deserialize;
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
@@ -36,6 +37,8 @@ pub struct Program {
     pub path: PathBuf,
     /// Global options that stand before the command.
     pub globals: Vec<String>,
+    /// Where this host keeps its own state.
+    pub state: PathBuf,
 }
 
 /// The arguments of `sync` that say what a policy says.
@@ -114,9 +117,12 @@ impl Program {
 
     /// Starts a run. Its signs and its end come as events of this number. Returns a hold on the process.
     pub fn start(&self, run: u64, job: &StartRun, inputs: &Sender<Input>) -> Result<OwnedFd> {
-        self.spawn(run, &sync_args(job), job.domain.name.as_str(), inputs, move |heard, status| Event::Ended {
-            run,
-            end: heard.end(status),
+        let (state, uuid) = (self.state.clone(), job.domain.uuid.clone());
+        self.spawn(run, &sync_args(job), job.domain.name.as_str(), inputs, move |heard, status| {
+            let mut end = heard.end(status);
+            // Looked at now: it may have been handed over since the daemon asked last.
+            end.lives_on = lives_on(&state, &uuid).filter(|_| end.result == RunResult::Failed);
+            Event::Ended { run, end }
         })
     }
 
@@ -281,6 +287,18 @@ impl Heard {
             bytes_sent: sum(|s| s.bytes_sent),
             bytes_written: sum(|s| s.bytes_written),
             seen: report.target_seen,
+            lives_on: None,
+        }
+    }
+}
+
+/// Where a domain lives that was handed over.
+pub fn lives_on(state: &Path, uuid: &DomainUuid) -> Option<String> {
+    match demoted::peek(state, uuid) {
+        Ok(record) => record.filter(|record| record.stage == Stage::Moved).map(|record| record.to),
+        Err(e) => {
+            tracing::warn!(domain = %uuid, "{}", e.chain());
+            None
         }
     }
 }

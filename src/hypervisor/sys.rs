@@ -69,6 +69,29 @@ pub fn block_pull(domain: &Domain, disk: &str, rate_bytes: u64) -> Result<()> {
     .map(drop)
 }
 
+/// Starts to copy the whole disk to what `xml` describes, which is there; from now on the guest writes to both.
+/// `rate_bytes` in a second, 0: as fast as it goes.
+pub fn block_copy(domain: &Domain, disk: &str, xml: &str, rate_bytes: u64) -> Result<()> {
+    let (disk, xml) = (CString::new(disk)?, CString::new(xml)?);
+    let flags = sys::VIR_DOMAIN_BLOCK_COPY_REUSE_EXT
+        | sys::VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
+        | sys::VIR_DOMAIN_BLOCK_COPY_SYNCHRONOUS_WRITES;
+    let mut params: sys::virTypedParameterPtr = ptr::null_mut();
+    let (mut count, mut room): (c_int, c_int) = (0, 0);
+    // SAFETY: `domain` and the strings outlive the calls. `params` is null or holds `count` parameters that libvirt allocated,
+    // and that only `virTypedParamsFree` may free, null and 0 included.
+    unsafe {
+        let field = sys::VIR_DOMAIN_BLOCK_COPY_BANDWIDTH.as_ptr();
+        let done =
+            check(sys::virTypedParamsAddULLong(&mut params, &mut count, &mut room, field, rate_bytes)).and_then(|_| {
+                let (disk, xml) = (disk.as_ptr(), xml.as_ptr());
+                check(sys::virDomainBlockCopy(domain.as_ptr(), disk, xml, params, count, flags as c_uint))
+            });
+        sys::virTypedParamsFree(params, count);
+        done.map(drop)
+    }
+}
+
 /// Ends the disk's block job; with `VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT` in favour of its target. Returns when it has ended.
 pub fn block_job_abort(domain: &Domain, disk: &str, flags: u32) -> Result<()> {
     let disk = CString::new(disk)?;

@@ -84,6 +84,8 @@ pub struct Mirror {
     pub job: String,
     /// libvirt saw QEMU's ready event (`ready='yes'`); `abort` and `pivot` mean that it is ending.
     pub ready: bool,
+    /// The image that is written.
+    pub to: Option<PathBuf>,
 }
 
 impl DomainXml {
@@ -128,6 +130,11 @@ pub fn confined_by(xml: &str, model: &str) -> Result<bool> {
     let doc = document(xml)?;
     let label = |l: Node| l.attribute("model") == Some(model) && l.attribute("type") != Some("none");
     Ok(children(domain_element(&doc)?, "seclabel").any(label))
+}
+
+/// The `<disk>` that a copy is written to: a raw file.
+pub fn raw_copy_xml(path: &Path) -> Result<String> {
+    Ok(format!("<disk type='file'><driver type='raw'/><source file='{}'/></disk>", escape(path_text(path)?)?))
 }
 
 /// The `<domainsnapshot>` that puts an overlay on the disks in `freeze` and leaves every other disk of `all` alone.
@@ -293,6 +300,7 @@ fn disk(node: Node, live: bool) -> Result<DiskXml> {
     let mirror = child(node, "mirror").map(|m| Mirror {
         job: m.attribute("job").unwrap_or("copy").to_owned(),
         ready: m.attribute("ready") == Some("yes"),
+        to: child(m, "source").and_then(|s| s.attribute("file").or(s.attribute("dev"))).map(PathBuf::from),
     });
     Ok(DiskXml { name, kind, layers, mirror, read_only, shareable })
 }

@@ -204,6 +204,16 @@ pub fn stand_alone(chain: &Chain) -> Result<()> {
     }
 }
 
+/// Copies what `chain` reads as into a new raw file, sparse where there are zeros. Whoever has the chain open for writing is refused;
+/// the file is replaced. Durable when it returns, its name excepted. No deadline: it takes as long as there is data.
+pub fn to_raw(chain: &Chain, path: &Path) -> Result<()> {
+    chain.0.iter().try_for_each(agrees_on_data_file)?;
+    let mut command = qemu_img("convert");
+    command.args(["-q", "-O", "raw", "--"]).arg(blockdev::describe(&chain.0, Access::Read)?).arg(path);
+    succeeded(&program::run(command, None)?, "qemu-img cannot make a raw image of it", path)?;
+    fsync(path)
+}
+
 /// Gives a qcow2 image without backing image, which nobody else has open, another size. What is beyond a smaller one is
 /// gone; what a larger one has more reads as zeros. Durable when it returns.
 pub fn resize(path: &Path, size: DiskSize) -> Result<()> {

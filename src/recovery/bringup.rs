@@ -12,6 +12,7 @@ use crate::error::Result;
 use crate::hypervisor::Power;
 use crate::name::{Generation, PointId, RunId};
 use crate::replica::upkeep::Promoted;
+use crate::replicate::demoted::DiskFormat;
 use serde::{Deserialize, Serialize};
 
 /// One domain, on the host of its replica. Methods block; `say` is told what is done now, in words.
@@ -51,6 +52,19 @@ pub trait BringUp {
 pub struct Order {
     pub handover: RunId,
     pub point: PointId,
+    #[serde(default)]
+    pub wanted: Wanted,
+}
+
+/// What a domain is to be like where it is brought up, beside what its definition says. An agent that does not know of it goes
+/// without.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wanted {
+    /// It starts with the host, as it did at its source.
+    #[serde(default)]
+    pub autostart: bool,
+    #[serde(default)]
+    pub disk_format: DiskFormat,
 }
 
 /// Whether a point could be brought up.

@@ -1,8 +1,10 @@
 //! Gives a domain that was brought up here, for good, images of its own: what its overlays have only by the point is copied into
-//! them, while the guest works. Then the point is free, and the replica takes runs again from whoever is of this generation.
+//! them, while the guest works, or to raw images ([`raw`]). Then the point is free, and the replica takes runs again from whoever
+//! is of this generation.
 //!
 //! Invariants
 //! - The guest writes to the same images, under the same names, from beginning to end: no crash can bring back an older one.
+//!   Raw ones excepted, which have rules of their own for that.
 //! - The point stays leased until every image stands alone, durably (g3 before g4). QEMU changes an image's header before its
 //!   tables are safe, so an image that names no backing image is believed only after it was flushed by the very QEMU that copied
 //!   it; otherwise it gets its point back first, which it then covers again.
@@ -10,14 +12,18 @@
 //!
 //! Steps: docs/recovery.md.
 
+pub mod raw;
+
 use super::failover::{FailoverRecord, FailoverState, Instance, Stage};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::hypervisor::flatten::Flattening;
+use crate::hypervisor::relocate::Relocating;
 use crate::image::{Chain, Format, Layer, qemu_img};
 use crate::name::{DiskName, Generation};
 use crate::replica::upkeep::{Held, Promoting};
 use crate::replicate::journal::boot_id;
+use crate::replicate::settle::PauseGuard;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -28,11 +34,24 @@ const LOOK: Duration = Duration::from_millis(500);
 /// What is needed of the world.
 pub struct Ports<'a> {
     pub flattening: &'a dyn Flattening,
+    pub relocating: &'a dyn Relocating,
+    /// A dead-man for the domain.
+    pub guard: &'a dyn Fn() -> Result<Box<dyn PauseGuard>>,
     pub replica: &'a dyn Promoting,
     /// Told what is done now, in words.
     pub say: &'a dyn Fn(&str),
     /// Told how far a disk is: bytes done, bytes in all.
     pub progress: &'a dyn Fn(&DiskName, u64, u64),
+}
+
+/// What is asked for.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// That of this host.
+    pub generation: Generation,
+    pub rate_bytes: Option<u64>,
+    /// See [`raw::disks`].
+    pub raw: Vec<DiskName>,
 }
 
 /// What was done.
@@ -92,23 +111,24 @@ pub fn step(seen: Seen) -> Step {
 }
 
 /// Goes on until every disk stands alone and the replica is free, durably. Blocks as long as there is data to copy, at most
-/// `rate_bytes` in a second. `held`: the point; not needed once the record says [`Stage::Detached`]. `generation`: that of this
-/// host. `stop`: a signal came; QEMU goes on to copy what it copies.
+/// `rate_bytes` in a second. `held`: the point; not needed once the record says [`Stage::Detached`]. `stop`: a signal came; QEMU
+/// goes on to copy what it copies.
 pub fn run(
     ports: &Ports,
     state: &FailoverState,
     held: Option<&dyn Held>,
-    generation: Generation,
-    rate_bytes: Option<u64>,
+    request: &Request,
     stop: &AtomicBool,
 ) -> Result<Detached> {
     let Some(mut record) = state.record()? else {
         return Err(Error::new(Kind::NotFound, "the domain reads no point: there is no failover of it here"));
     };
     let mut warnings = Vec::new();
+    raw::let_go(ports.relocating, state, &mut record)?;
     match (record.stage, held) {
         (Stage::Committed | Stage::Detaching, Some(held)) => {
             record.stage = Stage::Detaching;
+            record.raw = request.raw.clone();
             state.write(&record)?;
             failpoint!("g1");
             for disk in held.point().disks.iter().map(|d| &d.name) {
@@ -116,6 +136,7 @@ pub fn run(
                     continue;
                 }
                 (ports.say)(&format!("giving disk {disk} an image of its own"));
+                let rate_bytes = request.rate_bytes;
                 let mut one = One { ports, state, record: &mut record, disk, rate_bytes, stop };
                 warnings.extend(one.stand_alone(held).map_err(|e| e.disk(disk))?);
                 record.detached.push(disk.clone());
@@ -139,11 +160,19 @@ pub fn run(
                 .hint("`virt-replica failover DOMAIN --commit` first"));
         }
     }
-    ports.replica.conclude(generation)?;
+    ports.replica.conclude(request.generation)?;
     failpoint!("g4");
     state.close()?;
     failpoint!("g5");
     Ok(Detached { record, warnings })
+}
+
+fn stopped(stop: &AtomicBool) -> Result<()> {
+    match stop.load(Ordering::Relaxed) {
+        true => Err(Error::new(Kind::Interrupted, "stopped; what QEMU copies it goes on copying")
+            .hint("`virt-replica detach DOMAIN` again goes on from there")),
+        false => Ok(()),
+    }
 }
 
 /// One disk on its way.
@@ -164,22 +193,16 @@ impl One<'_> {
             vec![Layer { path: path.clone(), format: Format::Qcow2, block_device: false, data_file: None }];
         layers.extend(held.images(self.disk)?.0);
         let chain = Chain(layers);
+        if self.record.raw.contains(self.disk) {
+            return self.become_raw(&chain).map(|()| None);
+        }
         let mut copied = 0;
         loop {
-            if self.stop.load(Ordering::Relaxed) {
-                return Err(Error::new(Kind::Interrupted, "stopped; what QEMU copies it goes on copying")
-                    .hint("`virt-replica detach DOMAIN` again goes on from there"));
-            }
+            stopped(self.stop)?;
             let seen = self.look(&path)?;
             let todo = step(seen);
             if matches!(todo, Step::Pull | Step::Copy) {
-                // It ends without a word, and this is how a failure is known.
-                copied += 1;
-                if copied > 1 {
-                    return Err(Error::new(Kind::Refused, "the copying ended before its end").path(&path).hint(
-                        "libvirt's log says why; is there room? `virt-replica detach DOMAIN` again goes on from there",
-                    ));
-                }
+                self.again(&mut copied, &path)?;
             }
             match todo {
                 Step::Wait => self.wait()?,
@@ -202,6 +225,17 @@ impl One<'_> {
                 }
                 Step::Reattach => self.reattach(&chain)?,
             }
+        }
+    }
+
+    /// A copy is begun once: it ends without a word, and this is how a failure is known.
+    fn again(&self, copied: &mut u32, path: &Path) -> Result<()> {
+        *copied += 1;
+        match *copied {
+            1 => Ok(()),
+            _ => Err(Error::new(Kind::Refused, "the copying ended before its end")
+                .path(path)
+                .hint("libvirt's log says why; is there room? `virt-replica detach DOMAIN` again goes on from there")),
         }
     }
 

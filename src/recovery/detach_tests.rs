@@ -2,11 +2,13 @@
 
 use super::*;
 use crate::block::DiskSize;
-use crate::hypervisor::{BlockJob, BlockJobKind};
+use crate::hypervisor::relocate::{CopyJob, Place};
+use crate::hypervisor::{BlockJob, BlockJobKind, Power};
 use crate::image::{Image as _, ImageMut as _, qcow2};
 use crate::name::{DomainName, DomainUuid, PointId};
 use crate::recovery::point_tests::Point;
 use crate::replica::upkeep::Promoted;
+use crate::replicate::settle::Unguarded;
 use jiff::Timestamp;
 use std::path::PathBuf;
 use std::sync::Mutex;
@@ -46,6 +48,14 @@ struct Inner {
     /// Copies end without having copied.
     fails: bool,
     concluded: Option<Generation>,
+    /// The guest is on the raw image; its definition names that.
+    live_raw: bool,
+    defined_raw: bool,
+    /// Looks until the copy is ready.
+    copy: Option<u32>,
+    held: bool,
+    /// libvirt moves the guest, and dies before it has written that down.
+    forgetful: bool,
     verbs_left: Option<usize>,
 }
 
@@ -58,7 +68,18 @@ impl World {
                 None => return Err(Error::new(Kind::Unavailable, "the power has failed")),
             }
         }
-        Ok(act(&mut inner))
+        let done = act(&mut inner);
+        if inner.id.is_some() && !inner.held && inner.live_raw {
+            assert!(
+                inner.defined_raw && !self.chain.top().path.exists(),
+                "the guest runs, and an old image may come back"
+            );
+        }
+        Ok(done)
+    }
+
+    fn raw(&self) -> PathBuf {
+        self.chain.top().path.with_extension("raw")
     }
 
     fn is_backed(&self) -> bool {
@@ -71,7 +92,8 @@ impl Flattening for World {
         Ok(self.inner.lock().unwrap().id)
     }
     fn job(&self, _: &DomainUuid, _: &DiskName) -> Result<Option<BlockJob>> {
-        let job = self.inner.lock().unwrap().job;
+        let inner = self.inner.lock().unwrap();
+        let job = inner.job.or(inner.copy);
         Ok(job.map(|n| BlockJob { kind: BlockJobKind::Other, ready: false, done_bytes: n.into(), total_bytes: 9 }))
     }
     fn begin_pull(&self, _: &DomainUuid, _: &DiskName, rate_bytes: Option<u64>) -> Result<()> {
@@ -84,7 +106,8 @@ impl Flattening for World {
     fn wait(&self, uuid: &DomainUuid, disk: &DiskName, _: Duration) -> Result<Option<BlockJob>> {
         let ended = self.does(|w| {
             w.job = w.job.and_then(|n| n.checked_sub(1));
-            w.job.is_none() && !w.fails
+            w.copy = w.copy.map(|n| n.saturating_sub(1)).filter(|_| !w.fails);
+            w.job.is_none() && w.copy.is_none() && !w.fails
         })?;
         if ended && self.is_backed() {
             qemu_img::stand_alone(&self.chain)?;
@@ -93,6 +116,52 @@ impl Flattening for World {
     }
     fn flush(&self, _: &DomainUuid, _: &Layer) -> Result<()> {
         self.does(|w| w.flushed = true)
+    }
+}
+
+impl Relocating for World {
+    fn place(&self, _: &DomainUuid, _: &DiskName) -> Result<Place> {
+        let inner = self.inner.lock().unwrap();
+        let layer = |raw| match raw {
+            false => self.chain.top().clone(),
+            true => Layer { path: self.raw(), format: Format::Raw, block_device: false, data_file: None },
+        };
+        let power = match inner.id {
+            Some(_) if inner.held => Power::Paused,
+            Some(_) => Power::Running,
+            None => Power::Off,
+        };
+        Ok(Place {
+            power,
+            live: inner.id.map(|_| layer(inner.live_raw)),
+            inactive: Some(layer(inner.defined_raw)),
+            copy: inner.copy.map(|looks| CopyJob { to: self.raw(), ready: looks == 0 }),
+        })
+    }
+    fn begin_copy(&self, _: &DomainUuid, _: &DiskName, to: &Path, rate_bytes: Option<u64>) -> Result<()> {
+        assert_eq!((to, rate_bytes), (self.raw().as_path(), Some(7)));
+        assert_eq!(std::fs::metadata(to).unwrap().len(), 1 << 20);
+        self.does(|w| {
+            assert!(w.id.is_some() && w.copy.is_none());
+            w.copy = Some(2);
+        })?;
+        qemu_img::to_raw(&self.chain, to)
+    }
+    fn move_over(&self, _: &DomainUuid, _: &DiskName) -> Result<()> {
+        self.does(|w| {
+            assert!(w.held && w.copy == Some(0));
+            (w.copy, w.live_raw, w.defined_raw) = (None, true, !w.forgetful);
+        })
+    }
+    fn define_on(&self, _: &DomainUuid, _: &DiskName, image: &Layer) -> Result<()> {
+        assert_eq!(image.path, self.raw());
+        self.does(|w| w.defined_raw = true)
+    }
+    fn hold(&self, _: &DomainUuid) -> Result<()> {
+        self.does(|w| w.held = true)
+    }
+    fn let_run(&self, _: &DomainUuid) -> Result<()> {
+        self.does(|w| w.held = false)
     }
 }
 
@@ -110,7 +179,8 @@ impl Promoting for World {
         unreachable!("it was committed")
     }
     fn conclude(&self, generation: Generation) -> Result<()> {
-        assert!(!self.is_backed(), "the point is let go, and an image still reads it");
+        let own = if self.inner.lock().unwrap().defined_raw { self.raw().exists() } else { !self.is_backed() };
+        assert!(own, "the point is let go, and an image still reads it");
         self.does(|w| w.concluded = Some(generation))
     }
 }
@@ -158,21 +228,35 @@ impl Bench {
             detached: Vec::new(),
             detaching_in: None,
             tpm: false,
+            raw: Vec::new(),
+            moving: None,
+            wanted: Default::default(),
         };
         self.state.write(&record).unwrap();
     }
 
     fn run(&self, verbs: Option<usize>) -> Result<Detached> {
+        self.run_to(verbs, &[])
+    }
+
+    fn run_raw(&self, verbs: Option<usize>) -> Result<Detached> {
+        self.run_to(verbs, &[DiskName::new("vda").unwrap()])
+    }
+
+    fn run_to(&self, verbs: Option<usize>, raw: &[DiskName]) -> Result<Detached> {
         self.world.inner.lock().unwrap().verbs_left = verbs;
         let say = |_: &str| {};
         let ports = Ports {
             flattening: &self.world,
+            relocating: &self.world,
+            guard: &|| Ok(Box::new(Unguarded)),
             replica: &self.world,
             say: &say,
             progress: &|_, done, total| assert!(done < total),
         };
         let point = Point::in_dir(self.temp.path(), 1, None);
-        run(&ports, &self.state, Some(&point), Generation(2), Some(7), &AtomicBool::new(false))
+        let request = Request { generation: Generation(2), rate_bytes: Some(7), raw: raw.to_vec() };
+        run(&ports, &self.state, Some(&point), &request, &AtomicBool::new(false))
     }
 
     #[track_caller]
@@ -241,6 +325,74 @@ fn a_copy_that_ends_without_having_copied_is_an_error_and_not_an_endless_one() {
     bench.world.inner.lock().unwrap().fails = false;
     bench.run(None).unwrap();
     bench.stands_alone();
+}
+
+/// What its dead-man does for a guest that may be held.
+impl Bench {
+    fn release(&self) {
+        self.world.inner.lock().unwrap().verbs_left = None;
+        if let Some(mut record) = self.state.record().unwrap() {
+            raw::let_go(&self.world, &self.state, &mut record).unwrap();
+        }
+        assert!(!self.world.inner.lock().unwrap().held, "nobody lets the guest go");
+    }
+
+    #[track_caller]
+    fn is_raw(&self) {
+        let dir = self.world.raw();
+        let mut left: Vec<_> =
+            std::fs::read_dir(dir.parent().unwrap()).unwrap().flatten().map(|e| e.file_name()).collect();
+        left.retain(|name| name != "lock");
+        assert_eq!(left, ["vda.raw"], "nothing of the overlay stays");
+        let content = std::fs::read(dir).unwrap();
+        assert_eq!(content.len(), 1 << 20);
+        assert!(content[..65536].iter().all(|b| *b == 0x11) && content[65536..].iter().all(|b| *b == 0));
+        let inner = self.world.inner.lock().unwrap();
+        assert!(inner.defined_raw && inner.live_raw == inner.id.is_some());
+    }
+}
+
+#[test]
+fn to_raw_broken_off_anywhere_the_guest_is_let_go_and_the_same_command_finishes() {
+    for forgetful in [false, true] {
+        for verbs in 0..9 {
+            let bench = Bench::new(Some(3));
+            bench.world.inner.lock().unwrap().forgetful = forgetful;
+            let broken = bench.run_raw(Some(verbs));
+            bench.release();
+            if broken.is_err() {
+                bench.run_raw(None).unwrap();
+            }
+            bench.is_raw();
+            // To begin, two looks, to hold, to move, to let run, to let the point go.
+            assert_eq!(broken.is_ok(), verbs >= 7 + usize::from(forgetful), "after {verbs} verbs");
+        }
+    }
+}
+
+#[test]
+fn to_raw_with_a_qemu_that_dies_after_any_verb_no_old_image_comes_back() {
+    for verbs in 0..7 {
+        let bench = Bench::new(Some(3));
+        bench.world.inner.lock().unwrap().forgetful = true;
+        bench.run_raw(Some(verbs)).unwrap_err();
+        let mut inner = bench.world.inner.lock().unwrap();
+        // By its definition, with what there is under that name; the guest has run on since if nothing says that it was held.
+        (inner.id, inner.copy, inner.live_raw, inner.held) = (None, None, false, false);
+        drop(inner);
+        bench.release();
+        bench.run_raw(None).unwrap();
+        bench.is_raw();
+    }
+}
+
+#[test]
+fn to_raw_of_a_domain_that_is_off() {
+    let bench = Bench::new(None);
+    bench.run_raw(Some(0)).unwrap_err();
+    assert!(!bench.world.chain.top().path.exists() && bench.world.raw().exists(), "the definition is behind");
+    bench.run_raw(None).unwrap();
+    bench.is_raw();
 }
 
 #[test]

@@ -10,11 +10,13 @@
 //!
 //! Steps: docs/recovery.md.
 
+use super::bringup::Wanted;
 use super::definition::Definition;
 use super::overlays;
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::hypervisor::Power;
+use crate::hypervisor::custody::Custody;
 use crate::hypervisor::machine::Machines;
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
 use crate::replica::upkeep::{Held, Promoting};
@@ -53,6 +55,9 @@ pub struct FailoverRecord {
     pub dir: PathBuf,
     pub stage: Stage,
     pub started_at: Timestamp,
+    /// As it was asked for by whoever handed the domain over.
+    #[serde(default)]
+    pub wanted: Wanted,
     /// See [`detach`](super::detach): the disks that stand alone, durably.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub detached: Vec<DiskName>,
@@ -62,6 +67,20 @@ pub struct FailoverRecord {
     /// It has the state of a TPM here, which came with the point.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub tpm: bool,
+    /// The disks whose own image is to be raw.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub raw: Vec<DiskName>,
+    /// The guest may be held, for this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moving: Option<Moving>,
+}
+
+/// A disk whose guest moves from its overlay to its raw image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moving {
+    pub disk: DiskName,
+    /// The guest ran before, and is let run again.
+    pub resume: bool,
 }
 
 /// One running of a domain: libvirt counts anew after each boot of the host.
@@ -223,6 +242,7 @@ pub fn left_behind(state: &Path) -> Result<Vec<FailoverRecord>> {
 pub struct Ports<'a> {
     pub machines: &'a dyn Machines,
     pub replica: &'a dyn Promoting,
+    pub custody: &'a dyn Custody,
     pub clock: &'a dyn Fn() -> Timestamp,
     /// Told what is done now, in words.
     pub say: &'a dyn Fn(&str),
@@ -234,6 +254,7 @@ pub struct Plan<'a> {
     pub uuid: &'a DomainUuid,
     pub dir: PathBuf,
     pub definition: &'a Definition,
+    pub wanted: Wanted,
 }
 
 /// What is to be done next about a failover; pure.
@@ -307,6 +328,17 @@ pub fn run(ports: &Ports, state: &FailoverState, plan: &Plan, held: &dyn Held) -
     ports.machines.start(plan.uuid)?;
     failpoint!("f6");
     if record.stage == Stage::Made {
+        // Before the record: whoever finds it running has this done as well. A boot of this host before the undoing is done
+        // (f9 takes it away with the definition) starts what is ended again; its source is refused all the while.
+        if record.wanted.autostart {
+            match ports.custody.set_autostart(plan.uuid, true) {
+                // It runs: that counts for more.
+                Err(e) if e.kind() == Kind::Refused => {
+                    (ports.say)(&format!("it does not start with its new host (`virsh autostart`): {}", e.chain()));
+                }
+                other => other?,
+            }
+        }
         record.stage = Stage::Running;
         state.write(&record)?;
     }
@@ -358,6 +390,9 @@ fn record_for(
             detached: Vec::new(),
             detaching_in: None,
             tpm,
+            raw: Vec::new(),
+            moving: None,
+            wanted: plan.wanted.clone(),
         },
     })
 }

@@ -2,6 +2,7 @@
 //! guest run here while its source is let in, and no overlay that it may have written to is made anew.
 
 use super::*;
+use crate::hypervisor::custody::Asking;
 use crate::hypervisor::machine::{HostView, Machine};
 use crate::hypervisor::swtpm::TpmVersion;
 use crate::name::DiskName;
@@ -31,6 +32,8 @@ struct World {
 struct Inner {
     defined: bool,
     running: bool,
+    /// Starts with the host.
+    autostart: bool,
     promoted: Option<Promoted>,
     generation: u64,
     /// Verbs that may still be done; then the power fails.
@@ -82,7 +85,7 @@ impl Machines for World {
         self.does(|w| w.running = false)
     }
     fn undefine(&self, _: &DomainUuid) -> Result<()> {
-        self.does(|w| w.defined = false)
+        self.does(|w| (w.defined, w.autostart) = (false, false))
     }
     fn put_tpm(&self, uuid: &DomainUuid, version: TpmVersion, state: &[u8]) -> Result<()> {
         assert_eq!((uuid.as_str(), version), (UUID, TpmVersion::V2_0));
@@ -118,6 +121,21 @@ impl Machines for World {
     }
     fn screenshot(&self, _: &DomainUuid) -> Result<Vec<u8>> {
         unreachable!("nobody waits for evidence")
+    }
+}
+
+impl Custody for World {
+    fn autostart(&self, _: &DomainUuid) -> Result<bool> {
+        unreachable!("it is told, and not asked")
+    }
+    fn set_autostart(&self, _: &DomainUuid, on: bool) -> Result<()> {
+        self.does(|w| w.autostart = on)
+    }
+    fn set_mark(&self, _: &DomainUuid, _: Option<&str>) -> Result<()> {
+        unreachable!("it lives here")
+    }
+    fn ask_to_shut_down(&self, _: &DomainUuid, _: Asking) -> Result<()> {
+        unreachable!("it is to run")
     }
 }
 
@@ -180,12 +198,18 @@ impl Bench {
     fn with<T>(&self, verbs: Option<usize>, act: impl FnOnce(&Ports, &FailoverState) -> Result<T>) -> Result<T> {
         self.world.inner.lock().unwrap().verbs_left = verbs;
         let clock = || Timestamp::UNIX_EPOCH;
-        act(&Ports { machines: &self.world, replica: &self.world, clock: &clock, say: &|_| {} }, &self.state)
+        let (machines, replica, custody) = (&self.world, &self.world, &self.world);
+        act(&Ports { machines, replica, custody, clock: &clock, say: &|_| {} }, &self.state)
     }
 
     fn run(&self, verbs: Option<usize>, seq: u64) -> Result<FailoverRecord> {
+        self.run_wanted(verbs, seq, &Wanted { autostart: true, ..Wanted::default() })
+    }
+
+    fn run_wanted(&self, verbs: Option<usize>, seq: u64, wanted: &Wanted) -> Result<FailoverRecord> {
         let (domain, uuid) = (DomainName::new("web01").unwrap(), DomainUuid::new(UUID).unwrap());
-        let plan = Plan { domain: &domain, uuid: &uuid, dir: self.dir(), definition: &self.definition };
+        let (dir, wanted) = (self.dir(), wanted.clone());
+        let plan = Plan { domain: &domain, uuid: &uuid, dir, definition: &self.definition, wanted };
         self.with(verbs, |ports, state| run(ports, state, &plan, &self.point(seq)))
     }
 
@@ -201,6 +225,10 @@ impl Bench {
         self.dir().join("written").exists()
     }
 
+    fn starts_with_host(&self) -> bool {
+        self.world.inner.lock().unwrap().autostart
+    }
+
     fn runs(&self) -> bool {
         self.world.inner.lock().unwrap().running
     }
@@ -214,7 +242,7 @@ fn broken_off_anywhere_the_same_command_finishes_and_no_write_is_lost() {
         let wrote = bench.guest_wrote();
         let record = bench.run(None, 1).unwrap();
         assert_eq!((record.stage, bench.runs()), (Stage::Running, true), "after {verbs} verbs");
-        assert!(bench.guest_wrote());
+        assert!(bench.guest_wrote() && bench.starts_with_host());
         if wrote {
             // It had been started: what it wrote then is still there, and a third time changes nothing.
             fs::write(bench.dir().join("written"), "more").unwrap();

@@ -46,6 +46,9 @@ fn give_way(powers: &[Option<Power>], stage: Option<Stage>) -> (Result<GaveWay>,
         detached: Vec::new(),
         detaching_in: None,
         tpm: false,
+        raw: Vec::new(),
+        moving: None,
+        wanted: Default::default(),
     });
     let given = run(&ports, &uuid, record.as_ref());
     (given, done.into_inner())

@@ -14,7 +14,7 @@
 mod run;
 
 use self::run::Run;
-use super::bringup::{BringUp, Order, Standing};
+use super::bringup::{BringUp, Order, Standing, Wanted};
 use super::failover;
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
@@ -22,7 +22,7 @@ use crate::hypervisor::Power;
 use crate::hypervisor::custody::Custody;
 use crate::hypervisor::machine::Machines;
 use crate::name::{DomainName, DomainUuid, PointId, RunId};
-pub use crate::replicate::demoted::{HandoverRecord, HandoverState, Stage};
+pub use crate::replicate::demoted::{DiskFormat, HandoverRecord, HandoverState, Stage};
 use jiff::Timestamp;
 use serde::Serialize;
 use std::sync::atomic::AtomicBool;
@@ -91,6 +91,8 @@ pub struct Request {
     pub commit: bool,
     /// An older head is brought up to date while the guest works, so that it is down for a short time.
     pub head_age_max: Duration,
+    /// What its images are to be there, once they are its own.
+    pub disk_format: DiskFormat,
 }
 
 /// How it went.
@@ -255,12 +257,17 @@ pub fn settle(ports: &Ports, state: &HandoverState) -> Result<Option<HandoverRec
     }
 }
 
+fn order_of(record: &HandoverRecord, point: PointId) -> Order {
+    let wanted = Wanted { autostart: record.autostart, disk_format: record.disk_format };
+    Order { handover: record.handover.clone(), point, wanted }
+}
+
 /// `lose`: whether a person has said that what the guest wrote there may be lost; `None`: nobody was asked.
 fn put_back(ports: &Ports, state: &HandoverState, record: &mut HandoverRecord, lose: Option<bool>) -> Result<()> {
     if record.stage != Stage::Undone {
         let before = record.stage;
         let there = record.asked.then(|| (ports.there)()).transpose()?;
-        let order = record.point.clone().map(|point| Order { handover: record.handover.clone(), point });
+        let order = record.point.clone().map(|point| order_of(record, point));
         if let (Some(there), Some(false)) = (&there, lose)
             && before != Stage::Aborting
             && writes_may_matter(&there.state()?)

@@ -210,6 +210,8 @@ impl BringUp for World {
                 }
                 _ => {}
             }
+            let wanted = Wanted { autostart: true, disk_format: DiskFormat::Same };
+            assert_eq!(order.wanted, wanted, "as it was at the source, and as it was asked for");
             if w.called_off.contains(&order.handover) {
                 e(Kind::Refused)?;
             }
@@ -268,6 +270,9 @@ fn there(point: &PointId, stage: failover::Stage) -> FailoverRecord {
         detached: Vec::new(),
         detaching_in: None,
         tpm: false,
+        raw: Vec::new(),
+        moving: None,
+        wanted: Default::default(),
     }
 }
 
@@ -339,6 +344,7 @@ impl Bench {
             force_off: false,
             commit: false,
             head_age_max: Duration::from_secs(120),
+            disk_format: DiskFormat::Same,
         };
         change(&mut request);
         self.act(|ports, state| over(ports, state, &request))
@@ -404,7 +410,7 @@ fn every_stage_has_one_next_step() {
 #[test]
 fn a_no_counts_only_where_nothing_can_have_run_there() {
     let point = PointId::from_parts(1, &RunId::from_bits(1));
-    let order = Order { handover: RunId::from_bits(7), point: point.clone() };
+    let order = Order { handover: RunId::from_bits(7), point: point.clone(), wanted: Wanted::default() };
     let standing = |stage: Option<failover::Stage>, power: Option<Power>| Standing {
         promoted: None,
         failover: stage.map(|stage| there(&point, stage)),

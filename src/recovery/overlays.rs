@@ -98,12 +98,15 @@ pub fn let_qemu_pass(held: &dyn Held, qemu_uid: Option<u32>) -> Result<()> {
     Ok(())
 }
 
-/// Whether overlays in `dir`, where so many bytes are free, can take all that they have only by the point.
-/// [`Kind::Space`] otherwise.
-pub fn room_for_all(held: &dyn Held, dir: &Path, free_bytes: Option<u64>) -> Result<()> {
+/// Whether overlays in `dir`, where so many bytes are free, can take all that they have only by the point; of the disks that
+/// are to be `raw`, a copy of all that they have. [`Kind::Space`] otherwise.
+pub fn room_for_all(held: &dyn Held, dir: &Path, free_bytes: Option<u64>, raw: &[DiskName]) -> Result<()> {
     let mut needed = 0;
-    for disk in &held.point().disks {
+    for (disk, overlay) in held.point().disks.iter().zip(named(held, dir).disks) {
         let mut occupied = 0;
+        if raw.contains(&disk.name) {
+            occupied += fs::metadata(&overlay.1).map_or(0, |m| m.blocks() * 512);
+        }
         for layer in held.images(&disk.name)?.0 {
             let at = |e| Error::io("cannot look at the point's image", &layer.path, e);
             occupied += fs::metadata(&layer.path).map_err(at)?.blocks() * 512;

@@ -140,6 +140,8 @@ pub struct Charge<'a> {
     pub backups: &'a dyn Backups,
     pub state: &'a Path,
     pub uuid: DomainUuid,
+    /// Lets go a guest that is held for something that is no run.
+    pub others: &'a dyn Fn() -> Result<()>,
     /// The driver, to end it if it hangs.
     pub driver: Option<OwnedFd>,
 }
@@ -246,6 +248,7 @@ fn persist(charge: &Charge, act: &dyn Fn(&Charge) -> Result<()>) -> Result<()> {
 }
 
 fn try_release(charge: &Charge) -> Result<()> {
+    (charge.others)()?;
     // Whoever else holds the lock is settling the domain, which lets the guest go first of all; look again after it.
     let journal = Journal::open(charge.state, &charge.uuid, DEADMAN, Timestamp::now())?;
     // What is held longest first: a guest agent is asked for no longer than some seconds.

@@ -43,6 +43,9 @@ pub struct HandoverRecord {
     /// It is committed there in the end: a migration, that needs no way back.
     #[serde(default)]
     pub commit: bool,
+    /// What its images are to be there, once they are its own.
+    #[serde(default)]
+    pub disk_format: DiskFormat,
     /// When the guest was asked to go down, and when it was off.
     #[serde(default)]
     pub down_from: Option<Timestamp>,
@@ -59,6 +62,18 @@ pub struct HandoverRecord {
     /// When the target had started it, by this host's clock.
     #[serde(default)]
     pub up_at: Option<Timestamp>,
+}
+
+/// What the images of a domain are to be where it was brought up, once they are its own.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskFormat {
+    /// What its guest has written to since it was brought up.
+    #[default]
+    Qcow2,
+    Raw,
+    /// Raw where it was raw at the source.
+    Same,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -13,6 +13,7 @@ pub(crate) fn record(stage: Stage, asked: bool) -> HandoverRecord {
         stage,
         ran: true,
         autostart: true,
+        disk_format: DiskFormat::Qcow2,
         asked,
         commit: false,
         down_from: None,

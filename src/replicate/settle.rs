@@ -481,7 +481,7 @@ pub fn halt_error(record: &Record, halt: &Halt) -> Error {
 }
 
 /// Renames within a directory, never over anything, and makes it durable.
-fn rename_durably(from: &Path, to: &Path) -> Result<()> {
+pub(crate) fn rename_durably(from: &Path, to: &Path) -> Result<()> {
     use rustix::fs::{CWD, RenameFlags, renameat_with};
     match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
         Ok(()) => {}

@@ -1,12 +1,13 @@
 //! This host as a target that runs what it keeps: its store, its libvirt, and what the operator says of both.
 
-use super::one_of;
+use super::{SiteOptions, one_of, start_deadman};
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::Power;
 use crate::hypervisor::firmware::Firmware;
 use crate::hypervisor::libvirt::LibvirtHypervisor;
 use crate::hypervisor::machine::{HostView, Machines as _};
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId};
+use crate::recovery::bringup::Wanted;
 use crate::recovery::definition::{self, Definition, Macs, Nics, Wish};
 use crate::recovery::failover::{self, FailoverRecord, FailoverState};
 use crate::recovery::mapping::{MacPolicy, Mapping};
@@ -15,7 +16,7 @@ use crate::recovery::{definition_of, detach, drill, drills, overlays};
 use crate::replica::store::{self, Store};
 use crate::replica::upkeep::Held;
 use crate::replica::{Attachment, PointView, ReplicaView};
-use crate::replicate::demoted;
+use crate::replicate::demoted::{self, DiskFormat};
 use crate::replicate::generation;
 use crate::replicate::room::free_bytes;
 use jiff::Timestamp;
@@ -179,7 +180,7 @@ impl Here {
         if let Some(uri) = ask {
             source_runs(uri, found, say)?;
         }
-        self.failover_as(&state, found, say)
+        self.failover_as(&state, found, &Wanted::default(), say)
     }
 
     /// The same, by who holds its lock.
@@ -187,10 +188,11 @@ impl Here {
         &self,
         state: &FailoverState,
         found: &Found,
+        wanted: &Wanted,
         say: &dyn Fn(&str),
     ) -> Result<FailoverRecord> {
         let held = self.hold(found, "failover")?;
-        let done = self.failover_from(found, held.as_ref(), state, say);
+        let done = self.failover_from(found, wanted, held.as_ref(), state, say);
         held.release();
         let record = done.map_err(|e| e.domain(&found.name))?;
         // A domain that was handed away and has come home is this host's again.
@@ -201,6 +203,7 @@ impl Here {
     fn failover_from(
         &self,
         found: &Found,
+        wanted: &Wanted,
         held: &dyn Held,
         state: &FailoverState,
         say: &dyn Fn(&str),
@@ -218,13 +221,15 @@ impl Here {
         }
         overlays::let_qemu_pass(held, host.qemu_uid)?;
         let dir = self.failover_dir(&found.uuid)?;
-        let plan = failover::Plan { domain: &found.name, uuid: &found.uuid, dir, definition: &definition };
-        let store = self.store(&found.uuid)?;
+        let (domain, uuid, wanted) = (&found.name, &found.uuid, wanted.clone());
+        let plan = failover::Plan { domain, uuid, dir, definition: &definition, wanted };
+        let store = self.store(uuid)?;
         failover::run(&self.failover_ports(&store, say), state, &plan, held)
     }
 
     pub(super) fn failover_ports<'a>(&'a self, store: &'a Store, say: &'a dyn Fn(&str)) -> failover::Ports<'a> {
-        failover::Ports { machines: &self.hypervisor, replica: store, clock: &Timestamp::now, say }
+        let (machines, custody) = (&self.hypervisor, &self.hypervisor);
+        failover::Ports { machines, replica: store, custody, clock: &Timestamp::now, say }
     }
 
     /// See [`failover::undo`].
@@ -246,31 +251,42 @@ impl Here {
         failover::commit(&self.failover_ports(&store, say), &state).map_err(|e| e.domain(&found.name))
     }
 
-    /// Gives a domain that was brought up here for good images of its own: see [`detach::run`].
+    /// Gives a domain that was brought up here for good images of its own: see [`detach::run`]. `format`: `None`: as was asked
+    /// for when it was handed over.
     pub fn detach(
         &self,
         name_or_uuid: &str,
         rate_bytes: Option<u64>,
+        format: Option<DiskFormat>,
         tell: Told<'_>,
         stop: &AtomicBool,
     ) -> Result<detach::Detached> {
         let found = self.find(name_or_uuid, None)?;
         let (state, store) = (FailoverState::open(&self.options.state, &found.uuid)?, self.store(&found.uuid)?);
-        let ports =
-            detach::Ports { flattening: &self.hypervisor, replica: &store, say: tell.say, progress: tell.progress };
+        let site = SiteOptions { uri: self.options.uri.clone(), state: self.options.state.clone() };
+        let ports = detach::Ports {
+            flattening: &self.hypervisor,
+            relocating: &self.hypervisor,
+            guard: &|| start_deadman(&site, &found.uuid),
+            replica: &store,
+            say: tell.say,
+            progress: tell.progress,
+        };
         let generation = generation::generation(&self.options.state, &found.uuid)?;
+        let mut request = detach::Request { generation, rate_bytes, raw: Vec::new() };
         let record = state.record()?;
         let held = match &record {
             Some(record) if record.stage != failover::Stage::Detached => {
                 let held = self.hold(&self.find(name_or_uuid, Some(&record.point))?, "detach")?;
+                request.raw = detach::raw::disks(record, format, held.as_ref())?;
                 if record.stage == failover::Stage::Committed {
-                    overlays::room_for_all(held.as_ref(), &record.dir, free_bytes(&record.dir))?;
+                    overlays::room_for_all(held.as_ref(), &record.dir, free_bytes(&record.dir), &request.raw)?;
                 }
                 Some(held)
             }
             _ => None,
         };
-        let done = detach::run(&ports, &state, held.as_deref(), generation, rate_bytes, stop);
+        let done = detach::run(&ports, &state, held.as_deref(), &request, stop);
         held.into_iter().for_each(Held::release);
         done.map_err(|e| e.domain(&found.name))
     }

@@ -57,7 +57,7 @@ impl BringUp for HereDomain<'_> {
                 .domain(&self.uuid)
                 .hint("begin anew: `virt-replica failover DOMAIN --to TARGET`"));
         }
-        self.here.failover_as(&state, &self.find(Some(&order.point))?, say)
+        self.here.failover_as(&state, &self.find(Some(&order.point))?, &order.wanted, say)
     }
 
     fn call_off(&self, order: &Order, say: &dyn Fn(&str)) -> Result<()> {

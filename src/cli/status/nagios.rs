@@ -100,7 +100,7 @@ pub fn report(rows: &[Row], limits: impl Fn(&Row) -> Limits) -> (String, u8) {
         None => summary,
     };
     let mut text = format!("VIRT-REPLICA {} - {head}", worst.word());
-    let lags = rows.iter().filter_map(|r| Some((r, r.lag_s?)));
+    let lags = rows.iter().filter(|r| r.state != State::Demoted).filter_map(|r| Some((r, r.lag_s?)));
     for (at, (row, lag_s)) in lags.enumerate() {
         let Limits { warning, critical } = limits(row);
         let seconds = |d: Option<Duration>| d.map_or(String::new(), |d| d.as_secs().to_string());

@@ -2,7 +2,7 @@
 
 use super::{
     ASK_EVERY, ASK_WITHIN, HandoverRecord, HandoverState, LOOK_EVERY, PRESS_EVERY, Ports, Report, Request, Stage,
-    Verdict, judge, put_back,
+    Verdict, judge, order_of, put_back,
 };
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
@@ -55,7 +55,7 @@ impl<'a> Run<'a> {
         let record = self.held();
         let point =
             record.point.clone().ok_or_else(|| Error::new(Kind::Corrupt, "the handover's record has no point"))?;
-        Ok(Order { handover: record.handover.clone(), point })
+        Ok(order_of(record, point))
     }
 
     fn stopped(&self) -> Result<()> {
@@ -112,6 +112,7 @@ impl<'a> Run<'a> {
             autostart: ports.custody.autostart(&request.uuid)?,
             asked: false,
             commit: request.commit,
+            disk_format: request.disk_format,
             down_from: None,
             off_at: None,
             point: None,

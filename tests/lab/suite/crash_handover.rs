@@ -23,7 +23,7 @@ fn never_both(vm: &Domain, t: &Traveller, step: &str) {
 #[track_caller]
 fn is_home(vm: &Domain, t: &Traveller, step: &str) {
     assert!(!t.there.runs(), "{step}");
-    assert!(vm.state() == "running" && t.autostart(), "{step}: {}", vm.state());
+    assert!(vm.state() == "running" && t.autostart(Host::A), "{step}: {}", vm.state());
     assert!(!vm.virsh(&["dumpxml"]).contains("do not start it here"), "{step}");
     vm.sync().sealed();
 }

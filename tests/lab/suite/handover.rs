@@ -59,8 +59,10 @@ impl<'a> Traveller<'a> {
         Host::A.json(&["status", &self.vm.name, "--json"])["domains"][0].clone()
     }
 
-    pub fn autostart(&self) -> bool {
-        self.vm.virsh(&["dominfo"]).lines().any(|l| l.starts_with("Autostart") && l.ends_with("enable"))
+    /// Whether it starts with this host.
+    pub fn autostart(&self, host: Host) -> bool {
+        let info = host.run(&["virsh", "-q", "dominfo", &self.vm.name]).stdout;
+        info.lines().any(|l| l.starts_with("Autostart") && l.ends_with("enable"))
     }
 }
 
@@ -94,7 +96,8 @@ fn a_writing_guest_is_handed_over_and_comes_back_and_no_acknowledged_line_is_los
     println!("down for {} ms, shut down in {} ms", report["downtime_ms"], report["shutdown_ms"]);
     assert!(report["downtime_ms"].as_f64().unwrap() > 0.0 && report["shutdown_ms"].as_f64().unwrap() > 0.0);
     assert_eq!(vm.head()["id"], report["point"]);
-    assert!(t.there.runs() && vm.state() == "shut off" && !t.autostart());
+    assert!(t.there.runs() && vm.state() == "shut off");
+    assert!(t.autostart(Host::B) && !t.autostart(Host::A), "it starts with the host that it lives on");
     assert!(vm.virsh(&["dumpxml"]).contains("do not start it here"));
 
     // The source says where it lives, and does nothing with it.
@@ -125,7 +128,7 @@ fn a_writing_guest_is_handed_over_and_comes_back_and_no_acknowledged_line_is_los
     assert!(moved > acked, "line {acked} was acknowledged here, and {moved} are there");
 
     t.failover("", &["--abort", "--lose-its-writes"]).success().says(&["\"started\":true"]);
-    assert!(!t.there.runs() && vm.state() == "running" && t.autostart());
+    assert!(!t.there.runs() && vm.state() == "running" && t.autostart(Host::A));
     assert!(!vm.virsh(&["dumpxml"]).contains("do not start it here"));
     vm.sync().sealed();
     vm.still_writes();

@@ -68,6 +68,62 @@ fn a_writing_guest_migrates_and_its_downtime_is_foretold_and_measured() {
 }
 
 #[test]
+fn a_migrated_domain_starts_with_its_host_as_before_and_its_raw_disk_becomes_raw_again() {
+    let lab = Lab::get();
+    let (lines_to, other) = (Disk::ext4("64M", "raw"), Disk::ext4("64M", "qcow2"));
+    let vm = lab.domain("migrate-raw").disk(lines_to).disk(other).guest().running();
+    let t = Traveller::of(&vm);
+    vm.virsh(&["autostart"]);
+    vm.wait_acked(5);
+    t.start("", "migrate", &["--now", "--disk-format", "same"]).wait(LONG).success();
+    let acked = vm.acked();
+    assert!(t.autostart(Host::B) && !t.autostart(Host::A));
+    t.writes_there();
+    let done = Host::B.virt_replica(&["detach", &vm.name, "--json"]).success();
+    assert_eq!(message(&done, "detach")["raw"], serde_json::json!(["vda"]));
+    let images = Host::B.output(&["virsh", "-q", "domblklist", "--inactive", &vm.name]);
+    assert!(images.contains("/vda.raw") && images.contains("/vdb.qcow2"), "{images}");
+    assert!(t.there.runs() && t.autostart(Host::B));
+    Host::B.ok(&["virsh", "-q", "destroy", &vm.name]);
+    let raw = format!("{}/vda.raw", t.there.overlays());
+    let moved = Host::B.output(&["/lab/tools/guest", "lines", &raw, "raw"]).lines().count() as u64;
+    assert!(moved > acked, "line {acked} was acknowledged here, and {moved} are there");
+}
+
+/// Given up by what the guest writes and what the link carries, long before its rounds are used up.
+#[test]
+fn a_guest_that_writes_faster_than_the_link_carries_is_found_out_and_left_to_work() {
+    let lab = Lab::get();
+    let vm = lab.domain("migrate-fast").disk(Disk::qcow2("512M").then("write -P 0x11 1M 8M")).paused();
+    let t = Traveller::of(&vm);
+    vm.virsh(&["resume"]);
+    // Always somewhere else, so that the more is written the longer a round takes: 2 MiB in less than a second.
+    let script = r#"for ((i = 16; i < 510; i += 2)); do
+          io="qemu-io -d /machine/peripheral/virtio-disk0/virtio-backend \"write -P 0x33 ${i}M 2M\""
+          virsh -q qemu-monitor-command "$1" --hmp "$io" >/dev/null || exit 0
+          sleep 0.3
+        done"#;
+    let mut load = Job::start(Host::A.command(&["bash", "-c", script, "load", &vm.name]));
+    // Nothing but its own figures may end it.
+    let limits = ["--max-downtime", "0s", "--rounds-max", "1000", "--rate", "2M", "--compress", "no"];
+    let done = t.start("", "migrate", &limits).wait(Duration::from_secs(240)).exit(1);
+    assert!(load.running(), "it has written all the while");
+    let done =
+        done.says(&["does not converge", "KiB/s of a link that carries", "runs here as before", "--max-downtime"]);
+    let last = message(&done, "round");
+    assert_eq!(last["decision"], "diverges", "{last}");
+    let forecast = &last["forecast"];
+    let of = |what: &str| forecast[what].as_u64().unwrap_or_else(|| panic!("no {what} in {last}"));
+    println!("given up after round {}: {forecast}", last["round"]);
+    assert!(of("dirty_rate_bytes") >= of("link_rate_bytes"), "{last}");
+    // A second more or less: what the link was seen to carry is what it was let.
+    assert!((1 << 20..4 << 20).contains(&of("link_rate_bytes")), "{last}");
+    assert!(vm.state() == "running" && !t.there.runs());
+    vm.sync().sealed();
+    assert_eq!(t.status()["state"], "ok");
+}
+
+#[test]
 fn a_migration_that_ends_before_its_cutover_leaves_the_guest_as_before() {
     let lab = Lab::get();
     let vm = writer(&lab, "migrate-stop");
