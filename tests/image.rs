@@ -444,6 +444,7 @@ impl Loop {
         match done {
             Ok(out) if out.status.success() => Some(Loop(String::from_utf8_lossy(&out.stdout).trim().to_owned())),
             other => {
+                assert!(!rustix::process::geteuid().is_root(), "root has loop devices: {other:?}");
                 eprintln!("SKIPPED: no loop device ({other:?}); run as root: cargo nextest run --test image");
                 None
             }

@@ -57,7 +57,7 @@ fn a_detaching_killed_at_each_step_is_finished_by_the_same_command() {
     Host::B.virt_replica(&["verify", name, "--to", STORE]).success();
 
     // The guest has written all the while, and boots from what it has now.
-    std::thread::sleep(std::time::Duration::from_secs(4));
+    there.writes(&images[0]);
     Host::B.ok(&["virsh", "-q", "destroy", name]);
     for image in &images {
         Host::B.ok(&["qemu-img", "check", "-q", image]);

@@ -3,7 +3,8 @@
 
 use super::crash_drill::Drills;
 use super::domain::{Disk, Domain};
-use super::support::{Host, Lab, STORE};
+use super::support::{Host, Lab, STORE, eventually};
+use std::time::Duration;
 
 const UP: [&str; 7] = ["f1", "f2", "f3", "f4", "f5", "f6", "f7"];
 const DOWN: [&str; 5] = ["f8", "f9", "f10", "f11", "f12"];
@@ -19,6 +20,19 @@ impl OnB<'_> {
 
     pub fn overlays(&self) -> String {
         format!("/var/lib/libvirt/images/vr-failover-{}", self.0.uuid)
+    }
+
+    /// The guest on b is up and writes: this image of its first disk changes from second to second.
+    #[track_caller]
+    pub fn writes(&self, image: &str) {
+        let (mut last, mut changes) = (String::new(), 0);
+        eventually("the guest to write on b", Duration::from_secs(90), || {
+            std::thread::sleep(Duration::from_secs(1));
+            let now = Host::B.output(&["stat", "-c", "%y", image]);
+            changes = if now == last { 0 } else { changes + 1 };
+            last = now;
+            (changes > 6).then_some(())
+        });
     }
 }
 

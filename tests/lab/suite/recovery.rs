@@ -96,7 +96,7 @@ fn an_unplanned_failover_loses_nothing_older_than_the_freeze_and_the_old_source_
 
     // What the guest on b writes goes on from where the point was.
     let overlay = format!("{}/vda.qcow2", there.overlays());
-    std::thread::sleep(std::time::Duration::from_secs(6));
+    there.writes(&overlay);
     Host::B.ok(&["virsh", "-q", "destroy", name]);
     let lines = Host::B.output(&["/lab/tools/guest", "lines", &overlay, "qcow2"]).lines().count() as u64;
     assert!(lines > acked, "line {acked} was acknowledged before the freeze, b has {lines}");
