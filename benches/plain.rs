@@ -81,12 +81,16 @@ impl Bench {
 
     fn ours(&self, more: &[&str]) -> Figures {
         let (from, to) = (format!("{DIR}/a.raw"), format!("ssh://{THERE}{DIR}/ours.raw"));
-        self.meter.run(Host::A, &[&["virt-replica", "copy", &from, &to], more].concat(), PATIENT).checked("ours.raw")
+        self.meter
+            .run(Host::A, &[&["virt-replica", "copy", &from, &to], more].concat(), DIR, PATIENT)
+            .checked("ours.raw")
     }
 
     fn rsync(&self, how: &[&str]) -> Figures {
         let (from, to) = (format!("{DIR}/a.raw"), format!("{THERE}:{DIR}/rsync.raw"));
-        self.meter.run(Host::A, &[&["rsync", "-a", "-I"], how, &[&from, &to]].concat(), PATIENT).checked("rsync.raw")
+        self.meter
+            .run(Host::A, &[&["rsync", "-a", "-I"], how, &[&from, &to]].concat(), DIR, PATIENT)
+            .checked("rsync.raw")
     }
 
     /// A whole copy by a program that speaks NBD, to a server at the other end of an ssh channel.
@@ -99,7 +103,7 @@ impl Bench {
             "cd {DIR}; rm -f l.sock; ssh -f -N -M -S ./c.sock -o ExitOnForwardFailure=yes -L $PWD/l.sock:$PWD/n.sock {THERE}
              {program}; ssh -q -S ./c.sock -O exit {THERE}"
         );
-        self.meter.run(Host::A, &["bash", "-euc", &copy], PATIENT).checked("nbd.raw")
+        self.meter.run(Host::A, &["bash", "-euc", &copy], DIR, PATIENT).checked("nbd.raw")
     }
 
     fn bdsync(&self) -> Option<Figures> {
@@ -109,7 +113,7 @@ impl Bench {
         let script = format!(
             "cd {DIR}; bdsync --zeroblocks 'ssh {THERE} bdsync --server' a.raw {DIR}/bdsync.raw | ssh {THERE} bdsync --patch={DIR}/bdsync.raw"
         );
-        Some(self.meter.run(Host::A, &["bash", "-euo", "pipefail", "-c", &script], PATIENT).checked("bdsync.raw"))
+        Some(self.meter.run(Host::A, &["bash", "-euo", "pipefail", "-c", &script], DIR, PATIENT).checked("bdsync.raw"))
     }
 
     fn blocksync(&self) -> Option<Figures> {
@@ -119,7 +123,7 @@ impl Bench {
         let script = format!(
             "cd {DIR}; blocksync-fast --make-delta -s a.raw -f bsf.digest | ssh {THERE} blocksync-fast --apply-delta -d {DIR}/bsf.raw"
         );
-        Some(self.meter.run(Host::A, &["bash", "-euo", "pipefail", "-c", &script], PATIENT).checked("bsf.raw"))
+        Some(self.meter.run(Host::A, &["bash", "-euo", "pipefail", "-c", &script], DIR, PATIENT).checked("bsf.raw"))
     }
 
     fn first_copies(&mut self, image: &load::Image) {
@@ -129,6 +133,8 @@ impl Bench {
             "qemu-img convert -n --target-is-zero -W -m 8 -f raw -O raw a.raw \"nbd+unix:///?socket=$PWD/l.sock\"";
         let convert = self.over_nbd(convert, image.size);
         self.bars.push(("W1 as fast as qemu-img convert".into(), convert.wall / peers[0].figures.wall, 1.0));
+        let durable = convert.durable / peers[0].figures.durable;
+        self.bars.push(("the same, until both are durable".into(), durable, 1.0));
         peers.push(Peer { name: "qemu-img convert (ssh)", figures: convert });
         if there("nbdcopy") {
             let copy = "nbdcopy --destination-is-zero a.raw \"nbd+unix:///?socket=$PWD/l.sock\"";
@@ -191,15 +197,19 @@ impl Bench {
         let changed = if image.changed > 0 { format!("; {} changed", mib(image.changed)) } else { String::new() };
         let out = &mut self.sections;
         writeln!(out, "### {title}\n\nA raw image of {of}{changed}.\n").expect("a string");
-        writeln!(out, "| | s | CPU s, from | to | peak RSS MiB, from | to | wire MiB | read MiB, from | to |")
-            .expect("a string");
-        writeln!(out, "|---|--:|--:|--:|--:|--:|--:|--:|--:|").expect("a string");
+        writeln!(
+            out,
+            "| | s | s, durable | CPU s, from | to | peak RSS MiB, from | to | wire MiB | read MiB, from | to |"
+        )
+        .expect("a string");
+        writeln!(out, "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|").expect("a string");
         for Peer { name, figures: f } in peers {
             let (a, b) = (&f.ends[0], &f.ends[1]);
             writeln!(
                 out,
-                "| {name} | {:.1} | {:.1} | {:.1} | {} | {} | {:.1} | {} | {} |",
+                "| {name} | {:.1} | {:.1} | {:.1} | {:.1} | {} | {} | {:.1} | {} | {} |",
                 f.wall,
+                f.durable,
                 a.cpu,
                 b.cpu,
                 a.rss >> 20,

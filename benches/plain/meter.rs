@@ -28,6 +28,8 @@ pub struct End {
 pub struct Figures {
     /// Seconds.
     pub wall: f64,
+    /// Seconds until what was written is on the disk: ours is by then, and a peer that does not say so leaves it to the kernel.
+    pub durable: f64,
     /// Bytes that left host a and came to it.
     pub wire: u64,
     pub ends: [End; 2],
@@ -71,8 +73,11 @@ impl Meter {
         Job::start(self.command(host, words)).wait(Duration::from_secs(60)).success();
     }
 
-    /// Runs a command that must succeed.
-    pub fn run(&self, host: Host, words: &[&str], limit: Duration) -> Figures {
+    /// Runs a command that must succeed, and waits until what it has written in `dir` is durable.
+    pub fn run(&self, host: Host, words: &[&str], dir: &str, limit: Duration) -> Figures {
+        // What others have written before is not waited for.
+        let settle = || Host::B.ok(&["sync", "--file-system", dir]);
+        settle();
         let (cpu, wire) = (self.cpu(), wire());
         let ended = AtomicBool::new(false);
         let (wall, sampled) = std::thread::scope(|scope| {
@@ -84,11 +89,19 @@ impl Meter {
             done.success();
             (wall, sampler.join().expect("the sampler does not panic"))
         });
+        let before = Instant::now();
+        settle();
+        let durable = wall + before.elapsed();
         // The other end may still be closing.
         std::thread::sleep(Duration::from_millis(300));
         let after = self.cpu();
         let end = |n: usize| End { cpu: after[n] - cpu[n], ..sampled[n] };
-        Figures { wall: wall.as_secs_f64(), wire: self::wire() - wire, ends: [end(0), end(1)] }
+        Figures {
+            wall: wall.as_secs_f64(),
+            durable: durable.as_secs_f64(),
+            wire: self::wire() - wire,
+            ends: [end(0), end(1)],
+        }
     }
 
     fn cpu(&self) -> [f64; 2] {
@@ -136,19 +149,21 @@ struct Read {
 }
 
 /// The kernel adds what a process had read to its parent's account once that has waited for it; here each byte counts for
-/// whoever read it.
+/// whoever read it. Where a parent ended in the same tick, who waited for that one has inherited both.
 fn forget_inherited(read: &mut BTreeMap<String, Read>, living: &[String]) {
-    let ended = read.iter_mut().filter(|(pid, read)| !read.ended && !living.contains(pid));
-    let inherited: Vec<(String, u64)> = ended
-        .map(|(_, read)| {
-            read.ended = true;
-            (read.parent.clone(), read.last)
-        })
-        .collect();
-    for (parent, bytes) in inherited {
-        if let Some(parent) = read.get_mut(&parent) {
-            parent.first += bytes;
+    let gone = |read: &Read, pid: &String| !read.ended && !living.contains(pid);
+    let ended: Vec<String> = read.iter().filter(|(pid, read)| gone(read, pid)).map(|(pid, _)| pid.clone()).collect();
+    for pid in &ended {
+        let (bytes, mut heir) = (read[pid].last, read[pid].parent.clone());
+        while ended.contains(&heir) {
+            heir = read[&heir].parent.clone();
         }
+        if let Some(heir) = read.get_mut(&heir) {
+            heir.first += bytes;
+        }
+    }
+    for pid in ended {
+        read.get_mut(&pid).expect("it was listed").ended = true;
     }
 }
 
