@@ -35,6 +35,9 @@ const CALLS_MAX: usize = 32;
 const KEEPALIVE_INTERVAL_S: i32 = 5;
 const KEEPALIVE_PROBES: u32 = 3;
 
+/// How long the end of a gate waits for its connection's. It takes a millisecond where libvirtd is well.
+const CLOSE_MAX: Duration = Duration::from_secs(2);
+
 /// May a change be sent again over a new connection if its answer was lost with the old one? Questions always may.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Repeat {
@@ -233,9 +236,16 @@ impl Gate {
 }
 
 impl Drop for Gate {
+    /// Waits for the goodbye, because the process often ends right behind it: libvirtd 9.0 frees the events of a client whose
+    /// socket breaks while a worker of its still takes back those very events, and crashes. A connection that a call which
+    /// was left behind still uses is closed when that one ends.
     fn drop(&mut self) {
         let slot = mem::replace(&mut lock(&self.0.state).slot, Slot::Empty);
-        drop(slot);
+        let Slot::Open(session) = slot else { return };
+        if let Some(closed) = Arc::into_inner(session).and_then(|mut session| session.close()) {
+            // Hung up when it is closed. If that takes longer, libvirtd does not answer anyway.
+            let _ = closed.recv_timeout(CLOSE_MAX);
+        }
     }
 }
 
@@ -395,16 +405,26 @@ impl Session {
     }
 }
 
-impl Drop for Session {
-    /// Closing asks libvirtd, which may be the very one that does not answer: it happens on a thread of its own.
-    fn drop(&mut self) {
-        let Some((connection, registrations)) = self.open.take() else { return };
+impl Session {
+    /// Closing asks libvirtd, which may be the very one that does not answer: it happens on a thread of its own. What is
+    /// returned hangs up when that has ended; `None` if somebody closed it before.
+    fn close(&mut self) -> Option<Receiver<()>> {
+        let (connection, registrations) = self.open.take()?;
+        let (ended, closed) = mpsc::sync_channel(0);
         let closing = move || {
             registrations.end(&connection);
             drop(connection);
+            drop(ended);
         };
         // Without a thread the connection stays open until the process ends, which is harmless.
         let _ = thread::Builder::new().name("libvirt-close".into()).spawn(closing);
+        Some(closed)
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.close();
     }
 }
 

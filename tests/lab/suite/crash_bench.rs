@@ -3,6 +3,7 @@
 //! Crash tests kill libvirtd, put other programs into the agent's place and leave corpses behind: each has a lab to
 //! itself. `crash_machine` is what is replicated.
 
+use super::support::asked_again;
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -63,23 +64,11 @@ impl Lab {
     /// However it ends. A `virsh` that lost its libvirtd to a crash (see tests/lab/lib/keep-libvirtd.sh) asks again; one that
     /// finds it killed by the test does not.
     pub fn try_exec(&self, host: &str, args: &[&str]) -> Output {
+        let crashes = self.path(host, "/var/log/libvirt/crashes");
         let run = || self.command(&[&["exec", host], args].concat()).output().unwrap();
-        let lost = |done: &Output| {
-            let said = String::from_utf8_lossy(&done.stderr);
-            !done.status.success() && LIBVIRTD_LOST.iter().any(|words| said.contains(words))
-        };
-        let mut done = run();
-        for _ in 0..50 {
-            if args.first() != Some(&"virsh") || !lost(&done) {
-                break;
-            }
-            sleep(Duration::from_millis(100));
-            if !self.path(host, "/var/log/libvirt/crashes").exists() {
-                break;
-            }
-            done = run();
-        }
-        done
+        asked_again(args, &crashes, run, |done| {
+            (!done.status.success()).then(|| String::from_utf8_lossy(&done.stderr).into_owned())
+        })
     }
 
     pub fn exec(&self, host: &str, args: &[&str]) -> String {
@@ -123,10 +112,6 @@ impl Lab {
         fs::read_to_string(self.path("b", "/tmp/agent.err")).unwrap_or_default()
     }
 }
-
-/// What virsh says when there is no libvirtd, or none any more.
-const LIBVIRTD_LOST: [&str; 3] =
-    ["failed to connect to the hypervisor", "client socket is closed", "End of file while reading data"];
 
 impl Drop for Lab {
     fn drop(&mut self) {

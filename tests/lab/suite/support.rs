@@ -9,7 +9,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, sleep};
 use std::time::{Duration, Instant};
 
 /// The target in the words of `--to`: the default store of host b.
@@ -84,6 +84,34 @@ fn lock_file(name: &str) -> File {
     File::options().create(true).truncate(false).write(true).open(path).expect("open the lab's lock")
 }
 
+/// What virsh says when libvirtd is gone, before the call or in it.
+const LIBVIRTD_LOST: [&str; 3] =
+    ["failed to connect to the hypervisor", "client socket is closed", "End of file while reading data"];
+
+/// Runs `run`; again, while it is a `virsh` whose libvirtd is gone, if that has crashed by itself
+/// (tests/lab/lib/keep-libvirtd.sh starts it anew and keeps a list). One that a test has killed stays gone. `complaint` tells
+/// what was said by one that failed.
+pub fn asked_again<T>(
+    args: &[&str],
+    crashes: &Path,
+    mut run: impl FnMut() -> T,
+    complaint: impl Fn(&T) -> Option<String>,
+) -> T {
+    let is_lost = |done: &T| complaint(done).is_some_and(|said| LIBVIRTD_LOST.iter().any(|words| said.contains(words)));
+    let mut done = run();
+    for _ in 0..50 {
+        if args.first() != Some(&"virsh") || !is_lost(&done) {
+            break;
+        }
+        sleep(Duration::from_millis(100));
+        if !crashes.exists() {
+            break;
+        }
+        done = run();
+    }
+    done
+}
+
 /// A host of the lab.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Host {
@@ -120,9 +148,15 @@ impl Host {
         command
     }
 
-    /// Runs a command, however it ends.
+    /// Runs a command, however it ends. A `virsh` that lost its libvirtd to a crash of its own asks again.
     pub fn run(self, args: &[&str]) -> Done {
-        Job::start(self.command(args)).wait(PATIENCE)
+        let crashes = self.file("/var/log/libvirt/crashes");
+        asked_again(
+            args,
+            &crashes,
+            || Job::start(self.command(args)).wait(PATIENCE),
+            |done| (done.code != 0).then(|| done.stderr.clone()),
+        )
     }
 
     /// Runs a command that must succeed.
