@@ -98,3 +98,22 @@ fn a_plan_touches_nothing() {
     vm.sync().sealed();
     assert_ne!(vm.plan()["disks"][0]["mode"], "full");
 }
+
+/// A program that ends has taken leave of libvirtd, which crashes now and then over one that just goes (see `Gate`).
+#[test]
+fn a_program_that_ends_takes_leave_of_libvirtd() {
+    let lab = Lab::alone();
+    let vm = lab.domain("leaves").disk(small()).paused();
+    let broken_off = || {
+        let log = std::fs::read_to_string(Host::A.file("/var/log/libvirt/libvirtd.log")).unwrap();
+        log.lines().filter(|l| l.contains("End of file while reading data")).count()
+    };
+    let before = broken_off();
+    vm.sync().sealed();
+    for command in ["doctor", "status"] {
+        for _ in 0..5 {
+            Host::A.virt_replica(&[command, &vm.name]).success();
+        }
+    }
+    assert_eq!(broken_off(), before, "libvirtd found the socket broken");
+}
