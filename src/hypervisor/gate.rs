@@ -15,14 +15,18 @@
 //!
 //! A connection has an *epoch*, so that the failure of an old one cannot condemn its successor.
 
+mod errors;
+mod events;
+
+pub use self::events::Wake;
+use self::events::{Hub, start_event_loop};
 use super::sys::{self, Event, Registrations};
 use crate::error::{Error, Kind, Result};
-use std::fmt;
 use std::mem;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 use virt::connect::Connect;
@@ -226,12 +230,7 @@ impl Gate {
 
     /// From now on, events about this disk's block job or its domain end [`Wake::wait`], as does a lost connection.
     pub fn subscribe(&self, uuid: &str, disk: &str) -> Wake {
-        let (sender, receiver) = mpsc::sync_channel(1);
-        let mut subscribers = lock(&self.0.hub.0);
-        subscribers.next += 1;
-        let number = subscribers.next;
-        subscribers.list.push(Subscriber { number, uuid: uuid.to_owned(), disk: disk.to_owned(), sender });
-        Wake { number, receiver, hub: Arc::clone(&self.0.hub) }
+        self.0.hub.subscribe(uuid, disk)
     }
 }
 
@@ -435,171 +434,6 @@ fn tolerate_unsupported(result: Result<(), VirtError>) -> Result<(), VirtError> 
     }
 }
 
-// --- errors ----------------------------------------------------------------------------------------------------------
-
-/// What libvirt said, without its codes' decoration.
-#[derive(Debug)]
-struct Said {
-    message: String,
-    code: u32,
-}
-
-impl fmt::Display for Said {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "libvirt: {} (code {})", self.message, self.code)
-    }
-}
-
-impl std::error::Error for Said {}
-
-fn said(e: &VirtError) -> Said {
-    Said { message: e.message().to_owned(), code: e.code().to_raw() }
-}
-
-impl Call<'_> {
-    fn place(&self, e: Error) -> Error {
-        match self.domain {
-            Some(domain) => e.domain(domain),
-            None => e,
-        }
-    }
-
-    fn error(&self, kind: Kind, what: String) -> Error {
-        self.place(Error::new(kind, what))
-    }
-
-    fn refused(&self, e: &VirtError) -> Error {
-        let kind = kind_of(e);
-        let e = self.error(kind, format!("cannot {}", self.what)).source(said(e));
-        if kind == Kind::Auth { e.hint(AUTH_HINT) } else { e }
-    }
-
-    fn not_opened(&self, e: &VirtError, uri: Option<&str>) -> Error {
-        let name = uri.unwrap_or("the default URI");
-        let virsh = uri.map_or("virsh uri".to_owned(), |u| format!("virsh -c '{u}' uri"));
-        let (kind, hint) = match kind_of(e) {
-            Kind::Auth => (Kind::Auth, AUTH_HINT.to_owned()),
-            _ => (Kind::Unavailable, format!("is libvirtd (or virtqemud) running there? '{virsh}' asks the same way")),
-        };
-        self.error(kind, format!("cannot connect to libvirt at {name}, to {}", self.what)).source(said(e)).hint(hint)
-    }
-
-    fn lost(&self, e: &VirtError, changing: bool) -> Error {
-        let what = format!("the connection to libvirt broke when it was to {}", self.what);
-        self.unanswered(what, changing).source(said(e))
-    }
-
-    fn late(&self, changing: bool) -> Error {
-        let seconds = self.deadline.as_secs_f32();
-        self.unanswered(format!("libvirt did not answer within {seconds:.1} s when it was to {}", self.what), changing)
-            .hint(
-                "libvirtd or the domain's QEMU hangs: look at 'virsh domstate', 'virsh domcontrol' and libvirtd's log",
-            )
-    }
-
-    fn unanswered(&self, what: String, changing: bool) -> Error {
-        let doubt = if changing { "; it may have taken effect" } else { "" };
-        self.error(Kind::Unavailable, what + doubt)
-    }
-}
-
-const AUTH_HINT: &str = "run as root, or give this user access to libvirt (group 'libvirt', or a polkit rule)";
-
-fn kind_of(e: &VirtError) -> Kind {
-    use virt::enumutil::Enum::Known;
-    match e.code() {
-        Known(ErrorNumber::NoDomain) => Kind::NotFound,
-        Known(
-            ErrorNumber::AuthFailed
-            | ErrorNumber::AuthCancelled
-            | ErrorNumber::AuthUnavailable
-            | ErrorNumber::AccessDenied
-            | ErrorNumber::OperationDenied,
-        ) => Kind::Auth,
-        // Timed out: libvirt's own wait for the domain's job lock. Block copy active: any block job that is in the way,
-        // and also one that is not yet ready for a pivot.
-        Known(ErrorNumber::BlockCopyActive | ErrorNumber::ResourceBusy | ErrorNumber::OperationTimeout) => Kind::Busy,
-        _ => Kind::Refused,
-    }
-}
-
-// --- events ----------------------------------------------------------------------------------------------------------
-
-/// Who waits for what. Events only wake; what happened is then asked, as an event can be lost with its connection.
-#[derive(Default)]
-struct Hub(Mutex<Subscribers>);
-
-#[derive(Default)]
-struct Subscribers {
-    next: u64,
-    list: Vec<Subscriber>,
-}
-
-struct Subscriber {
-    number: u64,
-    uuid: String,
-    disk: String,
-    sender: SyncSender<()>,
-}
-
-impl Hub {
-    fn tell(&self, event: Event<'_>) {
-        for s in &lock(&self.0).list {
-            let concerned = match event {
-                Event::Lifecycle { uuid } => s.uuid == uuid,
-                Event::BlockJob { uuid, disk } => s.uuid == uuid && s.disk == disk,
-                Event::Closed => true,
-            };
-            if concerned {
-                // Full: it has a wake-up waiting already.
-                let _ = s.sender.try_send(());
-            }
-        }
-    }
-}
-
-/// A subscription; ends when it is dropped.
-pub struct Wake {
-    number: u64,
-    receiver: Receiver<()>,
-    hub: Arc<Hub>,
-}
-
-impl Wake {
-    /// Waits for the next event, or one since the last wait; at most `timeout`.
-    pub fn wait(&self, timeout: Duration) {
-        let _ = self.receiver.recv_timeout(timeout);
-    }
-}
-
-impl Drop for Wake {
-    fn drop(&mut self) {
-        lock(&self.hub.0).list.retain(|s| s.number != self.number);
-    }
-}
-
-/// Events and keepalives of all connections are handled on one plain thread, which must exist before the first
-/// connection is opened and serves the process to its end.
-fn start_event_loop() -> Result<()> {
-    static STARTED: OnceLock<Result<(), String>> = OnceLock::new();
-    let started = STARTED.get_or_init(|| {
-        // libvirt prints every error to stderr otherwise.
-        virt::error::clear_error_callback();
-        virt::event::event_register_default_impl().map_err(|e| e.message().to_owned())?;
-        thread::Builder::new().name("libvirt-events".into()).spawn(run_events).map(drop).map_err(|e| e.to_string())
-    });
-    started.clone().map_err(|e| Error::new(Kind::Io, format!("cannot start libvirt's event loop: {e}")))
-}
-
-fn run_events() {
-    loop {
-        if let Err(e) = virt::event::event_run_default_impl() {
-            tracing::warn!(error = e.message(), "libvirt's event loop failed once; it goes on");
-            thread::sleep(Duration::from_millis(100));
-        }
-    }
-}
-
 const UNPOISONED: &str = "nothing panics while it holds this lock";
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -769,26 +603,6 @@ mod tests {
     #[should_panic(expected = "of the caller")]
     fn a_panic_in_the_work_belongs_to_the_caller() {
         let _ = gate().call(call(Repeat::Harmless, 5000), |_| -> Result<(), Failure> { panic!("of the caller") });
-    }
-
-    #[test]
-    fn events_wake_those_they_concern() {
-        let gate = gate();
-        let uuid =
-            gate.call(call(Repeat::Harmless, 5000), |c| Ok(c.lookup_domain_by_name("test")?.uuid_string()?)).unwrap();
-        let (mine, other) = (gate.subscribe(&uuid, "vda"), gate.subscribe("another", "vda"));
-        let toggle = |c: &Line<'_>| {
-            let domain = c.lookup_domain_by_name("test")?;
-            domain.suspend()?;
-            Ok(domain.resume()?)
-        };
-        gate.call(call(Repeat::Never, 5000), toggle).unwrap();
-        let start = Instant::now();
-        mine.wait(Duration::from_secs(20));
-        assert!(start.elapsed() < Duration::from_secs(10), "not woken");
-        assert!(other.receiver.try_recv().is_err(), "woken by a stranger's event");
-        drop((mine, other));
-        assert!(lock(&gate.0.hub.0).list.is_empty());
     }
 
     /// A panic in a handler would otherwise unwind through libvirt.
