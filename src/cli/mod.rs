@@ -279,7 +279,7 @@ pub fn main() -> ExitCode {
 
 /// A build without libvirt serves a target; it has no source side.
 #[cfg(not(feature = "libvirt"))]
-fn no_libvirt(command: &str) -> Result<output::Exit> {
+fn no_libvirt<T>(command: &str) -> Result<T> {
     use virt_replica::error::{Error, Kind};
     Err(Error::new(Kind::Usage, format!("this build has no libvirt: it cannot '{command}'")).hint(
         "install the package with libvirt on the source, or build with `cargo build --release` (needs libvirt-dev)",

@@ -121,7 +121,10 @@ pub fn point(view: &ReplicaView, point: &PointView) -> Finding {
             format!("point {}: a scrub found {} of it damaged", point.id, damage.disk),
             "run `virt-replica verify` on older points, and take the newest that is whole (--point)",
         ),
-        None => green(Question::Point, format!("point {}, frozen at {}", point.id, point.frozen_at)),
+        None => {
+            let frozen = point.frozen_at.strftime("%Y-%m-%d %H:%M:%S UTC");
+            green(Question::Point, format!("point {}, frozen at {frozen}", point.id))
+        }
     }
 }
 

@@ -137,9 +137,15 @@ fn a_guest_that_does_not_hear_its_power_button_is_left_alone_or_ended_on_request
     t.failover("", &["--timeout", "2s"]).exit(1).says(&["did not shut down within 2 s", "--force-off"]);
     assert!(vm.state() == "running" && !t.there.runs());
     assert!(!vm.virsh(&["dumpxml"]).contains("do not start it here"));
-    vm.sync().sealed();
+    let point = vm.sync().sealed().report["id"].clone();
+    let ready = |rest: &[&str]| Host::A.virt_replica(&[&["ready", &vm.name, "--to", TARGET], rest].concat());
+    ready(&[]).success().says(&[&format!("can be brought up on {TARGET} from point")]);
+    let answer: Value = serde_json::from_str(&ready(&["--json"]).success().stdout).unwrap();
+    assert_eq!((&answer["point"], &answer["target"], &answer["ready"]), (&point, &TARGET.into(), &true.into()));
+    ready(&["--point", "000099-00000000"]).exit(4);
     let done = t.failover("", &["--timeout", "2s", "--force-off"]).success();
     assert_eq!(message(&done, "handover")["forced_off"], true);
+    ready(&[]).exit(1).says(&["cannot be brought up", "RED", "to do"]);
     assert!(vm.state() == "shut off" && t.there.runs());
 }
 
