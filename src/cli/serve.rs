@@ -62,7 +62,7 @@ fn serve_failover(args: &AgentArgs, limits: Limits, globals: &Globals) -> Result
 
 #[cfg(not(feature = "libvirt"))]
 fn serve_failover(_: &AgentArgs, _: Limits, _: &Globals) -> Result<()> {
-    super::no_libvirt("agent --failover").map(drop)
+    super::no_libvirt("agent --failover")
 }
 
 #[cfg(feature = "libvirt")]
