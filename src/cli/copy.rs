@@ -40,9 +40,13 @@ pub struct CopyArgs {
     /// Keep the target's digests in this directory of its host, so that the next copy need not read it
     #[arg(long, value_name = "DIR")]
     digests: Option<PathBuf>,
-    /// Read only the ranges that this list names: lines `OFFSET LENGTH` in bytes, JSON, or what `thin_delta` prints
+    /// Read only the ranges that this list names: lines `OFFSET LENGTH` in bytes, JSON, or what `thin_delta` or `era_invalidate`
+    /// print
     #[arg(long, value_name = "FILE")]
     changed: Option<PathBuf>,
+    /// How large a block of the dm-era device is: `era_invalidate` does not print it
+    #[arg(long, value_name = "SIZE", requires = "changed", value_parser = super::render::parse_bytes)]
+    changed_block: Option<u64>,
     /// Give the target the owner, mode and time of the source, too
     #[arg(short = 'a', long)]
     archive: bool,
@@ -169,7 +173,7 @@ fn one(
         let job = Copy {
             source: &source,
             target: target.as_ref(),
-            changed: args.changed.as_deref().map(read_list).transpose()?,
+            changed: args.changed.as_deref().map(|list| read_list(list, args.changed_block)).transpose()?,
             finish: Finish { meta },
             dry_run: args.dry_run,
             sending: Sending {
@@ -193,14 +197,14 @@ fn target_is_there(pair: &Pair, place: &Place) -> bool {
     place.host().is_none() && pair.target.exists()
 }
 
-fn read_list(path: &Path) -> Result<Vec<ByteRange>> {
+fn read_list(path: &Path, block: Option<u64>) -> Result<Vec<ByteRange>> {
     let mut text = String::new();
     let read = super::plain::input(path)?.take(changed::LIST_MAX + 1).read_to_string(&mut text);
     read.map_err(|e| Error::io("cannot read the list of changes", path, e))?;
     if text.len() as u64 > changed::LIST_MAX {
         return Err(Error::new(Kind::Usage, "the list of changes is too long").path(path));
     }
-    changed::parse(&text).map_err(|e| e.path(path))
+    changed::parse(&text, block).map_err(|e| e.path(path))
 }
 
 fn say(copied: &Copied, pair: &Pair, place: &Place, dry_run: bool, took: Duration, output: Output) -> Result<()> {

@@ -1,4 +1,5 @@
-//! Change lists of other tools: which ranges of an image may have changed, as text, JSON, or what `thin_delta` prints.
+//! Change lists of other tools: which ranges of an image may have changed, as text, JSON, or what `thin_delta` or
+//! `era_invalidate` print.
 //!
 //! Pure. They are believed, as a dirty bitmap is not: what they leave out is not looked at. Format: docs/plain.md.
 
@@ -15,16 +16,25 @@ struct Item {
     length: u64,
 }
 
-/// Understands a list, in whichever of the three ways it is written; the ranges ascend and do not overlap.
-pub fn parse(text: &str) -> Result<Vec<ByteRange>> {
-    let parsed = match text.trim_start().chars().next() {
-        Some('[') => parse_json(text),
-        Some('<') => parse_thin_delta(text),
+/// Understands a list, in whichever of the four ways it is written; the ranges ascend and do not overlap. `block`: bytes of a
+/// block of the dm-era device, which only `era_invalidate` leaves to be said, and nothing else wants to be told.
+pub fn parse(text: &str, block: Option<u64>) -> Result<Vec<ByteRange>> {
+    let is_era = text.trim_start().starts_with("<blocks");
+    let parsed = match (text.trim_start().chars().next(), block) {
+        (_, Some(0)) => Err("a block of a dm-era device is not empty".into()),
+        (_, Some(block)) if is_era => parse_era(text, block),
+        (_, None) if is_era => {
+            Err("`era_invalidate` does not print how large a block is: say it (--changed-block)".into())
+        }
+        (_, Some(_)) => Err("--changed-block is for what `era_invalidate` prints, and this is something else".into()),
+        (Some('['), None) => parse_json(text),
+        (Some('<'), None) => parse_thin_delta(text),
         _ => parse_lines(text),
     };
-    let bad = |why| Error::new(Kind::Usage, format!("the change list cannot be understood: {why}"));
     parsed.and_then(in_order).map_err(|why| {
-        bad(why).hint("write a line `OFFSET LENGTH` in bytes for each range, or JSON, or what `thin_delta` prints")
+        Error::new(Kind::Usage, format!("the change list cannot be understood: {why}")).hint(
+            "write a line `OFFSET LENGTH` in bytes for each range, or JSON, or what `thin_delta` or `era_invalidate` print",
+        )
     })
 }
 
@@ -62,6 +72,13 @@ fn parse_thin_delta(text: &str) -> Result<Vec<(u64, u64)>, String> {
     let top = document.root_element();
     let of = |node: roxmltree::Node, name: &str| node.attribute(name).and_then(|v| v.parse::<u64>().ok());
     let block = of(top, "data_block_size").and_then(|sectors| sectors.checked_mul(512));
+    if top.has_attribute("current_era") {
+        return Err(
+            "this is the whole history of a dm-era device; `era_invalidate --written-since ERA` prints what has \
+                    changed since then"
+                .into(),
+        );
+    }
     let block = block.filter(|b| *b > 0).ok_or("it says no data_block_size")?;
     let mut found = Vec::new();
     let mut known = false;
@@ -79,6 +96,22 @@ fn parse_thin_delta(text: &str) -> Result<Vec<(u64, u64)>, String> {
         }
     }
     if known { Ok(found) } else { Err("it is no output of thin_delta".to_owned()) }
+}
+
+/// `<blocks><range begin= end=/><block block=/></blocks>`, in blocks; the end is the first that is not meant.
+fn parse_era(text: &str, block: u64) -> Result<Vec<(u64, u64)>, String> {
+    let document = roxmltree::Document::parse(text).map_err(|e| e.to_string())?;
+    let range = |node: roxmltree::Node| {
+        let of = |name: &str| node.attribute(name)?.parse::<u64>().ok();
+        let (begin, end) = match node.tag_name().name() {
+            "range" => (of("begin")?, of("end")?),
+            "block" => (of("block")?, of("block")?.checked_add(1)?),
+            _ => return None,
+        };
+        Some((begin.checked_mul(block)?, end.checked_sub(begin)?.checked_mul(block)?))
+    };
+    let nodes = document.root_element().children().filter(|n| n.is_element());
+    nodes.map(|n| range(n).ok_or_else(|| format!("<{}> is no range of blocks", n.tag_name().name()))).collect()
 }
 
 fn in_order(found: Vec<(u64, u64)>) -> Result<Vec<ByteRange>, String> {
@@ -105,7 +138,7 @@ mod tests {
     use super::*;
 
     fn pairs(text: &str) -> Vec<(u64, u64)> {
-        parse(text).unwrap().into_iter().map(|r| (r.start, r.end)).collect()
+        parse(text, None).unwrap().into_iter().map(|r| (r.start, r.end)).collect()
     }
 
     #[test]
@@ -135,7 +168,31 @@ mod tests {
             r#"<superblock data_block_size="128"><diff><different begin="1"/></diff></superblock>"#,
             r#"<superblock data_block_size="128"><diff><other begin="1" length="1"/></diff></superblock>"#,
         ] {
-            assert_eq!(parse(bad).unwrap_err().kind(), Kind::Usage, "{bad}");
+            assert_eq!(parse(bad, None).unwrap_err().kind(), Kind::Usage, "{bad}");
+        }
+    }
+
+    /// As `era_invalidate` of thin-provisioning-tools 0.9 prints it.
+    const ERA: &str = "<blocks>\n  <range begin=\"10\" end = \"14\"/>\n  <block block=\"40\"/>\n</blocks>\n";
+
+    #[test]
+    fn blocks_of_dm_era_want_their_size() {
+        let ranges = parse(ERA, Some(65536)).unwrap();
+        assert_eq!(ranges, [ByteRange::new(655_360, 917_504), ByteRange::new(2_621_440, 2_686_976)]);
+        assert_eq!(parse("<blocks/>", Some(65536)).unwrap(), []);
+        let why = |text: &str, block| parse(text, block).unwrap_err().chain();
+        assert!(why(ERA, None).contains("--changed-block"), "{}", why(ERA, None));
+        assert!(why(ERA, Some(0)).contains("not empty"));
+        assert!(why("0 100", Some(65536)).contains("something else"));
+        let dump = r#"<superblock uuid="" block_size="128" nr_blocks="9" current_era="5"><era_array/></superblock>"#;
+        assert!(why(dump, None).contains("--written-since"), "{}", why(dump, None));
+        for bad in [
+            r#"<blocks><range begin="4" end="3"/></blocks>"#,
+            r#"<blocks><range begin="4"/></blocks>"#,
+            r#"<blocks><block block="18446744073709551615"/></blocks>"#,
+            r#"<blocks><other block="1"/></blocks>"#,
+        ] {
+            assert_eq!(parse(bad, Some(65536)).unwrap_err().kind(), Kind::Usage, "{bad}");
         }
     }
 }
