@@ -16,6 +16,8 @@ mod patches;
 mod places;
 #[path = "plain/support.rs"]
 mod support;
+#[path = "plain/written.rs"]
+mod written;
 
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;

@@ -3,7 +3,7 @@
 use super::Globals;
 use super::limits::LinkArgs;
 use super::output::{Exit, Message, Output, print};
-use super::plain::{READ_FORMATS, WayArgs, absolute, format, listen, open_source, unless_stopped, watched};
+use super::plain::{FORMATS, WayArgs, absolute, format, listen, open_source, unless_stopped, watched};
 use super::render;
 use super::target::{SshArgs, hang_up};
 use clap::Args;
@@ -30,10 +30,10 @@ pub struct CopyArgs {
     #[arg(value_name = "PATH", num_args = 2.., required = true)]
     paths: Vec<String>,
     /// Format of the source; never guessed from the content [default: raw or qcow2, by its name]
-    #[arg(long, value_name = "FORMAT", value_parser = READ_FORMATS)]
+    #[arg(long, value_name = "FORMAT", value_parser = FORMATS)]
     source_format: Option<String>,
-    /// Format of the target: raw or qcow2 [default: by its name]
-    #[arg(long, value_name = "FORMAT", value_parser = ["raw", "qcow2"])]
+    /// Format of the target; never guessed from the content [default: raw or qcow2, by its name]
+    #[arg(long, value_name = "FORMAT", value_parser = FORMATS)]
     target_format: Option<String>,
     #[command(flatten)]
     way: WayArgs,
@@ -155,7 +155,8 @@ fn one(
 ) -> Result<()> {
     let began = Instant::now();
     let to = format(args.target_format.as_ref(), &pair.target);
-    let read = ReadOptions { exact: to == Format::Raw, ..site::read_options(&globals.state_dir, args.force_share) };
+    let read =
+        ReadOptions { exact: to == Format::Raw.into(), ..site::read_options(&globals.state_dir, args.force_share) };
     let source = open_source(args.source_format.as_ref(), &pair.source, &read)?;
     let copied = (|| {
         let wish = Wish {

@@ -2,9 +2,7 @@
 
 use super::Globals;
 use super::output::{Exit, Output, print, print_json};
-use super::plain::{
-    OutFile, READ_FORMATS, absolute, beside, listen, open_source, print_beside, unless_stopped, watched,
-};
+use super::plain::{FORMATS, OutFile, absolute, beside, listen, open_source, print_beside, unless_stopped, watched};
 use super::render;
 use clap::Args;
 use serde_json::json;
@@ -24,7 +22,7 @@ pub struct DigestArgs {
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
     /// Format of the image; never guessed from the content [default: raw or qcow2, by its name]
-    #[arg(long, value_name = "FORMAT", value_parser = READ_FORMATS)]
+    #[arg(long, value_name = "FORMAT", value_parser = FORMATS)]
     format: Option<String>,
     /// Replace the file if it is there
     #[arg(long)]

@@ -4,7 +4,7 @@ use super::Globals;
 use super::envelope::{KeyArgs, ProtectedOut, UnwrapArgs, WrapArgs};
 use super::output::{Exit, Message, Output, print, print_json};
 use super::plain::{
-    READ_FORMATS, WayArgs, absolute, beside, format, input, listen, open_source, print_beside, unless_stopped, watched,
+    FORMATS, WayArgs, absolute, beside, format, input, listen, open_source, print_beside, unless_stopped, watched,
 };
 use super::render;
 use super::target::{SshArgs, Target, hang_up};
@@ -38,10 +38,10 @@ pub struct DiffArgs {
     #[arg(short, long, value_name = "PATCH")]
     pub(super) output: PathBuf,
     /// Format of the source; never guessed from the content [default: raw or qcow2, by its name]
-    #[arg(long, value_name = "FORMAT", value_parser = READ_FORMATS)]
+    #[arg(long, value_name = "FORMAT", value_parser = FORMATS)]
     source_format: Option<String>,
-    /// Format of the base: raw or qcow2 [default: by its name]
-    #[arg(long, value_name = "FORMAT", value_parser = ["raw", "qcow2"])]
+    /// Format of the base; never guessed from the content [default: raw or qcow2, by its name]
+    #[arg(long, value_name = "FORMAT", value_parser = FORMATS)]
     base_format: Option<String>,
     /// Replace the patch if it is there
     #[arg(long)]
@@ -186,8 +186,8 @@ pub struct ApplyArgs {
     /// Write the patch that leads back into this file, before anything is changed
     #[arg(long, value_name = "FILE", conflicts_with = "in_place")]
     undo: Option<PathBuf>,
-    /// Format of the image: raw or qcow2; never guessed from the content [default: by its name]
-    #[arg(long, value_name = "FORMAT", value_parser = ["raw", "qcow2"])]
+    /// Format of the image; never guessed from the content [default: raw or qcow2, by its name]
+    #[arg(long, value_name = "FORMAT", value_parser = FORMATS)]
     format: Option<String>,
     #[command(flatten)]
     way: WayArgs,

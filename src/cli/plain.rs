@@ -12,8 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tempfile::NamedTempFile;
 use virt_replica::error::{Error, Kind, Result};
-use virt_replica::image::Format;
-use virt_replica::image::foreign::Foreign;
+use virt_replica::image::foreign::AnyFormat;
 use virt_replica::plain::source::{ReadOptions, Source};
 use virt_replica::plain::{WayWish, format_by_name};
 use virt_replica::replicate::pump::Progress;
@@ -40,24 +39,17 @@ impl WayArgs {
     }
 }
 
-/// Raw or qcow2, as given or as the name says.
-pub fn format(given: Option<&String>, path: &Path) -> Format {
-    match given.map(String::as_str) {
-        Some("qcow2") => Format::Qcow2,
-        Some(_) => Format::Raw,
-        None => format_by_name(path),
-    }
+/// As given, or raw or qcow2 as the name says.
+pub fn format(given: Option<&String>, path: &Path) -> AnyFormat {
+    given.and_then(|given| given.parse().ok()).unwrap_or_else(|| format_by_name(path).into())
 }
 
-/// Formats that an image may be read in.
-pub const READ_FORMATS: [&str; 7] = ["raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc", "qed"];
+/// Formats that an image may have.
+pub const FORMATS: [&str; 7] = ["raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc", "qed"];
 
 /// Opens an image that is read, in the format given or as its name says.
 pub fn open_source(given: Option<&String>, path: &Path, options: &ReadOptions) -> Result<Source> {
-    match given.and_then(|given| given.parse::<Foreign>().ok()) {
-        Some(foreign) => Source::open_foreign(path, foreign, options),
-        None => Source::open(path, format(given, path), options),
-    }
+    Source::open_any(path, format(given, path), options)
 }
 
 pub fn absolute(path: &Path) -> Result<PathBuf> {

@@ -48,10 +48,11 @@ pub(super) fn describe(layers: &[Layer], access: Access) -> Result<String> {
     Ok(format!("json:{below}"))
 }
 
-/// The description of an image in a format of others, alone, to be read: a parent that it names is not opened.
+/// The description of an image in a format of others, alone: a parent that it names is not opened.
 pub(super) fn describe_foreign(layer: &Layer, driver: Foreign, access: Access) -> Result<String> {
     let file = file(&layer.path, layer.block_device, access)?;
-    let mut node = json!({ "driver": driver.as_str(), "file": file, "backing": null, "read-only": true });
+    let mut node =
+        json!({ "driver": driver.as_str(), "file": file, "backing": null, "read-only": access != Access::Write });
     if access == Access::ReadUnlocked {
         node["force-share"] = true.into();
     }

@@ -1,20 +1,22 @@
-//! Images of other hypervisors: read through `qemu-nbd`, never written.
+//! Images of other hypervisors: read and written through `qemu-nbd`.
 //!
 //! Owns what has to hold before QEMU opens one. Its drivers follow what some of these headers name: extents of a VMDK in
-//! other files (any file, and QEMU may run as root), parents. So only images that are whole in themselves are read,
-//! and that is looked for here, in the few bytes that say it; what else is wrong with an image QEMU says.
-
-use super::{Layer, raw};
+//! other files (any file, and QEMU may run as root), parents. So only images that are whole in themselves are opened,
+//! and that is looked for here, in the few bytes that say it; what else is wrong with an image QEMU says. [`super::served`] writes.
+use super::{Format, Layer, raw};
+use crate::block::DiskSize;
 use crate::error::{Error, Kind, Result};
+use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::str::FromStr;
 
 /// Longest description inside a VMDK that is looked at; they have a few hundred bytes.
-const DESCRIPTION_MAX: u64 = 64 << 10;
+pub(super) const DESCRIPTION_MAX: u64 = 64 << 10;
 
 /// A format of somebody else.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Foreign {
     Vmdk,
     Vdi,
@@ -42,7 +44,63 @@ impl Foreign {
 impl FromStr for Foreign {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
-        Foreign::ALL.into_iter().find(|f| f.as_str() == text).ok_or_else(|| "it is no format that is read".to_owned())
+        Foreign::ALL.into_iter().find(|f| f.as_str() == text).ok_or_else(|| "it is no format that is known".to_owned())
+    }
+}
+
+/// A format that a plain image may have, named as QEMU does: on the wire, too, so that who does not know one refuses it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum AnyFormat {
+    Own(Format),
+    Of(Foreign),
+}
+
+impl AnyFormat {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            AnyFormat::Own(format) => format.as_str(),
+            AnyFormat::Of(format) => format.as_str(),
+        }
+    }
+
+    /// Whether it is one of others.
+    pub fn foreign(self) -> Option<Foreign> {
+        match self {
+            AnyFormat::Own(_) => None,
+            AnyFormat::Of(format) => Some(format),
+        }
+    }
+
+    /// What stands in the layer of such an image: of a format of others only the place counts there.
+    pub fn of_layer(self) -> Format {
+        match self {
+            AnyFormat::Own(format) => format,
+            AnyFormat::Of(_) => Format::Raw,
+        }
+    }
+}
+
+impl From<Format> for AnyFormat {
+    fn from(format: Format) -> Self {
+        AnyFormat::Own(format)
+    }
+}
+
+impl From<Foreign> for AnyFormat {
+    fn from(format: Foreign) -> Self {
+        AnyFormat::Of(format)
+    }
+}
+
+impl FromStr for AnyFormat {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "raw" => Ok(Format::Raw.into()),
+            "qcow2" => Ok(Format::Qcow2.into()),
+            other => other.parse::<Foreign>().map(AnyFormat::Of),
+        }
     }
 }
 
@@ -83,7 +141,7 @@ fn when(whole: bool) -> Found {
 }
 
 /// Bytes at an offset; fewer where the file ends.
-fn bytes(file: &File, offset: u64, len: usize) -> std::io::Result<Vec<u8>> {
+pub(super) fn bytes(file: &File, offset: u64, len: usize) -> std::io::Result<Vec<u8>> {
     let mut buffer = vec![0; len];
     let mut filled = 0;
     while filled < len {
@@ -145,4 +203,13 @@ fn qed(file: &File) -> std::io::Result<Found> {
         true if header[16] & 1 != 0 => Found::HasParent,
         whole => when(whole),
     })
+}
+
+/// Why an image of this format cannot have this size, where that is known beforehand; QEMU has more to say.
+pub fn impossible_size(format: Foreign, size: DiskSize) -> Option<&'static str> {
+    match (format, size.0) {
+        (Foreign::Vmdk, 0) => Some("it is never empty"),
+        (_, size) if !size.is_multiple_of(raw::SECTOR_LEN) => Some("it ends with a sector of 512 bytes"),
+        _ => None,
+    }
 }

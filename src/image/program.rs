@@ -23,6 +23,8 @@ const STDERR_MAX: usize = 16 << 10;
 /// How long a child may take to follow SIGTERM, and then SIGKILL.
 const GRACE: Duration = Duration::from_secs(5);
 const GRACE_KILLED: Duration = Duration::from_secs(10);
+/// How long it may take where it has something to write down first.
+const GRACE_WRITING: Duration = Duration::from_secs(120);
 
 /// The program `name`, or what the environment variable `variable` says instead, in a process group of its own (an
 /// interrupt typed at the terminal is ours to handle), without input.
@@ -176,6 +178,23 @@ pub(super) fn wait(child: &mut Child, at_most: Option<Duration>) -> std::io::Res
         }
         std::thread::sleep(pause.min(left));
         pause = (pause * 2).min(Duration::from_millis(20));
+    }
+}
+
+/// As [`end`], of a child that writes something down before it goes. An error means that it may not have done so: it did not end in
+/// time, or not by itself.
+pub(super) fn end_well(child: &mut Child) -> Result<ExitStatus> {
+    let lost = |e| Error::from_io("cannot wait for the program", e);
+    if child.try_wait().map_err(lost)?.is_none() {
+        // Not reaped, so the pid is still its own.
+        let _ = rustix::process::kill_process(Pid::from_child(child), Signal::TERM);
+    }
+    match wait(child, Some(GRACE_WRITING)).map_err(lost)? {
+        Some(status) => Ok(status),
+        None => {
+            end(child)?;
+            Err(Error::new(Kind::Interrupted, "the program did not end in time and was killed"))
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 //! `QEMU_IMG` says. Every call blocks; those that only look have a deadline.
 
 use super::blockdev::{self, Access};
+use super::foreign::Foreign;
 use super::program::{self, Finished};
 use super::qcow2::Header;
 use super::{Chain, Format, Layer, raw};
@@ -112,6 +113,36 @@ pub fn check(path: &Path, format: Format) -> Result<CheckReport> {
         }),
         _ => Err(done.error(Kind::Refused, "qemu-img cannot check the image").path(path)),
     }
+}
+
+/// Checks the structure of an image in a format of others; of one whose format has no check (vpc) nothing is found. `held`: the caller has
+/// [`super::locks::QemuLock`], and QEMU's own locks are not asked. Reads all metadata: no deadline.
+pub(super) fn check_foreign(layer: &Layer, format: Foreign, held: bool) -> Result<CheckReport> {
+    let access = if held { Access::ReadUnlocked } else { Access::Read };
+    let mut command = qemu_img("check");
+    command.arg("--output=json").arg("--").arg(blockdev::describe_foreign(layer, format, access)?);
+    let done = program::run(command, None)?;
+    match done.status.code() {
+        Some(0 | 2 | 3) => serde_json::from_slice(&done.stdout).map_err(|e| {
+            Error::new(Kind::Protocol, "cannot read what qemu-img says of the check").path(&layer.path).source(e)
+        }),
+        // The format has none.
+        Some(63) => Ok(CheckReport { corruptions: 0, leaks: 0, check_errors: 0 }),
+        _ => Err(done.error(Kind::Refused, "qemu-img cannot check the image").path(&layer.path)),
+    }
+}
+
+/// Makes a new image in a format of others, empty, in QEMU's usual kind of it, of this very size if the format can have it. What lies at
+/// `path`, a file, is emptied first. Not durable.
+pub(super) fn create_foreign(path: &Path, format: Foreign, size: DiskSize) -> Result<()> {
+    let mut command = qemu_img("create");
+    command.args(["-q", "-f", format.as_str()]);
+    // Else the size is rounded up to what cylinders, heads and sectors make.
+    if format == Foreign::Vpc {
+        command.args(["-o", "force_size=on"]);
+    }
+    command.arg("--").arg(path).arg(size.0.to_string());
+    succeeded(&program::run(command, Some(LOOK_MAX))?, "qemu-img cannot make such an image", path)
 }
 
 /// Counts the clusters of a qcow2 image of our own anew, and writes down what is really in use. No guest data changes.

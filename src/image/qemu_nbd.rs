@@ -1,4 +1,4 @@
-//! One `qemu-nbd` child that serves a chain read-only on a private unix socket.
+//! One `qemu-nbd` child that serves a chain read-only, or one image of a format of others for writing, on a private unix socket.
 //!
 //! The chain is described to it whole (see `blockdev`): it opens nothing a header names. It dies with us (see `program`),
 //! and whoever holds it ends it: [`QemuNbd::stop`] waits, dropping does as well but has nobody to tell.
@@ -36,6 +36,15 @@ pub struct Serve<'a> {
     pub bitmap: Option<&'a str>,
 }
 
+/// What is served of [`Serve::chain`].
+#[derive(Debug, Clone, Copy)]
+enum What {
+    Chain,
+    /// Its one layer, in a format of others.
+    Read(Foreign),
+    Write(Foreign),
+}
+
 /// A running child.
 pub struct QemuNbd {
     child: Child,
@@ -47,22 +56,27 @@ pub struct QemuNbd {
 impl QemuNbd {
     /// Starts the child and waits until it serves. [`Kind::Refused`], with its words, if it cannot open the chain.
     pub fn start(serve: &Serve<'_>) -> Result<Self> {
-        Self::start_private(serve, None)
+        Self::start_private(serve, What::Chain)
     }
 
     /// As [`QemuNbd::start`], of a chain that is one layer, in a format of others.
     pub(super) fn start_foreign(serve: &Serve<'_>, format: Foreign) -> Result<Self> {
-        Self::start_private(serve, Some(format))
+        Self::start_private(serve, What::Read(format))
     }
 
-    fn start_private(serve: &Serve<'_>, foreign: Option<Foreign>) -> Result<Self> {
+    /// As [`QemuNbd::start_foreign`], to be written: one connection, under QEMU's locks. To be ended by [`QemuNbd::close_image`].
+    pub(super) fn start_foreign_write(serve: &Serve<'_>, format: Foreign) -> Result<Self> {
+        Self::start_private(serve, What::Write(format))
+    }
+
+    fn start_private(serve: &Serve<'_>, what: What) -> Result<Self> {
         let dir = private_dir(serve.runtime_dir)?;
         let socket = dir.path().join("s");
         if socket.as_os_str().len() > SOCKET_PATH_MAX {
             return Err(Error::new(Kind::Config, "the path of the runtime directory is too long for a socket")
                 .path(serve.runtime_dir));
         }
-        Self::spawn(serve, foreign, socket, Some(dir))
+        Self::spawn(serve, what, socket, Some(dir))
     }
 
     /// As [`QemuNbd::start`], on a socket where the operator wants it, in a directory that exists. Whoever may connect to
@@ -77,17 +91,21 @@ impl QemuNbd {
             Ok(_) => return Err(Error::new(Kind::Conflict, "something is there already").path(socket)),
         }
         let serve = Serve { chain, runtime_dir: Path::new(""), force_share: false, connections: 16, bitmap: None };
-        Self::spawn(&serve, None, socket.to_owned(), None)
+        Self::spawn(&serve, What::Chain, socket.to_owned(), None)
     }
 
-    fn spawn(serve: &Serve<'_>, foreign: Option<Foreign>, socket: PathBuf, dir: Option<TempDir>) -> Result<Self> {
+    fn spawn(serve: &Serve<'_>, what: What, socket: PathBuf, dir: Option<TempDir>) -> Result<Self> {
         let access = if serve.force_share { Access::ReadUnlocked } else { Access::Read };
-        let image = match foreign {
-            None => blockdev::describe(&serve.chain.0, access)?,
-            Some(format) => blockdev::describe_foreign(serve.chain.top(), format, access)?,
+        let image = match what {
+            What::Chain => blockdev::describe(&serve.chain.0, access)?,
+            What::Read(format) => blockdev::describe_foreign(serve.chain.top(), format, access)?,
+            What::Write(format) => blockdev::describe_foreign(serve.chain.top(), format, Access::Write)?,
         };
         let mut command = program::command("QEMU_NBD", "qemu-nbd");
-        command.arg("--read-only").arg("--persistent").arg("--socket").arg(&socket);
+        if !matches!(what, What::Write(_)) {
+            command.arg("--read-only");
+        }
+        command.arg("--persistent").arg("--socket").arg(&socket);
         // One more, for the connection that asks whether it serves.
         command.arg(format!("--shared={}", serve.connections.max(1) + 1));
         if let Some(bitmap) = serve.bitmap {
@@ -140,6 +158,19 @@ impl QemuNbd {
     /// Ends the child and waits until it is gone; then nothing of ours has the images open. At most 15 seconds.
     pub fn stop(mut self) -> Result<()> {
         self.end()
+    }
+
+    /// As [`QemuNbd::stop`], of a child that served for writing: it closes the image first, at most 2 minutes. `Io` if it may not have done so.
+    pub(super) fn close_image(mut self) -> Result<()> {
+        let ended = program::end_well(&mut self.child);
+        self.close_the_door();
+        let status = ended?;
+        if status.success() {
+            return Ok(());
+        }
+        let words = self.complaints.take().map(Listener::text).unwrap_or_default();
+        let why = if words.is_empty() { status.to_string() } else { words };
+        Err(Error::new(Kind::Io, "qemu-nbd did not end well, and may not have closed the image").source(why))
     }
 
     fn end(&mut self) -> Result<()> {

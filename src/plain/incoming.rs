@@ -15,6 +15,7 @@ use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize};
 use crate::error::{Error, Kind, Result};
 use crate::image::qcow2::Qcow2Writer;
 use crate::image::raw::RawWriter;
+use crate::image::served::ForeignWriter;
 use crate::image::{Image, ImageMut};
 use crate::patch::{self, Decoder, Header, Item, Limits};
 use crate::replica::DiskApplied;
@@ -58,15 +59,18 @@ impl Base {
 pub(super) enum Into {
     Raw(RawWriter),
     Qcow2(Qcow2Writer),
+    /// A format of others.
+    Served(ForeignWriter),
     /// Nowhere yet: the patch itself is kept.
     Spool(Spool),
 }
 
 impl Into {
-    fn image(&self) -> Option<&dyn ImageMut> {
+    pub(super) fn image(&self) -> Option<&dyn ImageMut> {
         match self {
             Into::Raw(writer) => Some(writer),
             Into::Qcow2(writer) => Some(writer),
+            Into::Served(writer) => Some(writer),
             Into::Spool(_) => None,
         }
     }

@@ -3,16 +3,26 @@
 use super::incoming::Into;
 use super::place::{self, duplicate, part_of, remove};
 use super::redo::Spool;
-use super::{Way, WayWish, Wish};
-use crate::block::DiskSize;
+use super::{Way, WayWish, Wish, file_name};
 use crate::block::digest::Digest;
+use crate::block::extent::{Content, is_zero};
+use crate::block::{BLOCK_LEN, ByteRange, DiskSize};
 use crate::error::{Error, Kind, Result};
+use crate::image::foreign::{self, AnyFormat};
 use crate::image::qcow2::{self, Header as Qcow2Header};
 use crate::image::raw::RawWriter;
+use crate::image::served::{self, ForeignWriter};
 use crate::image::{Format, Image, ImageMut, Layer, qemu_img};
 use crate::patch::Header;
+use crate::replicate::pump::EXTENT_WINDOW;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+const RAW: AnyFormat = AnyFormat::Own(Format::Raw);
+
+/// Bytes copied at once from an image to another one.
+const COPY_LEN: usize = 16 * BLOCK_LEN;
 
 /// The size of a qcow2 image is a multiple of this.
 const SECTOR_LEN: u64 = 512;
@@ -22,7 +32,7 @@ pub(super) struct Landing {
     pub(super) into: Into,
     pub(super) way: Way,
     /// The lock of a part file.
-    _held: Option<File>,
+    held: Option<File>,
 }
 
 /// All that decides where a patch lands.
@@ -36,32 +46,42 @@ pub(super) struct Choice {
     pub(super) redo: PathBuf,
     /// Size and root of what is there.
     pub(super) base: Option<(DiskSize, Digest)>,
+    /// What is there.
+    pub(super) image: Option<Arc<dyn Image>>,
+    /// For the sockets of `qemu-nbd`.
+    pub(super) runtime_dir: PathBuf,
 }
 
 /// Refuses wishes that cannot be fulfilled, before anything is read.
 pub(super) fn check_way(wish: &Wish, layer: &Layer) -> Result<()> {
-    let refuse =
-        |what: &'static str, hint: &'static str| Err(Error::new(Kind::Refused, what).path(&layer.path).hint(hint));
-    match (layer.block_device, layer.format, wish.way) {
-        (true, Format::Qcow2, _) => {
-            refuse("a qcow2 image on a block device is not written", "write raw contents to the device: --format raw")
+    let (name, raw) = (wish.format.as_str(), wish.format == RAW);
+    let refuse = |what: String, hint: &'static str| Err(Error::new(Kind::Refused, what).path(&layer.path).hint(hint));
+    match (layer.block_device, wish.way) {
+        (true, _) if !raw => refuse(
+            format!("a {name} image on a block device is not written"),
+            "write raw contents to the device: --format raw",
+        ),
+        (true, WayWish::Reflink | WayWish::Copy) => {
+            refuse("nothing can take the place of a block device".to_owned(), "use --atomic redo, or --in-place")
         }
-        (true, _, WayWish::Reflink | WayWish::Copy) => {
-            refuse("nothing can take the place of a block device", "use --atomic redo, or --in-place")
-        }
-        (_, Format::Qcow2, WayWish::Redo | WayWish::InPlace) => refuse(
-            "a qcow2 image is not changed in place: what is cut short could leave its tables torn",
+        (_, WayWish::Redo | WayWish::InPlace) if !raw => refuse(
+            format!("a {name} image is not changed in place: what is cut short could leave its tables torn"),
             "use --atomic copy, or let `auto` choose",
         ),
         _ => Ok(()),
     }
 }
 
-/// Refuses qcow2 images that we cannot write, before anything is read.
-pub(super) fn check_qcow2(layer: &Layer) -> Result<()> {
-    if layer.format != Format::Qcow2 {
-        return Ok(());
+/// Refuses images that we cannot write, before anything is read.
+pub(super) fn check_writable(layer: &Layer, format: AnyFormat) -> Result<()> {
+    match format {
+        AnyFormat::Own(Format::Raw) => Ok(()),
+        AnyFormat::Own(Format::Qcow2) => check_qcow2(layer),
+        AnyFormat::Of(format) => served::check_writable(layer, format),
     }
+}
+
+fn check_qcow2(layer: &Layer) -> Result<()> {
     let file = File::open(&layer.path).map_err(|e| Error::io("cannot open the image", &layer.path, e))?;
     let header = Qcow2Header::read(&file, &layer.path)?;
     let why = match header.has_backing() {
@@ -86,38 +106,42 @@ pub(super) fn mended(part: &Path) -> bool {
 
 impl Choice {
     /// Opens the place for a patch of this header; `Conflict` if the patch is for another base.
-    pub(super) fn land(self, header: &Header) -> Result<Landing> {
+    pub(super) fn land(mut self, header: &Header) -> Result<Landing> {
         self.check(header)?;
         // qemu-img makes no image empty that was not made so.
-        if header.from_root.is_none() || (header.size == DiskSize(0) && self.layer.format == Format::Qcow2) {
+        if header.from_root.is_none() || (header.size == DiskSize(0) && self.wish.format == Format::Qcow2.into()) {
             return self.anew(header);
         }
-        if let Some((part, held)) = self.part {
-            let way = if self.exists { Way::Copy } else { Way::New };
-            return Ok(Landing { into: open(&part, self.layer.format, header.size)?, way, _held: Some(held) });
+        // And gives one of others no other size.
+        if self.wish.format.foreign().is_some() && header.size != header.size_from {
+            return self.anew(header);
         }
-        let wish = match (self.wish.way, self.layer.format) {
-            (WayWish::Auto, _) if self.layer.block_device => WayWish::Redo,
-            (WayWish::Auto, Format::Raw) if !place::can_reflink(&self.layer.path) => WayWish::Redo,
-            (wish, _) => wish,
+        if let Some((part, held)) = self.part.take() {
+            let way = if self.exists { Way::Copy } else { Way::New };
+            return Ok(Landing { into: self.open(&part, header.size)?, way, held: Some(held) });
+        }
+        let wish = match self.wish.way {
+            WayWish::Auto if self.layer.block_device => WayWish::Redo,
+            WayWish::Auto if self.wish.format == RAW && !place::can_reflink(&self.layer.path) => WayWish::Redo,
+            wish => wish,
         };
         match wish {
             WayWish::Redo => {
                 let into = Into::Spool(Spool::create(&self.layer, self.redo)?);
-                Ok(Landing { into, way: Way::Redo, _held: None })
+                Ok(Landing { into, way: Way::Redo, held: None })
             }
             WayWish::InPlace => {
                 let mut writer = RawWriter::open_exact(&self.layer, Some(header.size))?;
                 if writer.size() < header.size {
                     writer.resize(header.size)?;
                 }
-                Ok(Landing { into: Into::Raw(writer), way: Way::InPlace, _held: None })
+                Ok(Landing { into: Into::Raw(writer), way: Way::InPlace, held: None })
             }
             wish => {
                 let part = part_of(&self.layer.path)?;
                 let way = duplicate(&self.layer.path, &part, wish)?;
                 let held = place::hold(&part)?;
-                Ok(Landing { into: open(&part, self.layer.format, header.size)?, way, _held: Some(held) })
+                Ok(Landing { into: self.open(&part, header.size)?, way, held: Some(held) })
             }
         }
     }
@@ -132,8 +156,16 @@ impl Choice {
             let what = format!("the patch is for an image with root {root} ({size} bytes), and this one has {is}");
             return Err(Error::new(Kind::Conflict, what).path(path));
         }
-        if self.layer.format == Format::Qcow2 && !header.size.0.is_multiple_of(SECTOR_LEN) {
-            let what = format!("{} bytes is not a size that a qcow2 image can have", header.size);
+        let impossible = match self.wish.format {
+            AnyFormat::Own(Format::Qcow2) if !header.size.0.is_multiple_of(SECTOR_LEN) => {
+                Some("it ends with a sector of 512 bytes")
+            }
+            AnyFormat::Own(_) => None,
+            AnyFormat::Of(format) => foreign::impossible_size(format, header.size),
+        };
+        if let Some(why) = impossible {
+            let name = self.wish.format.as_str();
+            let what = format!("{} bytes is not a size that a {name} image can have: {why}", header.size);
             return Err(Error::new(Kind::Refused, what).path(path).hint("bring a raw image into step with it"));
         }
         if self.layer.block_device && self.base.map(|(size, _)| size) != Some(header.size) {
@@ -147,43 +179,78 @@ impl Choice {
         Ok(())
     }
 
-    /// A file of its own, whatever is there.
+    /// A file of its own, whatever is there. If the patch starts from that, it holds what that holds.
     fn anew(self, header: &Header) -> Result<Landing> {
         let part = part_of(&self.layer.path)?;
         drop(self.part);
         remove(&part)?;
-        let into = match self.layer.format {
-            Format::Raw => Into::Raw(RawWriter::create_exact(&part, header.size)?),
-            Format::Qcow2 => Into::Qcow2(qcow2::create(&part, header.size, None)?),
+        let format = match self.wish.format {
+            AnyFormat::Own(Format::Raw) => {
+                let into = Into::Raw(RawWriter::create_exact(&part, header.size)?);
+                return Ok(Landing { into, way: Way::New, held: Some(place::hold(&part)?) });
+            }
+            AnyFormat::Own(Format::Qcow2) => {
+                let into = Into::Qcow2(qcow2::create(&part, header.size, None)?);
+                return Ok(Landing { into, way: Way::New, held: Some(place::hold(&part)?) });
+            }
+            AnyFormat::Of(format) => format,
         };
-        Ok(Landing { into, way: Way::New, _held: Some(place::hold(&part)?) })
+        place::create(&part)?;
+        let held = place::hold(&part)?;
+        let name = file_name(&self.layer.path)?;
+        let writer = ForeignWriter::create(&part, format, header.size, &name, &self.runtime_dir)?;
+        if let Some(old) = self.image.filter(|_| header.from_root.is_some()) {
+            copy_content(old.as_ref(), &writer)?;
+        }
+        Ok(Landing { into: Into::Served(writer), way: Way::New, held: Some(held) })
+    }
+
+    /// Opens what will take the image's place, at least as large as it is to be.
+    fn open(&self, part: &Path, size: DiskSize) -> Result<Into> {
+        let format = self.wish.format.of_layer();
+        let layer = Layer { path: part.to_owned(), format, block_device: false, data_file: None };
+        match self.wish.format {
+            AnyFormat::Own(Format::Raw) => {
+                let mut writer = RawWriter::open_exact(&layer, None)?;
+                if writer.size() < size {
+                    writer.resize(size)?;
+                }
+                Ok(Into::Raw(writer))
+            }
+            AnyFormat::Own(Format::Qcow2) => {
+                if qcow2::open_write(part)?.size() < size {
+                    qemu_img::resize(part, size)?;
+                }
+                qcow2::open_write(part).map(Into::Qcow2)
+            }
+            AnyFormat::Of(format) => ForeignWriter::open(part, format, &self.runtime_dir).map(Into::Served),
+        }
     }
 }
 
-/// Opens what will take the image's place, at least as large as it is to be.
-fn open(part: &Path, format: Format, size: DiskSize) -> Result<Into> {
-    let layer = Layer { path: part.to_owned(), format, block_device: false, data_file: None };
-    match format {
-        Format::Raw => {
-            let mut writer = RawWriter::open_exact(&layer, None)?;
-            if writer.size() < size {
-                writer.resize(size)?;
+/// Writes what `from` holds, as far as both reach, into an image that is all zeros.
+fn copy_content(from: &dyn Image, into: &dyn ImageMut) -> Result<()> {
+    let size = from.size().min(into.size());
+    let mut buffer = vec![0; COPY_LEN];
+    for window in (0..size.0).step_by(EXTENT_WINDOW as usize) {
+        let window = ByteRange::new(window, size.0.min(window + EXTENT_WINDOW));
+        for extent in from.extents(window)?.into_iter().filter(|e| e.content == Content::Data) {
+            for at in (extent.range.start..extent.range.end).step_by(COPY_LEN) {
+                let bytes = &mut buffer[..(extent.range.end - at).min(COPY_LEN as u64) as usize];
+                from.read_at(at, bytes)?;
+                for (n, block) in bytes.chunks(BLOCK_LEN).enumerate().filter(|(_, block)| !is_zero(block)) {
+                    into.write_at(at + (n * BLOCK_LEN) as u64, block)?;
+                }
             }
-            Ok(Into::Raw(writer))
-        }
-        Format::Qcow2 => {
-            if qcow2::open_write(part)?.size() < size {
-                qemu_img::resize(part, size)?;
-            }
-            qcow2::open_write(part).map(Into::Qcow2)
         }
     }
+    Ok(())
 }
 
 impl Landing {
-    /// Ends the writing: durable, cut to its size, and closed. `part` is the file, `None` where it is the image itself.
-    pub(super) fn finish(self, size: DiskSize, part: Option<&Path>) -> Result<()> {
-        match self.into {
+    /// Ends the writing: durable, cut to its size, and closed. `part` is the file, `None` where it is the image itself. Returns its lock.
+    pub(super) fn finish(self, size: DiskSize, part: Option<&Path>) -> Result<Option<File>> {
+        let done = match self.into {
             Into::Raw(mut writer) => {
                 if writer.size() > size {
                     writer.resize(size)?;
@@ -196,7 +263,9 @@ impl Landing {
                 drop(writer);
                 part.filter(|_| larger).map_or(Ok(()), |part| qemu_img::resize(part, size))
             }
+            Into::Served(writer) => writer.close(),
             Into::Spool(_) => Err(Error::new(Kind::Usage, "a redo file is published, and no image")),
-        }
+        };
+        done.map(|()| self.held)
     }
 }

@@ -37,6 +37,7 @@ use crate::block::DiskSize;
 use crate::block::digest::Digest;
 use crate::error::{Error, Kind, Result};
 use crate::image::Format;
+use crate::image::foreign::AnyFormat;
 use crate::replica::DiskTarget;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -63,7 +64,7 @@ pub trait PlainTarget: DiskTarget {
 pub struct Wish {
     /// Absolute.
     pub path: PathBuf,
-    pub format: Format,
+    pub format: AnyFormat,
     /// Only to be compared with.
     #[serde(default)]
     pub read_only: bool,

@@ -86,12 +86,17 @@ pub(super) fn hold(part: &Path) -> Result<File> {
     }
 }
 
+/// Makes an empty file, which is not there yet, its owner's.
+pub(super) fn create(part: &Path) -> Result<File> {
+    let create = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(part);
+    create.map_err(|e| Error::io("cannot create the file", part, e))
+}
+
 /// Makes `part`, which is not there, a second file of the same content, sparse where the image is. `wish` says how; without
 /// one a clone, or else a copy. `Refused` where a clone was asked for and cannot be had.
 pub(super) fn duplicate(image: &Path, part: &Path, wish: WayWish) -> Result<Way> {
     let from = File::open(image).map_err(|e| Error::io("cannot open the image", image, e))?;
-    let create = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(part);
-    let to = create.map_err(|e| Error::io("cannot create the file", part, e))?;
+    let to = create(part)?;
     let done = fill(&from, &to, image, wish);
     if done.is_err() {
         // A half-made copy is worth nothing: it was made in no time, or it will be made again.

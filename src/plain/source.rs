@@ -9,7 +9,7 @@ use crate::block::extent::Content;
 use crate::block::tree::ZeroNodes;
 use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, GROUP_LEN, GroupIndex};
 use crate::error::{Error, Kind, Result};
-use crate::image::foreign::Foreign;
+use crate::image::foreign::{AnyFormat, Foreign};
 use crate::image::locks::ReadLock;
 use crate::image::open::{self, OpenOptions, Opened};
 use crate::image::raw::RawImage;
@@ -80,6 +80,14 @@ impl Source {
             }
         };
         Ok(Source { image, path: path.to_owned(), how, opened, seen, shared, _locks: locks })
+    }
+
+    /// As [`Source::open`], of an image in any format.
+    pub fn open_any(path: &Path, format: AnyFormat, options: &ReadOptions) -> Result<Source> {
+        match format {
+            AnyFormat::Own(format) => Source::open(path, format, options),
+            AnyFormat::Of(format) => Source::open_foreign(path, format, options),
+        }
     }
 
     /// As [`Source::open`], of an image in a format of others, which is one file.

@@ -10,7 +10,7 @@
 
 use super::identity::Identity;
 use super::incoming::{Base, Begin, Finished, Incoming, Into, Outcome};
-use super::landing::{Choice, Landing, check_qcow2, check_way, mended};
+use super::landing::{Choice, Landing, check_way, check_writable, mended};
 use super::place::{self, part_of, remove, take_place};
 use super::redo;
 use super::source::{self, ReadOptions, Source, alone, hash};
@@ -20,10 +20,11 @@ use crate::block::digest::{BlockPieces, Digest, piece_digests};
 use crate::block::tree::ZeroNodes;
 use crate::block::{BlockIndex, DiskSize};
 use crate::error::{Error, Kind, Result};
+use crate::image::foreign::{AnyFormat, Foreign};
 use crate::image::locks::QemuLock;
 use crate::image::open::{self, OpenOptions, Opened};
 use crate::image::raw::RawImage;
-use crate::image::{Format, Image, Layer};
+use crate::image::{Format, Image, Layer, served};
 use crate::name::DiskName;
 use crate::replica::nodefile::NodeFile;
 use crate::replica::{DiskApplied, DiskTarget, check_blocks};
@@ -107,8 +108,8 @@ impl LocalTarget {
             redo_dir: options.redo_dir.clone(),
             within: options.within.clone(),
         };
-        let source = Source::open(&real, wish.format, &read)?;
-        let layer = source::layer(&real, wish.format)?;
+        let source = Source::open_any(&real, wish.format, &read)?;
+        let layer = source::layer(&real, wish.format.of_layer())?;
         let base = Base { image: Some(source.image.clone()), tree: None };
         let mut target = Self::assemble(wish, options, layer, true, base);
         target.source = Some(source);
@@ -119,15 +120,15 @@ impl LocalTarget {
     fn open_write(wish: &Wish, options: &LocalOptions, real: PathBuf) -> Result<LocalTarget> {
         let exists = real.symlink_metadata().is_ok();
         let layer = match exists {
-            true => source::layer(&real, wish.format)?,
-            false => Layer { path: real.clone(), format: wish.format, block_device: false, data_file: None },
+            true => source::layer(&real, wish.format.of_layer())?,
+            false => Layer { path: real.clone(), format: wish.format.of_layer(), block_device: false, data_file: None },
         };
         check_way(wish, &layer)?;
         let mut target = Self::assemble(wish, options, layer, exists, Base::default());
         if exists {
             target.whole = Some(lock_whole(&real)?);
             target.view.redone = target.end_redo()?;
-            check_qcow2(&target.layer)?;
+            check_writable(&target.layer, wish.format)?;
         }
         target.find_part()?;
         target.open_base()?;
@@ -172,7 +173,13 @@ impl LocalTarget {
             Ok(_) => return Err(Error::new(Kind::Conflict, "this is no file of ours").path(part).hint("remove it")),
         }
         let held = place::hold(&part)?;
-        if self.wish.afresh || self.layer.format == Format::Qcow2 && !mended(&part) {
+        let worthless = match self.wish.format {
+            AnyFormat::Own(Format::Raw) => false,
+            AnyFormat::Own(Format::Qcow2) => !mended(&part),
+            // Its tables may be torn, and nothing tells for sure.
+            AnyFormat::Of(_) => true,
+        };
+        if self.wish.afresh || worthless {
             return remove(&part);
         }
         self.lock().part = Some((part, held));
@@ -186,15 +193,20 @@ impl LocalTarget {
         }
         let path = self.lock().part.as_ref().map_or_else(|| self.layer.path.clone(), |(part, _)| part.clone());
         let layer = Layer { path, ..self.layer.clone() };
-        let image: Arc<dyn Image> = match layer.format {
-            Format::Raw => Arc::new(RawImage::open_exact(&layer, self.wish.size)?),
-            Format::Qcow2 => {
-                let opened = open::open_read(&alone(&layer), &self.options.open)?;
-                let image = opened.image.clone();
-                self.opened = Some(opened);
-                image
+        let opened = match self.wish.format {
+            AnyFormat::Own(Format::Raw) => None,
+            AnyFormat::Own(Format::Qcow2) => Some(open::open_read(&alone(&layer), &self.options.open)?),
+            AnyFormat::Of(format) => {
+                // We have its whole lock, which shuts QEMU's readers out, too.
+                let unlocked = OpenOptions { force_share: true, ..self.options.open.clone() };
+                Some(open::open_foreign(&layer, format, &unlocked)?)
             }
         };
+        let image: Arc<dyn Image> = match &opened {
+            None => Arc::new(RawImage::open_exact(&layer, self.wish.size)?),
+            Some(opened) => opened.image.clone(),
+        };
+        self.opened = opened;
         self.view.size = image.size();
         self.lock().base.image = Some(image);
         Ok(())
@@ -231,6 +243,8 @@ impl LocalTarget {
             part: self.lock().part.take(),
             redo: self.redo_path()?,
             base: base.tree.as_ref().map(|(_, root)| (base.size(), *root)),
+            image: base.image.clone(),
+            runtime_dir: self.options.open.runtime_dir.clone(),
         };
         Ok(Box::new(move |header| choice.land(header)))
     }
@@ -266,7 +280,8 @@ impl LocalTarget {
         kept::save(dir, &self.layer.path, identity, &nodes, root).map(|()| None)
     }
 
-    fn put_in_place(&self, landing: Landing, size: DiskSize, meta: Option<&FileMeta>) -> Result<()> {
+    fn put_in_place(&self, landing: Landing, outcome: &Outcome, meta: Option<&FileMeta>) -> Result<()> {
+        let size = outcome.header.size;
         let image = &self.layer.path;
         let way = landing.way;
         match landing {
@@ -274,14 +289,36 @@ impl LocalTarget {
                 spool.publish()?;
                 redo::roll(&self.layer, &self.redo_path()?, true)?;
             }
-            landing if way == Way::InPlace => landing.finish(size, None)?,
+            landing if way == Way::InPlace => drop(landing.finish(size, None)?),
             landing => {
                 let part = part_of(image)?;
-                landing.finish(size, Some(&part))?;
+                // Held until the file has its name: whoever else begins to write beside the image has to find it taken.
+                let _held = landing.finish(size, Some(&part))?;
+                if let Some(format) = self.wish.format.foreign() {
+                    self.prove(&part, format, (size, outcome.root))?;
+                }
                 return take_place(&part, image, meta);
             }
         }
         meta.map_or(Ok(()), |meta| place::set_meta(image, meta))
+    }
+
+    /// What QEMU has written is an image of this format that holds together, and reads as it should: asked of the closed file.
+    fn prove(&self, part: &Path, format: Foreign, wanted: (DiskSize, Digest)) -> Result<()> {
+        served::check_sound(part, format)?;
+        let layer = Layer { path: part.to_owned(), ..self.layer.clone() };
+        let opened = open::open_foreign(&layer, format, &self.options.open)?;
+        let hashed = hash(opened.image.as_ref(), self.options.workers, &Progress::default(), &|| Ok(()));
+        let (size, closed) = (opened.image.size(), opened.close());
+        let (root, (wanted_size, wanted_root)) = (hashed.map_err(|e| e.path(part))?.root, wanted);
+        closed?;
+        if (size, root) == wanted {
+            return Ok(());
+        }
+        let what = format!(
+            "what QEMU has written reads as root {root} ({size} bytes), and {wanted_root} ({wanted_size} bytes) was meant"
+        );
+        Err(Error::new(Kind::Corrupt, what).path(part).hint("nothing was put in place; copy to a raw or qcow2 image"))
     }
 }
 
@@ -381,7 +418,7 @@ impl PlainTarget for LocalTarget {
             return Ok(Committed { way: None, digests_reason: self.keep(None)? });
         };
         let way = landing.way;
-        self.put_in_place(landing, outcome.header.size, meta)?;
+        self.put_in_place(landing, &outcome, meta)?;
         Ok(Committed { way: Some(way), digests_reason: self.keep(Some(outcome))? })
     }
 }

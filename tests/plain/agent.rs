@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_replica::agent::client::AgentClient;
 use virt_replica::error::{Error, Kind};
-use virt_replica::image::Format::{self, Qcow2, Raw};
+use virt_replica::image::Format::{Qcow2, Raw};
+use virt_replica::image::foreign::{AnyFormat, Foreign};
 use virt_replica::image::locks::QemuLock;
 use virt_replica::plain::copy::{Copied, Copy, copy};
 use virt_replica::plain::source::{ReadOptions, Source};
@@ -23,10 +24,10 @@ fn agent(root: &Path, service: Service) -> Arc<AgentClient> {
     Arc::new(AgentClient::connect(&transport).unwrap())
 }
 
-fn wish(path: PathBuf, format: Format) -> Wish {
+fn wish(path: PathBuf, format: impl Into<AnyFormat>) -> Wish {
     Wish {
         path,
-        format,
+        format: format.into(),
         read_only: false,
         way: WayWish::Auto,
         digests: None,
@@ -37,7 +38,7 @@ fn wish(path: PathBuf, format: Format) -> Wish {
 }
 
 fn send(t: &Bench, client: &Arc<AgentClient>, source: &Path, wish: &Wish) -> Result<Copied, Error> {
-    let read = ReadOptions { exact: wish.format == Raw, ..t.read_options() };
+    let read = ReadOptions { exact: wish.format == Raw.into(), ..t.read_options() };
     let source = Source::open(source, Raw, &read).unwrap();
     let wish = Wish { size: Some(source.size()), ..wish.clone() };
     let target = client.open_image(&wish)?;
@@ -59,7 +60,11 @@ fn an_image_on_another_host_is_as_one_on_this() {
         (("", 0), Raw),
         (("ab0d", 512), Qcow2),
         (("a.0d", 512), Qcow2),
-    ] {
+    ]
+    .map(|(drawn, format)| (drawn, AnyFormat::from(format)))
+    .into_iter()
+    .chain(Foreign::ALL.into_iter().flat_map(|f| [(("ab0d", 512), f.into()), (("aX0d.f", 1), f.into())]))
+    {
         let source = t.image("source", Raw, drawn);
         let target = far.join(format!("image.{}", format.as_str()));
         let wish = Wish { digests: Some(far.join("digests")), ..wish(target.clone(), format) };
@@ -105,6 +110,18 @@ fn nothing_outside_of_its_directory_is_touched() {
     let outside = Wish { read_only: true, ..wish(far.join("o.qcow2"), Qcow2) };
     let e = client.open_image(&outside).unwrap_err();
     assert!(e.kind() == Kind::Refused && e.to_string().contains("secret"), "a backing image leads out: {e}");
+    // QEMU's driver would write to the extent that such a header names, and read it.
+    let (flat, extent) = (far.join("flat.vmdk"), far.join("flat-flat.vmdk"));
+    t.qemu(&["create", "-q", "-f", "vmdk", "-o", "subformat=monolithicFlat", flat.to_str().unwrap(), "64k"]);
+    fs::remove_file(&extent).unwrap();
+    let text = fs::read_to_string(&flat).unwrap().replace("flat-flat.vmdk", secret.to_str().unwrap());
+    fs::write(&flat, text).unwrap();
+    for read_only in [false, true] {
+        let e = client.open_image(&Wish { read_only, ..wish(flat.clone(), Foreign::Vmdk) }).unwrap_err();
+        assert!(e.kind() == Kind::Conflict && e.to_string().contains("one file"), "{e}");
+    }
+    let e = send(&t, &client, &source, &wish(far.join("up/new"), Foreign::Vdi)).unwrap_err();
+    assert_eq!(e.kind(), Kind::Refused, "{e}");
     let digests = Wish { digests: Some(t.path("elsewhere")), ..wish(far.join("a.raw"), Raw) };
     assert_eq!(send(&t, &client, &source, &digests).unwrap_err().kind(), Kind::Refused);
     assert!(fs::read(&secret).unwrap() == noise(b's', 65536));

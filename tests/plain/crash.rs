@@ -5,8 +5,10 @@ use super::patches::program;
 use super::support::*;
 use std::fs;
 use std::os::unix::fs::FileExt;
+use std::process::{Command, Output};
 use virt_replica::error::Kind;
 use virt_replica::image::Format::Raw;
+use virt_replica::image::foreign::Foreign;
 use virt_replica::plain::source::Source;
 
 /// An image killed at `step` while it is changed in this way; then what `then` makes of it.
@@ -121,4 +123,69 @@ fn a_redo_file_is_applied_to_its_image_only() {
     let done = program(&t, "", &["apply", "--finish", "image"]);
     let said = String::from_utf8(done.stderr).unwrap();
     assert!(done.status.code() == Some(1) && said.contains("another file of this name"), "{said}");
+}
+
+/// Old or new, whatever dies; what is left beside it is not gone on from.
+#[test]
+fn killed_at_the_last_moment_the_old_image_is_there_and_the_next_copy_begins_afresh() {
+    for format in Foreign::ALL {
+        for shape in [("xbc0eg", 65536), ("xbc0egh", 512)] {
+            let t = Bench::new();
+            let source = t.image("source", Raw, shape);
+            let image = t.any_image("image", format.into(), ("abcdef", 65536));
+            let old = fs::read(&image).unwrap();
+            let args = ["copy", "source", "image", "--target-format", format.as_str(), "--json"];
+            for (step, is_new) in [("i4", false), ("i5", true)] {
+                let killed = program(&t, &format!("{step}=kill"), &args);
+                assert_eq!(std::os::unix::process::ExitStatusExt::signal(&killed.status), Some(9), "{killed:?}");
+                assert_eq!(fs::read(&image).unwrap() != old, is_new, "{format:?} {step}");
+                assert_eq!(t.path(".image.vr-part").exists(), !is_new, "{format:?} {step}");
+            }
+            t.expect(&image, format, &fs::read(&source).unwrap(), format.as_str());
+            let again = told(&program(&t, "", &args));
+            assert_eq!(again["copied"]["equal"], true, "{again}");
+            t.clean(format.as_str());
+        }
+    }
+}
+
+fn told(done: &Output) -> serde_json::Value {
+    assert!(done.status.success(), "{done:?}");
+    let line = String::from_utf8(done.stdout.clone()).unwrap();
+    serde_json::from_str(line.lines().last().unwrap()).unwrap()
+}
+
+#[test]
+fn killed_in_the_middle_of_writing_the_old_image_is_there_bit_for_bit() {
+    for format in Foreign::ALL {
+        let t = Bench::new();
+        let letters: String = (0..64).map(|n| char::from(b'A' + n % 50)).collect();
+        let source = t.image("source", Raw, (&letters, 65536));
+        let image = t.any_image("image", format.into(), (&"z".repeat(64), 65536));
+        let old = fs::read(&image).unwrap();
+        let args = ["copy", "source", "image", "--target-format", format.as_str(), "--json"];
+        let mut child = Command::new(env!("CARGO_BIN_EXE_virt-replica"))
+            .current_dir(t.path(""))
+            .arg("--state-dir")
+            .arg(t.path("state"))
+            .args(args)
+            .args(["--rate", "1M"])
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        // Until something of the new contents is in the copy.
+        let part = t.path(".image.vr-part");
+        let began = std::time::Instant::now();
+        while !fs::read(&part).is_ok_and(|bytes| bytes.len() >= old.len() && bytes != old) {
+            assert!(began.elapsed().as_secs() < 60 && child.try_wait().unwrap().is_none(), "{format:?}");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(fs::read(&image).unwrap() == old && part.exists(), "{format:?}");
+        let done = told(&program(&t, "", &args));
+        assert!(done["copied"]["resumed"] == false && done["copied"]["blocks_changed"] == 64, "{done}");
+        t.expect(&image, format, &fs::read(&source).unwrap(), format.as_str());
+        t.clean(format.as_str());
+    }
 }

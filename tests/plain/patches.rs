@@ -21,7 +21,7 @@ const STATES: [(&str, usize); 6] =
 fn wish(path: &Path, way: WayWish, read_only: bool) -> Wish {
     Wish {
         path: path.to_owned(),
-        format: Raw,
+        format: Raw.into(),
         read_only,
         way,
         digests: None,

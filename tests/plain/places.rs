@@ -10,6 +10,7 @@ use std::time::Instant;
 use virt_replica::block::DiskSize;
 use virt_replica::error::Kind;
 use virt_replica::image::Format::{Qcow2, Raw};
+use virt_replica::image::foreign::{AnyFormat, Foreign};
 use virt_replica::plain::{Way, WayWish};
 
 /// Contents as in the table of all pairs of formats: around the sectors of 512 bytes and of 4 KiB, zeros that end within one, and
@@ -145,13 +146,14 @@ fn where_blocks_can_be_shared_a_clone_takes_the_place_unasked() {
         let Some(mounted) = Mounted::new(&outer, kind) else { continue };
         let t = Bench::within(&mounted.0);
         let letters: String = (0..BLOCKS).map(|n| char::from(b'a' + (n % 26) as u8)).collect();
-        for format in [Raw, Qcow2] {
+        for format in [Raw, Qcow2].map(AnyFormat::from).into_iter().chain([Foreign::Vmdk.into(), Foreign::Vhdx.into()])
+        {
             let name = format!("{kind}, {format:?}");
             let (source, target) =
-                (t.image("source", format, (&letters, 65536)), t.image("target", format, (&letters, 65536)));
+                (t.any_image("source", format, (&letters, 65536)), t.any_image("target", format, (&letters, 65536)));
             let kept = t.path("kept");
             fs::hard_link(&target, &kept).unwrap();
-            let changed = t.image("source", format, (&format!("Z{}", &letters[1..]), 65536));
+            let changed = t.any_image("source", format, (&format!("Z{}", &letters[1..]), 65536));
             assert_eq!(source, changed);
             let (old, used) = (t.content(&target, format), mounted.used_bytes());
             let copied = t.copy(&source, format, &target, format, &Asked::default()).unwrap();
@@ -161,7 +163,7 @@ fn where_blocks_can_be_shared_a_clone_takes_the_place_unasked() {
             let grown = mounted.used_bytes().saturating_sub(used);
             assert!(grown < (BLOCKS as u64 * 65536) / 2, "{name}: {grown} bytes more are used");
             let asked = Asked { way: WayWish::Reflink, ..Asked::default() };
-            t.image("source", format, (&format!("Y{}", &letters[1..]), 65536));
+            t.any_image("source", format, (&format!("Y{}", &letters[1..]), 65536));
             assert_eq!(t.copy(&source, format, &target, format, &asked).unwrap().way, Some(Way::Reflink), "{name}");
             fs::remove_file(kept).unwrap();
             t.clean(&name);

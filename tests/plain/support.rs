@@ -9,6 +9,7 @@ use std::process::Command;
 use virt_replica::block::extent::is_zero;
 use virt_replica::block::{BLOCK_LEN, ByteRange, DiskSize};
 use virt_replica::error::Result;
+use virt_replica::image::foreign::{AnyFormat, Foreign};
 use virt_replica::image::open::{OpenOptions, open_read};
 use virt_replica::image::{Chain, Format, ImageMut, Layer, qcow2};
 use virt_replica::patch::Compression;
@@ -90,11 +91,44 @@ impl Bench {
         LocalOptions { open: self.open_options(), workers: 2, within: None, redo_dir: self.path("redo"), undo: None }
     }
 
-    /// All bytes that a guest sees.
-    pub fn content(&self, path: &Path, format: Format) -> Vec<u8> {
-        if format == Format::Raw {
-            return fs::read(path).unwrap();
+    /// A new image in any format: of others made by qemu-img, of this very size.
+    pub fn any_image(&self, name: &str, format: AnyFormat, drawn: (&str, usize)) -> PathBuf {
+        match format {
+            AnyFormat::Own(format) => self.image(name, format, drawn),
+            AnyFormat::Of(format) => {
+                let size = if format == Foreign::Vpc { "force_size=on" } else { "" };
+                self.foreign_image(name, format, size, drawn)
+            }
         }
+    }
+
+    /// The same, with options of qemu-img.
+    pub fn foreign_image(&self, name: &str, format: Foreign, options: &str, drawn: (&str, usize)) -> PathBuf {
+        let (raw, path) = (self.image("drawn.raw", Format::Raw, drawn), self.path(name));
+        let mut args = vec!["convert", "-f", "raw", "-O", format.as_str()];
+        if !options.is_empty() {
+            args.extend(["-o", options]);
+        }
+        args.extend([raw.to_str().unwrap(), path.to_str().unwrap()]);
+        self.qemu(&args);
+        fs::remove_file(raw).unwrap();
+        path
+    }
+
+    /// All bytes that a guest sees; of a format of others, those that qemu-img sees.
+    pub fn content(&self, path: &Path, format: impl Into<AnyFormat>) -> Vec<u8> {
+        let format = match format.into() {
+            AnyFormat::Own(Format::Raw) => return fs::read(path).unwrap(),
+            AnyFormat::Own(format) => format,
+            AnyFormat::Of(format) => {
+                let judge = self.path("judge.raw");
+                let (from, to) = (path.to_str().unwrap(), judge.to_str().unwrap());
+                self.qemu(&["convert", "-f", format.as_str(), "-O", "raw", from, to]);
+                let bytes = fs::read(&judge).unwrap();
+                fs::remove_file(judge).unwrap();
+                return bytes;
+            }
+        };
         let layer = Layer { path: path.to_owned(), format, block_device: false, data_file: None };
         let opened = open_read(&Chain(vec![layer]), &self.open_options()).unwrap();
         let mut bytes = vec![0; opened.image.size().0 as usize];
@@ -104,7 +138,8 @@ impl Bench {
     }
 
     #[track_caller]
-    pub fn expect(&self, path: &Path, format: Format, wanted: &[u8], name: &str) {
+    pub fn expect(&self, path: &Path, format: impl Into<AnyFormat>, wanted: &[u8], name: &str) {
+        let format = format.into();
         let found = self.content(path, format);
         let wanted = padded(wanted, format);
         assert_eq!(found.len(), wanted.len(), "{name}: length");
@@ -125,13 +160,21 @@ impl Bench {
         assert_eq!(redo, 0, "{name}: a redo file is left");
     }
 
-    pub fn copy(&self, source: &Path, from: Format, target: &Path, to: Format, asked: &Asked) -> Result<Copied> {
+    pub fn copy(
+        &self,
+        source: &Path,
+        from: impl Into<AnyFormat>,
+        target: &Path,
+        to: impl Into<AnyFormat>,
+        asked: &Asked,
+    ) -> Result<Copied> {
+        let to = to.into();
         let read = ReadOptions {
             open: OpenOptions { force_share: asked.force_share, ..self.open_options() },
-            exact: to == Format::Raw,
+            exact: to == Format::Raw.into(),
             ..self.read_options()
         };
-        let source = Source::open(source, from, &read)?;
+        let source = Source::open_any(source, from.into(), &read)?;
         let wish = Wish {
             path: target.to_owned(),
             format: to,
@@ -192,10 +235,10 @@ pub fn sending() -> Sending {
     Sending { workers: 2, compression: Compression::default(), throttle: None }
 }
 
-/// As a guest sees it: a qcow2 image ends with a sector.
-pub fn padded(bytes: &[u8], format: Format) -> Vec<u8> {
+/// As a guest sees it: all but a raw image ends with a sector.
+pub fn padded(bytes: &[u8], format: impl Into<AnyFormat>) -> Vec<u8> {
     let mut bytes = bytes.to_vec();
-    if format == Format::Qcow2 {
+    if format.into() != Format::Raw.into() {
         bytes.resize(bytes.len().next_multiple_of(512), 0);
     }
     bytes

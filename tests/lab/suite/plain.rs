@@ -75,3 +75,46 @@ fn a_patch_is_made_against_the_other_host_and_carried_by_any_transport() {
     let compared = Host::B.script("qemu-img convert -O raw \"$1\" \"$1.raw\"; sha256sum <\"$1.raw\"", &[&image]);
     assert_eq!(compared, sum(Host::A, &format!("{image}.raw")), "back to what it was");
 }
+
+/// The other host's QEMU writes them, and its qemu-img is the judge.
+#[test]
+fn images_in_formats_of_others_are_written_on_the_other_host() {
+    let _lab = Lab::get();
+    let (dir, _undo) = directory();
+    let image = format!("{dir}/a.raw");
+    Host::A
+        .script("truncate -s 70M \"$1\"; head -c 5M /dev/urandom | dd of=\"$1\" bs=1M seek=50 conv=notrunc", &[&image]);
+    for format in ["vmdk", "vdi", "vhdx", "vpc", "qed"] {
+        let there = format!("{dir}/a.{format}");
+        let copy = |args: &[&str]| {
+            let to = format!("{TO}{there}");
+            let done =
+                Host::A.virt_replica(&[&["copy", &image, &to, "--target-format", format, "--json"], args].concat());
+            let done = done.success();
+            let last: serde_json::Value = serde_json::from_str(done.stdout.lines().last().unwrap()).unwrap();
+            last["copied"].clone()
+        };
+        let as_here = || {
+            let judge = r#"qemu-img convert -f "$2" -O raw "$1" "$1.judge"; sha256sum <"$1.judge""#;
+            assert_eq!(Host::B.script(judge, &[&there, format]), sum(Host::A, &image), "{format}");
+        };
+        assert_eq!(copy(&["-a"])["way"], "new", "{format}");
+        as_here();
+        assert_eq!(copy(&[])["equal"], true, "{format}");
+        Host::A.script("printf \"$2\" | dd of=\"$1\" bs=1 seek=55000000 conv=notrunc", &[&image, &format[1..]]);
+        let second = copy(&[]);
+        assert_eq!((second["blocks_changed"].as_u64(), second["way"].as_str()), (Some(1), Some("copy")), "{format}");
+        assert!(second["bytes_sent"].as_u64().unwrap() < 10_000, "{second}");
+        as_here();
+        assert_eq!(Host::B.script("ls -A \"$1\" | grep -c vr- || true", &[&dir]).trim(), "0", "{format}");
+    }
+    let (vdi, to) = (format!("{dir}/a.vdi"), format!("{TO}{dir}/a.vdi"));
+    Host::A.script("printf y | dd of=\"$1\" bs=1 seek=1 conv=notrunc", &[&image]);
+    let in_place = ["copy", &image, &to, "--target-format", "vdi", "--in-place"];
+    Host::A.virt_replica(&in_place).exit(1).says(&["a vdi image is not changed in place"]);
+    let hold = "(echo 'read 0 512'; exec sleep 600) | qemu-io -f vdi \"$1\"";
+    let mut held = Job::start(Host::B.command(&["bash", "-c", hold, "hold", &vdi]));
+    held.wait_line(PATIENCE, "what it read", |line| line.contains("read 512/512"));
+    let held_there = ["copy", &image, &to, "--target-format", "vdi"];
+    Host::A.virt_replica(&held_there).exit(11).says(&["a QEMU program has the image open"]);
+}
