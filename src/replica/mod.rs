@@ -164,6 +164,9 @@ pub struct PointView {
     /// Why it is not `file_system` although that was asked for; absent otherwise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub consistency_reason: Option<String>,
+    /// Whether the domain started with its host. `None`: made by a program that did not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub autostart: Option<bool>,
     pub run: RunId,
     pub disks: Vec<PointDisk>,
     /// File names of the attachments, relative to the point's directory.
@@ -351,6 +354,9 @@ pub struct SealPoint {
     pub consistency: Consistency,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub consistency_reason: Option<String>,
+    /// Whether the domain started with its host. `None`: made by a program that did not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub autostart: Option<bool>,
     /// Exactly the disks of `begin`, each finished.
     pub disks: Vec<SealDisk>,
 }
