@@ -92,6 +92,7 @@ fn point(seq: usize) -> PointView {
         sealed_at: jiff::Timestamp::UNIX_EPOCH,
         consistency: Consistency::Crash,
         consistency_reason: None,
+        autostart: None,
         run: RunId::from_bits(seq as u64),
         disks: vec![PointDisk {
             name: disk("vda"),
@@ -355,6 +356,7 @@ fn seal_request() -> SealPoint {
         frozen_at: jiff::Timestamp::UNIX_EPOCH,
         consistency: Consistency::Crash,
         consistency_reason: None,
+        autostart: None,
         disks: vec![],
     }
 }

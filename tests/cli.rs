@@ -141,7 +141,13 @@ impl StoreWithPoints {
         };
         let disks = vec![SealDisk { name: disk, root: shipped.root, stats }];
         replica
-            .seal(&SealPoint { frozen_at, consistency: Consistency::Crash, consistency_reason: None, disks })
+            .seal(&SealPoint {
+                frozen_at,
+                consistency: Consistency::Crash,
+                consistency_reason: None,
+                autostart: None,
+                disks,
+            })
             .unwrap();
     }
 

@@ -11,7 +11,7 @@ use virt_replica::name::{DiskName, DomainName, PointId};
 use virt_replica::replica::pointfile::{self, Brought, Written};
 use virt_replica::replica::store::Store;
 use virt_replica::replica::upkeep::Upkeep as _;
-use virt_replica::replica::{Attachment, DiskTarget as _, Replica as _};
+use virt_replica::replica::{Attachment, DiskTarget as _, Replica as _, SealPoint};
 
 fn name() -> DomainName {
     DomainName::new("db01").unwrap()
@@ -53,7 +53,8 @@ fn two_points(store: &Store) -> Vec<(PointId, replica_support::Model)> {
     send(store, "vdc", None, &vdc);
     store.attach(Attachment::InactiveXml, b"<domain>2</domain>").unwrap();
     store.attach(Attachment::Nvram, &vec![3; 600_000]).unwrap();
-    let second = store.seal(&seal(&[("vda", &new_a), ("vdb", &new_b), ("vdc", &vdc)])).unwrap();
+    let request = seal(&[("vda", &new_a), ("vdb", &new_b), ("vdc", &vdc)]);
+    let second = store.seal(&SealPoint { autostart: Some(true), ..request }).unwrap();
     let model = |disks: &[(&str, &Vec<u8>)]| disks.iter().map(|(n, c)| ((*n).to_owned(), (*c).clone())).collect();
     vec![
         (first.id, model(&[("vda", &vda), ("vdb", &vdb)])),
@@ -82,8 +83,8 @@ fn points_go_from_store_to_store_in_files() {
     let (ours, theirs) = (store.describe().unwrap(), there.describe().unwrap());
     for (a, b) in ours.points.iter().zip(&theirs.points) {
         assert_eq!(
-            (a.frozen_at, &a.run, a.consistency, &a.attachments),
-            (b.frozen_at, &b.run, b.consistency, &b.attachments)
+            (a.frozen_at, &a.run, a.consistency, a.autostart, &a.attachments),
+            (b.frozen_at, &b.run, b.consistency, b.autostart, &b.attachments)
         );
     }
     let mut nvram = there.attachment(&history[1].0, Attachment::Nvram).unwrap();

@@ -17,6 +17,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("name", &["error"]),
     ("block", &["error"]),
     ("units", &[]),
+    // Libraries of the system: whoever asks it may wait.
+    ("users", &["error"]),
     ("envelope", &["error"]),
     ("yaml", &["error"]),
     ("hook", &["error"]),
@@ -27,8 +29,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     // What travels of a failover are its own records and findings: plain data.
     ("wire", &["error", "name", "block", "replica", "plain", "recovery"]),
     ("image", &["error", "block"]),
-    ("transport", &["error"]),
-    ("hypervisor", &["error", "name", "block", "image"]),
+    ("transport", &["error", "users"]),
+    ("hypervisor", &["error", "name", "block", "image", "users"]),
     ("replica", &["error", "failpoint", "name", "block", "patch", "image"]),
     // It serves three ports: Replica, PlainTarget and BringUp.
     ("agent", &["error", "failpoint", "name", "block", "patch", "wire", "transport", "replica", "plain", "recovery"]),

@@ -239,8 +239,10 @@ fn describe(copied: &Copied, at: &str, dry_run: bool, took: Duration) -> String 
     }
     let way = copied.way.map(|way| format!(", {way}")).unwrap_or_default();
     let resumed = if copied.resumed { ", going on from a copy that was cut short" } else { "" };
+    let sent =
+        copied.compression.as_ref().and_then(render::compression).map_or(String::new(), |why| format!(", {why}"));
     format!(
-        "{at} changed in {blocks} blocks ({differ}){way}{resumed}; {} sent in {}; {read}",
+        "{at} changed in {blocks} blocks ({differ}){way}{resumed}; {} sent in {}{sent}; {read}",
         render::bytes(copied.bytes_sent),
         render::millis(took.as_secs_f64() * 1000.0),
     )

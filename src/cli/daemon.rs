@@ -111,6 +111,7 @@ fn describe(status: &Value) -> String {
     let rows = status["domains"].as_array().map_or(&[][..], Vec::as_slice).iter().map(|row| {
         let state = match () {
             _ if !row["lives_on"].is_null() => "demoted".to_owned(),
+            _ if !row["promoted_since"].is_null() => "promoted here".to_owned(),
             _ if !row["breach_since"].is_null() => "RPO BROKEN".to_owned(),
             _ if !row["running"].is_null() => format!("step {}", row["running"]["step"]),
             _ if row["policy"].is_null() => "no policy".to_owned(),
@@ -166,9 +167,10 @@ mod service {
     use std::time::Duration;
     use virt_replica::daemon::event::Event;
     use virt_replica::daemon::notify::Notify;
-    use virt_replica::daemon::service::{self, Input, Lister, Options};
+    use virt_replica::daemon::service::{self, Input, Lister, Options, SeenInStore};
     use virt_replica::daemon::worker::Program;
     use virt_replica::error::{Error, Kind};
+    use virt_replica::replica::ReplicaView;
     use virt_replica::site::{Site, SiteOptions};
 
     /// How often libvirt is asked which domains there are.
@@ -188,9 +190,12 @@ mod service {
             },
             list: lister(globals),
             list_store: Arc::new(|root| {
-                let replicas = site::replicas_of(root)?.into_iter();
-                let seen = |(uuid, name)| SeenDomain { name, uuid, tags: Vec::new() };
-                Ok(replicas.map(|(uuid, name, view)| (seen((uuid, name)), view.head().map(|h| h.frozen_at))).collect())
+                let seen = |(uuid, name, view): (_, _, ReplicaView)| SeenInStore {
+                    domain: SeenDomain { name, uuid, tags: Vec::new() },
+                    head: view.head().map(|h| h.frozen_at),
+                    promoted_since: view.promoted.map(|p| p.since),
+                };
+                Ok(site::replicas_of(root)?.into_iter().map(seen).collect())
             }),
             list_every: LIST_EVERY,
             once,

@@ -65,7 +65,7 @@ mod act {
     use crate::cli::{handover, render};
     use serde_json::json;
     use virt_replica::error::{Error, Kind};
-    use virt_replica::name::Generation;
+    use virt_replica::name::{DomainName, Generation};
     use virt_replica::recovery::failover::FailoverRecord;
 
     pub fn failover(args: &FailoverArgs, globals: &Globals, output: Output) -> Result<Exit> {
@@ -79,18 +79,23 @@ mod act {
         }
         let here = args.here.connect(globals)?;
         let say = |what: &str| output.step(what);
-        let (record, generation, action) = if args.undo {
-            (here.undo_failover(&args.domain, &say)?, None, "undone")
+        let (mut generation, mut known) = (None, None);
+        let (record, action) = if args.undo {
+            (here.undo_failover(&args.domain, &say)?, "undone")
         } else if args.commit {
-            let (record, generation) = here.commit_failover(&args.domain, &say)?;
-            (record, Some(generation), "committed")
+            let (record, committed) = here.commit_failover(&args.domain, &say)?;
+            generation = Some(committed);
+            (record, "committed")
         } else {
             let found = here.find_for_failover(&args.domain, args.point.as_ref())?;
-            (here.failover(&found, args.ask.as_deref(), &say)?, None, "running")
+            known = found.point.autostart;
+            (here.failover(&found, args.ask.as_deref(), &say)?, "running")
         };
+        // An order of its source's says so of a point that does not.
+        let autostart = if record.wanted.autostart { Some(true) } else { known };
         match output.json {
-            true => Message { message_type: "failover", body: body(&record, generation, action) }.print()?,
-            false => print(&describe(&record, generation, action))?,
+            true => Message { message_type: "failover", body: body(&record, generation, action, autostart) }.print()?,
+            false => print(&describe(&record, generation, action, autostart))?,
         }
         Ok(Exit::Done)
     }
@@ -102,19 +107,31 @@ mod act {
         )
     }
 
-    fn body(record: &FailoverRecord, generation: Option<Generation>, action: &str) -> serde_json::Value {
+    fn body(
+        record: &FailoverRecord,
+        generation: Option<Generation>,
+        action: &str,
+        autostart: Option<bool>,
+    ) -> serde_json::Value {
         json!({
             "domain": record.domain, "uuid": record.uuid, "point": record.point, "frozen_at": record.frozen_at,
             "since": record.started_at, "overlays": record.dir, "action": action, "generation": generation,
+            "autostart": autostart,
         })
     }
 
-    fn describe(record: &FailoverRecord, generation: Option<Generation>, action: &str) -> String {
+    fn describe(
+        record: &FailoverRecord,
+        generation: Option<Generation>,
+        action: &str,
+        autostart: Option<bool>,
+    ) -> String {
         let (name, point) = (&record.domain, &record.point);
         match (action, generation) {
             ("running", _) => [
                 format!("{name} runs here, from point {point}, as it was at {}", render::time(record.frozen_at)),
                 render::wrap("  ", "its source is refused from now on; keep it shut off"),
+                render::wrap("  ", &starts_with_host(name, autostart)),
                 render::wrap("  ", &format!("what it writes goes to {}", record.dir.display())),
                 render::wrap(
                     "  next: ",
@@ -129,6 +146,17 @@ mod act {
             }
             _ => format!(
                 "{name} does not run here any more, and what it wrote here is gone; its source may replicate again"
+            ),
+        }
+    }
+
+    fn starts_with_host(name: &DomainName, autostart: Option<bool>) -> String {
+        match autostart {
+            Some(true) => "it is to start with this host, as it did with its source's".to_owned(),
+            Some(false) => "it does not start with this host, as it did not with its source's".to_owned(),
+            None => format!(
+                "whether it started with its source's host is not known of this point, so it does not start with this one: \
+                 `virsh autostart {name}` if it should"
             ),
         }
     }

@@ -4,8 +4,8 @@ use comfy_table::{CellAlignment, Table};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use std::time::Duration;
-use virt_replica::replica::Consistency;
 use virt_replica::replica::upkeep::{Damage, DamageKind};
+use virt_replica::replica::{CompressionStats, Consistency};
 
 pub use virt_replica::units::{parse_age, parse_bytes, parse_duration};
 
@@ -34,6 +34,11 @@ pub fn rate(n: u64, time: Duration) -> String {
         return "-".to_owned();
     }
     format!("{}/s", bytes((n as f64 / time.as_secs_f64()) as u64))
+}
+
+/// Which way content was sent and why, where both ways were tried: nobody has to be told of what is always done.
+pub fn compression(stats: &CompressionStats) -> Option<String> {
+    (stats.trials > 0).then(|| stats.reason.clone())
 }
 
 /// Milliseconds as a person wants them: `0.4 ms`, `41 ms`, `3.2 s`, `2 min 5 s`.

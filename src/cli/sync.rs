@@ -279,6 +279,11 @@ mod run {
                 let names: Vec<&str> = group.iter().map(|d| d.name.as_str()).collect();
                 lines.push(render::wrap(&format!(" {}: ", names.join(", ")), &group[0].stats.reason));
             }
+            for (disk, why) in
+                point.disks.iter().filter_map(|d| Some((d, render::compression(d.stats.compression.as_ref()?)?)))
+            {
+                lines.push(render::wrap(&format!(" {}: ", disk.name), &format!("sent {why}")));
+            }
             for (disk, audit) in point.disks.iter().filter_map(|d| Some((d, d.stats.audit.as_ref()?))) {
                 lines.push(render::wrap(&format!(" {}: ", disk.name), &describe_audit(audit, disk.size.0)));
             }

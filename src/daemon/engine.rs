@@ -15,7 +15,7 @@ use crate::policy::Policy;
 use crate::policy::admission::{self, BreachChange, Running, Waiting};
 use crate::policy::retry;
 use crate::policy::schedule::{Due, Shift};
-use crate::policy::select::{SeenDomain, SeenReplica, select};
+use crate::policy::select::{SeenDomain, SeenReplica, select, store_url};
 use jiff::{SignedDuration, Timestamp};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -48,6 +48,9 @@ pub struct Engine {
     domains: Vec<Listed>,
     /// Domains of this host that were handed over, and where they live: nothing is promised of them here.
     pub(super) handed: BTreeMap<DomainUuid, String>,
+    /// Replicas of this host's stores whose domains were brought up here, and since when: no source may send a younger point, so
+    /// nothing is promised of their age.
+    pub(super) promoted: BTreeMap<Key, Timestamp>,
     listed: bool,
     pub(super) libvirt_error: Option<String>,
     pub(super) config_error: Option<String>,
@@ -80,6 +83,7 @@ impl Engine {
             next_run: 1,
             domains: Vec::new(),
             handed: BTreeMap::new(),
+            promoted: BTreeMap::new(),
             listed: false,
             libvirt_error: None,
             config_error: None,
@@ -102,6 +106,10 @@ impl Engine {
                 }
                 let handed = domains.iter().filter_map(|l| Some((l.domain.uuid.clone(), l.lives_on.clone()?)));
                 self.handed = handed.collect();
+                let promoted = domains.iter().filter_map(|l| {
+                    Some((Key { uuid: l.domain.uuid.clone(), url: store_url(l.store.as_ref()?) }, l.promoted_since?))
+                });
+                self.promoted = promoted.collect();
                 self.domains = domains;
                 self.listed = true;
                 self.assign(now, &mut orders);
@@ -327,7 +335,8 @@ impl Engine {
                 continue;
             }
             let lives_on = policy.and_then(|p| lives_on(&self.handed, key, p));
-            let rpo = policy.and_then(|p| p.rpo).filter(|_| lives_on.is_none());
+            let promoted = self.promoted.contains_key(key);
+            let rpo = policy.and_then(|p| p.rpo).filter(|_| lives_on.is_none() && !promoted);
             let deadline = rpo.map(|rpo| deadline(pair, rpo));
             let since = pair.breach_since;
             let change = admission::breach(&mut pair.breach_since, deadline, now.wall);
@@ -344,6 +353,7 @@ impl Engine {
                 (BreachChange::Left, _) if lives_on.is_some() => {
                     format!("it lives on {} now", lives_on.unwrap_or_default())
                 }
+                (BreachChange::Left, _) if promoted => "the domain was brought up here, and lives here now".to_owned(),
                 (BreachChange::Left, _) if deadline.is_none() => "it has no RPO any more".to_owned(),
                 (BreachChange::Left, Some(since)) => format!("the RPO is kept again; it was broken since {since}"),
                 _ => "the RPO is broken".to_owned(),
@@ -455,7 +465,7 @@ impl Engine {
     /// What is promised of it.
     fn rpo(&self, key: &Key, assigned: &Assigned) -> Option<Duration> {
         let policy = &self.setup.policies[assigned.policy];
-        policy.rpo.filter(|_| lives_on(&self.handed, key, policy).is_none())
+        policy.rpo.filter(|_| lives_on(&self.handed, key, policy).is_none() && !self.promoted.contains_key(key))
     }
 
     /// How long nothing happens by itself.

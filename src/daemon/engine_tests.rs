@@ -3,6 +3,7 @@
 use super::engine::Engine;
 use super::event::{Event, Level, Listed, Now, Order, Setup};
 use super::pair::{End, Key, Pair, RunResult};
+use super::status::Row;
 use crate::config::Config;
 use crate::error::Kind;
 use crate::name::{DomainName, DomainUuid};
@@ -74,6 +75,7 @@ impl Bench {
             store: None,
             points: Vec::new(),
             lives_on: None,
+            promoted_since: None,
         };
         names.split_whitespace().map(domain).collect()
     }
@@ -164,6 +166,7 @@ fn a_failure_waits_longer_each_time_and_a_point_made_by_hand_ends_that() {
         store: None,
         points: vec![("ssh://dr1".into(), b.now.wall, b.now.wall)],
         lives_on: None,
+        promoted_since: None,
     };
     b.tell(Event::Domains(vec![listed]));
     assert_eq!(words(&b.pass(120)), [""; 0], "it has a point of two minutes ago");
@@ -205,6 +208,43 @@ fn stopping_ends_runs_in_order_and_kills_what_does_not_end() {
     assert_eq!(words(&b.pass(1)), ["kill 2"]);
     assert_eq!(words(&b.fails(2, Kind::Interrupted)), ["exit"], "no repair: its dead-man, or the next run, does it");
     assert_eq!(words(&Bench::new(&[HOURLY]).tell(Event::Stop)), ["exit"]);
+}
+
+/// A replica whose domain was brought up here gets no younger point: its source is refused, as it should be.
+#[test]
+fn of_a_replica_that_was_promoted_no_age_is_counted_until_it_is_withdrawn() {
+    let hooks = "hooks: {on_breach: {command: [/bin/true]}}\n";
+    let mut b = Bench::new(&[&format!("name: t\nreplicas: [a, b]\nroot: /store\nrpo: 1h\n{hooks}")]);
+    let listed = |b: &Bench, frozen_at: Timestamp, promoted_since: Option<Timestamp>| {
+        let there = b.listed("a b").into_iter().map(|l| Listed {
+            store: Some("/store".into()),
+            points: vec![("local:/store".into(), frozen_at, frozen_at)],
+            promoted_since: promoted_since.filter(|_| l.domain.name.as_str() == "a"),
+            ..l
+        });
+        there.collect::<Vec<Listed>>()
+    };
+    let frozen_at = b.now.wall;
+    let seen = listed(&b, frozen_at, None);
+    b.tell(Event::Domains(seen));
+    assert_eq!(words(&b.pass(3601)), ["hook on_breachentered", "hook on_breachentered"]);
+    // It was brought up: of this one, and of no other, the RPO is not counted any more.
+    let since = b.now.wall;
+    let seen = listed(&b, frozen_at, Some(since));
+    let orders = b.tell(Event::Domains(seen));
+    assert_eq!(words(&orders), ["hook on_breachleft"]);
+    assert!(
+        said(&orders, Level::Warn).contains("domain 'a' to local:/store: the domain was brought up here"),
+        "{orders:?}"
+    );
+    assert_eq!(words(&b.pass(36_000)), [""; 0]);
+    let rows = b.engine.status(b.now).domains;
+    let of = |row: &Row| (row.promoted_since, row.lag_s.is_some(), row.rpo_s, row.breach_since.is_some());
+    assert_eq!(of(&rows[0]), (Some(since), false, None, false));
+    assert_eq!(of(&rows[1]), (None, true, Some(3600), true));
+    // It was undone: its source may send points again, and has not.
+    let seen = listed(&b, frozen_at, None);
+    assert_eq!(words(&b.tell(Event::Domains(seen))), ["hook on_breachentered"]);
 }
 
 /// A domain that lives on its target is no domain whose replica is late.

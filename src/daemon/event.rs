@@ -75,6 +75,8 @@ pub struct Listed {
     pub points: Vec<(String, Timestamp, Timestamp)>,
     /// It was handed over, and lives on this target.
     pub lives_on: Option<String>,
+    /// Of a replica: its domain was brought up on this host then, and its source is refused.
+    pub promoted_since: Option<Timestamp>,
 }
 
 #[derive(Debug)]

@@ -92,6 +92,9 @@ pub fn render(status: &Status) -> String {
     page.each("demoted", Gauge, "Whether it was handed over, and lives elsewhere.", rows, |r| {
         Some(flag(r.lives_on.is_some()))
     });
+    page.each("promoted", Gauge, "Whether its domain was brought up on this host, and lives here.", rows, |r| {
+        Some(flag(r.promoted_since.is_some()))
+    });
     page.each("paused", Gauge, "Whether a person holds runs back.", rows, |r| Some(flag(r.paused)));
     page.each("consecutive_failures", Gauge, "Runs that failed since the last that did not.", rows, |r| {
         Some(f64::from(r.failures))
@@ -205,6 +208,7 @@ mod tests {
             policy: Some("p".into()),
             paused: false,
             lives_on: (name == "new").then(|| "ssh://dr1".into()),
+            promoted_since: (name == "new").then_some(jiff::Timestamp::UNIX_EPOCH),
             frozen_at: lag.map(|_| jiff::Timestamp::UNIX_EPOCH),
             lag_s: lag,
             rpo_s: Some(900),
@@ -275,6 +279,8 @@ mod tests {
         assert_eq!(of(r#"virt_replica_points{domain="new",target="ssh://dr1"}"#), None);
         assert_eq!(of(&format!("virt_replica_demoted{web}")), Some(0.0));
         assert_eq!(of(r#"virt_replica_demoted{domain="new",target="ssh://dr1"}"#), Some(1.0));
+        assert_eq!(of(&format!("virt_replica_promoted{web}")), Some(0.0));
+        assert_eq!(of(r#"virt_replica_promoted{domain="new",target="ssh://dr1"}"#), Some(1.0));
         let check = r#"{domain="new",target="ssh://dr1",check="verify"}"#;
         assert_eq!(of(&format!("virt_replica_check_failed{check}")), Some(1.0));
         assert_eq!((of("virt_replica_config_ok"), of("virt_replica_libvirt_up")), (Some(0.0), Some(1.0)));

@@ -126,6 +126,7 @@ fn line(html: &mut String, row: &Row) {
     newest(html, row);
     let next = match (&row.running, row.paused, row.next_at) {
         _ if row.lives_on.is_some() => "demoted".to_owned(),
+        _ if row.promoted_since.is_some() => "promoted here".to_owned(),
         (Some(run), _, _) => format!("step {} of 8, {}", run.step, run.state),
         (None, true, _) => "paused".to_owned(),
         (None, false, Some(at)) => time(at),
@@ -138,6 +139,10 @@ fn line(html: &mut String, row: &Row) {
 fn lag(html: &mut String, row: &Row) {
     if let Some(to) = &row.lives_on {
         let _ = write!(html, "<td><small>lives on {}</small></td>", escaped(to));
+        return;
+    }
+    if let Some(since) = row.promoted_since {
+        let _ = write!(html, "<td><small>lives here since {}</small></td>", escaped(&time(since)));
         return;
     }
     let Some(lag_s) = row.lag_s.map(|s| s.max(0) as u64) else {
@@ -257,6 +262,7 @@ mod tests {
             policy: Some("gold".into()),
             paused: false,
             lives_on: None,
+            promoted_since: None,
             frozen_at: None,
             lag_s,
             rpo_s: rpo,

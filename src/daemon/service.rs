@@ -43,7 +43,17 @@ pub enum Input {
 pub type Lister = Arc<dyn Fn() -> Result<Vec<SeenDomain>> + Send + Sync>;
 
 /// Lists the replicas of a store on this host, with when the disks of each head stood still; may block.
-pub type StoreLister = Arc<dyn Fn(&Path) -> Result<Vec<(SeenDomain, Option<Timestamp>)>> + Send + Sync>;
+pub type StoreLister = Arc<dyn Fn(&Path) -> Result<Vec<SeenInStore>> + Send + Sync>;
+
+/// A replica of a store of this host's.
+#[derive(Debug, Clone)]
+pub struct SeenInStore {
+    pub domain: SeenDomain,
+    /// When the disks of the head stood still; `None`: no point yet.
+    pub head: Option<Timestamp>,
+    /// Since when the domain lives here, brought up from one of its points.
+    pub promoted_since: Option<Timestamp>,
+}
 
 pub struct Options {
     pub config: PathBuf,
@@ -334,11 +344,12 @@ fn replicas(store: &Path, list: &StoreLister) -> Vec<Listed> {
     });
     let url = store_url(store);
     // A point here is one that somebody's run has made: when that began, only he knows.
-    let listed = |(domain, head): (SeenDomain, Option<Timestamp>)| Listed {
-        domain,
+    let listed = |seen: SeenInStore| Listed {
+        domain: seen.domain,
         store: Some(store.to_owned()),
-        points: head.map(|frozen_at| (url.clone(), frozen_at, frozen_at)).into_iter().collect(),
+        points: seen.head.map(|frozen_at| (url.clone(), frozen_at, frozen_at)).into_iter().collect(),
         lives_on: None,
+        promoted_since: seen.promoted_since,
     };
     found.into_iter().map(listed).collect()
 }
@@ -356,5 +367,5 @@ fn learn(domain: SeenDomain, state: &Path, known: &Mutex<BTreeSet<DomainUuid>>) 
     });
     let points = reports.into_iter().filter_map(|r| Some((r.target, r.started_at, r.point?.frozen_at))).collect();
     let lives_on = worker::lives_on(state, &domain.uuid);
-    Listed { domain, store: None, points, lives_on }
+    Listed { domain, store: None, points, lives_on, promoted_since: None }
 }

@@ -37,6 +37,9 @@ pub struct Row {
     pub paused: bool,
     /// Where it lives since it was handed over: nothing is promised of it here, so lag and RPO are absent.
     pub lives_on: Option<String>,
+    /// Of a replica here: since when its domain lives on this host, brought up from one of its points. Its source is refused, so lag
+    /// and RPO are absent.
+    pub promoted_since: Option<Timestamp>,
     pub frozen_at: Option<Timestamp>,
     pub lag_s: Option<i64>,
     pub rpo_s: Option<u64>,
@@ -73,7 +76,9 @@ impl Engine {
             let assigned = self.assigned.get(key);
             let policy = assigned.map(|a| &self.setup.policies[a.policy]);
             let lives_on = policy.and_then(|p| lives_on(&self.handed, key, p));
-            let rpo = policy.and_then(|p| p.rpo).filter(|_| lives_on.is_none());
+            let promoted_since = self.promoted.get(key).copied();
+            let counts = lives_on.is_none() && promoted_since.is_none();
+            let rpo = policy.and_then(|p| p.rpo).filter(|_| counts);
             let running = self.runs.values().find(|r| r.key == *key);
             Row {
                 domain: pair.domain.clone(),
@@ -83,7 +88,8 @@ impl Engine {
                 paused: self.all_paused || self.paused.contains(&key.uuid),
                 frozen_at: pair.frozen_at,
                 lives_on: lives_on.map(str::to_owned),
-                lag_s: pair.frozen_at.filter(|_| lives_on.is_none()).map(|f| now.wall.duration_since(f).as_secs()),
+                promoted_since,
+                lag_s: pair.frozen_at.filter(|_| counts).map(|f| now.wall.duration_since(f).as_secs()),
                 rpo_s: rpo.map(|r| r.as_secs()),
                 slack_s: rpo.map(|r| deadline(pair, r).duration_since(now.wall).as_secs()),
                 breach_since: pair.breach_since,

@@ -8,6 +8,7 @@
 use super::xml::child;
 use crate::error::{Error, Kind, Result};
 use crate::name::DomainUuid;
+use crate::users;
 use roxmltree::Node;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{ErrorKind, Write as _};
@@ -155,20 +156,25 @@ pub fn forget(root: &Path, uuid: &DomainUuid) -> Result<()> {
     }
 }
 
-/// User and group that libvirt of this host runs swtpm as.
+/// User and group that libvirt of this host runs swtpm as. May block as [`users`] does.
 pub fn owner() -> Result<(u32, u32)> {
-    let read = |path: &str| match fs::read_to_string(path) {
-        Err(e) if e.kind() != ErrorKind::NotFound => Err(Error::io("cannot find out whom swtpm runs as", path, e)),
-        found => Ok(found.unwrap_or_default()),
+    let conf = match fs::read_to_string(QEMU_CONF) {
+        Err(e) if e.kind() != ErrorKind::NotFound => {
+            return Err(Error::io("cannot find out whom swtpm runs as", QEMU_CONF, e));
+        }
+        found => found.unwrap_or_default(),
     };
-    owner_by(&read(QEMU_CONF)?, &read("/etc/passwd")?, &read("/etc/group")?)
+    owner_by(&conf, &users::uid, &users::gid)
 }
 
-/// The same, by the content of `qemu.conf`, `passwd` and `group`.
-fn owner_by(conf: &str, users: &str, groups: &str) -> Result<(u32, u32)> {
-    let one = |key: &str, known: &str| match setting(conf, key) {
-        None => Ok(id_of(USER, known).unwrap_or(0)),
-        Some(name) => id_of(name, known).ok_or_else(|| {
+/// The number of a name; `None`: nobody is called so.
+type Known<'a> = &'a dyn Fn(&str) -> Result<Option<u32>>;
+
+/// The same, by the content of `qemu.conf`, and whom this host knows.
+fn owner_by(conf: &str, users: Known, groups: Known) -> Result<(u32, u32)> {
+    let one = |key: &str, known: Known| match setting(conf, key) {
+        None => Ok(id_of(USER, known)?.unwrap_or(0)),
+        Some(name) => id_of(name, known)?.ok_or_else(|| {
             Error::new(Kind::NotFound, format!("{key} is '{name}', whom this host does not know"))
                 .path(QEMU_CONF)
                 .hint("name there whom swtpm is to run as; `+1234` is a number")
@@ -183,14 +189,12 @@ fn setting<'a>(conf: &'a str, key: &str) -> Option<&'a str> {
     conf.lines().filter_map(value).next_back().map(|v| v.trim_matches(['"', '\'']))
 }
 
-/// `+1234` is a number, all else first a name (`name:x:1234:…`).
-fn id_of(name: &str, known: &str) -> Option<u32> {
+/// `+1234` is a number, all else first a name, and then a number.
+fn id_of(name: &str, known: Known) -> Result<Option<u32>> {
     if let Some(number) = name.strip_prefix('+') {
-        return number.parse().ok();
+        return Ok(number.parse().ok());
     }
-    let mut rows = known.lines().map(|l| l.split(':'));
-    let row = rows.find_map(|mut row| (row.next() == Some(name)).then(|| row.nth(1)));
-    row.map_or(Some(name), |number| number)?.parse().ok()
+    Ok(known(name)?.or_else(|| name.parse().ok()))
 }
 
 #[cfg(test)]
@@ -248,14 +252,19 @@ mod tests {
 
     #[test]
     fn the_owner_is_whom_libvirt_would_take() {
-        let (users, groups) =
-            ("root:x:0:0::/root:/bin/sh\ntss:x:103:108::/:/x\n107:x:5:5::/:/x", "tss:x:108:\nkvm:x:9:");
-        assert_eq!(owner_by("#swtpm_user = \"root\"", users, groups).unwrap(), (103, 108));
-        assert_eq!(owner_by("", "root:x:0:0", "").unwrap(), (0, 0), "libvirt falls back to root");
+        let users =
+            |name: &str| Ok([("root", 0), ("tss", 103), ("107", 5)].into_iter().find(|u| u.0 == name).map(|u| u.1));
+        let groups = |name: &str| Ok([("tss", 108), ("kvm", 9)].into_iter().find(|g| g.0 == name).map(|g| g.1));
+        let owner_by = |conf: &str| super::owner_by(conf, &users, &groups);
+        assert_eq!(owner_by("#swtpm_user = \"root\"").unwrap(), (103, 108));
+        let nobody = |_: &str| Ok(None);
+        assert_eq!(super::owner_by("", &nobody, &nobody).unwrap(), (0, 0), "libvirt falls back to root");
+        let silent = |_: &str| Err(Error::new(Kind::Io, "no answer"));
+        assert_eq!(super::owner_by("", &silent, &nobody).unwrap_err().kind(), Kind::Io, "which is not to be nobody");
         let conf = "swtpm_user = \"root\"\n  swtpm_group=\"kvm\"\nswtpm_user_other = \"x\"";
-        assert_eq!(owner_by(conf, users, groups).unwrap(), (0, 9));
-        assert_eq!(owner_by("swtpm_user = \"107\"\nswtpm_group = \"+12\"", users, groups).unwrap(), (5, 12));
-        assert_eq!(owner_by("swtpm_user = \"1234\"", users, groups).unwrap().0, 1234);
-        assert_eq!(owner_by("swtpm_user = \"nobody\"", users, groups).unwrap_err().kind(), Kind::NotFound);
+        assert_eq!(owner_by(conf).unwrap(), (0, 9));
+        assert_eq!(owner_by("swtpm_user = \"107\"\nswtpm_group = \"+12\"").unwrap(), (5, 12));
+        assert_eq!(owner_by("swtpm_user = \"1234\"").unwrap().0, 1234);
+        assert_eq!(owner_by("swtpm_user = \"nobody\"").unwrap_err().kind(), Kind::NotFound);
     }
 }

@@ -11,7 +11,7 @@ use crate::block::digest::Digest;
 use crate::block::{BLOCK_LEN, ByteRange, DiskSize};
 use crate::error::Result;
 use crate::patch::{Compression, plain_names};
-use crate::replica::{DiskTarget, Mode};
+use crate::replica::{CompressionStats, DiskTarget, Mode};
 use crate::replicate::pump::{self, Progress, Shipment, StillGood};
 use crate::replicate::throttle::Throttle;
 use serde::Serialize;
@@ -68,6 +68,9 @@ pub struct Copied {
     pub bytes_sent: u64,
     pub bytes_written: u64,
     pub blocks_changed: u64,
+    /// Which way the content was sent; absent where that was said and not tried, and where nothing was sent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compression: Option<CompressionStats>,
     /// It went on from what a copy that was cut short had left.
     pub resumed: bool,
     /// Before anything else, a change that was cut short was ended.
@@ -205,6 +208,7 @@ pub fn copy(copy: &Copy, progress: &Progress, still_good: StillGood) -> Result<C
         bytes_sent: 0,
         bytes_written: 0,
         blocks_changed: 0,
+        compression: None,
         resumed: view.resumes,
         redone: view.redone,
         digests_reasons: view.digests_reason.into_iter().collect(),
@@ -220,6 +224,7 @@ pub fn copy(copy: &Copy, progress: &Progress, still_good: StillGood) -> Result<C
             copied.bytes_sent = shipped.stats.bytes_sent;
             copied.bytes_written = shipped.stats.bytes_written;
             copied.blocks_changed = shipped.stats.blocks_changed;
+            copied.compression = shipped.stats.compression;
         }
         let committed = copy.target.commit(&copy.finish)?;
         copied.way = committed.way;

@@ -11,6 +11,7 @@ use super::ready::{Color, Finding};
 use crate::error::Result;
 use crate::hypervisor::Power;
 use crate::name::{Generation, PointId, RunId};
+use crate::replica::PointView;
 use crate::replica::upkeep::Promoted;
 use crate::replicate::demoted::DiskFormat;
 use serde::{Deserialize, Serialize};
@@ -56,8 +57,8 @@ pub struct Order {
     pub wanted: Wanted,
 }
 
-/// What a domain is to be like where it is brought up, beside what its definition says. An agent that does not know of it goes
-/// without.
+/// What a domain is to be like where it is brought up, beside what its definition says: by order, or as its point says. An agent
+/// that does not know of it goes without.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Wanted {
     /// It starts with the host, as it did at its source.
@@ -65,6 +66,14 @@ pub struct Wanted {
     pub autostart: bool,
     #[serde(default)]
     pub disk_format: DiskFormat,
+}
+
+impl Wanted {
+    /// By nobody's order. A point that does not say whether its domain started with its host leaves that off: to start what
+    /// nobody wanted is worse than to wait for a word.
+    pub fn of(point: &PointView) -> Wanted {
+        Wanted { autostart: point.autostart == Some(true), ..Wanted::default() }
+    }
 }
 
 /// Whether a point could be brought up.

@@ -55,7 +55,7 @@ pub struct FailoverRecord {
     pub dir: PathBuf,
     pub stage: Stage,
     pub started_at: Timestamp,
-    /// As it was asked for by whoever handed the domain over.
+    /// As it was asked for by whoever handed the domain over; without an order, as the point says it was at the source.
     #[serde(default)]
     pub wanted: Wanted,
     /// See [`detach`](super::detach): the disks that stand alone, durably.
@@ -370,7 +370,10 @@ fn record_for(
         }
         // Nobody was told of that point yet, and there may be a newer one.
         (Next::Remake, Some(record)) if ports.replica.promoted()?.is_none() => {
-            FailoverRecord { point: held.point().id.clone(), frozen_at: held.point().frozen_at, tpm, ..record }
+            let point = held.point().id.clone();
+            // What its own order asked for, or else what is known of this point.
+            let wanted = if record.point == point { record.wanted } else { plan.wanted.clone() };
+            FailoverRecord { point, frozen_at: held.point().frozen_at, tpm, wanted, ..record }
         }
         (_, Some(record)) if record.point != held.point().id => {
             let what =

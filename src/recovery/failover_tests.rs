@@ -260,6 +260,26 @@ fn a_point_that_was_sealed_before_the_source_was_refused_is_not_passed_by() {
     assert_eq!(bench.run(None, 2).unwrap().point.seq(), 2);
 }
 
+/// Without an order nobody but the point knows whether the domain started with its host.
+#[test]
+fn without_an_order_it_starts_with_its_new_host_if_the_point_says_so() {
+    for (said, starts) in [(Some(true), true), (Some(false), false), (None, false)] {
+        let bench = Bench::new();
+        let mut point = bench.point(1);
+        point.view.autostart = said;
+        bench.run_wanted(None, 1, &Wanted::of(point.point())).unwrap();
+        assert_eq!(bench.starts_with_host(), starts, "{said:?}");
+    }
+    // What was recorded with a point that was passed by is not held against the one that took its place; an order for this
+    // very point is kept to.
+    for (point, starts) in [(2, false), (1, true)] {
+        let bench = Bench::new();
+        assert!(bench.run(Some(0), 1).is_err(), "the record is there, and nothing else");
+        bench.run_wanted(None, point, &Wanted::default()).unwrap();
+        assert_eq!(bench.starts_with_host(), starts, "point {point}");
+    }
+}
+
 #[test]
 fn an_undo_broken_off_anywhere_is_finished_and_the_source_is_let_in_last() {
     for verbs in 0..6 {

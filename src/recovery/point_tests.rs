@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use std::path::Path;
 
 pub struct Point {
-    view: PointView,
+    pub view: PointView,
     definition: Option<&'static str>,
     tpm: Option<&'static [u8]>,
 }
@@ -32,6 +32,7 @@ impl Point {
             sealed_at: Timestamp::UNIX_EPOCH,
             consistency: Consistency::Crash,
             consistency_reason: None,
+            autostart: None,
             run,
             disks,
             attachments: definition.map(|_| Attachment::InactiveXml).into_iter().collect(),

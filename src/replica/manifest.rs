@@ -142,6 +142,9 @@ pub struct Point {
     pub consistency: Consistency,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub consistency_reason: Option<String>,
+    /// Whether the domain started with its host. Absent: made by a program that did not ask.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub autostart: Option<bool>,
     pub run: RunId,
     pub disks: Vec<Disk>,
     #[serde(default)]
@@ -435,6 +438,7 @@ impl Point {
             sealed_at: self.sealed_at,
             consistency: self.consistency,
             consistency_reason: self.consistency_reason.clone(),
+            autostart: self.autostart,
             run: self.run.clone(),
             disks: self
                 .disks
@@ -517,6 +521,7 @@ mod tests {
             sealed_at: "2024-05-01T12:00:05Z".parse().unwrap(),
             consistency: Consistency::Crash,
             consistency_reason: None,
+            autostart: None,
             run: run(seq),
             disks: disks.split(' ').map(disk).collect(),
             attachments: vec![],
@@ -530,6 +535,20 @@ mod tests {
             m.push(point(*seq, disks))?;
         }
         Ok(m)
+    }
+
+    /// A program that does not know the field passes over it; one that reads an older manifest is told nothing.
+    #[test]
+    fn whether_a_domain_starts_with_its_host_needs_no_version_of_its_own() {
+        let mut m = manifest(&[(1, "vda")]).unwrap();
+        let old = String::from_utf8(m.to_json().unwrap()).unwrap();
+        assert!(!old.contains("autostart"), "{old}");
+        for said in [true, false] {
+            m.point_mut(&PointId::from_parts(1, &run(1))).unwrap().autostart = Some(said);
+            let json = m.to_json().unwrap();
+            assert_eq!(serde_json::from_slice::<Preamble>(&json).unwrap().version, VERSION);
+            assert_eq!(Manifest::parse(&json).unwrap().head().unwrap().view(Path::new("/")).autostart, Some(said));
+        }
     }
 
     #[test]

@@ -164,6 +164,9 @@ pub struct PointView {
     /// Why it is not `file_system` although that was asked for; absent otherwise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub consistency_reason: Option<String>,
+    /// Whether the domain started with its host. `None`: made by a program that did not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub autostart: Option<bool>,
     pub run: RunId,
     pub disks: Vec<PointDisk>,
     /// File names of the attachments, relative to the point's directory.
@@ -212,6 +215,27 @@ pub struct DiskStats {
     /// What became of the check on the dirty bitmap; absent where no bitmap was relied on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub audit: Option<AuditStats>,
+    /// Which way the content was sent; absent where that was said and not tried, and where nothing was sent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compression: Option<CompressionStats>,
+}
+
+/// Which way content was sent where it was for the run to find out, and why so. Rates are in bytes of content, before compression,
+/// per second.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct CompressionStats {
+    /// Bytes of content that went through the compression, and those that went as they are.
+    pub compressed_bytes: u64,
+    pub stored_bytes: u64,
+    /// How often both ways were tried.
+    pub trials: u32,
+    /// What the newest trial came to; absent without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compressed_rate_bytes: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored_rate_bytes: Option<u64>,
+    /// The way that was kept in the end, and why, as a sentence.
+    pub reason: String,
 }
 
 /// Blocks that a dirty bitmap called clean and that were compared with the head all the same.
@@ -351,6 +375,9 @@ pub struct SealPoint {
     pub consistency: Consistency,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub consistency_reason: Option<String>,
+    /// Whether the domain started with its host. `None`: made by a program that did not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub autostart: Option<bool>,
     /// Exactly the disks of `begin`, each finished.
     pub disks: Vec<SealDisk>,
 }

@@ -231,6 +231,7 @@ impl OpenPoint {
             sealed_at: clock(),
             consistency: request.consistency,
             consistency_reason: request.consistency_reason.as_deref().map(|why| printable(why, REASON_MAX)),
+            autostart: request.autostart,
             run: self.request.run.clone(),
             disks,
             attachments,

@@ -49,6 +49,9 @@ pub struct Carried {
     pub consistency: Consistency,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub consistency_reason: Option<String>,
+    /// Whether the domain started with its host. Absent: made by a program that did not ask.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub autostart: Option<bool>,
     /// What it leads on from; absent: from nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<Since>,
@@ -96,6 +99,7 @@ impl Carried {
             frozen_at: point.frozen_at,
             consistency: point.consistency,
             consistency_reason: point.consistency_reason.clone(),
+            autostart: point.autostart,
             since: since.map(|since| Since { point: since.id.clone(), disks: carried(since) }),
             disks: carried(point),
             attachments: point.attachments.clone(),
@@ -455,6 +459,7 @@ fn fill(
         frozen_at: head.frozen_at,
         consistency: head.consistency,
         consistency_reason: head.consistency_reason.as_ref().map(|reason| printable(reason, REASON_MAX)),
+        autostart: head.autostart,
         disks,
     };
     Ok((replica.seal(&request)?, bytes_written))

@@ -409,6 +409,7 @@ impl<'a> Run<'a> {
             frozen_at: still.frozen_at,
             consistency: still.consistency,
             consistency_reason: still.consistency_reason.clone(),
+            autostart: self.starts_with_host(domain),
             disks,
         })?;
         failpoint!("6f");

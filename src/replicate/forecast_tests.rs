@@ -36,6 +36,7 @@ fn point(frozen_at: i64, disks: &[(&str, Mode, u64)]) -> PointView {
         sealed_at: at(frozen_at),
         consistency: Consistency::Crash,
         consistency_reason: None,
+        autostart: None,
         run,
         disks: disks.iter().map(disk).collect(),
         attachments: Vec::new(),

@@ -106,6 +106,7 @@ fn replica(disks: &str) -> ReplicaView {
         sealed_at: Timestamp::UNIX_EPOCH,
         consistency: Consistency::Crash,
         consistency_reason: None,
+        autostart: None,
         run,
         disks: disks.clone(),
         attachments: Vec::new(),

@@ -23,7 +23,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::name::{DiskName, DomainUuid};
 use crate::patch::{Compression, Header, PieceMask, RecordEncoder, StreamTail};
-use crate::replica::{DiskStats, DiskTarget, Mode};
+use crate::replica::{CompressionStats, DiskStats, DiskTarget, Mode};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -96,7 +96,7 @@ pub fn ship(
     };
     let mut tail = StreamTail::begin(&header, &mut out);
     send(replica, shipment, progress, still_good, &out)?;
-    let root = scan(image, replica, shipment, progress, still_good, &mut |records| {
+    let (root, compression) = scan(image, replica, shipment, progress, still_good, &mut |records| {
         tail.observe(records);
         send(replica, shipment, progress, still_good, records)
     })?;
@@ -121,6 +121,7 @@ pub fn ship(
         blocks_changed: applied.blocks_changed,
         audit: None,
         tracking_doubt: false,
+        compression,
     };
     Ok(Shipped { root, stats })
 }
@@ -133,7 +134,7 @@ pub fn compare(
     progress: &Progress,
     still_good: StillGood,
 ) -> Result<(Digest, u64)> {
-    let root = scan(image, replica, shipment, progress, still_good, &mut |_| Ok(()))?;
+    let (root, _) = scan(image, replica, shipment, progress, still_good, &mut |_| Ok(()))?;
     Ok((root, progress.changed_blocks.load(Ordering::Relaxed)))
 }
 
@@ -180,6 +181,9 @@ struct Done {
     compressed: bool,
 }
 
+/// The root over what was read, and which way the content went.
+type Scanned = (Digest, Option<CompressionStats>);
+
 fn scan(
     image: &dyn Image,
     replica: &dyn DiskTarget,
@@ -187,7 +191,7 @@ fn scan(
     progress: &Progress,
     still_good: StillGood,
     sink: &mut dyn FnMut(&[u8]) -> Result<()>,
-) -> Result<Digest> {
+) -> Result<Scanned> {
     let stop = AtomicBool::new(false);
     let (work_tx, work_rx) = sync_channel::<Work>(IN_FLIGHT_MAX);
     let (done_tx, done_rx) = channel::<Result<Done>>();
@@ -239,11 +243,11 @@ fn collect(
     worth: &Worth,
     still_good: StillGood,
     sink: &mut dyn FnMut(&[u8]) -> Result<()>,
-) -> Result<Digest> {
+) -> Result<Scanned> {
     let mut root = RootBuilder::new(shipment.size);
     let mut waiting: BTreeMap<u64, Done> = BTreeMap::new();
     let mut next = 0;
-    let (began, mut told) = (Instant::now(), worth.watch());
+    let (began, mut watching) = (Instant::now(), worth.watch());
     for finished in done {
         let finished = finished?;
         waiting.insert(finished.seq, finished);
@@ -256,13 +260,13 @@ fn collect(
             }
             if !group.records.is_empty() {
                 sink(&group.records)?;
-                told(group.compressed, group.payload, began.elapsed());
+                watching.sent(group.compressed, group.payload, began.elapsed());
             }
             token.recv().expect("the planner put one in for every group");
         }
     }
     assert!(waiting.is_empty(), "a group was lost between reading and sending");
-    Ok(root.finish())
+    Ok((root.finish(), watching.stats()))
 }
 
 fn work_on_groups(

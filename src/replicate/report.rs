@@ -107,6 +107,7 @@ pub(crate) mod tests {
             sealed_at: Timestamp::UNIX_EPOCH,
             consistency: Consistency::Crash,
             consistency_reason: None,
+            autostart: None,
             run: run.clone(),
             disks: vec![disk],
             attachments: Vec::new(),

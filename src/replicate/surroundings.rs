@@ -2,6 +2,7 @@
 //! before and after the freeze.
 
 use super::cycle::Run;
+use super::demoted;
 use super::freeze_hooks;
 use super::journal::to_json;
 use super::plan::{CaptureKind, Plan};
@@ -57,6 +58,21 @@ impl Run<'_> {
             Err(e) => {
                 tracing::warn!(error = e.chain(), "the point does not say which firmware its source boots from");
                 Ok(())
+            }
+        }
+    }
+
+    /// Whether the domain starts with this host, which its definition does not say. `None` where that could not be found out: the
+    /// point is as good without.
+    pub(super) fn starts_with_host(&self, domain: &DomainView) -> Option<bool> {
+        // In this order: a handover is on record before it takes autostart away (h2), and the record says how it was.
+        let asked = self.ports.custody.autostart(&domain.uuid);
+        match (asked, demoted::peek(&self.request.state, &domain.uuid)) {
+            (_, Ok(Some(handed))) => Some(handed.autostart),
+            (Ok(autostart), Ok(None)) => Some(autostart),
+            (Err(e), _) | (_, Err(e)) => {
+                tracing::warn!(error = e.chain(), "the point does not say whether the domain starts with its host");
+                None
             }
         }
     }

@@ -180,7 +180,7 @@ impl Here {
         if let Some(uri) = ask {
             source_runs(uri, found, say)?;
         }
-        self.failover_as(&state, found, &Wanted::default(), say)
+        self.failover_as(&state, found, &Wanted::of(&found.point), say)
     }
 
     /// The same, by who holds its lock.

@@ -157,6 +157,7 @@ pub fn seal(disks: &[(&str, &[u8])]) -> SealPoint {
         frozen_at: "2024-05-01T12:00:00Z".parse().unwrap(),
         consistency: Consistency::Crash,
         consistency_reason: None,
+        autostart: None,
         disks: disks.iter().map(disk).collect(),
     }
 }

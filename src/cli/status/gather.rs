@@ -339,18 +339,15 @@ fn row(
     if site.is_some() && domain.view.is_none() {
         notes.push("libvirt does not know it (any more)".to_owned());
     }
+    let promoted = replica.and_then(|view| view.promoted.as_ref());
     let damaged = replica.map_or(&[][..], |view| &view.damaged);
-    notes.extend(damaged.iter().map(|d| {
-        format!(
-            "disk {} of the newest point is damaged at the target: the next run sends it again; `virt-replica points` says where",
-            d.disk
-        )
-    }));
+    notes.extend(replica.into_iter().flat_map(of_target));
     let seen = Seen {
         open: record.map(|r| r.phase),
         backup: journal::peek_backup(&globals.state_dir, &domain.uuid)?.is_some(),
         stuck: stuck || both.is_some(),
         handed: handed.as_ref().map(|record| record.stage),
+        promoted: promoted.is_some(),
         observed: domain.view.is_some(),
         replicated: head.is_some(),
         alarmed: !damaged.is_empty() || reports().next_back().is_some_and(|r| !r.alarms.is_empty()),
@@ -377,6 +374,18 @@ fn row(
         alarms: alarms.collect(),
         ready: None,
     })
+}
+
+/// What the target says that a person should know.
+fn of_target(replica: &ReplicaView) -> Vec<String> {
+    let promoted = replica.promoted.iter().map(|p| format!("{}, since {}", p.why(), render::time(p.since)));
+    let damaged = replica.damaged.iter().map(|d| {
+        format!(
+            "disk {} of the newest point is damaged at the target: the next run sends it again; `virt-replica points` says where",
+            d.disk
+        )
+    });
+    promoted.chain(damaged).collect()
 }
 
 /// Whether a person is needed, by the same decision that `doctor` and the next run make.

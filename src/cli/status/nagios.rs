@@ -62,6 +62,11 @@ fn judge(row: &Row, limits: Limits) -> (Verdict, Option<String>) {
         }
         // Nobody replicates it from here any more: its age says nothing.
         (State::Demoted, _, _) => return (Verdict::Ok, None),
+        // On its target it is where it should be, and no source may send a younger point. Anywhere else it is news.
+        (State::Promoted, _, _) if row.target.as_deref().is_some_and(|t| t.starts_with("local:")) => {
+            return (Verdict::Ok, None);
+        }
+        (State::Promoted, _, _) => (Verdict::Warning, "it was brought up on the target: no run is accepted".to_owned()),
         (_, Some(limit), _) => (Verdict::Critical, late(limit)),
         (State::CommitPending, _, _) if row.running.is_none() => (Verdict::Warning, "commit pending".to_owned()),
         (State::HandingOver, _, _) => {
@@ -100,7 +105,10 @@ pub fn report(rows: &[Row], limits: impl Fn(&Row) -> Limits) -> (String, u8) {
         None => summary,
     };
     let mut text = format!("VIRT-REPLICA {} - {head}", worst.word());
-    let lags = rows.iter().filter(|r| r.state != State::Demoted).filter_map(|r| Some((r, r.lag_s?)));
+    let lags = rows
+        .iter()
+        .filter(|r| !matches!(r.state, State::Demoted | State::Promoted))
+        .filter_map(|r| Some((r, r.lag_s?)));
     for (at, (row, lag_s)) in lags.enumerate() {
         let Limits { warning, critical } = limits(row);
         let seconds = |d: Option<Duration>| d.map_or(String::new(), |d| d.as_secs().to_string());
@@ -195,6 +203,11 @@ mod tests {
         ] {
             assert_eq!(of(&[row("a", state, None)]).1, code, "{state:?}");
         }
+        // A replica whose domain lives here is as old as it is; seen from elsewhere it replicates nothing any more.
+        let promoted = row("a", State::Promoted, Some(1 << 20));
+        assert_eq!(of(std::slice::from_ref(&promoted)).1, 1);
+        let (text, code) = of(&[Row { target: Some("local:/var/lib/virt-replica".to_owned()), ..promoted }]);
+        assert_eq!((code, text.contains("lag a")), (0, false), "{text}");
         // Nobody promised anything of it.
         assert_eq!(report(&[row("a", State::NeverReplicated, None)], |_| Limits::default()).1, 0);
         assert_eq!(report(&[row("a", State::Ok, Some(1 << 40))], |_| Limits::default()).1, 0);

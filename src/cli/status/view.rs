@@ -26,6 +26,8 @@ pub enum State {
     Demoted,
     /// It is being handed over, or that was cut short.
     HandingOver,
+    /// It was brought up on the target from this replica: no run is accepted there.
+    Promoted,
     NeverReplicated,
     Unknown,
 }
@@ -40,6 +42,7 @@ impl State {
             State::NeedsAttention => "needs attention",
             State::Demoted => "demoted",
             State::HandingOver => "handing over",
+            State::Promoted => "promoted",
             State::NeverReplicated => "never replicated",
             State::Unknown => "unknown",
         }
@@ -57,6 +60,8 @@ pub struct Seen {
     pub stuck: bool,
     /// How far the domain is on the way to its target.
     pub handed: Option<Stage>,
+    /// The target says that it was brought up there.
+    pub promoted: bool,
     /// libvirt was asked and knows the domain.
     pub observed: bool,
     /// A point was sealed, ever.
@@ -75,6 +80,7 @@ pub fn state(seen: Seen) -> State {
         Seen { handed: Some(Stage::Moved), .. } => State::Demoted,
         Seen { handed: Some(_), .. } => State::HandingOver,
         Seen { alarmed: true, .. } => State::NeedsAttention,
+        Seen { promoted: true, .. } => State::Promoted,
         Seen { observed: false, .. } => State::Unknown,
         Seen { replicated: false, .. } => State::NeverReplicated,
         Seen { .. } => State::Ok,
@@ -269,7 +275,7 @@ pub fn describe(rows: &[Row], from: HeadFrom) -> String {
 mod tests {
     use super::*;
 
-    /// A letter each: phase (- f F c p, b by backup, m moved, h being handed over), stuck, observed, replicated, alarmed.
+    /// A letter each: phase (- f F c p, b by backup, m moved, h being handed over, P promoted), stuck, observed, replicated, alarmed.
     fn of(text: &str) -> State {
         let c: Vec<char> = text.chars().collect();
         let open = match c[0] {
@@ -288,6 +294,7 @@ mod tests {
                 'h' => Some(Stage::Off),
                 _ => None,
             },
+            promoted: c[0] == 'P',
             observed: c[2] == 'o',
             replicated: c[3] == 'r',
             alarmed: c.get(4) == Some(&'a'),
@@ -314,6 +321,10 @@ mod tests {
             ("h-or", State::HandingOver),
             ("m-ora", State::Demoted),
             ("msor", State::NeedsAttention),
+            ("P--r", State::Promoted),
+            ("P-or", State::Promoted),
+            // The guest reads through what is damaged.
+            ("P-ora", State::NeedsAttention),
         ] {
             assert_eq!(of(seen), expected, "{seen}");
         }

@@ -6,13 +6,13 @@
 //! own, AES-GCM moves the same bytes with half the processor time, and one core's cipher is what bounds a connection.
 
 use crate::error::{Error, Result};
+use crate::users;
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 const SYSTEM: &str = "/etc/ssh/ssh_config";
-const USERS: &str = "/etc/passwd";
 
 /// In front of what OpenSSH would offer; an end that has neither takes one of the others.
 const PREFERRED: &str = "^aes128-gcm@openssh.com,aes256-gcm@openssh.com";
@@ -27,7 +27,8 @@ pub(super) fn prepare(dir: &Path, given: Option<&Path>) -> Result<Option<PathBuf
     let parts = match given {
         Some(path) => vec![Part::of(&std::path::absolute(path).unwrap_or_else(|_| path.to_owned()), false)],
         None => {
-            let Some(home) = home(&std::fs::read_to_string(USERS).unwrap_or_default(), me()) else { return Ok(None) };
+            // The home that ssh means, which is not `$HOME`. Where it is not known ssh knows, or does without.
+            let Ok(Some(home)) = users::home(me()) else { return Ok(None) };
             vec![Part::of(&home.join(".ssh/config"), false), Part::of(Path::new(SYSTEM), true)]
         }
     };
@@ -94,14 +95,6 @@ fn me() -> u32 {
     rustix::process::geteuid().as_raw()
 }
 
-/// The home that ssh means, which is not `$HOME`. A user who is not in this file, but in a directory of the network, has none
-/// for us.
-fn home(users: &str, uid: u32) -> Option<PathBuf> {
-    let fields = users.lines().map(|line| line.split(':').collect::<Vec<_>>());
-    let mut mine = fields.filter(|fields| fields.get(2).and_then(|text| text.parse().ok()) == Some(uid));
-    mine.next()?.get(5).filter(|dir| dir.starts_with('/')).map(PathBuf::from)
-}
-
 /// Whether the processor does AES, and the multiplication of GCM, by itself.
 fn has_aes() -> bool {
     #[cfg(target_arch = "x86_64")]
@@ -141,15 +134,6 @@ mod tests {
         ] {
             assert_eq!(has_relative_include(text), relative, "{text}");
         }
-    }
-
-    #[test]
-    fn the_home_is_that_of_the_user_database() {
-        let users =
-            "root:x:0:0:root:/root:/bin/bash\nodd\nkvm:x:107:1:,,,:/var/lib/kvm:/bin/false\nnone:x:9:9::nowhere:\n";
-        assert_eq!(home(users, 0), Some("/root".into()));
-        assert_eq!(home(users, 107), Some("/var/lib/kvm".into()));
-        assert_eq!((home(users, 9), home(users, 1)), (None, None));
     }
 
     /// What ssh itself makes of it.

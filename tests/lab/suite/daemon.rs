@@ -173,7 +173,26 @@ fn a_target_drills_by_policy() {
     daemon.until("a copy that shows nothing is told of", 1, PATIENCE, |r| {
         r["checks"]["drill"]["error"].as_str().is_some_and(|e| e.contains("the drill failed"))
     });
+
+    // It lives here now: no younger point can come, and that is nothing to be told of.
+    daemon.write("policies.d/t.yaml", &format!("name: t\nreplicas: [{}]\nroot: {store}\nrpo: 1s\n", vm.name));
+    daemon.signal("HUP");
+    daemon.until("the RPO is broken", 1, PATIENCE, |r| r["breach_since"].is_string());
+    let there = super::crash_failover::OnB(&vm);
+    daemon.virt_replica(&["failover", &vm.name, "--unplanned", "--source-is-dead", "--root", &store]).success();
+    let status = daemon.until("its age is not counted", 1, PATIENCE, |r| r["promoted_since"].is_string());
+    let row = &status["domains"][0];
+    assert!(row["rpo_s"].is_null() && row["lag_s"].is_null() && row["breach_since"].is_null(), "{row:#}");
+    let plugin = |to: &str, code: i32| {
+        let asked = ["status", &vm.name, "--to", to, "--nagios", "--critical", "1s"];
+        daemon.virt_replica(&asked).exit(code)
+    };
+    assert!(!plugin(&store, 0).stdout.contains("'lag"), "its age is no performance either");
+    daemon.virt_replica(&["failover", &vm.name, "--undo", "--lose-its-writes", "--root", &store]).success();
+    drop(there);
+    plugin(&store, 2);
     let done = daemon.stop();
+    assert!(done.stderr.contains("the domain was brought up here, and lives here now"), "{}", done.stderr);
     assert!(done.stderr.contains("ALARM: found no proof that it works"), "{}", done.stderr);
     assert_eq!(
         Host::B.output(&["virsh", "-q", "list", "--all", "--name"]).matches(&vm.name).count(),

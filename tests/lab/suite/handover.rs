@@ -88,6 +88,7 @@ fn a_writing_guest_is_handed_over_and_comes_back_and_no_acknowledged_line_is_los
     println!("down for {} ms, shut down in {} ms", report["downtime_ms"], report["shutdown_ms"]);
     assert!(report["downtime_ms"].as_f64().unwrap() > 0.0 && report["shutdown_ms"].as_f64().unwrap() > 0.0);
     assert_eq!(vm.head()["id"], report["point"]);
+    assert_eq!(vm.head()["autostart"], true, "as before it was taken away for the handover");
     assert!(t.there.runs() && vm.state() == "shut off");
     assert!(t.autostart(Host::B) && !t.autostart(Host::A), "it starts with the host that it lives on");
     assert!(vm.virsh(&["dumpxml"]).contains("do not start it here"));

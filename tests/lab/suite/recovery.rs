@@ -3,7 +3,7 @@
 use super::crash_drill::Drills;
 use super::crash_failover::OnB;
 use super::domain::Disk;
-use super::support::{Host, Lab, PATIENCE};
+use super::support::{Host, Lab, PATIENCE, eventually};
 
 /// The number behind `resume` on the console of a copy: the last line that it found on its disks.
 fn resumed_at(console: &str) -> u64 {
@@ -111,6 +111,44 @@ fn an_unplanned_failover_loses_nothing_older_than_the_freeze_and_the_old_source_
     vm.wait_acked(vm.acked() + 1);
     vm.sync().sealed();
     Host::B.virt_replica(&["verify", name, "--to", super::support::STORE]).success();
+}
+
+/// Nobody is left to give an order: the point has to know whether its domain starts with its host.
+#[test]
+fn after_an_unplanned_failover_it_starts_with_its_new_host_as_it_did_with_the_old_one() {
+    let lab = Lab::get();
+    let vm = lab.domain("autostart").disk(Disk::qcow2("16M").then("write -P 0x11 1M 3M")).off();
+    let t = super::handover::Traveller::of(&vm);
+    let b = Drills::of(&vm);
+    let name = vm.name.as_str();
+    let up = |point: &str, after: Option<bool>| {
+        let done = b.run("", &["failover", name, "--unplanned", "--source-is-dead", "--point", point, "--json"]);
+        let report = super::handover::message(&done.success(), "failover");
+        assert_eq!(report["autostart"].as_bool(), after, "{report:#}");
+        assert!(t.there.runs() && t.autostart(Host::B) == (after == Some(true)), "{report:#}");
+        b.run("", &["failover", name, "--undo", "--lose-its-writes"]).success();
+        assert!(!t.autostart(Host::B));
+    };
+    let without = vm.sync().sealed().id().to_owned();
+    vm.virsh(&["autostart"]);
+    let with = vm.sync().sealed().id().to_owned();
+    assert_eq!(vm.head()["autostart"], true);
+    // A drill of that point is a copy, and starts with nothing.
+    let drill = b.start("", &["drill", name, "--probe", "serial:never", "--within", "5s", "--json"]);
+    let copy = |list: &[&str]| Host::B.output(list).lines().any(|l| l.contains(&format!("{name}-vr-drill-")));
+    eventually("the copy to run", PATIENCE, || copy(&["virsh", "-q", "list", "--name"]).then_some(()));
+    assert!(!copy(&["virsh", "-q", "list", "--all", "--autostart", "--name"]), "a drill starts with no host");
+    drill.wait(PATIENCE).exit(1);
+    // It is the point that counts, and not how it is at the source today.
+    up(&with, Some(true));
+    up(&without, Some(false));
+    // Of a point of before nobody knows.
+    let forget = r#"sed -i '/"autostart"/d' "$1/replicas/$2/manifest.json""#;
+    Host::B.script(forget, &[super::support::STORE, &vm.uuid]);
+    up(&with, None);
+    let told = b.run("", &["failover", name, "--unplanned", "--source-is-dead"]).success();
+    told.says(&[&format!("virsh autostart {name}")]);
+    b.run("", &["failover", name, "--undo", "--lose-its-writes"]).success();
 }
 
 /// OVMF of the lab's cache, which no host has installed: libvirt finds it by a descriptor.
