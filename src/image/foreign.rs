@@ -213,3 +213,35 @@ pub fn impossible_size(format: Foreign, size: DiskSize) -> Option<&'static str> 
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What older agents know is said as they know it, and what they do not know they refuse.
+    #[test]
+    fn a_format_travels_by_the_name_that_qemu_has_for_it() {
+        let own = [Format::Raw, Format::Qcow2].map(AnyFormat::from).into_iter();
+        for format in own.chain(Foreign::ALL.map(AnyFormat::from)) {
+            let said = serde_json::to_string(&format).unwrap();
+            assert_eq!(said, format!("\"{}\"", format.as_str()));
+            assert_eq!(serde_json::from_str::<AnyFormat>(&said).unwrap(), format);
+            assert_eq!(format.as_str().parse(), Ok(format));
+            assert_eq!(serde_json::from_str::<Format>(&said).is_ok(), format.foreign().is_none());
+        }
+        for unknown in ["\"parallels\"", "\"Raw\"", "\"VMDK\"", "1", "null"] {
+            assert!(serde_json::from_str::<AnyFormat>(unknown).is_err(), "{unknown}");
+        }
+    }
+
+    #[test]
+    fn sizes_end_with_a_sector() {
+        for format in Foreign::ALL {
+            for (size, possible) in
+                [(0, format != Foreign::Vmdk), (1, false), (511, false), (512, true), (1 << 40, true)]
+            {
+                assert_eq!(impossible_size(format, DiskSize(size)).is_none(), possible, "{format:?} {size}");
+            }
+        }
+    }
+}

@@ -152,3 +152,42 @@ fn name_in_description(path: &Path, name: &str) -> Result<()> {
     new.resize(old.len(), 0);
     file.write_all_at(&new, at).map_err(cannot)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A name that is longer than the one it was made under fits, too, or is refused as a whole.
+    #[test]
+    fn a_new_vmdk_goes_by_the_name_that_it_will_have() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(".disk.vr-part");
+        let long = "n".repeat(200);
+        for name in ["disk", "a disk with a longer name.vmdk", "\u{fc}ber.vmdk", long.as_str()] {
+            std::fs::write(&path, b"").unwrap();
+            let writer = ForeignWriter::create(&path, Foreign::Vmdk, DiskSize(1 << 20), name, dir.path()).unwrap();
+            writer.write_at(0, &[7; 512]).unwrap();
+            writer.close().unwrap();
+            check_sound(&path, Foreign::Vmdk).unwrap();
+            let start = bytes(&File::open(&path).unwrap(), 0, 64 << 10).unwrap();
+            assert!(String::from_utf8_lossy(&start).contains(&format!("RW 2048 SPARSE \"{name}\"\n")), "{name}");
+        }
+        let before = std::fs::read(&path).unwrap();
+        let e = name_in_description(&path, "other").unwrap_err();
+        assert_eq!(e.kind(), Kind::Protocol, "it is called otherwise already");
+        assert!(std::fs::read(&path).unwrap() == before);
+    }
+
+    /// Where nobody closes the image, nobody takes it for written.
+    #[test]
+    fn a_child_that_is_gone_is_an_error_at_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.vdi");
+        std::fs::write(&path, b"").unwrap();
+        let writer = ForeignWriter::create(&path, Foreign::Vdi, DiskSize(1 << 20), "a.vdi", dir.path()).unwrap();
+        writer.write_at(0, &[7; 512]).unwrap();
+        let child = rustix::process::Pid::from_raw(writer.child.pid() as i32).unwrap();
+        rustix::process::kill_process(child, rustix::process::Signal::KILL).unwrap();
+        assert!(writer.close().is_err());
+    }
+}
