@@ -121,6 +121,7 @@ fn every_failpoint_has_a_row_and_a_test_and_every_row_a_failpoint() {
 fn every_test_that_the_page_names_exists() {
     named_tests_exist("## Other deaths, other hands", &crash_tests(), 10);
     named_tests_exist("## What tells the changes", &lab_tests("bitmaps"), 20);
+    named_tests_exist("## The bitmap of a failover", &crash_tests(), 4);
 }
 
 fn named_tests_exist(heading: &str, tests: &BTreeMap<String, String>, at_least: usize) {

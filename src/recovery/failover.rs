@@ -313,7 +313,11 @@ pub fn run(ports: &Ports, state: &FailoverState, plan: &Plan, held: &dyn Held) -
         failpoint!("f2");
         (ports.say)("laying overlays on the point");
         overlays::remove(&record.dir)?;
-        overlays::make(held, &record.dir)?;
+        let made = overlays::make(held, &record.dir)?;
+        // Before the guest's first write: whatever it changes is told to the first run from here.
+        for problem in overlays::track(held, &made)? {
+            (ports.say)(&problem);
+        }
         overlays::bring_tpm(ports.machines, held, &record.uuid, plan.definition)?;
         failpoint!("f3");
         record.stage = Stage::Made;

@@ -253,6 +253,42 @@ fn broken_off_anywhere_the_same_command_finishes_and_no_write_is_lost() {
     }
 }
 
+/// The way home begins from the point's very content: the overlay says so from before the guest's first write.
+#[test]
+fn each_overlay_has_a_bitmap_that_leads_on_from_the_points_root_however_often_it_is_made_anew() {
+    let bench = Bench::new();
+    let path = bench.dir().join("vda.qcow2");
+    let layer = crate::image::Layer {
+        path: path.clone(),
+        format: crate::image::Format::Qcow2,
+        block_device: false,
+        data_file: None,
+    };
+    // The record, the promotion, overlays: the state of the TPM is what the power fails over.
+    assert!(bench.run(Some(1), 1).is_err());
+    let before = crate::replicate::turnover::identity(&layer);
+    bench.run(None, 1).unwrap();
+    let bitmaps = crate::image::qemu_img::info(&path, layer.format, false).unwrap().bitmaps;
+    let root = bench.point(1).point().disks[0].root;
+    assert_eq!(bitmaps.len(), 1, "{bitmaps:?}");
+    assert_eq!(bitmaps[0].name, crate::replicate::birth::name(&root, &layer));
+    assert!(!bitmaps[0].name.ends_with(&before), "it is of the overlay that was made anew");
+    assert!(bitmaps[0].is_auto() && !bitmaps[0].is_inconsistent() && bitmaps[0].granularity_bytes == 65536);
+}
+
+#[test]
+fn a_bitmap_that_cannot_be_begun_is_told_and_the_overlay_made_anew_without_it() {
+    let bench = Bench::new();
+    let point = bench.point(1);
+    let made = overlays::make(&point, &bench.dir()).unwrap();
+    assert_eq!(overlays::track(&point, &made).unwrap(), [""; 0]);
+    // The name is there already: QEMU refuses.
+    let told = overlays::track(&point, &made).unwrap();
+    assert!(told.len() == 1 && told[0].contains("'vda'") && told[0].contains("not tracked"), "{told:?}");
+    let info = crate::image::qemu_img::info(&made.disks[0].1, crate::image::Format::Qcow2, false).unwrap();
+    assert!(info.bitmaps.is_empty() && info.backing.is_some());
+}
+
 #[test]
 fn a_point_that_was_sealed_before_the_source_was_refused_is_not_passed_by() {
     let bench = Bench::new();

@@ -2,6 +2,7 @@
 //!
 //! The words of [`turnover`], applied to the run's disks. A doubt costs a disk a comparison, never the run its point (I7).
 
+use super::birth;
 use super::capture::{Source, Still};
 use super::cycle::Run;
 use super::offline;
@@ -133,6 +134,24 @@ impl Run<'_> {
             Ok(left) => report.warnings.extend(left),
             // The domain ended or was started meanwhile: its bitmaps are looked at in the next run.
             Err(e) => tracing::debug!("superseded bitmaps are left for the next run: {}", e.chain()),
+        }
+        self.retire_births(report, plan, &shelf, sealed);
+    }
+
+    /// Step 8b as well: the bitmaps of a failover that have done what they were for (see [`birth`]). A run without a point
+    /// drops none: the next one begins from where this one did.
+    fn retire_births(&self, report: &mut Report, plan: &Plan, shelf: &Shelf, sealed: bool) {
+        for disk in plan.replicated().filter(|d| shelf.tops.contains(d.chain.top())) {
+            let forbidden = offline::must_not_be_tracked(disk.chain.top()).is_some();
+            if !sealed && !forbidden {
+                continue;
+            }
+            let stands_alone = disk.chain.0.len() == 1;
+            let over = forbidden || stands_alone || disk.led_from_birth();
+            match birth::retire(shelf.tracking, &plan.uuid, &disk.chain.0, over) {
+                Ok(left) => report.warnings.extend(left),
+                Err(e) => tracing::debug!("the failover's bitmap is left for the next run: {}", e.chain()),
+            }
         }
     }
 }

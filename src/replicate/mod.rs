@@ -5,6 +5,7 @@
 
 pub mod audit;
 pub mod backup;
+pub mod birth;
 pub mod capture;
 pub mod choice;
 pub mod compare;

@@ -1,6 +1,7 @@
 //! What a run will do, per disk and with its reason, or why it will not: decided from plain views, touching nothing.
 
 use super::audit::{self, AuditOptions, AuditPlan};
+use super::birth;
 use super::capture::OVERLAY_MARK;
 pub use super::choice::CaptureKind;
 use super::choice::{CaptureWish, Choice};
@@ -127,6 +128,11 @@ impl DiskPlan {
         self.mode = Mode::Digest;
         self.tracking_doubt = true;
         self.reason = compared(why);
+    }
+
+    /// The bitmap of its failover has led to this run's point, or to the head (by a run that died before it dropped it).
+    pub fn led_from_birth(&self) -> bool {
+        self.bitmap.as_deref().is_some_and(birth::is_birth) || self.head_stats.reason.starts_with(birth::REASON)
     }
 
     /// What an operator is told when the point is sealed.
@@ -554,7 +560,10 @@ fn choose_mode(
             format!("the disk shrank from {head_size} to {size} bytes: every block is compared"),
         );
     }
-    let recorded = format!("a dirty bitmap has recorded every change since {}", head.id);
+    let recorded = match tracked {
+        Tracked::By { bitmap, .. } if birth::is_birth(bitmap) => birth::REASON.to_owned(),
+        _ => format!("a dirty bitmap has recorded every change since {}", head.id),
+    };
     match tracked {
         Tracked::By { .. } if size > head_size => {
             sure(Mode::Bitmap, format!("{recorded}; the disk grew, the new range counts as changed"))

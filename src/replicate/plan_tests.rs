@@ -245,6 +245,33 @@ fn a_believed_bitmap_is_followed_and_a_doubt_is_compared_with_its_reason() {
     assert_eq!(plan(&domain, &facts, &replica("vda"), Generation(1), &asked).disks[0].mode, Mode::Digest);
 }
 
+/// The way home after a planned failover: a bitmap like any other, with a reason of its own, over which the audit goes too.
+#[test]
+fn the_bitmap_of_a_failover_is_followed_with_a_reason_of_its_own() {
+    let born = "vr-failover-0707-image";
+    let by = |bitmap: &str| Tracked::By { bitmap: bitmap.into(), dirty_bytes: 3 << 20 };
+    let options = PlanOptions::default();
+    let mut first = tracked_as(DiskStats::default(), by(born), &options);
+    let disk = &first.disks[0];
+    assert_eq!((disk.mode, disk.bitmap.as_deref(), disk.reserve_bytes), (Mode::Bitmap, Some(born), 3 << 20));
+    assert!(disk.reason.contains("what the failover began from") && disk.audit.is_some(), "{disk:?}");
+    assert!(disk.led_from_birth() && !disk.tracking_doubt);
+    // A run that made its point by it, and died before it was dropped: the next one knows, by whatever it is led itself.
+    let by_birth = DiskStats { mode: Mode::Bitmap, reason: disk.reason.clone(), ..DiskStats::default() };
+    assert!(tracked_as(by_birth, by("vr-x-1"), &options).disks[0].led_from_birth());
+    assert!(!tracked_as(DiskStats::default(), by("vr-x-1"), &options).disks[0].led_from_birth());
+    // It has lied: compared after all, and it goes all the same.
+    first.disks[0].doubt("it lied");
+    assert!(first.disks[0].led_from_birth() && first.disks[0].tracking_doubt);
+
+    let mut domain = domain("vda");
+    domain.disks[0].size = Some(DiskSize(2 << 30));
+    let mut facts = facts(&domain);
+    facts[0].tracked = by(born);
+    let grown = plan(&domain, &facts, &replica("vda"), Generation(1), &options);
+    assert!(grown.disks[0].mode == Mode::Bitmap && grown.disks[0].reason.contains("the new range counts as changed"));
+}
+
 #[test]
 fn every_reason_is_a_sentence() {
     for plan in [planned("vda", ""), planned("vda vdb", "vda")] {

@@ -2,6 +2,7 @@
 //!
 //! Reads headers and file systems; touches nothing. Deciding is [`plan`](super::plan)'s.
 
+use super::birth;
 use super::choice::{self, CaptureKind, CaptureWish, CommitFacts, choose};
 use super::cycle::{Ports, Request};
 use super::demoted;
@@ -19,8 +20,8 @@ use crate::hypervisor::backup::BackupJob;
 use crate::hypervisor::{DiskKind, DiskView, DomainView, Power};
 use crate::image::open::EXPORT;
 use crate::image::{Chain, Format, qemu_img};
-use crate::name::RunId;
-use crate::replica::ReplicaView;
+use crate::name::DiskName;
+use crate::replica::{PointView, ReplicaView};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -56,14 +57,13 @@ pub fn plan_only(ports: &Ports, request: &Request) -> Result<Plan> {
 
 /// Gathers what planning needs to know beyond the views, and plans. Touches nothing.
 pub fn make_plan(ports: &Ports, request: &Request, domain: &DomainView, replica: &ReplicaView) -> Result<Plan> {
-    let head = replica.head().map(|p| &p.run);
     let past = past(request, domain);
     let capture = choose(domain.power, request.plan.capture, &commit_facts(ports, request, domain, &past)?);
     let facts: Vec<DiskFacts> = domain
         .disks
         .iter()
         .filter(|d| d.kind == DiskKind::Image)
-        .map(|disk| disk_facts(ports, request, domain, disk, head, capture.kind))
+        .map(|disk| disk_facts(ports, request, domain, disk, replica.head(), capture.kind))
         .collect();
     let generation = generation(&request.state, &domain.uuid)?;
     let mut plan = plan(domain, &facts, replica, generation, &request.plan, capture);
@@ -101,7 +101,7 @@ fn disk_facts(
     request: &Request,
     domain: &DomainView,
     disk: &DiskView,
-    head: Option<&RunId>,
+    head: Option<&PointView>,
     capture: CaptureKind,
 ) -> DiskFacts {
     let chain = match (&disk.live, &disk.inactive) {
@@ -125,17 +125,19 @@ fn disk_facts(
         Ok(chain) => (allocated(chain), room(&overlay_dir(chain.top(), &request.plan), &chain.top().path)),
         Err(_) => (0, None),
     };
-    let tracked = tracked(ports, request, domain, chain.as_ref().ok(), head);
+    let tracked = tracked(ports, request, domain, &disk.name, chain.as_ref().ok(), head);
     DiskFacts { name: disk.name.clone(), chain, allocated_bytes, reader, overlay_room, tracked }
 }
 
-/// Whether a bitmap of the running QEMU, or of the image of a domain that is off, leads on from the head.
+/// Whether a bitmap of the running QEMU, or of the image of a domain that is off, leads on from the head: from its run, or
+/// from its very content.
 fn tracked(
     ports: &Ports,
     request: &Request,
     domain: &DomainView,
+    disk: &DiskName,
     chain: Option<&Chain>,
-    head: Option<&RunId>,
+    head: Option<&PointView>,
 ) -> Tracked {
     let (Some(chain), Some(head)) = (chain, head) else {
         return Tracked::Untracked("there is no newest point to lead on from".into());
@@ -147,10 +149,12 @@ fn tracked(
     if let Some(why) = offline::keeps_no_bitmap(chain.top()).filter(|_| off) {
         return Tracked::Untracked(why);
     }
-    let wanted = turnover::bitmap_name(&request.target, head, &turnover::identity(chain.top()));
+    let image = turnover::identity(chain.top());
+    let wanted = turnover::bitmap_name(&request.target, &head.run, &image);
+    let root = head.disk(disk).map(|d| &d.root);
     let tracking = if off { ports.stored } else { ports.tracking };
     let judged = match tracking.bitmaps(&domain.uuid, &chain.0) {
-        Ok(layers) => turnover::judge(&layers, &wanted),
+        Ok(layers) => birth::judge(&layers, &wanted, root, &image),
         Err(e) => Tracked::Doubt(format!("its dirty bitmaps cannot be looked at ({})", e.chain())),
     };
     match judged {

@@ -32,6 +32,11 @@ pub fn bitmap_name(target: &str, run: &RunId, image: &str) -> String {
     format!("{}{run}-{image}", prefix(target))
 }
 
+/// A bitmap's name but for the image: the same for copies of it on other images.
+pub(super) fn without_image(name: &str) -> &str {
+    name.rsplit_once('-').map_or(name, |(name, _)| name)
+}
+
 /// What tells an image from every other one on this host: eight hex digits of its path, and its file's number and time of
 /// birth, as numbers are used again. The path alone if it cannot be looked at, or is a block device, whose node is made
 /// anew at every start of the machine.
@@ -71,8 +76,8 @@ pub fn judge(layers: &[Vec<BitmapView>], wanted: &str) -> Tracked {
     }
     let Some(found) = bitmaps.iter().find(|b| b.name == wanted) else {
         // The name without the image is the same: begun on another image, and copied or moved here.
-        let (begun, _) = wanted.rsplit_once('-').unwrap_or((wanted, ""));
-        if layers.iter().flatten().any(|b| b.name.rsplit_once('-').is_some_and(|(name, _)| name == begun)) {
+        let begun = without_image(wanted);
+        if layers.iter().flatten().any(|b| without_image(&b.name) == begun) {
             return Tracked::Doubt("the disk is not on the image that the dirty bitmap was begun on".into());
         }
         let others = bitmaps.iter().any(|b| b.name.starts_with(PREFIX));

@@ -1,9 +1,12 @@
 //! The way home, with two real hypervisors: a guest that was brought up on host b comes home to host a, which had an old copy of
-//! it; with kill -9 at every numbered step (docs/recovery.md), and the same command after it.
+//! it; with kill -9 at every numbered step (docs/recovery.md), and the same command after it. What is read for it on host b is what
+//! was written there, if home has what the failover began from.
 
-use super::domain::{Disk, Domain};
+use super::crash_failover::OnB;
+use super::domain::{Disk, Domain, Reference};
 use super::handover::{LONG, Traveller, message};
 use super::support::{Done, Host, Job, Lab, STORE, TARGET};
+use serde_json::Value;
 
 /// Host a, as host b calls it.
 pub const HOME: &str = "ssh://root@192.0.2.1";
@@ -27,6 +30,23 @@ impl AtHome<'_> {
         format!("/var/lib/libvirt/images/vr-failover-{}", self.0.uuid)
     }
 
+    /// How the newest point of home's own store came about, disk by disk.
+    fn newest(&self) -> Vec<Value> {
+        let points = Host::A.json(&["points", &self.0.name, "--to", STORE, "--json"]);
+        let newest = points["points"].as_array().and_then(|all| all.last()).expect("home has a point").clone();
+        newest["disks"].as_array().expect("a point has disks").clone()
+    }
+
+    /// Home's newest point is what host b's disk was.
+    #[track_caller]
+    fn has(&self, disk: &str, wanted: &Reference) {
+        let points = Host::A.json(&["points", &self.0.name, "--to", STORE, "--json"]);
+        let newest = points["points"].as_array().and_then(|all| all.last()).expect("home has a point");
+        let image = super::domain::image_of(newest, disk);
+        Host::A.ok(&["qemu-img", "compare", "-f", "qcow2", "-F", "raw", &image, &wanted.file]);
+        Host::A.ok(&["qemu-img", "check", "-q", &image]);
+    }
+
     fn pins(&self) -> Vec<String> {
         let points = Host::A.json(&["points", &self.0.name, "--to", STORE, "--json"]);
         let pins = points["pins"].as_array().expect("a list of pins");
@@ -44,6 +64,189 @@ impl Drop for AtHome<'_> {
 
 fn is_defined(host: Host, name: &str) -> bool {
     host.output(&["virsh", "-q", "list", "--all", "--name"]).lines().any(|n| n.trim() == name)
+}
+
+/// The domain as it runs on host b, written to past any guest.
+struct There<'a>(&'a Domain, OnB<'a>);
+
+impl There<'_> {
+    #[track_caller]
+    fn write(&self, disk: usize, what: &str) {
+        let hmp = format!("qemu-io -d /machine/peripheral/virtio-disk{disk}/virtio-backend \"{what}\"");
+        let said = Host::B.output(&["virsh", "-q", "qemu-monitor-command", &self.0.name, "--hmp", &hmp]);
+        assert_eq!(said.trim(), "", "{hmp}");
+    }
+
+    fn restart(&self) {
+        for verb in ["destroy", "start"] {
+            Host::B.ok(&["virsh", "-q", verb, &self.0.name]);
+        }
+    }
+
+    /// The names of the bitmaps in a disk's image, as they were last saved.
+    fn bitmaps(&self, disk: &str) -> Vec<String> {
+        let image = format!("{}/{disk}.qcow2", self.1.overlays());
+        let info = Host::B.output(&["qemu-img", "info", "-U", "--output=json", &image]);
+        let info: Value = serde_json::from_str(&info).expect("JSON of qemu-img");
+        let all = info["format-specific"]["data"]["bitmaps"].as_array().cloned().unwrap_or_default();
+        all.iter().map(|b| b["name"].as_str().expect("a name").to_owned()).collect()
+    }
+
+    /// A disk as it is now, by another reader than ours.
+    fn copy(&self, disk: &str) -> Reference {
+        let (image, file) =
+            (format!("{}/{disk}.qcow2", self.1.overlays()), format!("{}/there-{disk}.raw", self.0.shared()));
+        Host::B.ok(&["qemu-img", "convert", "-U", "-O", "raw", &image, &file]);
+        Reference { file }
+    }
+}
+
+fn is_of_a_failover(bitmap: &String) -> bool {
+    bitmap.starts_with("vr-failover-")
+}
+
+/// The guest has no operating system: it hears no button.
+const OFF: [&str; 3] = ["--timeout", "1s", "--force-off"];
+
+fn failback<'a>(name: &'a str, rest: &[&'a str]) -> Vec<&'a str> {
+    [&["failback", name, "--to", HOME, "--home-loses", "--json"], &OFF[..], rest].concat()
+}
+
+/// A disk of the newest point at home was sent by a bitmap: what was written, in whole blocks, and no more was read. Zeros
+/// need no reading.
+#[track_caller]
+fn by_bitmap(disk: &Value, reason: &str, written: u64) {
+    assert_eq!(disk["mode"], "bitmap", "{disk:#}");
+    assert!(disk["reason"].as_str().unwrap().contains(reason), "{disk:#}");
+    let read = disk["bytes_read"].as_u64().unwrap();
+    assert_eq!(disk["blocks_changed"].as_u64(), Some(written / 65536), "{disk:#}");
+    assert!(read <= 2 * written, "{written} bytes were written, {read} read: {disk:#}");
+}
+
+/// After a planned failover home has exactly what the failover began from: the first run home reads what was written there, over
+/// restarts of the guest; and the next one goes on by its own bitmap, even if the first way home was called off.
+#[test]
+fn after_a_planned_failover_only_what_was_written_there_is_read_for_the_way_home() {
+    let lab = Lab::get();
+    let data = "write -P 0x11 0 48M";
+    let vm =
+        lab.domain("failback-delta").disk(Disk::qcow2("64M").then(data)).disk(Disk::raw("64M").then(data)).paused();
+    vm.virsh(&["resume"]);
+    let (t, home) = (Traveller::of(&vm), AtHome(&vm));
+    let there = There(&vm, OnB(&vm));
+    let name = vm.name.as_str();
+    t.failover("", &OFF).success();
+    for disk in ["vda", "vdb"] {
+        let bitmaps = there.bitmaps(disk);
+        assert!(bitmaps.len() == 1 && is_of_a_failover(&bitmaps[0]), "{bitmaps:?}");
+    }
+    for (disk, at) in [(0, "5M"), (1, "50M")] {
+        there.write(disk, &format!("write -P 0x55 {at} 256k"));
+    }
+    there.restart();
+    there.write(0, "write -z 20M 64k");
+    there.write(1, "write -P 0x66 30M 64k");
+
+    on(Host::B, "", &failback(name, &["--keep-undo"])).success();
+    for (at, disk) in home.newest().iter().enumerate() {
+        by_bitmap(disk, "what the failover began from", 320 << 10);
+        let disk = ["vda", "vdb"][at];
+        home.has(disk, &there.copy(disk));
+        assert!(!there.bitmaps(disk).iter().any(is_of_a_failover), "it has done what it was for");
+    }
+
+    on(Host::B, "", &["failover", name, "--to", HOME, "--abort", "--lose-its-writes"]).success();
+    there.write(0, "write -P 0x77 40M 128k");
+    there.write(1, "write -P 0x77 41M 128k");
+    there.write(0, "flush");
+    there.write(1, "flush");
+    let now = ["vda", "vdb"].map(|disk| (disk, there.copy(disk)));
+    on(Host::B, "", &failback(name, &[])).success();
+    for disk in home.newest() {
+        by_bitmap(&disk, "recorded every change since", 128 << 10);
+    }
+    for (disk, content) in &now {
+        home.has(disk, content);
+    }
+    vm.sync().sealed();
+    Host::B.virt_replica(&["verify", name, "--to", STORE]).success();
+    drop(t);
+}
+
+/// What is copied into an overlay so that it stands alone changes nothing that the guest reads, and marks nothing.
+#[test]
+fn images_of_its_own_come_home_by_what_was_written_too() {
+    let lab = Lab::get();
+    let vm = lab.domain("failback-own").disk(Disk::qcow2("64M").then("write -P 0x11 0 48M")).paused();
+    vm.virsh(&["resume"]);
+    let (t, home) = (Traveller::of(&vm), AtHome(&vm));
+    let there = There(&vm, OnB(&vm));
+    let name = vm.name.as_str();
+    t.failover("", &OFF).success();
+    there.write(0, "write -P 0x55 5M 256k");
+    on(Host::B, "", &["failover", name, "--commit"]).success();
+    on(Host::B, "", &["detach", name]).success();
+    there.write(0, "write -P 0x66 50M 64k");
+    on(Host::B, "", &failback(name, &["--keep-undo"])).success();
+    by_bitmap(&home.newest()[0], "what the failover began from", 320 << 10);
+    home.has("vda", &there.copy("vda"));
+    assert!(!there.bitmaps("vda").iter().any(is_of_a_failover));
+    drop(t);
+}
+
+#[test]
+fn a_run_that_was_led_by_it_and_died_before_it_dropped_it_leaves_that_to_the_next_one() {
+    let lab = Lab::get();
+    let vm = lab.domain("failback-died").disk(Disk::qcow2("16M").then("write -P 0x11 0 12M")).off();
+    let (t, home) = (Traveller::of(&vm), AtHome(&vm));
+    let there = There(&vm, OnB(&vm));
+    let name = vm.name.as_str();
+    vm.sync().sealed();
+    on(Host::B, "", &["failover", name, "--unplanned", "--source-is-dead"]).success();
+    on(Host::A, "", &["give-way", name, "--lives-elsewhere"]).success();
+    let sync = ["sync", name, "--to", HOME, "--json"];
+    // One that seals nothing leaves it as it is.
+    there.write(0, "write -P 0x55 5M 64k");
+    assert_ne!(on(Host::B, "5f=error", &sync).code, 0);
+    on(Host::B, "8a=kill", &sync).exit(137);
+    assert!(there.bitmaps("vda").iter().any(is_of_a_failover));
+    by_bitmap(&home.newest()[0], "what the failover began from", 64 << 10);
+    there.write(0, "write -P 0x66 7M 128k");
+    on(Host::B, "", &sync).success();
+    by_bitmap(&home.newest()[0], "recorded every change since", 128 << 10);
+    Host::B.ok(&["virsh", "-q", "destroy", name]);
+    let left = there.bitmaps("vda");
+    assert!(left.len() == 1 && !left.iter().any(is_of_a_failover), "{left:?}");
+    home.has("vda", &there.copy("vda"));
+    drop(t);
+}
+
+/// Home wrote on after the failover's point: what it has is compared, and comes out right. The failover had died after its
+/// overlays were made, and they were made anew.
+#[test]
+fn a_home_that_has_something_else_is_compared() {
+    let lab = Lab::get();
+    let vm = lab.domain("failback-other").disk(Disk::qcow2("16M").then("write -P 0x11 0 12M")).paused();
+    let (t, home) = (Traveller::of(&vm), AtHome(&vm));
+    let there = There(&vm, OnB(&vm));
+    let name = vm.name.as_str();
+    vm.sync().sealed();
+    vm.write(0, "-P 0x99 2M 1M");
+    vm.virsh(&["destroy"]);
+    let up = ["failover", name, "--unplanned", "--source-is-dead"];
+    on(Host::B, "f3=kill", &up).exit(137);
+    let first = there.bitmaps("vda");
+    on(Host::B, "", &up).success();
+    let bitmaps = there.bitmaps("vda");
+    assert!(bitmaps.len() == 1 && is_of_a_failover(&bitmaps[0]) && bitmaps != first, "{first:?}, then {bitmaps:?}");
+    there.write(0, "write -P 0x55 5M 256k");
+    on(Host::B, "", &failback(name, &["--keep-undo"])).success();
+    let disk = &home.newest()[0];
+    assert_eq!((&disk["mode"], &disk["tracking_doubt"]), (&"digest".into(), &true.into()), "{disk:#}");
+    assert!(disk["reason"].as_str().unwrap().contains("not what the failover began from"), "{disk:#}");
+    home.has("vda", &there.copy("vda"));
+    assert!(there.bitmaps("vda").iter().any(is_of_a_failover), "another target may still have what it began from");
+    drop(t);
 }
 
 #[test]
@@ -101,6 +304,7 @@ fn giving_way_and_coming_home_killed_at_each_step_are_finished_by_the_same_comma
     let (t, home) = (Traveller::of(&vm), AtHome(&vm));
     let name = vm.name.as_str();
     vm.sync().sealed();
+    on(Host::B, "f3=kill", &["failover", name, "--unplanned", "--source-is-dead"]).exit(137);
     on(Host::B, "", &["failover", name, "--unplanned", "--source-is-dead"]).success();
 
     let give_way = ["give-way", name, "--lives-elsewhere", "--json"];
@@ -121,6 +325,9 @@ fn giving_way_and_coming_home_killed_at_each_step_are_finished_by_the_same_comma
         }
     }
     on(Host::B, "", &failback).success().says(&["\"generation\":2"]);
+    // Nobody had written anywhere: home had what the failover began from, and nothing was read.
+    let came = &home.newest()[0];
+    assert_eq!((&came["mode"], came["bytes_read"].as_u64()), (&"bitmap".into(), Some(0)), "{came:#}");
     // Also where the domain has images of its own at home by now, and whoever asks has lost every answer.
     on(Host::A, "", &["detach", name]).success();
     on(Host::B, "", &failback).success().says(&["\"generation\":2", "\"old\":null"]);
