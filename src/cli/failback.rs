@@ -44,11 +44,15 @@ mod act {
     use crate::cli::output::{Message, print};
     use crate::cli::render;
     use serde_json::json;
+    use std::time::Duration;
     use virt_replica::recovery::failback::CameHome;
 
     pub fn failback(args: &FailbackArgs, globals: &Globals, output: Output) -> Result<Exit> {
         let here = args.here.connect(globals)?;
-        let prepared = Prepared::new(&args.handover, &args.domain, &args.to, globals, output)?;
+        let mut prepared = Prepared::new(&args.handover, &args.domain, &args.to, globals, output)?;
+        // What the home gave way with is a young point, and no word of what is here: a comparison with it may take hours, and is
+        // made while the guest works, as everything is that can be.
+        prepared.request.head_age_max = Duration::ZERO;
         let done = prepared.with(|p, means| p.site.fail_back(&here, means, &p.request, args.keep_undo))?;
         match output.json {
             true => {

@@ -89,7 +89,7 @@ pub struct Request {
     pub force_off: bool,
     /// It is going to be committed there.
     pub commit: bool,
-    /// An older head is brought up to date while the guest works, so that it is down for a short time.
+    /// An older head is brought up to date while the guest works, so that it is down for a short time. Zero: every head is.
     pub head_age_max: Duration,
     /// What its images are to be there, once they are its own.
     pub disk_format: DiskFormat,

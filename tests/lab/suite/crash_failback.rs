@@ -30,19 +30,24 @@ impl AtHome<'_> {
         format!("/var/lib/libvirt/images/vr-failover-{}", self.0.uuid)
     }
 
-    /// How the newest point of home's own store came about, disk by disk.
-    fn newest(&self) -> Vec<Value> {
+    fn points(&self) -> Vec<Value> {
         let points = Host::A.json(&["points", &self.0.name, "--to", STORE, "--json"]);
-        let newest = points["points"].as_array().and_then(|all| all.last()).expect("home has a point").clone();
-        newest["disks"].as_array().expect("a point has disks").clone()
+        points["points"].as_array().expect("a list of points").clone()
+    }
+
+    /// How the points came about that were sent home since it gave way, oldest first: the disks of each.
+    fn came(&self) -> Vec<Vec<Value>> {
+        let (mut points, pins) = (self.points(), self.pins());
+        let old = points.iter().rposition(|p| pins.iter().any(|pin| p["id"] == pin.as_str())).expect("it gave way");
+        points.drain(..=old);
+        points.iter().map(|p| p["disks"].as_array().expect("a point has disks").clone()).collect()
     }
 
     /// Home's newest point is what host b's disk was.
     #[track_caller]
     fn has(&self, disk: &str, wanted: &Reference) {
-        let points = Host::A.json(&["points", &self.0.name, "--to", STORE, "--json"]);
-        let newest = points["points"].as_array().and_then(|all| all.last()).expect("home has a point");
-        let image = super::domain::image_of(newest, disk);
+        let newest = self.points().pop().expect("home has a point");
+        let image = super::domain::image_of(&newest, disk);
         Host::A.ok(&["qemu-img", "compare", "-f", "qcow2", "-F", "raw", &image, &wanted.file]);
         Host::A.ok(&["qemu-img", "check", "-q", &image]);
     }
@@ -101,7 +106,7 @@ impl There<'_> {
     }
 }
 
-fn is_of_a_failover(bitmap: &String) -> bool {
+fn is_of_a_failover(bitmap: &str) -> bool {
     bitmap.starts_with("vr-failover-")
 }
 
@@ -148,11 +153,14 @@ fn after_a_planned_failover_only_what_was_written_there_is_read_for_the_way_home
     there.write(1, "write -P 0x66 30M 64k");
 
     on(Host::B, "", &failback(name, &["--keep-undo"])).success();
-    for (at, disk) in home.newest().iter().enumerate() {
-        by_bitmap(disk, "what the failover began from", 320 << 10);
-        let disk = ["vda", "vdb"][at];
+    // A run while it works, however young home's point is, and one after it was shut off.
+    let came = home.came();
+    assert_eq!(came.len(), 2, "{came:#?}");
+    for (at, disk) in ["vda", "vdb"].into_iter().enumerate() {
+        by_bitmap(&came[0][at], "what the failover began from", 320 << 10);
+        by_bitmap(&came[1][at], "recorded every change since", 0);
         home.has(disk, &there.copy(disk));
-        assert!(!there.bitmaps(disk).iter().any(is_of_a_failover), "it has done what it was for");
+        assert!(!there.bitmaps(disk).iter().any(|b| is_of_a_failover(b)), "it has done what it was for");
     }
 
     on(Host::B, "", &["failover", name, "--to", HOME, "--abort", "--lose-its-writes"]).success();
@@ -162,9 +170,10 @@ fn after_a_planned_failover_only_what_was_written_there_is_read_for_the_way_home
     there.write(1, "flush");
     let now = ["vda", "vdb"].map(|disk| (disk, there.copy(disk)));
     on(Host::B, "", &failback(name, &[])).success();
-    for disk in home.newest() {
-        by_bitmap(&disk, "recorded every change since", 128 << 10);
-    }
+    let came = home.came();
+    assert_eq!(came.len(), 4, "{came:#?}");
+    came[2].iter().for_each(|disk| by_bitmap(disk, "recorded every change since", 128 << 10));
+    came[3].iter().for_each(|disk| by_bitmap(disk, "recorded every change since", 0));
     for (disk, content) in &now {
         home.has(disk, content);
     }
@@ -188,9 +197,9 @@ fn images_of_its_own_come_home_by_what_was_written_too() {
     on(Host::B, "", &["detach", name]).success();
     there.write(0, "write -P 0x66 50M 64k");
     on(Host::B, "", &failback(name, &["--keep-undo"])).success();
-    by_bitmap(&home.newest()[0], "what the failover began from", 320 << 10);
+    by_bitmap(&home.came()[0][0], "what the failover began from", 320 << 10);
     home.has("vda", &there.copy("vda"));
-    assert!(!there.bitmaps("vda").iter().any(is_of_a_failover));
+    assert!(!there.bitmaps("vda").iter().any(|b| is_of_a_failover(b)));
     drop(t);
 }
 
@@ -209,14 +218,14 @@ fn a_run_that_was_led_by_it_and_died_before_it_dropped_it_leaves_that_to_the_nex
     there.write(0, "write -P 0x55 5M 64k");
     assert_ne!(on(Host::B, "5f=error", &sync).code, 0);
     on(Host::B, "8a=kill", &sync).exit(137);
-    assert!(there.bitmaps("vda").iter().any(is_of_a_failover));
-    by_bitmap(&home.newest()[0], "what the failover began from", 64 << 10);
+    assert!(there.bitmaps("vda").iter().any(|b| is_of_a_failover(b)));
+    by_bitmap(&home.came()[0][0], "what the failover began from", 64 << 10);
     there.write(0, "write -P 0x66 7M 128k");
     on(Host::B, "", &sync).success();
-    by_bitmap(&home.newest()[0], "recorded every change since", 128 << 10);
+    by_bitmap(&home.came()[1][0], "recorded every change since", 128 << 10);
     Host::B.ok(&["virsh", "-q", "destroy", name]);
     let left = there.bitmaps("vda");
-    assert!(left.len() == 1 && !left.iter().any(is_of_a_failover), "{left:?}");
+    assert!(left.len() == 1 && !left.iter().any(|b| is_of_a_failover(b)), "{left:?}");
     home.has("vda", &there.copy("vda"));
     drop(t);
 }
@@ -241,11 +250,18 @@ fn a_home_that_has_something_else_is_compared() {
     assert!(bitmaps.len() == 1 && is_of_a_failover(&bitmaps[0]) && bitmaps != first, "{first:?}, then {bitmaps:?}");
     there.write(0, "write -P 0x55 5M 256k");
     on(Host::B, "", &failback(name, &["--keep-undo"])).success();
-    let disk = &home.newest()[0];
+    // What home gave way with is young: it is compared all the same while the guest works, and not while it is down.
+    let came = home.came();
+    assert_eq!(came.len(), 2, "{came:#?}");
+    by_bitmap(&came[1][0], "recorded every change since", 0);
+    let disk = &came[0][0];
     assert_eq!((&disk["mode"], &disk["tracking_doubt"]), (&"digest".into(), &true.into()), "{disk:#}");
     assert!(disk["reason"].as_str().unwrap().contains("not what the failover began from"), "{disk:#}");
     home.has("vda", &there.copy("vda"));
-    assert!(there.bitmaps("vda").iter().any(is_of_a_failover), "another target may still have what it began from");
+    assert!(
+        there.bitmaps("vda").iter().any(|b| is_of_a_failover(b)),
+        "another target may still have what it began from"
+    );
     drop(t);
 }
 
@@ -326,8 +342,7 @@ fn giving_way_and_coming_home_killed_at_each_step_are_finished_by_the_same_comma
     }
     on(Host::B, "", &failback).success().says(&["\"generation\":2"]);
     // Nobody had written anywhere: home had what the failover began from, and nothing was read.
-    let came = &home.newest()[0];
-    assert_eq!((&came["mode"], came["bytes_read"].as_u64()), (&"bitmap".into(), Some(0)), "{came:#}");
+    by_bitmap(&home.came()[0][0], "what the failover began from", 0);
     // Also where the domain has images of its own at home by now, and whoever asks has lost every answer.
     on(Host::A, "", &["detach", name]).success();
     on(Host::B, "", &failback).success().says(&["\"generation\":2", "\"old\":null"]);
