@@ -2,7 +2,7 @@
 //! step (docs/recovery.md), and the same command after it.
 
 use super::crash_drill::Drills;
-use super::crash_failover::OnB;
+use super::crash_failover::{OnB, lost_after_two_points};
 use super::domain::{Disk, Domain};
 use super::support::{Host, Lab, STORE};
 
@@ -24,13 +24,8 @@ fn a_detaching_killed_at_each_step_is_finished_by_the_same_command() {
     let lab = Lab::get();
     let vm =
         lab.domain("crash-detach").disk(Disk::ext4("64M", "qcow2")).disk(Disk::ext4("64M", "raw")).guest().running();
-    vm.wait_acked(5);
-    let acked = vm.acked();
-    vm.sync().sealed();
-    vm.sync().sealed();
-    let (b, there) = (Drills::of(&vm), OnB(&vm));
+    let (acked, b, there) = lost_after_two_points(&vm);
     let name = vm.name.as_str();
-    vm.virsh(&["destroy"]);
     b.run("", &["detach", name]).exit(4).says(&["reads no point"]);
     b.run("", &["failover", name, "--unplanned", "--source-is-dead"]).success();
     b.run("", &["detach", name]).exit(1).says(&["--commit"]);

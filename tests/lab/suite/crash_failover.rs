@@ -36,6 +36,18 @@ impl OnB<'_> {
     }
 }
 
+/// The source is lost after its guest has written and two runs have sent that: there is something below the newest point. Gives the
+/// last line that was acknowledged before them.
+pub fn lost_after_two_points(vm: &Domain) -> (u64, Drills<'_>, OnB<'_>) {
+    vm.wait_acked(5);
+    let acked = vm.acked();
+    vm.sync().sealed();
+    vm.sync().sealed();
+    let (b, there) = (Drills::of(vm), OnB(vm));
+    vm.virsh(&["destroy"]);
+    (acked, b, there)
+}
+
 impl Drop for OnB<'_> {
     fn drop(&mut self) {
         let script =

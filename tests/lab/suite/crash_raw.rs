@@ -2,7 +2,7 @@
 //! numbered step (docs/recovery.md), and the same command after it. The guest is never left held, and no old image comes back.
 
 use super::crash_drill::Drills;
-use super::crash_failover::OnB;
+use super::crash_failover::{OnB, lost_after_two_points};
 use super::domain::{Disk, Domain};
 use super::support::{Host, Lab, eventually};
 use std::time::Duration;
@@ -39,13 +39,8 @@ fn a_detaching_to_raw_killed_at_each_step_is_finished_by_the_same_command() {
         .disk(small())
         .guest()
         .running();
-    vm.wait_acked(5);
-    let acked = vm.acked();
-    vm.sync().sealed();
-    vm.sync().sealed();
-    let (b, there) = (Drills::of(&vm), OnB(&vm));
+    let (acked, b, there) = lost_after_two_points(&vm);
     let name = vm.name.as_str();
-    vm.virsh(&["destroy"]);
     b.run("", &["failover", name, "--unplanned", "--source-is-dead"]).success();
     b.run("", &["failover", name, "--commit"]).success();
 
