@@ -7,6 +7,7 @@ use super::{Way, WayWish, Wish};
 use crate::block::DiskSize;
 use crate::block::digest::Digest;
 use crate::error::{Error, Kind, Result};
+use crate::flock::Flock;
 use crate::image::qcow2::{self, Header as Qcow2Header};
 use crate::image::raw::RawWriter;
 use crate::image::{Format, Image, ImageMut, Layer, qemu_img};
@@ -22,7 +23,7 @@ pub(super) struct Landing {
     pub(super) into: Into,
     pub(super) way: Way,
     /// The lock of a part file.
-    _held: Option<File>,
+    _held: Option<Flock>,
 }
 
 /// All that decides where a patch lands.
@@ -32,7 +33,7 @@ pub(super) struct Choice {
     pub(super) layer: Layer,
     pub(super) exists: bool,
     /// What a copy that was cut short left, and its lock.
-    pub(super) part: Option<(PathBuf, File)>,
+    pub(super) part: Option<(PathBuf, Flock)>,
     pub(super) redo: PathBuf,
     /// Size and root of what is there.
     pub(super) base: Option<(DiskSize, Digest)>,

@@ -5,7 +5,8 @@
 
 use super::{FileMeta, WayWish, file_name};
 use crate::error::{Error, Kind, Result};
-use rustix::fs::{FlockOperation, Mode, SeekFrom};
+use crate::flock::Flock;
+use rustix::fs::{Mode, SeekFrom};
 use rustix::io::Errno;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -77,13 +78,10 @@ pub(super) fn remove(path: &Path) -> Result<()> {
 }
 
 /// Holds a part file. `Busy` if another program does.
-pub(super) fn hold(part: &Path) -> Result<File> {
+pub(super) fn hold(part: &Path) -> Result<Flock> {
     let file = OpenOptions::new().read(true).open(part).map_err(|e| Error::io("cannot open the file", part, e))?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(Errno::WOULDBLOCK) => Err(Error::new(Kind::Busy, "another copy into this image is under way").path(part)),
-        Err(e) => Err(Error::io("cannot lock the file", part, e.into())),
-    }
+    let held = Flock::exclusive(file).map_err(|e| Error::io("cannot lock the file", part, e))?;
+    held.map_err(|_| Error::new(Kind::Busy, "another copy into this image is under way").path(part))
 }
 
 /// Makes `part`, which is not there, a second file of the same content, sparse where the image is. `wish` says how; without

@@ -20,6 +20,7 @@ use crate::block::digest::{BlockPieces, Digest, piece_digests};
 use crate::block::tree::ZeroNodes;
 use crate::block::{BlockIndex, DiskSize};
 use crate::error::{Error, Kind, Result};
+use crate::flock::Flock;
 use crate::image::locks::QemuLock;
 use crate::image::open::{self, OpenOptions, Opened};
 use crate::image::raw::RawImage;
@@ -29,7 +30,6 @@ use crate::replica::nodefile::NodeFile;
 use crate::replica::{DiskApplied, DiskTarget, check_blocks};
 use crate::replicate::pump::Progress;
 use std::cell::RefCell;
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -75,7 +75,7 @@ pub struct LocalTarget {
 struct State {
     base: Base,
     /// What is resumed, and its lock, until a patch lands on it.
-    part: Option<(PathBuf, File)>,
+    part: Option<(PathBuf, Flock)>,
     /// A patch has come: there will be no second one.
     begun: bool,
     incoming: Option<Incoming>,

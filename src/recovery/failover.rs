@@ -15,6 +15,7 @@ use super::definition::Definition;
 use super::overlays;
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
+use crate::flock::Flock;
 use crate::hypervisor::Power;
 use crate::hypervisor::custody::Custody;
 use crate::hypervisor::machine::Machines;
@@ -25,7 +26,7 @@ use crate::replicate::{generation, held_dir};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 const RECORD: &str = "record.json";
@@ -144,7 +145,7 @@ pub struct FailoverState {
     /// This host's own state.
     state: PathBuf,
     dir: PathBuf,
-    _lock: File,
+    _lock: Flock,
 }
 
 impl FailoverState {
