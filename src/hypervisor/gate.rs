@@ -15,13 +15,18 @@
 //!
 //! A connection has an *epoch*, so that the failure of an old one cannot condemn its successor.
 
+mod hub;
+
+pub use self::hub::Wake;
+
+use self::hub::Hub;
 use super::sys::{self, Event, Registrations};
 use crate::error::{Error, Kind, Result};
 use std::fmt;
 use std::mem;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -226,12 +231,7 @@ impl Gate {
 
     /// From now on, events about this disk's block job or its domain end [`Wake::wait`], as does a lost connection.
     pub fn subscribe(&self, uuid: &str, disk: &str) -> Wake {
-        let (sender, receiver) = mpsc::sync_channel(1);
-        let mut subscribers = lock(&self.0.hub.0);
-        subscribers.next += 1;
-        let number = subscribers.next;
-        subscribers.list.push(Subscriber { number, uuid: uuid.to_owned(), disk: disk.to_owned(), sender });
-        Wake { number, receiver, hub: Arc::clone(&self.0.hub) }
+        Hub::subscribe(&self.0.hub, uuid, disk)
     }
 }
 
@@ -525,59 +525,6 @@ fn kind_of(e: &VirtError) -> Kind {
 
 // --- events ----------------------------------------------------------------------------------------------------------
 
-/// Who waits for what. Events only wake; what happened is then asked, as an event can be lost with its connection.
-#[derive(Default)]
-struct Hub(Mutex<Subscribers>);
-
-#[derive(Default)]
-struct Subscribers {
-    next: u64,
-    list: Vec<Subscriber>,
-}
-
-struct Subscriber {
-    number: u64,
-    uuid: String,
-    disk: String,
-    sender: SyncSender<()>,
-}
-
-impl Hub {
-    fn tell(&self, event: Event<'_>) {
-        for s in &lock(&self.0).list {
-            let concerned = match event {
-                Event::Lifecycle { uuid } => s.uuid == uuid,
-                Event::BlockJob { uuid, disk } => s.uuid == uuid && s.disk == disk,
-                Event::Closed => true,
-            };
-            if concerned {
-                // Full: it has a wake-up waiting already.
-                let _ = s.sender.try_send(());
-            }
-        }
-    }
-}
-
-/// A subscription; ends when it is dropped.
-pub struct Wake {
-    number: u64,
-    receiver: Receiver<()>,
-    hub: Arc<Hub>,
-}
-
-impl Wake {
-    /// Waits for the next event, or one since the last wait; at most `timeout`.
-    pub fn wait(&self, timeout: Duration) {
-        let _ = self.receiver.recv_timeout(timeout);
-    }
-}
-
-impl Drop for Wake {
-    fn drop(&mut self) {
-        lock(&self.hub.0).list.retain(|s| s.number != self.number);
-    }
-}
-
 /// Events and keepalives of all connections are handled on one plain thread, which must exist before the first
 /// connection is opened and serves the process to its end.
 fn start_event_loop() -> Result<()> {
@@ -788,7 +735,7 @@ mod tests {
         assert!(start.elapsed() < Duration::from_secs(10), "not woken");
         assert!(other.receiver.try_recv().is_err(), "woken by a stranger's event");
         drop((mine, other));
-        assert!(lock(&gate.0.hub.0).list.is_empty());
+        assert!(gate.0.hub.is_empty());
     }
 
     /// A panic in a handler would otherwise unwind through libvirt.
