@@ -18,13 +18,14 @@
 //!  envelope                                   what protects a file on its way
 //!  manifest · xml
 //!              |
-//!     hook · yaml · units · users
+//!     hook · yaml · units · users · flock
 //!              |
 //!       block · name · error                  words
 //! ```
 
 pub mod error;
 pub mod failpoint;
+pub mod flock;
 pub mod hook;
 pub mod name;
 pub mod units;

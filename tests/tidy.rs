@@ -14,6 +14,7 @@ const FUNCTION_LINES_MAX: usize = 70;
 const MAY_USE: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("failpoint", &["error"]),
+    ("flock", &[]),
     ("name", &["error"]),
     ("block", &["error"]),
     ("units", &[]),
@@ -31,15 +32,21 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("image", &["error", "block"]),
     ("transport", &["error", "users"]),
     ("hypervisor", &["error", "name", "block", "image", "users"]),
-    ("replica", &["error", "failpoint", "name", "block", "patch", "image"]),
+    ("replica", &["error", "flock", "failpoint", "name", "block", "patch", "image"]),
     // It serves three ports: Replica, PlainTarget and BringUp.
     ("agent", &["error", "failpoint", "name", "block", "patch", "wire", "transport", "replica", "plain", "recovery"]),
-    ("replicate", &["error", "failpoint", "hook", "name", "block", "patch", "image", "hypervisor", "replica", "units"]),
-    ("recovery", &["error", "failpoint", "name", "block", "yaml", "image", "hypervisor", "replica", "replicate"]),
+    (
+        "replicate",
+        &["error", "flock", "failpoint", "hook", "name", "block", "patch", "image", "hypervisor", "replica", "units"],
+    ),
+    (
+        "recovery",
+        &["error", "failpoint", "flock", "name", "block", "yaml", "image", "hypervisor", "replica", "replicate"],
+    ),
     // Images that are no domain's: the same engine, and neither store nor libvirt.
-    ("plain", &["error", "failpoint", "name", "block", "patch", "image", "replica", "replicate"]),
+    ("plain", &["error", "flock", "failpoint", "name", "block", "patch", "image", "replica", "replicate"]),
     // It knows a run by its report and its journal, and a domain by its name; the rest is the children's.
-    ("daemon", &["error", "hook", "name", "config", "policy", "replica", "replicate", "units"]),
+    ("daemon", &["error", "flock", "hook", "name", "config", "policy", "replica", "replicate", "units"]),
     (
         "site",
         &[

@@ -91,11 +91,9 @@ mod act {
             known = found.point.autostart;
             (here.failover(&found, args.ask.as_deref(), &say)?, "running")
         };
-        // An order of its source's says so of a point that does not.
-        let autostart = if record.wanted.autostart { Some(true) } else { known };
         match output.json {
-            true => Message { message_type: "failover", body: body(&record, generation, action, autostart) }.print()?,
-            false => print(&describe(&record, generation, action, autostart))?,
+            true => Message { message_type: "failover", body: body(&record, generation, action, known) }.print()?,
+            false => print(&describe(&record, generation, action, known))?,
         }
         Ok(Exit::Done)
     }
@@ -111,8 +109,10 @@ mod act {
         record: &FailoverRecord,
         generation: Option<Generation>,
         action: &str,
-        autostart: Option<bool>,
+        known: Option<bool>,
     ) -> serde_json::Value {
+        // An order of its source's says so of a point that does not.
+        let autostart = if record.wanted.autostart { Some(true) } else { known.map(|_| false) };
         json!({
             "domain": record.domain, "uuid": record.uuid, "point": record.point, "frozen_at": record.frozen_at,
             "since": record.started_at, "overlays": record.dir, "action": action, "generation": generation,
@@ -120,18 +120,13 @@ mod act {
         })
     }
 
-    fn describe(
-        record: &FailoverRecord,
-        generation: Option<Generation>,
-        action: &str,
-        autostart: Option<bool>,
-    ) -> String {
+    fn describe(record: &FailoverRecord, generation: Option<Generation>, action: &str, known: Option<bool>) -> String {
         let (name, point) = (&record.domain, &record.point);
         match (action, generation) {
             ("running", _) => [
                 format!("{name} runs here, from point {point}, as it was at {}", render::time(record.frozen_at)),
                 render::wrap("  ", "its source is refused from now on; keep it shut off"),
-                render::wrap("  ", &starts_with_host(name, autostart)),
+                render::wrap("  ", &starts_with_host(name, record.wanted.autostart, known)),
                 render::wrap("  ", &format!("what it writes goes to {}", record.dir.display())),
                 render::wrap(
                     "  next: ",
@@ -150,9 +145,13 @@ mod act {
         }
     }
 
-    fn starts_with_host(name: &DomainName, autostart: Option<bool>) -> String {
-        match autostart {
-            Some(true) => "it is to start with this host, as it did with its source's".to_owned(),
+    /// `known`: whether it started with its source's host, by the point.
+    fn starts_with_host(name: &DomainName, is_set: bool, known: Option<bool>) -> String {
+        match known {
+            _ if is_set => "it is to start with this host, as it did with its source's".to_owned(),
+            Some(true) => format!(
+                "it started with its source's host, and libvirt here has not taken that on: `virsh autostart {name}`"
+            ),
             Some(false) => "it does not start with this host, as it did not with its source's".to_owned(),
             None => format!(
                 "whether it started with its source's host is not known of this point, so it does not start with this one: \

@@ -5,11 +5,12 @@
 
 use super::pair::Pair;
 use crate::error::{Error, Kind, Result};
+use crate::flock::Flock;
 use crate::name::DomainUuid;
 use crate::replicate::journal::sync_dir;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -29,7 +30,7 @@ pub struct State {
 }
 
 /// Held as long as a daemon, or one pass, works in this state directory.
-pub struct Lock(#[expect(dead_code, reason = "held, and released by the kernel at the process's end")] File);
+pub struct Lock(#[expect(dead_code, reason = "held, and released by the kernel at the process's end")] Flock);
 
 /// Takes the directory for this process. [`Kind::Busy`]: another has it.
 pub fn take(dir: &Path) -> Result<Lock> {
@@ -37,15 +38,12 @@ pub fn take(dir: &Path) -> Result<Lock> {
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(fail)?;
     let path = dir.join("daemon.lock");
     let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path).map_err(fail)?;
-    match file.try_lock() {
-        Ok(()) => Ok(Lock(file)),
-        Err(std::fs::TryLockError::WouldBlock) => {
-            Err(Error::new(Kind::Busy, "a daemon works with this state already").path(dir).hint(
-                "`virt-replica policy run DOMAIN` asks it for a run; `virt-replica policy status` says what it does",
-            ))
-        }
-        Err(std::fs::TryLockError::Error(e)) => Err(fail(e)),
-    }
+    let lock = Flock::exclusive(file).map_err(fail)?.map_err(|_| {
+        Error::new(Kind::Busy, "a daemon works with this state already")
+            .path(dir)
+            .hint("`virt-replica policy run DOMAIN` asks it for a run; `virt-replica policy status` says what it does")
+    })?;
+    Ok(Lock(lock))
 }
 
 /// What an earlier daemon knew. What cannot be understood is put aside, and its path is returned: everything is learnt again.

@@ -1,7 +1,8 @@
 //! QEMU's own locks on an image: who holds them keeps every QEMU program out, and who cannot get them knows that one is in.
 //!
 //! QEMU locks single bytes of the file by open-file-description locks: 100.. for what it does with the image, 200.. for
-//! what it does not let others do. Whoever has the whole range excludes them all. The kernel frees it with the file.
+//! what it does not let others do. Whoever has the whole range excludes them all. The kernel frees it with the file; but not before
+//! the last copy of its descriptor is closed, and a child that is being forked has one: so it is let go in so many words.
 
 use crate::error::{Error, Kind, Result};
 use std::fs::{File, OpenOptions};
@@ -16,7 +17,19 @@ const RANGE: (i64, i64) = (100, 200);
 /// Held until dropped: no QEMU program opens the image, not even to read it.
 #[derive(Debug)]
 pub struct QemuLock {
-    _file: File,
+    _held: Held,
+}
+
+/// The file with our locks on it.
+#[derive(Debug)]
+struct Held(File);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let mut range = libc::flock { l_type: libc::F_UNLCK as i16, ..range() };
+        // It cannot fail on a file that is open; if it did, closing the file would have to do.
+        let _ = fcntl(&self.0, libc::F_OFD_SETLK, &mut range);
+    }
 }
 
 impl QemuLock {
@@ -27,7 +40,7 @@ impl QemuLock {
         let file = OpenOptions::new().read(true).write(true).open(path).map_err(cannot)?;
         let mut range = range();
         match fcntl(&file, libc::F_OFD_SETLK, &mut range) {
-            Ok(()) => Ok(Some(QemuLock { _file: file })),
+            Ok(()) => Ok(Some(QemuLock { _held: Held(file) })),
             Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(None),
             Err(e) => Err(cannot(e)),
         }
@@ -55,7 +68,7 @@ const LET_NOT: i64 = 100;
 /// Held until dropped: no QEMU program opens the image for writing. Several readers, QEMU's own among them, may hold it.
 #[derive(Debug)]
 pub struct ReadLock {
-    _file: File,
+    _held: Held,
 }
 
 impl ReadLock {
@@ -64,10 +77,12 @@ impl ReadLock {
         let cannot = |e| Error::io("cannot lock the image", path, e);
         // O_NONBLOCK: a FIFO in the place of an image must not hang us; it means nothing to files and devices.
         let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(cannot)?;
+        let held = Held(file);
+        let file = &held.0;
         // In QEMU's order: say what one does and lets nobody do, then look whether somebody does it.
         for byte in [READS, WRITES[0] + LET_NOT, WRITES[1] + LET_NOT] {
-            let mut held = one(byte, libc::F_RDLCK);
-            match fcntl(&file, libc::F_OFD_SETLK, &mut held) {
+            let mut wanted = one(byte, libc::F_RDLCK);
+            match fcntl(file, libc::F_OFD_SETLK, &mut wanted) {
                 Ok(()) => {}
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => return Ok(None),
                 Err(e) => return Err(cannot(e)),
@@ -75,12 +90,12 @@ impl ReadLock {
         }
         for byte in [WRITES[0], WRITES[1], READS + LET_NOT] {
             let mut seen = one(byte, libc::F_WRLCK);
-            fcntl(&file, libc::F_OFD_GETLK, &mut seen).map_err(cannot)?;
+            fcntl(file, libc::F_OFD_GETLK, &mut seen).map_err(cannot)?;
             if seen.l_type != libc::F_UNLCK as i16 {
                 return Ok(None);
             }
         }
-        Ok(Some(ReadLock { _file: file }))
+        Ok(Some(ReadLock { _held: held }))
     }
 }
 

@@ -1,7 +1,7 @@
 //! Where a patch lands: chosen once its header has come, from what is there and what was wished.
 
 use super::incoming::Into;
-use super::place::{self, duplicate, part_of, remove};
+use super::place::{self, PartLock, duplicate, part_of, remove};
 use super::redo::Spool;
 use super::{Way, WayWish, Wish, file_name};
 use crate::block::digest::Digest;
@@ -32,7 +32,7 @@ pub(super) struct Landing {
     pub(super) into: Into,
     pub(super) way: Way,
     /// The lock of a part file.
-    held: Option<File>,
+    held: Option<PartLock>,
 }
 
 /// All that decides where a patch lands.
@@ -42,7 +42,7 @@ pub(super) struct Choice {
     pub(super) layer: Layer,
     pub(super) exists: bool,
     /// What a copy that was cut short left, and its lock.
-    pub(super) part: Option<(PathBuf, File)>,
+    pub(super) part: Option<(PathBuf, PartLock)>,
     pub(super) redo: PathBuf,
     /// Size and root of what is there.
     pub(super) base: Option<(DiskSize, Digest)>,
@@ -140,7 +140,7 @@ impl Choice {
             wish => {
                 let part = part_of(&self.layer.path)?;
                 let way = duplicate(&self.layer.path, &part, wish)?;
-                let held = place::hold(&part)?;
+                let held = self.worth(place::hold(&part)?, &part);
                 Ok(Landing { into: self.open(&part, header.size)?, way, held: Some(held) })
             }
         }
@@ -182,7 +182,12 @@ impl Choice {
     /// A file of its own, whatever is there. If the patch starts from that, it holds what that holds.
     fn anew(self, header: &Header) -> Result<Landing> {
         let part = part_of(&self.layer.path)?;
-        drop(self.part);
+        // What is there may be another program's, which began after we looked.
+        let _old = match self.part {
+            Some((_, held)) => Some(held),
+            None if part.symlink_metadata().is_ok() => Some(place::hold(&part)?),
+            None => None,
+        };
         remove(&part)?;
         let format = match self.wish.format {
             AnyFormat::Own(Format::Raw) => {
@@ -196,13 +201,18 @@ impl Choice {
             AnyFormat::Of(format) => format,
         };
         place::create(&part)?;
-        let held = place::hold(&part)?;
+        let held = place::hold(&part)?.or_nothing(&part);
         let name = file_name(&self.layer.path)?;
         let writer = ForeignWriter::create(&part, format, header.size, &name, &self.runtime_dir)?;
         if let Some(old) = self.image.filter(|_| header.from_root.is_some()) {
             copy_content(old.as_ref(), &writer)?;
         }
         Ok(Landing { into: Into::Served(writer), way: Way::New, held: Some(held) })
+    }
+
+    /// A part in a format of others is worth nothing until it is whole: its tables may be torn, and nothing tells for sure.
+    fn worth(&self, held: PartLock, part: &Path) -> PartLock {
+        if self.wish.format.foreign().is_some() { held.or_nothing(part) } else { held }
     }
 
     /// Opens what will take the image's place, at least as large as it is to be.
@@ -249,7 +259,7 @@ fn copy_content(from: &dyn Image, into: &dyn ImageMut) -> Result<()> {
 
 impl Landing {
     /// Ends the writing: durable, cut to its size, and closed. `part` is the file, `None` where it is the image itself. Returns its lock.
-    pub(super) fn finish(self, size: DiskSize, part: Option<&Path>) -> Result<Option<File>> {
+    pub(super) fn finish(self, size: DiskSize, part: Option<&Path>) -> Result<Option<PartLock>> {
         let done = match self.into {
             Into::Raw(mut writer) => {
                 if writer.size() > size {

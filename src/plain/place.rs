@@ -5,7 +5,8 @@
 
 use super::{FileMeta, WayWish, file_name};
 use crate::error::{Error, Kind, Result};
-use rustix::fs::{FlockOperation, Mode, SeekFrom};
+use crate::flock::Flock;
+use rustix::fs::{Mode, SeekFrom};
 use rustix::io::Errno;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -30,12 +31,30 @@ pub(super) fn real_path(path: &Path) -> Result<PathBuf> {
     }
 }
 
-/// The real path, if it lies below `root`. What lies elsewhere is refused with the same words whether it is there or not.
+/// Whether this is the name of a file that we keep beside an image.
+fn is_beside_an_image(path: &Path) -> bool {
+    let name = path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+    name.starts_with('.') && (name.ends_with(".vr-part") || name.ends_with(".vr-redo"))
+}
+
+/// The real path, if it lies below `root`. What lies elsewhere is refused with the same words whether it is there or not; and
+/// so is what we keep beside an image ourselves: put in its place while it is written to, a file that names others would lead
+/// QEMU out of `root`.
 pub(super) fn check_within(path: &Path, root: &Path) -> Result<PathBuf> {
     let root = fs::canonicalize(root).map_err(|e| Error::io("cannot look at the directory of images", root, e))?;
+    let ours = || Error::new(Kind::Refused, "this file belongs to an image, and is none itself").path(path);
+    if is_beside_an_image(path) {
+        return Err(ours());
+    }
     match real_path(path) {
         // Where it is a link, what that leads to is not there.
-        Ok(real) if real.starts_with(&root) && real != root && !real.is_symlink() => Ok(real),
+        Ok(real) if real.starts_with(&root) && real != root && !real.is_symlink() => {
+            if is_beside_an_image(&real) {
+                Err(ours())
+            } else {
+                Ok(real)
+            }
+        }
         Err(e) if !leads_out(path, &root) => Err(e),
         _ => Err(Error::new(Kind::Refused, format!("only what lies below {} is handed out", root.display()))
             .path(path)
@@ -76,13 +95,47 @@ pub(super) fn remove(path: &Path) -> Result<()> {
     }
 }
 
-/// Holds a part file. `Busy` if another program does.
-pub(super) fn hold(part: &Path) -> Result<File> {
-    let file = OpenOptions::new().read(true).open(part).map_err(|e| Error::io("cannot open the file", part, e))?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(Errno::WOULDBLOCK) => Err(Error::new(Kind::Busy, "another copy into this image is under way").path(part)),
-        Err(e) => Err(Error::io("cannot lock the file", part, e.into())),
+/// A part file, held: until it is let go nobody else begins to write beside the image.
+#[derive(Debug)]
+pub(super) struct PartLock {
+    /// Removed when it is let go.
+    worthless: Option<PathBuf>,
+    _lock: Flock,
+}
+
+impl PartLock {
+    /// Nothing can go on from this file if it is left half made: it goes, unless it takes the place first.
+    pub(super) fn or_nothing(mut self, part: &Path) -> Self {
+        self.worthless = Some(part.to_owned());
+        self
+    }
+
+    /// It has taken the place.
+    pub(super) fn let_go(mut self) {
+        self.worthless = None;
+    }
+}
+
+impl Drop for PartLock {
+    /// Removes before the lock goes with the field.
+    fn drop(&mut self) {
+        if let Some(part) = self.worthless.take() {
+            drop(fs::remove_file(part));
+        }
+    }
+}
+
+/// Holds a part file. `Busy` if another program does, or has put another one there meanwhile.
+pub(super) fn hold(part: &Path) -> Result<PartLock> {
+    let cannot = |e| Error::io("cannot open the file", part, e);
+    let busy = || Error::new(Kind::Busy, "another copy into this image is under way").path(part);
+    let file = OpenOptions::new().read(true).open(part).map_err(cannot)?;
+    let held = Flock::exclusive(file).map_err(|e| Error::io("cannot lock the file", part, e))?.map_err(|_| busy())?;
+    // Whoever had it may have removed it before letting go: then the lock is one on a file without a name.
+    let (ours, there) = (held.file().metadata().map_err(cannot)?, fs::symlink_metadata(part).map_err(cannot)?);
+    match (ours.dev(), ours.ino()) == (there.dev(), there.ino()) {
+        true => Ok(PartLock { worthless: None, _lock: held }),
+        false => Err(busy()),
     }
 }
 
@@ -236,6 +289,26 @@ mod tests {
     }
 
     #[test]
+    fn a_part_is_held_by_one_and_goes_if_it_is_worth_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let part = dir.path().join("part");
+        drop(create(&part).unwrap());
+        let held = hold(&part).unwrap();
+        assert_eq!(hold(&part).unwrap_err().kind(), Kind::Busy);
+        drop(held);
+        assert!(part.exists());
+        drop(hold(&part).unwrap().or_nothing(&part));
+        assert!(!part.exists());
+        // It has taken the place; what lies under its name by now is another's.
+        drop(create(&part).unwrap());
+        let held = hold(&part).unwrap().or_nothing(&part);
+        fs::rename(&part, dir.path().join("image")).unwrap();
+        drop(create(&part).unwrap());
+        held.let_go();
+        assert!(part.exists());
+    }
+
+    #[test]
     fn no_link_leads_out_of_the_directory() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("images");
@@ -249,6 +322,16 @@ mod tests {
         }
         for bad in ["link", "up/secret", "../secret", "up/new", "sub/../../new", "."] {
             assert_eq!(check_within(&root.join(bad), &root).unwrap_err().kind(), Kind::Refused, "{bad}");
+        }
+        // A file of ours, by whatever name.
+        symlink(root.join(".a.raw.vr-redo"), root.join("sub/redo")).unwrap();
+        fs::write(root.join(".a.raw.vr-redo"), b"x").unwrap();
+        for ours in [".a.raw.vr-part", "sub/.b.vr-redo", "sub/redo", "none/.a.vr-part"] {
+            let e = check_within(&root.join(ours), &root).unwrap_err();
+            assert!(e.kind() == Kind::Refused && e.chain().contains("belongs to an image"), "{ours}: {}", e.chain());
+        }
+        for not_ours in ["a.vr-part", ".vr-part.raw"] {
+            check_within(&root.join(not_ours), &root).unwrap();
         }
         // Whether there is something is nobody's business.
         symlink(dir.path().join("missing/further"), root.join("dangling")).unwrap();

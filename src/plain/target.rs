@@ -11,7 +11,7 @@
 use super::identity::Identity;
 use super::incoming::{Base, Begin, Finished, Incoming, Into, Outcome};
 use super::landing::{Choice, Landing, check_way, check_writable, mended};
-use super::place::{self, part_of, remove, take_place};
+use super::place::{self, PartLock, part_of, remove, take_place};
 use super::redo;
 use super::source::{self, ReadOptions, Source, alone, hash};
 use super::undo::Undo;
@@ -30,7 +30,6 @@ use crate::replica::nodefile::NodeFile;
 use crate::replica::{DiskApplied, DiskTarget, check_blocks};
 use crate::replicate::pump::Progress;
 use std::cell::RefCell;
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -76,7 +75,7 @@ pub struct LocalTarget {
 struct State {
     base: Base,
     /// What is resumed, and its lock, until a patch lands on it.
-    part: Option<(PathBuf, File)>,
+    part: Option<(PathBuf, PartLock)>,
     /// A patch has come: there will be no second one.
     begun: bool,
     incoming: Option<Incoming>,
@@ -293,11 +292,15 @@ impl LocalTarget {
             landing => {
                 let part = part_of(image)?;
                 // Held until the file has its name: whoever else begins to write beside the image has to find it taken.
-                let _held = landing.finish(size, Some(&part))?;
+                let held = landing.finish(size, Some(&part))?;
                 if let Some(format) = self.wish.format.foreign() {
                     self.prove(&part, format, (size, outcome.root))?;
                 }
-                return take_place(&part, image, meta);
+                take_place(&part, image, meta)?;
+                if let Some(held) = held {
+                    held.let_go();
+                }
+                return Ok(());
             }
         }
         meta.map_or(Ok(()), |meta| place::set_meta(image, meta))

@@ -5,12 +5,13 @@
 //! Format: docs/formats/recovery.md.
 
 use crate::error::{Error, Kind, Result};
+use crate::flock::Flock;
 use crate::name::{DomainName, DomainUuid, PointId, RunId};
 use crate::replicate::held_dir;
 use crate::replicate::journal::{read_json, replace, sync_dir, to_json};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Ended drills whose reports are kept; the oldest go first.
@@ -64,7 +65,7 @@ pub fn dir_name(id: &RunId) -> String {
 #[derive(Debug)]
 pub struct DrillState {
     pub dir: PathBuf,
-    _lock: File,
+    _lock: Flock,
 }
 
 impl DrillState {

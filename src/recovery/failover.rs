@@ -15,6 +15,7 @@ use super::definition::Definition;
 use super::overlays;
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
+use crate::flock::Flock;
 use crate::hypervisor::Power;
 use crate::hypervisor::custody::Custody;
 use crate::hypervisor::machine::Machines;
@@ -25,7 +26,7 @@ use crate::replicate::{generation, held_dir};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 const RECORD: &str = "record.json";
@@ -144,7 +145,7 @@ pub struct FailoverState {
     /// This host's own state.
     state: PathBuf,
     dir: PathBuf,
-    _lock: File,
+    _lock: Flock,
 }
 
 impl FailoverState {
@@ -338,6 +339,7 @@ pub fn run(ports: &Ports, state: &FailoverState, plan: &Plan, held: &dyn Held) -
             match ports.custody.set_autostart(plan.uuid, true) {
                 // It runs: that counts for more.
                 Err(e) if e.kind() == Kind::Refused => {
+                    record.wanted.autostart = false;
                     (ports.say)(&format!("it does not start with its new host (`virsh autostart`): {}", e.chain()));
                 }
                 other => other?,

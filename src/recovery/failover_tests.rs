@@ -172,7 +172,7 @@ impl Promoting for World {
 struct Bench {
     temp: tempfile::TempDir,
     world: World,
-    /// Opened once: a child of another test's, forked just then, would hold its lock a moment longer.
+    /// Opened once, as by one command.
     state: FailoverState,
     definition: Definition,
 }

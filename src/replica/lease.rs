@@ -11,10 +11,11 @@ use super::files::Dir;
 use super::manifest::LEASES_DIR;
 use super::upkeep::Lease;
 use crate::error::{Error, Kind, Result};
+use crate::flock::Flock;
 use crate::name::PointId;
 use jiff::{SignedDuration, Timestamp};
-use rustix::fs::FlockOperation;
 use std::fs::File;
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -41,8 +42,11 @@ pub(super) struct Leases {
 
 /// Held: prune alone, or readers that are just taking their leases.
 pub(super) struct Gate {
-    _file: File,
+    _lock: Flock,
 }
+
+/// How the gate is locked: by one alone, or beside others.
+type Take = fn(File) -> io::Result<std::result::Result<Flock, File>>;
 
 impl Leases {
     /// Of the replica in `dir`. Creates the directory where it is missing.
@@ -55,24 +59,24 @@ impl Leases {
 
     /// Keeps everybody from taking a lease while it is held. [`Kind::Busy`] if somebody is just taking one.
     pub fn close_gate(&self) -> Result<Gate> {
-        self.gate(FlockOperation::NonBlockingLockExclusive, Duration::from_secs(2))
+        self.gate(Flock::exclusive, Duration::from_secs(2))
     }
 
-    fn gate(&self, how: FlockOperation, patience: Duration) -> Result<Gate> {
-        let file = self.dir.open_or_create(GATE_FILE)?;
+    fn gate(&self, take: Take, patience: Duration) -> Result<Gate> {
+        let mut file = self.dir.open_or_create(GATE_FILE)?;
         let deadline = Instant::now() + patience;
         loop {
-            match rustix::fs::flock(&file, how) {
-                Ok(()) => return Ok(Gate { _file: file }),
-                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
+            match take(file).map_err(|e| Error::io("cannot lock the leases", self.dir.join(GATE_FILE), e))? {
+                Ok(lock) => return Ok(Gate { _lock: lock }),
+                Err(again) if Instant::now() < deadline => {
+                    file = again;
                     std::thread::sleep(Duration::from_millis(20));
                 }
-                Err(rustix::io::Errno::WOULDBLOCK) => {
+                Err(_) => {
                     return Err(Error::new(Kind::Busy, "removed points are being folded just now")
                         .path(self.dir.join(GATE_FILE))
                         .hint("try again when the prune is over"));
                 }
-                Err(e) => return Err(Error::io("cannot lock the leases", self.dir.join(GATE_FILE), e.into())),
             }
         }
     }
@@ -107,7 +111,7 @@ impl Leases {
     /// writer's lock.
     pub fn keep(replica: &Dir, point: &PointId, now: Timestamp) -> Result<()> {
         let leases = Self::of(replica)?;
-        let _gate = leases.gate(FlockOperation::NonBlockingLockShared, PATIENCE)?;
+        let _gate = leases.gate(Flock::shared, PATIENCE)?;
         let lease = Lease {
             point: point.clone(),
             owner: "this host".to_owned(),
@@ -134,7 +138,7 @@ impl Leases {
         find: impl FnOnce() -> Result<T>,
     ) -> Result<(Holder, T)> {
         let leases = Self::of(replica)?;
-        let _gate = leases.gate(FlockOperation::NonBlockingLockShared, PATIENCE)?;
+        let _gate = leases.gate(Flock::shared, PATIENCE)?;
         static NUMBER: AtomicU64 = AtomicU64::new(1);
         let lease = Lease {
             point: point.clone(),
@@ -253,10 +257,10 @@ mod tests {
         let (_t, dir) = temp();
         let leases = Leases::of(&dir).unwrap();
         let gate = leases.close_gate().unwrap();
-        let e = leases.gate(FlockOperation::NonBlockingLockShared, Duration::ZERO).err().unwrap();
+        let e = leases.gate(Flock::shared, Duration::ZERO).err().unwrap();
         assert_eq!(e.kind(), Kind::Busy);
         drop(gate);
-        let _one = leases.gate(FlockOperation::NonBlockingLockShared, Duration::ZERO).unwrap();
-        let _two = leases.gate(FlockOperation::NonBlockingLockShared, Duration::ZERO).unwrap();
+        let _one = leases.gate(Flock::shared, Duration::ZERO).unwrap();
+        let _two = leases.gate(Flock::shared, Duration::ZERO).unwrap();
     }
 }

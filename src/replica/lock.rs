@@ -6,11 +6,10 @@
 use super::files::Dir;
 use super::manifest::LOCK_FILE;
 use crate::error::{Error, Kind, Result};
+use crate::flock::Flock;
 use crate::name::RunId;
 use jiff::Timestamp;
-use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
-use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 const LOCK_MAX: usize = 4096;
@@ -18,7 +17,7 @@ const LOCK_MAX: usize = 4096;
 /// Held until dropped.
 #[derive(Debug)]
 pub struct WriterLock {
-    _file: File,
+    _lock: Flock,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -33,11 +32,9 @@ impl WriterLock {
     /// Takes the lock of the replica in `dir`, or says at once who has it ([`Kind::Busy`]). Does not wait.
     pub fn take(dir: &Dir, run: Option<&RunId>, now: Timestamp) -> Result<WriterLock> {
         let file = dir.open_or_create(LOCK_FILE)?;
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(busy(dir)),
-            Err(e) => return Err(Error::io("cannot lock the replica", dir.join(LOCK_FILE), e.into())),
-        }
+        let cannot = |e| Error::io("cannot lock the replica", dir.join(LOCK_FILE), e);
+        let lock = Flock::exclusive(file).map_err(cannot)?.map_err(|_| busy(dir))?;
+        let file = lock.file();
         let holder = Holder { pid: std::process::id(), run: run.cloned(), since: now };
         let mut line = serde_json::to_vec(&holder).expect("three plain fields");
         line.push(b'\n');
@@ -46,7 +43,7 @@ impl WriterLock {
         file.write_all_at(&line, 0)
             .and_then(|()| file.set_len(line.len() as u64))
             .map_err(|e| Error::io("cannot write the lock", dir.join(LOCK_FILE), e))?;
-        Ok(WriterLock { _file: file })
+        Ok(WriterLock { _lock: lock })
     }
 }
 

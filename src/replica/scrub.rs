@@ -22,12 +22,11 @@ use crate::block::digest::{Digest, block_digest};
 use crate::block::extent::Content;
 use crate::block::{BLOCK_LEN, BlockIndex, ByteRange};
 use crate::error::{Error, Kind, Result};
+use crate::flock::Flock;
 use crate::image::Image;
 use crate::image::qcow2::Qcow2Image;
 use crate::name::{DiskName, PointId};
-use rustix::fs::FlockOperation;
 use std::collections::VecDeque;
-use std::fs::File;
 use std::ops::Range;
 
 /// Held by the one scrub. Never removed.
@@ -47,7 +46,7 @@ pub(super) struct Scrub {
     cursor: Cursor,
     start: ScrubStart,
     at: Option<Place>,
-    _lock: File,
+    _lock: Flock,
 }
 
 /// One disk of one point, open.
@@ -436,13 +435,8 @@ fn is_of_this_host(error: &Error) -> bool {
     !matches!(error.kind(), Kind::Corrupt | Kind::Refused | Kind::NotFound | Kind::Io | Kind::Conflict | Kind::Protocol)
 }
 
-fn lock(dir: &Dir) -> Result<File> {
+fn lock(dir: &Dir) -> Result<Flock> {
     let file = dir.open_or_create(LOCK_FILE)?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            Err(Error::new(Kind::Busy, "the replica is being scrubbed already").path(dir.join(LOCK_FILE)))
-        }
-        Err(e) => Err(Error::io("cannot lock the scrub", dir.join(LOCK_FILE), e.into())),
-    }
+    let locked = Flock::exclusive(file).map_err(|e| Error::io("cannot lock the scrub", dir.join(LOCK_FILE), e))?;
+    locked.map_err(|_| Error::new(Kind::Busy, "the replica is being scrubbed already").path(dir.join(LOCK_FILE)))
 }

@@ -29,9 +29,9 @@ use super::upkeep::{Lease, SHORTEN_STEP_MAX, ShortenStart, ShortenStep, Shorteni
 use crate::block::changes::{ChangesHeader, ChangesReader, ChangesWriter, MergedChanges};
 use crate::block::digest::Digest;
 use crate::error::{Error, Kind, Result};
+use crate::flock::Flock;
 use crate::image::qcow2::{self, Qcow2Image};
 use crate::name::{DiskName, PointId};
-use rustix::fs::FlockOperation;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{BufReader, BufWriter};
@@ -49,7 +49,7 @@ pub(super) struct Shorten {
     /// Disks of which nothing is aside yet.
     left: VecDeque<manifest::Disk>,
     at: Option<Making>,
-    _lock: File,
+    _lock: Flock,
 }
 
 /// One disk's image and list, being made aside.
@@ -368,13 +368,8 @@ fn remove_aside(dir: &Dir, disk: &DiskName) -> Result<()> {
     dir.remove(&alone_image_file(disk))
 }
 
-fn lock(dir: &Dir) -> Result<File> {
+fn lock(dir: &Dir) -> Result<Flock> {
     let file = dir.open_or_create(LOCK_FILE)?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            Err(Error::new(Kind::Busy, "the chain is being shortened already").path(dir.join(LOCK_FILE)))
-        }
-        Err(e) => Err(Error::io("cannot lock the shortening", dir.join(LOCK_FILE), e.into())),
-    }
+    let locked = Flock::exclusive(file).map_err(|e| Error::io("cannot lock the shortening", dir.join(LOCK_FILE), e))?;
+    locked.map_err(|_| Error::new(Kind::Busy, "the chain is being shortened already").path(dir.join(LOCK_FILE)))
 }

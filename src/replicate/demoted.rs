@@ -9,13 +9,14 @@
 use super::held_dir;
 use super::journal::{read_json, replace, sync_dir, to_json};
 use crate::error::{Error, Kind, Result};
+use crate::flock::Flock;
 use crate::hypervisor::Power;
 use crate::hypervisor::custody::Custody;
 use crate::name::{DomainName, DomainUuid, PointId, RunId};
 use crate::replica::ReplicaView;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 const RECORD: &str = "record.json";
@@ -168,7 +169,7 @@ impl HandoverRecord {
 /// One domain's handover, with its lock held. Released when dropped, also by `kill -9`.
 pub struct HandoverState {
     dir: PathBuf,
-    _lock: File,
+    _lock: Flock,
 }
 
 impl HandoverState {

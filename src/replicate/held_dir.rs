@@ -4,7 +4,8 @@
 //! excludes nobody.
 
 use crate::error::{Error, Result};
-use std::fs::{self, File};
+use crate::flock::Flock;
+use std::fs;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -16,15 +17,11 @@ pub(crate) fn make(dir: &Path) -> Result<()> {
     made.map_err(|e| Error::io("cannot make the directory of the state", dir, e))
 }
 
-/// Takes the lock of `dir`, which is there; held until the file is dropped. Does not wait; `None`: another hand has it.
-pub(crate) fn lock(dir: &Path) -> Result<Option<File>> {
+/// Takes the lock of `dir`, which is there; held until dropped. Does not wait; `None`: another hand has it.
+pub(crate) fn lock(dir: &Path) -> Result<Option<Flock>> {
     let path = dir.join(LOCK);
     let mut options = fs::OpenOptions::new();
     let file = options.write(true).create(true).truncate(false).mode(0o600).open(&path);
     let file = file.map_err(|e| Error::io("cannot open the lock", &path, e))?;
-    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(Some(file)),
-        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
-        Err(e) => Err(Error::io("cannot take the lock", path, e.into())),
-    }
+    Ok(Flock::exclusive(file).map_err(|e| Error::io("cannot take the lock", path, e))?.ok())
 }

@@ -9,6 +9,7 @@
 
 use crate::block::DiskSize;
 use crate::error::{Error, Kind, Result};
+use crate::flock::Flock;
 use crate::image::Layer;
 use crate::name::{DiskName, DomainName, DomainUuid, PointId, RunId};
 use crate::replicate::backup::BackupRecord;
@@ -146,7 +147,7 @@ impl Stamp {
 #[derive(Debug)]
 pub struct Journal {
     dir: PathBuf,
-    _lock: File,
+    _lock: Flock,
 }
 
 /// Who holds a domain's lock, as written into it.
@@ -167,7 +168,7 @@ impl Journal {
             .create(&dir)
             .map_err(|e| Error::io("cannot create the directory of the domain's state", &dir, e))?;
         let path = dir.join("lock");
-        let mut file = OpenOptions::new()
+        let file = OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
@@ -175,18 +176,16 @@ impl Journal {
             .mode(0o600)
             .open(&path)
             .map_err(|e| Error::io("cannot open the domain's lock", &path, e))?;
-        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(busy(&mut file, &path)),
-            Err(e) => return Err(Error::io("cannot lock the domain", &path, e.into())),
-        }
+        let locked = Flock::exclusive(file).map_err(|e| Error::io("cannot lock the domain", &path, e))?;
+        let lock = locked.map_err(|mut file| busy(&mut file, &path))?;
         let holder = Holder { pid: std::process::id(), what: what.to_owned(), since: now };
         let text = serde_json::to_vec(&holder).expect("a holder is plain data");
+        let mut file = lock.file();
         file.set_len(0)
             .and_then(|()| file.seek(SeekFrom::Start(0)))
             .and_then(|_| file.write_all(&text))
             .map_err(|e| Error::io("cannot write the domain's lock", &path, e))?;
-        Ok(Journal { dir, _lock: file })
+        Ok(Journal { dir, _lock: lock })
     }
 
     /// As [`Journal::open`], and waits while it is the dead-man who holds the lock: after a crash it lets the guest go, which

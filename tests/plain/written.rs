@@ -253,6 +253,28 @@ fn in_place_they_are_not_written_and_on_devices_neither() {
     }
 }
 
+/// A raw image would be gone on from; of these nothing can be, so nothing is left to fill somebody's file system.
+#[test]
+fn a_copy_that_breaks_off_leaves_nothing_behind() {
+    let t = Bench::new();
+    for format in Foreign::ALL {
+        for is_there in [false, true] {
+            let target = t.path("target");
+            let _ = fs::remove_file(&target);
+            if is_there {
+                t.any_image("target", format.into(), ("ab", 65536));
+            }
+            let before = fs::read(&target).ok();
+            let source = t.image("source", Raw, ("aXcd", 65536));
+            let touched = || fs::File::options().write(true).open(&source).unwrap().write_all_at(b"Y", 7).unwrap();
+            let asked = Asked { meanwhile: Some(&touched), ..Asked::default() };
+            let e = t.copy(&source, Raw, &target, format, &asked).unwrap_err();
+            assert_eq!(fs::read(&target).ok(), before, "{format:?}: {e}");
+            t.clean(&format!("{format:?}, {is_there}"));
+        }
+    }
+}
+
 /// Neither is a torn image compared with, nor is a file opened that a header names; what is there stays as it is.
 #[test]
 fn a_target_that_is_torn_or_names_other_files_is_refused() {
