@@ -193,7 +193,7 @@ pub(super) fn end_well(child: &mut Child) -> Result<ExitStatus> {
         Some(status) => Ok(status),
         None => {
             end(child)?;
-            Err(Error::new(Kind::Interrupted, "the program did not end in time and was killed"))
+            Err(Error::new(Kind::Io, "the program did not end in time and was killed"))
         }
     }
 }

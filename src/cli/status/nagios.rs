@@ -63,8 +63,10 @@ fn judge(row: &Row, limits: Limits) -> (Verdict, Option<String>) {
         // Nobody replicates it from here any more: its age says nothing.
         (State::Demoted, _, _) => return (Verdict::Ok, None),
         // On its target it is where it should be, and no source may send a younger point. Anywhere else it is news.
-        (State::Promoted, _, _) if row.target.as_deref().is_some_and(|t| t.starts_with("local:")) => {
-            return (Verdict::Ok, None);
+        (State::Promoted, _, _) if is_at_its_target(row) => return (Verdict::Ok, None),
+        // A failover that somebody forgot about leaves a domain that still works here without any protection.
+        (State::Promoted, Some(limit), _) => {
+            (Verdict::Critical, format!("{}, and no run is accepted: it was brought up on the target", late(limit)))
         }
         (State::Promoted, _, _) => (Verdict::Warning, "it was brought up on the target: no run is accepted".to_owned()),
         (_, Some(limit), _) => (Verdict::Critical, late(limit)),
@@ -83,6 +85,11 @@ fn judge(row: &Row, limits: Limits) -> (Verdict, Option<String>) {
         },
     };
     (verdict, Some(format!("{whom}: {why}")))
+}
+
+/// Whether this is the target's own word of a replica that it has.
+fn is_at_its_target(row: &Row) -> bool {
+    row.target.as_deref().is_some_and(|target| target.starts_with("local:"))
 }
 
 /// What a plugin prints, and its exit code. `limits`: those of a row.
@@ -107,7 +114,7 @@ pub fn report(rows: &[Row], limits: impl Fn(&Row) -> Limits) -> (String, u8) {
     let mut text = format!("VIRT-REPLICA {} - {head}", worst.word());
     let lags = rows
         .iter()
-        .filter(|r| !matches!(r.state, State::Demoted | State::Promoted))
+        .filter(|r| r.state != State::Demoted && !(r.state == State::Promoted && is_at_its_target(r)))
         .filter_map(|r| Some((r, r.lag_s?)));
     for (at, (row, lag_s)) in lags.enumerate() {
         let Limits { warning, critical } = limits(row);
@@ -203,9 +210,16 @@ mod tests {
         ] {
             assert_eq!(of(&[row("a", state, None)]).1, code, "{state:?}");
         }
-        // A replica whose domain lives here is as old as it is; seen from elsewhere it replicates nothing any more.
+        // A replica whose domain lives here is as old as it is; seen from elsewhere it replicates nothing any more, and is late like
+        // any other.
+        assert_eq!(of(&[row("a", State::Promoted, Some(1))]).1, 1);
         let promoted = row("a", State::Promoted, Some(1 << 20));
-        assert_eq!(of(std::slice::from_ref(&promoted)).1, 1);
+        let (text, code) = of(std::slice::from_ref(&promoted));
+        assert_eq!(
+            (code, text.contains("brought up on the target"), text.contains("lag a")),
+            (2, true, true),
+            "{text}"
+        );
         let (text, code) = of(&[Row { target: Some("local:/var/lib/virt-replica".to_owned()), ..promoted }]);
         assert_eq!((code, text.contains("lag a")), (0, false), "{text}");
         // Nobody promised anything of it.
