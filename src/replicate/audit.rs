@@ -17,7 +17,7 @@ use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, FANOUT, GROUP_LEN
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::name::{DiskName, RunId};
-use crate::replica::{AuditStats, Mode, Replica};
+use crate::replica::{AuditStats, DiskTarget, Mode};
 use serde::Serialize;
 use std::ops::Range;
 use std::sync::Mutex;
@@ -93,7 +93,7 @@ impl Run<'_> {
     pub(super) fn audited(
         &self,
         image: &dyn Image,
-        replica: &dyn Replica,
+        replica: &dyn DiskTarget,
         shipment: &Shipment,
         plan: Option<&AuditPlan>,
         still_good: StillGood,
@@ -125,7 +125,7 @@ fn lie(stats: &AuditStats) -> String {
 
 struct Auditor<'a> {
     image: &'a dyn Image,
-    replica: &'a dyn Replica,
+    replica: &'a dyn DiskTarget,
     disk: &'a DiskName,
     size: DiskSize,
     /// Ascending, without overlap.

@@ -84,27 +84,6 @@ impl DiskTarget for SparseHead {
     }
 }
 
-impl Replica for SparseHead {
-    fn describe(&self) -> Result<ReplicaView> {
-        unreachable!()
-    }
-    fn begin(&self, _: &BeginPoint) -> Result<Begun> {
-        unreachable!()
-    }
-    fn attach(&self, _: Attachment, _: &[u8]) -> Result<()> {
-        unreachable!()
-    }
-    fn seal(&self, _: &SealPoint) -> Result<PointView> {
-        unreachable!()
-    }
-    fn abandon(&self) -> Result<()> {
-        unreachable!()
-    }
-    fn verify(&self, _: &PointId, _: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport> {
-        unreachable!()
-    }
-}
-
 #[test]
 fn the_cost_follows_the_changes_and_not_the_size() {
     const TIB: u64 = 1 << 40;

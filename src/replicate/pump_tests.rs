@@ -9,12 +9,8 @@ use crate::block::PIECE_LEN;
 use crate::block::digest::{BlockPieces, piece_digests, root_digest};
 use crate::block::extent::{Content, Extent, is_zero, merge};
 use crate::block::tree::TreeShape;
-use crate::name::PointId;
 use crate::patch::{Decoder, Item, Limits};
-use crate::replica::{
-    Attachment, BeginPoint, Begun, DiskApplied, NODES_MAX, PointView, Replica, ReplicaView, SealPoint, VerifyReport,
-    check_blocks,
-};
+use crate::replica::{DiskApplied, NODES_MAX, check_blocks};
 
 const B: usize = BLOCK_LEN;
 
@@ -164,28 +160,6 @@ impl DiskTarget for Memory {
         assert_eq!(trailer.to_root, root, "the source's root is the content's");
         let root = if self.fault == Fault::LyingRoot { Digest([9; 32]) } else { root };
         Ok(DiskApplied { root, bytes_written: 0, blocks_changed: 0 })
-    }
-}
-
-impl Replica for Memory {
-    fn describe(&self) -> Result<ReplicaView> {
-        unreachable!("the pump does not ask")
-    }
-    fn begin(&self, _: &BeginPoint) -> Result<Begun> {
-        unreachable!("the pump does not begin")
-    }
-
-    fn attach(&self, _: Attachment, _: &[u8]) -> Result<()> {
-        unreachable!()
-    }
-    fn seal(&self, _: &SealPoint) -> Result<PointView> {
-        unreachable!()
-    }
-    fn abandon(&self) -> Result<()> {
-        unreachable!()
-    }
-    fn verify(&self, _: &PointId, _: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport> {
-        unreachable!()
     }
 }
 

@@ -15,7 +15,7 @@ use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, FANOUT};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::name::DiskName;
-use crate::replica::Replica;
+use crate::replica::DiskTarget;
 use std::ops::Range;
 
 /// Nodes that the search may begin with: 32 KiB on the wire, and one question less than from the top.
@@ -29,7 +29,7 @@ const QUESTIONS_MAX: u32 = 256;
 /// not, or that could not be found out in a bounded time; compare by digest. Reads at most one block.
 pub fn stands(
     image: &dyn Image,
-    replica: &dyn Replica,
+    replica: &dyn DiskTarget,
     disk: &DiskName,
     head_size: DiskSize,
     dirty: &[ByteRange],
@@ -70,7 +70,7 @@ enum Found {
 }
 
 struct Search<'a> {
-    replica: &'a dyn Replica,
+    replica: &'a dyn DiskTarget,
     disk: &'a DiskName,
     shape: TreeShape,
     /// Blocks, ascending, without overlap.

@@ -3,10 +3,7 @@
 use super::*;
 use crate::block::digest::{BlockPieces, node_digest};
 use crate::block::extent::{Content, Extent};
-use crate::name::PointId;
-use crate::replica::{
-    Attachment, BeginPoint, Begun, DiskApplied, DiskTarget, PointView, ReplicaView, SealPoint, VerifyReport,
-};
+use crate::replica::{DiskApplied, DiskTarget};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 const B: u64 = BLOCK_LEN as u64;
@@ -60,27 +57,6 @@ impl DiskTarget for Head {
         unreachable!()
     }
     fn finish_disk(&self, _: &DiskName) -> Result<DiskApplied> {
-        unreachable!()
-    }
-}
-
-impl Replica for Head {
-    fn describe(&self) -> Result<ReplicaView> {
-        unreachable!()
-    }
-    fn begin(&self, _: &BeginPoint) -> Result<Begun> {
-        unreachable!()
-    }
-    fn attach(&self, _: Attachment, _: &[u8]) -> Result<()> {
-        unreachable!()
-    }
-    fn seal(&self, _: &SealPoint) -> Result<PointView> {
-        unreachable!()
-    }
-    fn abandon(&self) -> Result<()> {
-        unreachable!()
-    }
-    fn verify(&self, _: &PointId, _: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport> {
         unreachable!()
     }
 }
