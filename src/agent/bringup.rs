@@ -18,6 +18,7 @@ impl<W: Write> Session<'_, W> {
         };
         let told = match ask {
             Ask::Ready { point } => Told::Ready { readiness: domain.ready(point.as_ref())? },
+            Ask::ReadyFor { coming } => Told::ReadyFor { findings: domain.ready_for(&coming)? },
             Ask::State {} => Told::State { standing: domain.state()? },
             Ask::BringUp { order } => Told::BringUp { record: domain.bring_up(&order, &say)? },
             Ask::CallOff { order } => {

@@ -4,7 +4,7 @@ use super::super::client::AgentClient;
 use super::super::{ReplicaOpener, ServeOptions, Served, serve};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DomainName, DomainUuid, Generation, PointId, RunId};
-use crate::recovery::bringup::{BringUp, Order, Readiness, Standing, Wanted};
+use crate::recovery::bringup::{BringUp, Coming, Order, Readiness, Standing, Wanted};
 use crate::recovery::failover::{FailoverRecord, Stage};
 use crate::recovery::give_way::GaveWay;
 use crate::recovery::ready::{Color, Finding, Question};
@@ -61,6 +61,10 @@ impl BringUp for Host {
         self.hears(format!("ready {}", point.is_some()));
         let red = Finding { question: Question::Network, color: Color::Red, what: "no".into(), advice: None };
         Ok(Readiness { point: order().point, findings: vec![red] })
+    }
+    fn ready_for(&self, coming: &Coming) -> Result<Vec<Finding>> {
+        self.hears(format!("ready for {coming:?}"));
+        Ok(self.ready(None)?.findings)
     }
     fn state(&self) -> Result<Standing> {
         Ok(Standing { failover: Some(record()), ..Standing::default() })

@@ -1,11 +1,12 @@
 //! Bringing a domain up on the agent's host: every method of [`BringUp`] is one message to the agent.
 
 use super::client::AgentClient;
-use crate::error::{Result, printable};
+use crate::error::{Kind, Result, printable};
 use crate::name::{DomainUuid, Generation, PointId};
-use crate::recovery::bringup::{BringUp, Order, Readiness, Standing};
+use crate::recovery::bringup::{BringUp, Coming, Order, Readiness, Standing};
 use crate::recovery::failover::FailoverRecord;
 use crate::recovery::give_way::GaveWay;
+use crate::recovery::ready::Finding;
 use crate::wire::bringup::{Ask, Told};
 use crate::wire::{Reply, Request, protocol};
 use std::sync::Arc;
@@ -47,6 +48,17 @@ impl BringUp for RemoteBringUp {
         self.ask(Ask::Ready { point: point.cloned() }, &|_| {}, |told| match told {
             Told::Ready { readiness } => Some(readiness),
             _ => None,
+        })
+    }
+
+    fn ready_for(&self, coming: &Coming) -> Result<Vec<Finding>> {
+        self.ask(Ask::ReadyFor { coming: coming.clone() }, &|_| {}, |told| match told {
+            Told::ReadyFor { findings } => Some(findings),
+            _ => None,
+        })
+        .map_err(|e| match e.kind() {
+            Kind::Protocol => e.hint("its virt-replica is older and does not know this question: update it first"),
+            _ => e,
         })
     }
 

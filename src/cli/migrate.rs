@@ -112,14 +112,8 @@ mod act {
         let forecast = match &round.forecast {
             None => "how long the guest would be down is not known yet".to_owned(),
             Some(f) => {
-                let link =
-                    f.link_rate_bytes.map_or("an unknown rate".to_owned(), |rate| format!("{}/s", render::bytes(rate)));
-                format!(
-                    "the guest would be down for about {} ({} left, {}/s come, the link carries {link})",
-                    render::millis(f.downtime_ms),
-                    render::bytes(f.left_bytes),
-                    render::bytes(f.dirty_rate_bytes)
-                )
+                let (down, come) = (render::millis(f.downtime_ms), render::bytes(f.dirty_rate_bytes));
+                format!("the guest would be down for about {down} ({}; it writes {come}/s)", f.terms())
             }
         };
         let then = match round.decision {

@@ -92,6 +92,19 @@ pub struct HostView {
     pub tpm_secrets: Vec<String>,
 }
 
+impl HostView {
+    /// The host as it will be once its own domain of this UUID, which is off, has given way. That of a domain which runs stays.
+    pub fn without(mut self, uuid: &DomainUuid) -> HostView {
+        let ours = |n: &Neighbour| n.uuid == uuid.as_str() && !n.running;
+        if self.domains.iter().any(ours) {
+            // Its definition goes, and the state of its TPM with it.
+            self.tpm_states.retain(|known| known != uuid.as_str());
+        }
+        self.domains.retain(|n| !ours(n));
+        self
+    }
+}
+
 /// libvirt's word on what QEMU of this host can do for one kind of machine.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Capabilities {

@@ -8,9 +8,9 @@
 use super::failover::FailoverRecord;
 use super::give_way::GaveWay;
 use super::ready::{Color, Finding};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::hypervisor::Power;
-use crate::name::{Generation, PointId, RunId};
+use crate::name::{DiskName, DomainName, Generation, PointId, RunId};
 use crate::replica::PointView;
 use crate::replica::upkeep::Promoted;
 use crate::replicate::demoted::DiskFormat;
@@ -21,6 +21,10 @@ pub trait BringUp {
     /// Whether the domain could be brought up there from this point (`None`: the head). Touches nothing.
     /// [`NotFound`](crate::error::Kind::NotFound) where there is no replica, or no such point.
     fn ready(&self, point: Option<&PointId>) -> Result<Readiness>;
+
+    /// What [`ready`](BringUp::ready) would find of a domain that is about to come, before any point of it is there. What that
+    /// host itself has of the domain counts as gone: it is about to give way. Touches nothing.
+    fn ready_for(&self, coming: &Coming) -> Result<Vec<Finding>>;
 
     /// How it stands there. Waits for nobody, also not for a verb that is at work.
     fn state(&self) -> Result<Standing>;
@@ -73,6 +77,32 @@ impl Wanted {
     /// nobody wanted is worse than to wait for a word.
     pub fn of(point: &PointView) -> Wanted {
         Wanted { autostart: point.autostart == Some(true), ..Wanted::default() }
+    }
+}
+
+/// A domain as its next point would bring it, told before that point is made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Coming {
+    pub name: DomainName,
+    /// The definition that would travel.
+    pub definition: String,
+    pub disks: Vec<DiskName>,
+    /// UEFI variables travel with it.
+    #[serde(default)]
+    pub nvram: bool,
+    /// The state of a TPM travels with it.
+    #[serde(default)]
+    pub tpm: bool,
+}
+
+/// Refuses with the first red finding, in the words of every verb that needs the domain to come up on `host`.
+pub fn refuse_red(findings: &[Finding], host: &str) -> Result<()> {
+    match findings.iter().find(|f| f.color == Color::Red) {
+        None => Ok(()),
+        Some(red) => {
+            let what = format!("it cannot be brought up on {host}: {}", red.what);
+            Err(Error::new(Kind::Conflict, what).hint(red.advice.clone().unwrap_or_default()))
+        }
     }
 }
 

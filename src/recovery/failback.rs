@@ -4,12 +4,13 @@
 //!
 //! Invariants
 //! - Who loses is said beforehand: the home's old content. It stays as a pinned point of the home's store (k1 to k3).
+//! - Home is asked first whether it could bring up the domain as it is here now: a home that is not ready keeps what it has.
 //! - Nothing here is thrown away before the home has committed (k4 before k5): until then the handover can be called off.
 //! - Every step may be done twice. Whatever dies, the same command goes on from what the home says, and from the records.
 //!
 //! Steps: docs/recovery.md.
 
-use super::bringup::BringUp;
+use super::bringup::{BringUp, Coming, refuse_red};
 use super::handover;
 use crate::error::Result;
 use crate::failpoint;
@@ -19,6 +20,8 @@ use crate::name::{Generation, PointId};
 pub struct Ports<'a> {
     /// The home; connects anew where the last connection has broken.
     pub home: &'a dyn Fn() -> Result<Box<dyn BringUp>>,
+    /// The domain as it would come to its home now.
+    pub coming: &'a dyn Fn() -> Result<Coming>,
     /// Hands the domain over to it: see [`handover::over`].
     pub hand_over: &'a dyn Fn() -> Result<handover::Report>,
     /// See [`hand_back`](super::hand_back).
@@ -47,6 +50,8 @@ pub fn run(ports: &Ports, keep_undo: bool) -> Result<CameHome> {
     let mut old = None;
     // A home that has brought it up already is what an earlier attempt led to.
     if !ports.handed_over && standing.failover.is_none() && standing.promoted.is_none() {
+        (ports.say)("asking home whether it could bring the domain up");
+        refuse_red(&home.ready_for(&(ports.coming)()?)?, "its home")?;
         old = home.give_way(ports.say)?.point;
     }
     drop(home);

@@ -6,6 +6,7 @@ use crate::name::{DomainName, DomainUuid, RunId};
 use crate::recovery::bringup::{Order, Readiness, Standing};
 use crate::recovery::failover::FailoverRecord;
 use crate::recovery::give_way::GaveWay;
+use crate::recovery::ready::{Color, Finding, Question};
 use crate::replica::upkeep::Promoted;
 use jiff::Timestamp;
 use std::sync::{Arc, Mutex};
@@ -23,6 +24,7 @@ struct World {
     done: Mutex<Vec<&'static str>>,
     verbs_left: Mutex<Option<usize>>,
     promoted: Mutex<bool>,
+    red: Mutex<bool>,
 }
 
 impl World {
@@ -50,6 +52,7 @@ impl Home {
         };
         let ports = Ports {
             home: &|| Ok(Box::new(self.clone())),
+            coming: &|| Ok(coming()),
             hand_over: &hand_over,
             hand_back: &hand_back,
             handed_over: false,
@@ -60,6 +63,16 @@ impl Home {
 
     fn done(&self) -> Vec<&'static str> {
         std::mem::take(&mut *self.0.done.lock().unwrap())
+    }
+}
+
+fn coming() -> Coming {
+    Coming {
+        name: DomainName::new("web01").unwrap(),
+        definition: "<domain/>".into(),
+        disks: Vec::new(),
+        nvram: true,
+        tpm: false,
     }
 }
 
@@ -82,6 +95,13 @@ fn report() -> handover::Report {
 impl BringUp for Home {
     fn ready(&self, _: Option<&PointId>) -> Result<Readiness> {
         unreachable!("the handover asks for that")
+    }
+    fn ready_for(&self, coming: &Coming) -> Result<Vec<Finding>> {
+        assert_eq!(coming, &self::coming());
+        let color = if *self.0.red.lock().unwrap() { Color::Red } else { Color::Yellow };
+        let advice = Some("say under `networks:` what that is here".to_owned());
+        let what = "libvirt here knows no network 'lan'".to_owned();
+        self.0.does("ready for", vec![Finding { question: Question::Network, color, what, advice }])
     }
     fn state(&self) -> Result<Standing> {
         let promoted = *self.0.promoted.lock().unwrap();
@@ -107,13 +127,13 @@ impl BringUp for Home {
 
 #[test]
 fn broken_off_anywhere_the_same_command_finishes_and_nothing_goes_before_home_has_committed() {
-    let whole = ["give way", "hand over", "commit", "hand back"];
+    let whole = ["ready for", "give way", "hand over", "commit", "hand back"];
     for verbs in 0..whole.len() {
         let world = Home::default();
         world.run(Some(verbs), false).unwrap_err();
         assert_eq!(world.done(), whole[..verbs]);
         // Home has brought it up, so far as anybody knows: then it has nothing of its own to give way.
-        let rest = if verbs == 0 { &whole[..] } else { &whole[1..] };
+        let rest = if verbs <= 1 { &whole[..] } else { &whole[2..] };
         let came = world.run(None, false).unwrap();
         let done = world.done();
         assert!(done == rest || done == whole, "after {verbs} verbs: {done:?}");
@@ -126,5 +146,15 @@ fn what_can_still_be_undone_is_neither_committed_nor_handed_back() {
     let world = Home::default();
     let came = world.run(None, true).unwrap();
     assert_eq!((came.old, came.generation), (Some(point()), None));
-    assert_eq!(world.done(), ["give way", "hand over"]);
+    assert_eq!(world.done(), ["ready for", "give way", "hand over"]);
+}
+
+#[test]
+fn a_home_that_is_not_ready_keeps_what_it_has() {
+    let world = Home::default();
+    *world.0.red.lock().unwrap() = true;
+    let e = world.run(None, false).unwrap_err();
+    assert!(e.kind() == Kind::Conflict && e.what().contains("knows no network 'lan'"), "{e}");
+    assert!(e.hint_text().unwrap().contains("networks:"), "{e}");
+    assert_eq!(world.done(), ["ready for"]);
 }

@@ -22,6 +22,8 @@ pub const REASON: &str = "what this host had when its domain lived elsewhere; un
 pub struct Ports<'a> {
     /// How the domain stands here; `None`: libvirt knows no such domain.
     pub power: &'a dyn Fn() -> Result<Option<Power>>,
+    /// libvirt has saved the memory of its guest here.
+    pub memory_saved: &'a dyn Fn() -> Result<bool>,
     /// One run of the domain, which is off, into this host's own store; gives the sealed point.
     pub run: &'a dyn Fn() -> Result<PointId>,
     /// Keeps a point of that store, for a reason in words; durable when it returns.
@@ -51,6 +53,14 @@ pub fn run(ports: &Ports, uuid: &DomainUuid, failover: Option<&FailoverRecord>) 
             true => "`virt-replica detach DOMAIN` here first: it gives it images of its own",
             false => "undo or commit that failover first",
         }));
+    }
+    // It goes with the definition, and no point holds it.
+    if (ports.memory_saved)()? {
+        let what =
+            "libvirt has saved the memory of its guest here, which no point holds and which goes with the definition";
+        return Err(Error::new(Kind::Conflict, what)
+            .domain(uuid)
+            .hint("if nobody needs it: `virsh managedsave-remove DOMAIN` here first"));
     }
     (ports.say)("keeping what this host has as a point of its own store");
     let point = (ports.run)()?;

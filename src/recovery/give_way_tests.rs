@@ -13,11 +13,27 @@ fn point() -> PointId {
     PointId::from_parts(1, &RunId::from_bits(7))
 }
 
+/// The memory of a guest is in no point, and libvirt removes it with the definition.
+#[test]
+fn a_saved_memory_is_not_thrown_away_with_the_definition() {
+    let ports = Ports {
+        power: &|| Ok(OFF),
+        memory_saved: &|| Ok(true),
+        run: &|| unreachable!("nothing is read"),
+        pin: &|_, _| unreachable!("nothing is pinned"),
+        undefine: &|| unreachable!("nothing is removed"),
+        say: &|_| {},
+    };
+    let e = run(&ports, &DomainUuid::new(UUID).unwrap(), None).unwrap_err();
+    assert!(e.kind() == Kind::Conflict && e.hint_text().unwrap().contains("managedsave-remove"), "{e}");
+}
+
 /// What was done, in order; `powers`: the answers to how it stands, one after the other.
 fn give_way(powers: &[Option<Power>], stage: Option<Stage>) -> (Result<GaveWay>, Vec<&'static str>) {
     let (done, powers) = (RefCell::new(Vec::new()), RefCell::new(powers.to_vec()));
     let ports = Ports {
         power: &|| Ok(powers.borrow_mut().remove(0)),
+        memory_saved: &|| Ok(false),
         run: &|| {
             done.borrow_mut().push("run");
             Ok(point())

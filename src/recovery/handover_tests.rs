@@ -5,7 +5,7 @@
 #[path = "handover_crash_tests.rs"]
 mod crash;
 
-use super::super::bringup::Readiness;
+use super::super::bringup::{Coming, Readiness};
 use super::super::failover::FailoverRecord;
 use super::super::ready::{Color, Finding, Question};
 use super::*;
@@ -65,6 +65,7 @@ struct Inner {
     acts_left: Option<u32>,
     run_fails: bool,
     red: bool,
+    unsendable: bool,
 }
 
 #[derive(Clone, Default)]
@@ -185,6 +186,9 @@ impl BringUp for World {
         let (what, advice) = ("no such network".to_owned(), Some("map it".to_owned()));
         let finding = Finding { question: Question::Network, color: Color::Red, what, advice };
         Ok(Readiness { point, findings: red.then_some(finding).into_iter().collect() })
+    }
+    fn ready_for(&self, _: &Coming) -> Result<Vec<Finding>> {
+        unreachable!("the preflight asks for that")
     }
     fn state(&self) -> Result<Standing> {
         self.does(|w| Standing {
@@ -327,6 +331,11 @@ impl Bench {
                 look: &look,
                 run: &run,
                 head: &head,
+                preflight: &|_| {
+                    w.does(
+                        |w| if w.unsendable { Err(Error::new(Kind::Space, "no room for overlays")) } else { Ok(()) },
+                    )?
+                },
                 there: &there,
                 clock: &clock,
                 sleep: &sleep,
@@ -579,6 +588,19 @@ fn nothing_goes_on_while_it_runs_here_and_may_run_there() {
     let e = b.over().unwrap_err();
     assert!(e.what().contains("RUNS ON BOTH SIDES"), "{e}");
     assert!(!b.get(|w| w.runs_there));
+}
+
+/// The newest point is young, so no run was made: the guest is not shut down to find out that the last one cannot be.
+#[test]
+fn a_last_run_that_could_not_be_made_is_found_out_while_the_guest_works() {
+    let b = Bench::new();
+    b.over().unwrap();
+    b.back(true).unwrap();
+    b.set(|w| (w.unsendable, w.pressed) = (true, 0));
+    let e = b.over().unwrap_err();
+    assert_eq!(e.kind(), Kind::Space);
+    b.is_home();
+    assert_eq!(b.get(|w| w.pressed), 0, "nobody asked the guest to shut down");
 }
 
 #[test]

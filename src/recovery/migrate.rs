@@ -5,145 +5,25 @@
 //! - Until the cutover a migration is runs, and nothing else: whatever ends it leaves the domain as after any run.
 //! - The cutover is [`handover`]'s, with all that holds there. One that was begun is gone on with, whatever the forecast.
 //!
-//! [`forecast`] and [`decide`] are pure.
+//! [`forecast`](forecast::forecast) and [`decide`] are pure.
 
+mod forecast;
+
+pub use forecast::{Forecast, Ran, forecast};
+
+use super::bringup::refuse_red;
 use super::handover::{self, HandoverState, Stage};
-use crate::block::BLOCK_LEN;
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::Power;
-use crate::image::Format;
 use crate::name::Generation;
-use crate::replica::Mode;
-use crate::replicate::demoted::Learned;
-use crate::replicate::plan::Plan;
-use crate::replicate::report::Report as RunReport;
 use jiff::Timestamp;
 use serde::Serialize;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// What a guest is given to shut down, and a target to start it, as long as nobody has seen how long they take.
-const SHUTDOWN_ASSUMED: Duration = Duration::from_secs(15);
-const START_ASSUMED: Duration = Duration::from_secs(10);
-/// A round that sent less says more of its own cost than of the link.
-const TELLING_BYTES: u64 = 4 << 20;
-/// What is written in so short a time says nothing of what is written in a long one.
-const TELLING_TIME: Duration = Duration::from_millis(200);
 /// Between two rounds, where the forecast is good and the time to cut over has not come.
 const IDLE: Duration = Duration::from_secs(10);
 const LOOK_EVERY: Duration = Duration::from_millis(200);
-
-/// What one run told, and how the disks stood right after it.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Ran {
-    pub bytes_sent: u64,
-    pub bytes_read: u64,
-    /// Whole blocks that differed.
-    pub changed_bytes: u64,
-    pub took: Duration,
-    pub frozen_at: Timestamp,
-    /// How long after the freeze the next figure was asked for.
-    pub since_freeze: Duration,
-    /// Bytes of blocks that the guest has written to since the freeze; `None`: not all its disks have a bitmap that tells.
-    pub written_bytes: Option<u64>,
-    /// Size of the disks whose bitmap goes with their QEMU: the last run has to read them from end to end.
-    pub unmapped_bytes: u64,
-}
-
-impl Ran {
-    /// `plan`: what the next run would do, asked for at `now`; `None`: that could not be found out.
-    pub fn of(report: &RunReport, plan: Option<&Plan>, now: Timestamp) -> Ran {
-        let disks = report.point.iter().flat_map(|point| &point.disks);
-        let sum = |of: &dyn Fn(&crate::replica::DiskStats) -> u64| disks.clone().map(|d| of(&d.stats)).sum::<u64>();
-        let frozen_at = report.point.as_ref().map_or(report.started_at, |point| point.frozen_at);
-        let planned = plan.map(|plan| &plan.disks[..]);
-        let by_bitmap = planned.is_some_and(|disks| disks.iter().all(|d| d.mode == Mode::Bitmap));
-        let planned = planned.unwrap_or_default();
-        Ran {
-            bytes_sent: sum(&|s| s.bytes_sent),
-            bytes_read: sum(&|s| s.bytes_read),
-            changed_bytes: sum(&|s| s.blocks_changed * BLOCK_LEN as u64),
-            took: Duration::from_secs_f64(report.duration_ms.max(0.0) / 1e3),
-            frozen_at,
-            since_freeze: now.duration_since(frozen_at).try_into().unwrap_or_default(),
-            written_bytes: by_bitmap.then(|| planned.iter().map(|d| d.reserve_bytes).sum()),
-            unmapped_bytes: planned.iter().filter(|d| d.chain.top().format != Format::Qcow2).map(|d| d.size.0).sum(),
-        }
-    }
-}
-
-/// How long the guest would be down, if it went down now.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Forecast {
-    pub downtime_ms: f64,
-    /// What that consists of.
-    pub shutdown_ms: f64,
-    pub transfer_ms: f64,
-    pub fixed_ms: f64,
-    /// What the last run would have to send, in bytes.
-    pub left_bytes: u64,
-    /// Sent for what the guest writes, in bytes a second.
-    pub dirty_rate_bytes: u64,
-    /// In bytes a second; absent as long as no round has sent enough to tell.
-    pub link_rate_bytes: Option<u64>,
-}
-
-/// From all rounds so far; `None` as long as nobody can tell: nothing but the first copy has been made. Pure.
-pub fn forecast(rounds: &[Ran], learned: &Learned) -> Option<Forecast> {
-    let last = rounds.last()?;
-    let before = rounds.len().checked_sub(2).map(|at| &rounds[at]);
-    // Of a block that was written to, only the pieces that differ travel, compressed.
-    let mut telling = rounds.iter().skip(1).filter(|r| r.changed_bytes > 0);
-    let shrunk = telling.next_back().map_or(1.0, |r| (r.bytes_sent as f64 / r.changed_bytes as f64).min(1.0));
-    let (left, dirty_rate) = match (last.written_bytes, before) {
-        (Some(written), _) if last.since_freeze >= TELLING_TIME => {
-            let left = written as f64 * shrunk;
-            (left, left / last.since_freeze.as_secs_f64())
-        }
-        (_, Some(before)) => {
-            let between = Duration::try_from(last.frozen_at.duration_since(before.frozen_at)).unwrap_or_default();
-            let rate = last.bytes_sent as f64 / between.max(TELLING_TIME).as_secs_f64();
-            (rate * last.since_freeze.as_secs_f64(), rate)
-        }
-        _ => return None,
-    };
-    let rate_of = |r: &Ran| r.bytes_sent as f64 / r.took.as_secs_f64().max(0.001);
-    let link = rounds.iter().rev().find(|r| r.bytes_sent >= TELLING_BYTES).map(rate_of);
-    let shutdown = learned.shutdown_ms.map_or(SHUTDOWN_ASSUMED, ms);
-    let start = learned.start_ms.map_or(START_ASSUMED, ms);
-    // The guest goes on writing until it is off.
-    let left = left + dirty_rate * shutdown.as_secs_f64();
-    let shortest = rounds.iter().map(|r| r.took).min().unwrap_or_default();
-    // It carries this at the least.
-    let carried = rounds.iter().map(rate_of).fold(1.0, f64::max);
-    let transfer = match link {
-        Some(rate) => left / rate,
-        // So little is sent that the cost of a round is all there is to it.
-        None if left <= TELLING_BYTES as f64 => 0.0,
-        None => left / carried,
-    };
-    let read_rate = |r: &Ran| r.bytes_read as f64 / r.took.as_secs_f64().max(0.001);
-    let read_rate = rounds.iter().map(read_rate).fold(1.0, f64::max);
-    let transfer = transfer + last.unmapped_bytes as f64 / read_rate;
-    let fixed = (shortest + start).as_secs_f64();
-    Some(Forecast {
-        downtime_ms: rounded(shutdown.as_secs_f64() + transfer + fixed),
-        shutdown_ms: rounded(shutdown.as_secs_f64()),
-        transfer_ms: rounded(transfer),
-        fixed_ms: rounded(fixed),
-        left_bytes: left as u64,
-        dirty_rate_bytes: dirty_rate as u64,
-        link_rate_bytes: link.map(|rate| rate as u64),
-    })
-}
-
-fn ms(ms: f64) -> Duration {
-    Duration::from_secs_f64(ms.max(0.0) / 1e3)
-}
-
-fn rounded(seconds: f64) -> f64 {
-    (seconds * 1e3).round()
-}
 
 /// When is cut over, and when is given up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -297,7 +177,7 @@ fn precopy(ports: &Ports, state: &HandoverState, request: &Request) -> Result<Ve
         if all.len() == 1 {
             can_be_brought_up(ports, request)?;
         }
-        let forecast = forecast(&all, &learned).filter(|_| !off);
+        let forecast = forecast::forecast(&all, &learned).filter(|_| !off);
         forecasts.extend(forecast);
         // Of a domain that is off there is nothing to wait for.
         let asked = ports.ui.cut.load(Ordering::Relaxed) || off;
@@ -305,7 +185,7 @@ fn precopy(ports: &Ports, state: &HandoverState, request: &Request) -> Result<Ve
         let round = Round {
             round: all.len(),
             bytes_sent: ran.bytes_sent,
-            duration_ms: rounded(ran.took.as_secs_f64()),
+            duration_ms: forecast::rounded(ran.took.as_secs_f64()),
             forecast,
             decision,
         };
@@ -343,14 +223,7 @@ fn wait(ports: &Ports, limits: &Limits) -> Result<()> {
 }
 
 fn can_be_brought_up(ports: &Ports, request: &Request) -> Result<()> {
-    let readiness = (ports.handover.there)()?.ready(None)?;
-    match readiness.red() {
-        None => Ok(()),
-        Some(red) => {
-            let what = format!("it cannot be brought up on {}: {}", request.handover.to, red.what);
-            Err(Error::new(Kind::Conflict, what).hint(red.advice.clone().unwrap_or_default()))
-        }
-    }
+    refuse_red(&(ports.handover.there)()?.ready(None)?.findings, &request.handover.to)
 }
 
 fn does_not_converge(rounds: &[Round]) -> Error {
@@ -358,9 +231,10 @@ fn does_not_converge(rounds: &[Round]) -> Error {
     let figures = rounds.last().and_then(|r| r.forecast).map_or(String::new(), |f| {
         let link = f.link_rate_bytes.map_or("an unknown rate".to_owned(), |rate| format!("{} KiB/s", rate >> 10));
         format!(
-            ": the guest's writes need {} KiB/s of a link that carries {link}, and it would be down for {:.0} s",
+            ": the guest's writes need {} KiB/s of a link that carries {link}, and it would be down for {:.0} s ({})",
             f.dirty_rate_bytes >> 10,
-            f.downtime_ms / 1e3
+            f.downtime_ms / 1e3,
+            f.terms()
         )
     });
     let what = format!("the migration does not converge after {count} rounds{figures}; the domain runs here as before");

@@ -1,6 +1,7 @@
 //! What a guest that is brought up from a point writes to: a directory with an empty overlay for each disk, and a copy of the
 //! UEFI variables. The point's images lie below and are only read (I20).
 
+use super::bringup::Coming;
 use super::definition::Definition;
 use crate::block::DiskSize;
 use crate::error::{Error, Kind, Result};
@@ -35,6 +36,12 @@ pub fn named(held: &dyn Held, dir: &Path) -> Overlays {
     let nvram = point.attachments.contains(&Attachment::Nvram).then(|| dir.join(Attachment::Nvram.file_name()));
     let tpm = point.attachments.contains(&Attachment::Tpm);
     Overlays { disks, nvram, tpm }
+}
+
+/// The same of a point that is still to come.
+pub fn to_come(coming: &Coming, dir: &Path) -> Overlays {
+    let disks = coming.disks.iter().map(|disk| (disk.clone(), dir.join(format!("{disk}.qcow2")))).collect();
+    Overlays { disks, nvram: coming.nvram.then(|| dir.join(Attachment::Nvram.file_name())), tpm: coming.tpm }
 }
 
 /// Makes `dir`, which must not exist, with an empty overlay for each disk. Its names are durable when this returns.

@@ -91,6 +91,7 @@ fn disk(disk: &str, mode: Mode, reserve_bytes: u64) -> DiskPlan {
         reserve_bytes,
         overlay_bytes: None,
         commit_bytes_max: 0,
+        data_bytes: 0,
         chain: Chain(vec![Layer {
             path: "/pool/a.qcow2".into(),
             format: Format::Qcow2,

@@ -107,6 +107,9 @@ pub struct DiskPlan {
     /// What is compared although the bitmap calls it clean, beside a random sample.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub audit: Option<AuditPlan>,
+    /// What its images occupy: a run that reads it from end to end reads no more.
+    #[serde(skip)]
+    pub data_bytes: u64,
     #[serde(skip)]
     pub overlay_dir: PathBuf,
     #[serde(skip)]
@@ -393,7 +396,8 @@ pub fn plan(
     plan
 }
 
-fn skip_reason(disk: &DiskView, options: &PlanOptions) -> Option<String> {
+/// Why a disk is left out of every point; `None`: it is replicated.
+pub fn skip_reason(disk: &DiskView, options: &PlanOptions) -> Option<String> {
     if options.exclude_disks.contains(&disk.name) {
         return Some("is excluded by the operator".into());
     }
@@ -463,6 +467,7 @@ fn plan_disk(
         reserve_bytes: reserve(mode, size, in_head.map(|d| d.size), facts).saturating_sub(seed_bytes),
         overlay_bytes: None,
         commit_bytes_max: 0,
+        data_bytes: facts.allocated_bytes,
         chain,
         bitmap,
         audit,

@@ -3,6 +3,7 @@
 use super::here::Here;
 use super::{Connection, Site, SiteOptions, new_run, open_options, workers};
 use crate::error::{Error, Kind, Result};
+use crate::hypervisor::Hypervisor as _;
 use crate::hypervisor::machine::Machines as _;
 use crate::name::{DiskName, DomainUuid, Generation};
 use crate::recovery::failover::{self, FailoverState};
@@ -48,6 +49,7 @@ impl Here {
         let store = self.store(uuid)?;
         let ports = Ports {
             power: &|| self.hypervisor.power(uuid),
+            memory_saved: &|| Ok(self.hypervisor.observe(uuid)?.managed_save),
             run: &run,
             pin: &|point, reason| store.pin(point, Some(reason)),
             undefine: &|| self.hypervisor.undefine(uuid),

@@ -5,7 +5,7 @@ use super::{Connection, Site};
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::Hypervisor as _;
 use crate::name::{DomainUuid, RunId};
-use crate::recovery::bringup::BringUp;
+use crate::recovery::bringup::{BringUp, Coming, refuse_red};
 use crate::recovery::failback::{self, CameHome};
 use crate::recovery::handover::{self, HandoverRecord, HandoverState, Look, Ports, Sent};
 use crate::recovery::migrate;
@@ -13,6 +13,7 @@ use crate::replica::Replica as _;
 use crate::replicate::choice::CaptureKind;
 use crate::replicate::cycle::{Request, Watch};
 use crate::replicate::demoted::{self, Stage};
+use crate::replicate::plan::{Conflict, skip_reason};
 use crate::replicate::report::Report;
 use jiff::Timestamp;
 use std::sync::atomic::AtomicBool;
@@ -59,6 +60,7 @@ impl Site {
                 custody: self.hypervisor(),
                 look: &|| Err(never()),
                 run: &|_| Err(never()),
+                preflight: &|_| Err(never()),
                 head: &|| Err(never()),
                 there: &|| Err(never()),
                 clock: &Timestamp::now,
@@ -99,6 +101,7 @@ impl Site {
         failback::run(
             &failback::Ports {
                 home: &home,
+                coming: &|| self.coming(means, &request.uuid),
                 hand_over: &|| self.hand_over(means, request),
                 hand_back: &|generation| here.hand_back(&request.uuid, generation, means.say),
                 handed_over: handed.is_some_and(|r| r.stage == Stage::Moved && r.to == request.to),
@@ -120,7 +123,9 @@ impl Site {
             Ok(view.head().map(|point| point.frozen_at))
         };
         let there = || -> Result<Box<dyn BringUp>> { Ok(Box::new(means.target.client_again()?.bring_up(uuid))) };
+        let preflight = |there: &dyn BringUp| self.preflight(means, uuid, there);
         act(&Ports {
+            preflight: &preflight,
             machines: self.hypervisor(),
             custody: self.hypervisor(),
             look: &look,
@@ -134,6 +139,38 @@ impl Site {
         })
     }
 
+    /// See [`Ports::preflight`](handover::Ports::preflight).
+    fn preflight(&self, means: &Means, uuid: &DomainUuid, there: &dyn BringUp) -> Result<()> {
+        means.target.client_again()?;
+        let mut plan = self.plan(means.target, &means.request(None)?)?;
+        plan.conflicts.retain(stays_when_off);
+        if let Some(refusal) = plan.refusal() {
+            return Err(refusal);
+        }
+        match there.ready_for(&self.coming(means, uuid)?) {
+            // An agent that does not know the question has judged the newest point, and that has to do.
+            Err(e) if e.kind() == Kind::Protocol => {
+                tracing::debug!("the target judges points only: {}", e.chain());
+                Ok(())
+            }
+            findings => refuse_red(&findings?, &means.runs.target),
+        }
+    }
+
+    /// The domain as its next run would bring it.
+    fn coming(&self, means: &Means, uuid: &DomainUuid) -> Result<Coming> {
+        let hypervisor = self.hypervisor();
+        let view = hypervisor.observe(uuid)?;
+        let wish = &means.runs.plan;
+        Ok(Coming {
+            definition: hypervisor.definition(uuid, view.persistent, false)?,
+            disks: view.disks.iter().filter(|d| skip_reason(d, wish).is_none()).map(|d| d.name.clone()).collect(),
+            nvram: view.nvram.as_ref().is_some_and(|path| path.exists()),
+            tpm: view.tpm.as_ref().is_some_and(|path| path.exists()),
+            name: view.name,
+        })
+    }
+
     /// One run that has to lead to a point.
     fn run_once(&self, means: &Means, handover: Option<&RunId>) -> Result<Report> {
         // The runs before may have taken hours: the session of then need not be there any more.
@@ -144,6 +181,18 @@ impl Site {
             None => Ok(report),
         }
     }
+}
+
+/// Whether the last run, of a domain that is off, would meet it too: that one makes no overlay and holds no guest.
+fn stays_when_off(conflict: &Conflict) -> bool {
+    !matches!(
+        conflict,
+        Conflict::BlockJob { .. }
+            | Conflict::DomainJob { .. }
+            | Conflict::NoOverlaySpace { .. }
+            | Conflict::NoOverlayDir { .. }
+            | Conflict::CannotQuiesce { .. }
+    )
 }
 
 fn sent(report: Report) -> Result<Sent> {

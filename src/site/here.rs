@@ -7,11 +7,12 @@ use crate::hypervisor::firmware::Firmware;
 use crate::hypervisor::libvirt::LibvirtHypervisor;
 use crate::hypervisor::machine::{HostView, Machines as _};
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId};
-use crate::recovery::bringup::Wanted;
+use crate::recovery::bringup::{Coming, Wanted, refuse_red};
 use crate::recovery::definition::{self, Definition, Macs, Nics, Wish};
 use crate::recovery::failover::{self, FailoverRecord, FailoverState};
 use crate::recovery::mapping::{MacPolicy, Mapping};
-use crate::recovery::ready::{self, Builds, Finding, Room};
+use crate::recovery::overlays::Overlays;
+use crate::recovery::ready::{self, Builds, Color, Finding, Question, Room};
 use crate::recovery::{definition_of, detach, drill, drills, overlays};
 use crate::replica::store::{self, Store};
 use crate::replica::upkeep::Held;
@@ -116,7 +117,30 @@ impl Here {
             host.tpm_states.retain(|uuid| uuid != found.uuid.as_str());
         }
         let mut findings = vec![ready::point(&found.view, &found.point)];
-        findings.extend(ready::judge(definition, &found.name, &found.uuid, &host, &self.room(), builds));
+        findings.extend(self.judge_definition(&found.uuid, &found.name, definition, &host, builds));
+        Ok(findings)
+    }
+
+    /// Every question about a definition. Whoever wants to know whether a domain can come up here asks through this.
+    fn judge_definition(
+        &self,
+        uuid: &DomainUuid,
+        name: &DomainName,
+        definition: &Definition,
+        host: &HostView,
+        builds: &Builds,
+    ) -> Vec<Finding> {
+        ready::judge(definition, name, uuid, host, &self.room(), builds)
+    }
+
+    /// Whether a domain could be brought up here whose point is still to come; see [`BringUp::ready_for`](crate::recovery::bringup::BringUp::ready_for).
+    pub fn ready_for(&self, uuid: &DomainUuid, coming: &Coming) -> Result<Vec<Finding>> {
+        let overlays = overlays::to_come(coming, &self.failover_dir(uuid)?);
+        let definition = self.rendered(uuid, &coming.name, &coming.definition, &overlays)?;
+        let host = self.hypervisor.host(&definition.machine)?.without(uuid);
+        // The build of the source's firmware travels with the point: until then nothing is known of it.
+        let mut findings = self.judge_definition(uuid, &coming.name, &definition, &host, &Builds::default());
+        findings.retain(|f| f.question != Question::Firmware || f.color != Color::Yellow);
         Ok(findings)
     }
 
@@ -140,23 +164,33 @@ impl Here {
 
     /// The definition of a failover.
     fn definition_here(&self, found: &Found, held: &dyn Held) -> Result<Definition> {
-        let mapping = &self.options.mapping;
         let overlays = overlays::named(held, &self.failover_dir(&found.uuid)?);
+        self.rendered(&found.uuid, &found.name, &definition_of(held)?, &overlays)
+    }
+
+    fn rendered(
+        &self,
+        uuid: &DomainUuid,
+        name: &DomainName,
+        definition: &str,
+        overlays: &Overlays,
+    ) -> Result<Definition> {
+        let mapping = &self.options.mapping;
         let wish = Wish {
-            name: found.name.clone(),
-            uuid: found.uuid.clone(),
+            name: name.clone(),
+            uuid: uuid.clone(),
             disks: &overlays.disks,
             nics: Nics::Mapped,
             macs: match mapping.macs {
                 MacPolicy::Keep => Macs::Keep,
                 // The same ones each time, and others for each domain.
-                MacPolicy::New => Macs::New(u64::from_str_radix(&found.uuid.as_str()[..8], 16).unwrap_or_default()),
+                MacPolicy::New => Macs::New(u64::from_str_radix(&uuid.as_str()[..8], 16).unwrap_or_default()),
             },
             console: None,
             nvram: overlays.nvram.clone(),
             tpm: overlays.tpm,
         };
-        definition::render(&definition_of(held)?, &wish, mapping)
+        definition::render(definition, &wish, mapping)
     }
 
     /// Where the overlays of this domain's failover lie, or would.
@@ -213,11 +247,7 @@ impl Here {
         // What was begun is found here by its own name.
         if state.record()?.is_none() {
             // Another build of the firmware is for `ready` to say: it keeps nobody from a failover.
-            let findings = self.judge(found, &definition, &host, &Builds::default())?;
-            if let Some(red) = findings.iter().find(|f| f.color == ready::Color::Red) {
-                let e = Error::new(Kind::Conflict, format!("it cannot be brought up here: {}", red.what));
-                return Err(e.hint(red.advice.clone().unwrap_or_default()));
-            }
+            refuse_red(&self.judge(found, &definition, &host, &Builds::default())?, "this host")?;
         }
         overlays::let_qemu_pass(held, host.qemu_uid)?;
         let dir = self.failover_dir(&found.uuid)?;

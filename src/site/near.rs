@@ -4,9 +4,10 @@ use super::here::{Found, Here};
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::machine::Machines as _;
 use crate::name::{DomainUuid, Generation, PointId};
-use crate::recovery::bringup::{BringUp, Order, Readiness, Standing};
+use crate::recovery::bringup::{BringUp, Coming, Order, Readiness, Standing};
 use crate::recovery::failover::{self, FailoverRecord, FailoverState};
 use crate::recovery::give_way::GaveWay;
+use crate::recovery::ready::Finding;
 use crate::replica::upkeep::Promoting as _;
 use crate::replicate::generation;
 
@@ -38,6 +39,10 @@ impl BringUp for HereDomain<'_> {
         let found = self.find(point)?;
         let findings = self.here.ready(&found)?;
         Ok(Readiness { point: found.point.id, findings })
+    }
+
+    fn ready_for(&self, coming: &Coming) -> Result<Vec<Finding>> {
+        self.here.ready_for(&self.uuid, coming)
     }
 
     fn state(&self) -> Result<Standing> {

@@ -2,9 +2,10 @@
 //! offers.
 
 use crate::name::{Generation, PointId};
-use crate::recovery::bringup::{Order, Readiness, Standing};
+use crate::recovery::bringup::{Coming, Order, Readiness, Standing};
 use crate::recovery::failover::FailoverRecord;
 use crate::recovery::give_way::GaveWay;
+use crate::recovery::ready::Finding;
 use serde::{Deserialize, Serialize};
 
 /// Each is answered by the [`Told`] of the same name.
@@ -12,6 +13,7 @@ use serde::{Deserialize, Serialize};
 #[serde(rename_all = "snake_case")]
 pub enum Ask {
     Ready { point: Option<PointId> },
+    ReadyFor { coming: Coming },
     State {},
     BringUp { order: Order },
     CallOff { order: Order },
@@ -24,6 +26,7 @@ pub enum Ask {
 #[serde(rename_all = "snake_case")]
 pub enum Told {
     Ready { readiness: Readiness },
+    ReadyFor { findings: Vec<Finding> },
     State { standing: Standing },
     BringUp { record: FailoverRecord },
     CallOff {},

@@ -8,7 +8,7 @@ use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::hypervisor::Power;
 use crate::hypervisor::custody::Asking;
-use crate::recovery::bringup::Order;
+use crate::recovery::bringup::{Order, refuse_red};
 use crate::replicate::demoted::Learned;
 use crate::replicate::report::millis;
 use jiff::Timestamp;
@@ -95,10 +95,9 @@ impl<'a> Run<'a> {
             let sent = (ports.run)(None)?;
             self.warnings.extend(sent.warnings);
         }
-        if let Some(red) = there.ready(None)?.red() {
-            let what = format!("it cannot be brought up on {}: {}", request.to, red.what);
-            return Err(Error::new(Kind::Conflict, what).hint(red.advice.clone().unwrap_or_default()));
-        }
+        refuse_red(&there.ready(None)?.findings, &request.to)?;
+        // The newest point may be older than the last change here: what the last run will meet is looked at as well.
+        (ports.preflight)(&*there)?;
         self.stopped()?;
         let record = HandoverRecord {
             format: 1,

@@ -249,6 +249,16 @@ fn a_home_that_has_something_else_is_compared() {
     let bitmaps = there.bitmaps("vda");
     assert!(bitmaps.len() == 1 && is_of_a_failover(&bitmaps[0]) && bitmaps != first, "{first:?}, then {bitmaps:?}");
     there.write(0, "write -P 0x55 5M 256k");
+    // A domain that home could not bring up takes nothing from home: it is asked before anything gives way.
+    let memory = |kib: &str| Host::B.ok(&["virsh", "-q", "setmaxmem", name, kib, "--config"]);
+    let before = Host::B.output(&["virsh", "-q", "dumpxml", name, "--inactive"]);
+    let kib =
+        before.split_once("<memory unit='KiB'>").and_then(|(_, rest)| rest.split_once('<')).expect("its memory").0;
+    memory("1073741824");
+    on(Host::B, "", &failback(name, &[])).exit(1).says(&["its home", "only", "are free"]);
+    assert!(is_defined(Host::A, name));
+    Host::A.virt_replica(&["points", name, "--to", STORE]).exit(4);
+    memory(kib);
     on(Host::B, "", &failback(name, &["--keep-undo"])).success();
     // What home gave way with is young: it is compared all the same while the guest works, and not while it is down.
     let came = home.came();
