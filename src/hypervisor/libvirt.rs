@@ -154,7 +154,7 @@ impl Hypervisor for LibvirtHypervisor {
         };
         self.gate
             .call(call, move |conn| match look_everywhere(conn, wanted.as_str())? {
-                Some(domain) => view(conn, &domain.uuid_string()?),
+                Some(domain) => view(conn, &domain.uuid_string()?, Sizes::Asked),
                 None => Err(Error::new(Kind::NotFound, "no domain has this name, UUID or id").into()),
             })
             .map_err(|e| match e.kind() {
@@ -164,7 +164,11 @@ impl Hypervisor for LibvirtHypervisor {
     }
 
     fn observe(&self, uuid: &DomainUuid) -> Result<DomainView> {
-        self.query("look at the domain", uuid, |conn, uuid| view(conn, uuid))
+        self.query("look at the domain", uuid, |conn, uuid| view(conn, uuid, Sizes::Asked))
+    }
+
+    fn observe_without_sizes(&self, uuid: &DomainUuid) -> Result<DomainView> {
+        self.query("look at the domain", uuid, |conn, uuid| view(conn, uuid, Sizes::Left))
     }
 
     fn firmware(&self, uuid: &DomainUuid) -> Result<Option<PathBuf>> {
@@ -429,11 +433,19 @@ fn path_text(path: &Path) -> Result<&str> {
     path.to_str().ok_or_else(|| Error::new(Kind::Usage, "libvirt takes no path that is not UTF-8").path(path))
 }
 
+/// Whether the sizes of the disks are asked for. With `n` disks that is most of the price of a view: for each of them QEMU
+/// describes all images of all disks.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sizes {
+    Asked,
+    Left,
+}
+
 /// The domain at one moment: if it was started or stopped meanwhile, everything is asked again.
-fn view(conn: &Connect, uuid: &str) -> Result<DomainView, Failure> {
+fn view(conn: &Connect, uuid: &str, sizes: Sizes) -> Result<DomainView, Failure> {
     for _ in 0..OBSERVE_TRIES_MAX {
         let domain = lookup(conn, uuid)?;
-        let view = view_once(&domain, swtpm::root_of(&conn.uri()?).as_deref());
+        let view = view_once(&domain, swtpm::root_of(&conn.uri()?).as_deref(), sizes);
         // The id is told by the lookup; it changes with every start.
         if lookup(conn, uuid)?.id() == domain.id() {
             return view;
@@ -442,7 +454,7 @@ fn view(conn: &Connect, uuid: &str) -> Result<DomainView, Failure> {
     Err(Error::new(Kind::Busy, "the domain was started and stopped all the while it was looked at").into())
 }
 
-fn view_once(domain: &Domain, tpm_root: Option<&Path>) -> Result<DomainView, Failure> {
+fn view_once(domain: &Domain, tpm_root: Option<&Path>, sizes: Sizes) -> Result<DomainView, Failure> {
     let runs = domain.id().is_some();
     let persistent = domain.is_persistent()?;
     let live = if runs { Some(xml::parse(&domain.xml_desc(0)?)?) } else { None };
@@ -453,7 +465,12 @@ fn view_once(domain: &Domain, tpm_root: Option<&Path>) -> Result<DomainView, Fai
     })?;
     let mut disks = Vec::with_capacity(shown.disks.len());
     for disk in &shown.disks {
-        disks.push(disk_view(domain, disk, runs, inactive.as_ref())?);
+        let size = match disk.kind {
+            DiskKind::Image if sizes == Sizes::Asked => known(sys::capacity_bytes(domain, disk.name.as_str()))?,
+            _ => None,
+        };
+        let disk_view = disk_view(domain, disk, runs, inactive.as_ref())?;
+        disks.push(DiskView { size: size.map(DiskSize), ..disk_view });
     }
     let record = live.as_ref().and_then(|l| l.record.clone());
     Ok(DomainView {
@@ -487,14 +504,13 @@ pub(super) fn power(domain: &Domain) -> Result<Power, VirtError> {
 fn disk_view(domain: &Domain, disk: &DiskXml, runs: bool, inactive: Option<&DomainXml>) -> Result<DiskView, Failure> {
     let name = disk.name.as_str();
     let image = disk.kind == DiskKind::Image;
-    let size = if image { known(sys::capacity_bytes(domain, name))?.map(DiskSize) } else { None };
     let info = if runs { known(sys::block_job_info(domain, name))?.flatten() } else { None };
     Ok(DiskView {
         name: disk.name.clone(),
         kind: disk.kind.clone(),
         live: (runs && image).then(|| Chain(disk.layers.clone())),
         inactive: inactive.and_then(|i| i.disk(&disk.name)).and_then(|d| d.layers.first().cloned()),
-        size,
+        size: None,
         job: if runs { job_view(info, Some(disk)) } else { None },
         read_only: disk.read_only,
         shareable: disk.shareable,

@@ -53,6 +53,10 @@ pub trait Hypervisor: Send + Sync {
     /// Observes a domain again. `NotFound` when it is gone (a transient domain that ended, an undefined one).
     fn observe(&self, uuid: &DomainUuid) -> Result<DomainView>;
 
+    /// As [`Hypervisor::observe`], but no disk has a size: cheap enough to be asked while the guest stands. For each size
+    /// that is asked for, QEMU describes every image it has open.
+    fn observe_without_sizes(&self, uuid: &DomainUuid) -> Result<DomainView>;
+
     /// The file of the UEFI firmware that a domain runs with, or would start with. `None`: it has none, or libvirt does not say.
     fn firmware(&self, uuid: &DomainUuid) -> Result<Option<PathBuf>>;
 

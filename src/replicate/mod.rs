@@ -4,6 +4,7 @@
 //! Acting is thin: [`settle`] performs what was decided, for the normal run and for every recovery alike.
 
 pub mod audit;
+pub(crate) mod away;
 pub mod backup;
 pub mod birth;
 pub mod capture;

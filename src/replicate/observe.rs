@@ -44,10 +44,10 @@ impl Observation {
     }
 }
 
-/// Observes the domain of a record. Blocks on libvirt and `stat`; runs `qemu-img info` only for a domain that is off
+/// Observes the domain of a record; its disks have no sizes. Blocks on libvirt and `stat`; runs `qemu-img info` only for a domain that is off
 /// and whose definition names neither base nor overlay.
 pub fn observe(hypervisor: &dyn Hypervisor, record: &Record) -> Result<Observation> {
-    let domain = match hypervisor.observe(&record.uuid) {
+    let domain = match hypervisor.observe_without_sizes(&record.uuid) {
         Ok(view) => Some(view),
         Err(e) if e.kind() == Kind::NotFound => None,
         Err(e) => return Err(e.domain(&record.domain)),

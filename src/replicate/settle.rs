@@ -1,12 +1,15 @@
 //! Performs what [`decide`] says until the domain stands on its own images, or a person is needed, or a deadline passed.
 //!
 //! The same loop commits at the end of a normal run, mends after a crash, and, in the dead-man, lets a held guest go.
-//! Every step is decided from a fresh observation; what a step relies on is checked again under QEMU's own locks.
+//! Every step is decided from a fresh observation; what a step relies on is checked again under QEMU's own locks. One
+//! observation serves for the same step of all disks ([`decide_all`]), so that the work in a pause grows with the number of
+//! disks and not with its square; and a pause ends after [`SettleOptions::pause_share`], with what is left for the next one.
 //!
 //! Step numbers are those of docs/replication.md; a failpoint stands behind each.
 
-use super::decide::{Action, DiskSeen, Halt, HaltReason, Phase, PowerState, Stand, decide};
-use super::journal::{self, Journal, Record, Stamp, sync_dir};
+use super::away::Away;
+use super::decide::{Action, DiskSeen, Halt, HaltReason, OverlayFile, Phase, PowerState, Stand, decide, decide_all};
+use super::journal::{self, Journal, Record, Stamp};
 use super::observe::{Observation, observe};
 use super::offline;
 use crate::error::{Error, Kind, Result, ResultExt};
@@ -15,8 +18,7 @@ use crate::hypervisor::Hypervisor;
 use crate::image::locks::QemuLock;
 use crate::image::{Chain, Format, Layer, qemu_img};
 use crate::name::DiskName;
-use std::fs;
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// Bounds every pause of the guest from outside this process; see [`super::deadman`].
@@ -49,11 +51,18 @@ pub struct SettleOptions {
     pub ready_within: Duration,
     /// Hard bound of a pause; the dead-man acts when it has passed.
     pub pause_within: Duration,
+    /// How long a pause goes on to further disks. Then the guest runs for as long again, before the next pause takes on the
+    /// rest.
+    pub pause_share: Duration,
 }
 
 impl Default for SettleOptions {
     fn default() -> Self {
-        Self { ready_within: Duration::from_secs(3600), pause_within: Duration::from_secs(5) }
+        Self {
+            ready_within: Duration::from_secs(3600),
+            pause_within: Duration::from_secs(5),
+            pause_share: Duration::from_millis(250),
+        }
     }
 }
 
@@ -95,6 +104,9 @@ pub struct Settler<'a> {
     pub options: SettleOptions,
     pub account: Account,
     paused_at: Option<Instant>,
+    /// Disks that were pivoted in the pause that lasts.
+    pivoted: usize,
+    away: Away,
     /// What acting has found out and deciding cannot know.
     lost: Option<Halt>,
 }
@@ -112,7 +124,8 @@ impl<'a> Settler<'a> {
         guard: &'a mut dyn PauseGuard,
         options: SettleOptions,
     ) -> Self {
-        Self { hypervisor, journal, record, guard, options, account: Account::default(), paused_at: None, lost: None }
+        let (account, away) = (Account::default(), Away::default());
+        Self { hypervisor, journal, record, guard, options, account, paused_at: None, pivoted: 0, away, lost: None }
     }
 
     /// Runs the loop. Blocks: a commit takes as long as it takes, at most [`SettleOptions::ready_within`]. An error
@@ -156,9 +169,10 @@ impl<'a> Settler<'a> {
         if goal == Goal::Released && !seen.held(&self.record) {
             return Ok(Some(Outcome::Reached));
         }
-        let action = decide(&seen.situation(&self.record));
-        tracing::debug!(domain = %self.record.domain, phase = ?self.record.phase, power = ?seen.power, ?action, "decided");
-        match action {
+        self.make_retired_durable(&seen)?;
+        let actions = decide_all(&seen.situation(&self.record));
+        tracing::debug!(domain = %self.record.domain, phase = ?self.record.phase, power = ?seen.power, ?actions, "decided");
+        match actions[0].clone() {
             Action::Done => {
                 self.finish()?;
                 return Ok(Some(Outcome::Reached));
@@ -167,6 +181,11 @@ impl<'a> Settler<'a> {
             // Whoever only lets the guest go does not begin a pivot; nothing is pivoted and unretired here, or decide
             // would have said so.
             Action::Pivot(_) if goal == Goal::Released => self.resume()?,
+            // Each disk's rule is its own: what was pivoted in this pause is retired, the others stand on their overlays.
+            Action::Pivot(_) if self.pause_is_long() => {
+                self.resume()?;
+                std::thread::sleep(self.options.pause_share);
+            }
             Action::WaitForJob(disk) => {
                 let left = give_up_at.saturating_duration_since(Instant::now());
                 if left.is_zero() {
@@ -174,9 +193,27 @@ impl<'a> Settler<'a> {
                 }
                 self.hypervisor.wait_job(&self.record.uuid, &disk, left.min(Duration::from_secs(5)))?;
             }
-            other => self.perform(other, &seen)?,
+            Action::Pivot(_) => self.pivot_all(&actions)?,
+            Action::Retire(_) => self.rename_all_away(&actions, &seen, How::Retired)?,
+            Action::SetAside(_) => self.rename_all_away(&actions, &seen, How::Kept)?,
+            _ => actions.into_iter().try_for_each(|action| self.perform(action, &seen))?,
         }
         Ok(None)
+    }
+
+    /// Whether the guest is let run although disks are left to pivot. Not before something was done in this pause: a slow
+    /// host would pause and resume for ever.
+    fn pause_is_long(&self) -> bool {
+        let stood = self.paused_at.map_or(Duration::ZERO, |at| at.elapsed());
+        self.record.resume_after && self.pivoted > 0 && stood >= self.options.pause_share
+    }
+
+    /// A retirement that is found done may be that of a hand that died before it had synced the directory. Nothing is built
+    /// on it before that is made good: neither a resume (I3), nor a definition, nor the end of the record.
+    fn make_retired_durable(&mut self, seen: &Observation) -> Result<()> {
+        let gone = |d: &DiskSeen| matches!(d.overlay, OverlayFile::Retired | OverlayFile::Missing);
+        let disks = seen.disks.iter().zip(&self.record.disks);
+        self.away.make_durable(disks.filter(|((_, _, d), _)| gone(d)).map(|(_, disk)| disk.overlay.as_path()))
     }
 
     /// A domain that was started anew while no disk of it had been pivoted is the instance to watch from now on: a pivot
@@ -203,15 +240,13 @@ impl<'a> Settler<'a> {
                 self.start_commit(&disk, false)
             }
             Action::Pause => self.pause(seen),
-            Action::Pivot(disk) => self.pivot(&disk),
             Action::Redefine(disk) => self.redefine(&disk),
             Action::MarkComplete(disk) => self.mark_complete(&disk, seen),
-            Action::Retire(disk) => self.rename_away(&disk, seen, Away::Retired),
-            Action::SetAside(disk) => self.rename_away(&disk, seen, Away::Kept),
             Action::Resume => self.resume(),
             Action::CommitOffline(disk) => self.commit_offline(&disk),
             Action::Discard(disk) => self.discard(&disk, seen),
             Action::Done | Action::Halt(_) | Action::WaitForJob(_) => unreachable!("handled by the loop"),
+            Action::Pivot(_) | Action::Retire(_) | Action::SetAside(_) => unreachable!("handled by the loop"),
         }
     }
 
@@ -242,25 +277,34 @@ impl<'a> Settler<'a> {
             self.guard.arm(self.options.pause_within)?;
         }
         failpoint!("7d");
-        self.paused_at = Some(Instant::now());
+        (self.paused_at, self.pivoted) = (Some(Instant::now()), 0);
         self.hypervisor.pause(&self.record.uuid)?;
         failpoint!("7e");
         Ok(())
     }
 
-    fn pivot(&mut self, disk: &DiskName) -> Result<()> {
-        // Step 7f.
-        if let Err(e) = self.hypervisor.pivot(&self.record.uuid, disk) {
-            // Busy says for certain that nothing was pivoted: the job fell back from ready, the loop lets the guest go and
-            // waits again. After any other answer it may have been, and the intent has to stand.
-            if e.kind() == Kind::Busy {
-                self.record.phase = Phase::CommitIntent;
-                self.journal.write(&self.record)?;
+    /// Step 7f, for as many disks as the pause has time for.
+    fn pivot_all(&mut self, actions: &[Action]) -> Result<()> {
+        let in_this_pause = self.pivoted;
+        for action in actions {
+            let Action::Pivot(disk) = action else { unreachable!("the actions of one step are of one kind") };
+            if self.pause_is_long() {
+                break;
             }
-            return Err(e.disk(disk));
+            if let Err(e) = self.hypervisor.pivot(&self.record.uuid, disk) {
+                // Busy says for certain that this disk was not pivoted: the job fell back from ready, the loop lets the guest
+                // go and waits again. After any other answer it may have been, and the intent has to stand; so it has for
+                // disks that were pivoted just before, until they are retired.
+                if e.kind() == Kind::Busy && self.pivoted == in_this_pause {
+                    self.record.phase = Phase::CommitIntent;
+                    self.journal.write(&self.record)?;
+                }
+                return Err(e.disk(disk));
+            }
+            self.pivoted += 1;
+            self.note(format!("7f {disk} pivoted to its base"));
+            failpoint!("7f");
         }
-        self.note(format!("7f {disk} pivoted to its base"));
-        failpoint!("7f");
         Ok(())
     }
 
@@ -282,24 +326,32 @@ impl<'a> Settler<'a> {
         self.journal.write(&self.record)
     }
 
-    fn rename_away(&mut self, disk: &DiskName, seen: &Observation, away: Away) -> Result<()> {
-        let (overlay, to) = {
+    /// Steps 7g and 7h. The names of all disks go under QEMU's locks, which are held until that is durable; a directory with
+    /// many overlays is synced once.
+    fn rename_all_away(&mut self, actions: &[Action], seen: &Observation, how: How) -> Result<()> {
+        let mut locks = Vec::new();
+        let mut gone: Vec<PathBuf> = Vec::new();
+        let renamed = actions.iter().try_for_each(|action| {
+            let (Action::Retire(disk) | Action::SetAside(disk)) = action else { unreachable!("of one kind") };
+            locks.push(self.lock_overlay(disk, seen)?);
+            failpoint!("7g");
             let d = self.disk(disk);
-            (d.overlay.clone(), if away == Away::Retired { d.retired() } else { d.kept() })
-        };
-        let _lock = self.lock_overlay(disk, seen)?;
-        failpoint!("7g");
-        // Step 7h: durable before any instruction of the guest (I3).
-        rename_durably(&overlay, &to)?;
-        if away == Away::Kept {
-            self.alarm(format!(
-                "disk '{disk}': the overlay is no longer part of the disk and was kept as {}",
-                to.display()
-            ));
-        }
-        self.note(format!("7h overlay of {disk} renamed away"));
+            let (overlay, to) = (d.overlay.clone(), if how == How::Retired { d.retired() } else { d.kept() });
+            self.away.rename(&overlay, &to)?;
+            if how == How::Kept {
+                self.alarm(format!(
+                    "disk '{disk}': the overlay is no longer part of the disk and was kept as {}",
+                    to.display()
+                ));
+            }
+            self.note(format!("7h overlay of {disk} renamed away"));
+            gone.push(overlay);
+            Ok(())
+        });
+        // Durable before any instruction of the guest (I3), also where another disk's overlay could not be renamed.
+        self.away.make_durable(gone.iter().map(PathBuf::as_path))?;
         failpoint!("7h");
-        Ok(())
+        renamed
     }
 
     fn resume(&mut self) -> Result<()> {
@@ -337,7 +389,9 @@ impl<'a> Settler<'a> {
         if !matches!(again.power, PowerState::Off | PowerState::Gone) {
             return Err(Error::new(Kind::Busy, "the domain was started while its overlay was committed").disk(disk));
         }
-        rename_durably(&overlay, &self.disk(disk).retired())?;
+        let retired = self.disk(disk).retired();
+        self.away.rename(&overlay, &retired)?;
+        self.away.make_durable([overlay.as_path()])?;
         failpoint!("7l");
         if again.power == PowerState::Off && again.domain.is_some_and(|d| d.persistent) {
             self.hypervisor.redefine(&self.record.uuid, &[(disk.clone(), base)]).on_disk(disk)?;
@@ -350,8 +404,8 @@ impl<'a> Settler<'a> {
     fn discard(&mut self, disk: &DiskName, seen: &Observation) -> Result<()> {
         let overlay = self.disk(disk).overlay.clone();
         let _lock = self.lock_overlay(disk, seen)?;
-        remove_if_there(&overlay)?;
-        sync_dir(parent(&overlay))?;
+        self.away.remove(&overlay)?;
+        self.away.make_durable([overlay.as_path()])?;
         self.note(format!("unused overlay of {disk} removed"));
         Ok(())
     }
@@ -412,9 +466,10 @@ impl<'a> Settler<'a> {
 
     /// Step 7n: nothing refers to the retired overlays any more; then the record itself.
     fn finish(&mut self) -> Result<()> {
-        for disk in &self.record.disks {
-            remove_if_there(&disk.retired())?;
-        }
+        let retired: Vec<PathBuf> = self.record.disks.iter().map(|disk| disk.retired()).collect();
+        retired.iter().try_for_each(|path| self.away.remove(path))?;
+        // Without the record nobody would remove what came back.
+        self.away.make_durable(retired.iter().map(PathBuf::as_path))?;
         failpoint!("7n");
         match self.hypervisor.set_record(&self.record.uuid, None) {
             Ok(()) => {}
@@ -460,8 +515,9 @@ impl<'a> Settler<'a> {
     }
 }
 
+/// Under which name an overlay is left.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Away {
+enum How {
     Retired,
     Kept,
 }
@@ -480,27 +536,6 @@ pub fn halt_error(record: &Record, halt: &Halt) -> Error {
     e
 }
 
-/// Renames within a directory, never over anything, and makes it durable.
-pub(crate) fn rename_durably(from: &Path, to: &Path) -> Result<()> {
-    use rustix::fs::{CWD, RenameFlags, renameat_with};
-    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
-        Ok(()) => {}
-        // File systems without flagged renames (NFS): the names are ours alone, so looking first is as good.
-        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) if !to.exists() => {
-            fs::rename(from, to).map_err(|e| Error::io("cannot rename the overlay away", from, e))?;
-        }
-        Err(e) => return Err(Error::io("cannot rename the overlay away", from, e.into())),
-    }
-    sync_dir(parent(from))
-}
-
-fn remove_if_there(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io("cannot remove the overlay", path, e)),
-        _ => Ok(()),
-    }
-}
-
-fn parent(path: &Path) -> &Path {
-    path.parent().unwrap_or(Path::new("/"))
-}
+#[cfg(test)]
+#[path = "settle_tests.rs"]
+mod tests;

@@ -1,0 +1,267 @@
+//! The settle loop over a libvirt of the tests' own: how often it looks, how long the guest stands, and that no guest runs
+//! while the overlay of a pivoted disk has its name (I3).
+
+use super::*;
+use crate::hypervisor::{BlockJob, BlockJobKind, DiskKind, DiskView, DomainView, FreezeDisk, Power as DomainPower};
+use crate::name::DomainUuid;
+use crate::replicate::journal::{DiskRecord, boot_id, tests::record};
+use jiff::Timestamp;
+use std::path::Path;
+use std::sync::Mutex;
+
+/// What happened, in order, without the looks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Did {
+    Paused,
+    Pivoted(String),
+    Resumed,
+}
+
+#[derive(Debug)]
+struct FakeDisk {
+    on_overlay: bool,
+    job: Option<bool>,
+}
+
+#[derive(Debug)]
+struct State {
+    paused: bool,
+    disks: Vec<FakeDisk>,
+    did: Vec<Did>,
+    looks: usize,
+    looks_while_held: usize,
+    /// The job of this disk falls back from ready at its next pivot.
+    falls_back: Option<usize>,
+}
+
+struct Fake {
+    record: Record,
+    state: Mutex<State>,
+}
+
+impl Fake {
+    fn with<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
+        f(&mut self.state.lock().unwrap())
+    }
+
+    fn at(&self, disk: &DiskName) -> usize {
+        self.record.disks.iter().position(|d| d.name == *disk).unwrap()
+    }
+
+    fn view(&self, s: &State) -> DomainView {
+        let disk = |(d, now): (&DiskRecord, &FakeDisk)| {
+            let overlay =
+                Layer { path: d.overlay.clone(), format: Format::Qcow2, block_device: false, data_file: None };
+            let mut chain = vec![d.base.clone()];
+            if now.on_overlay {
+                chain.insert(0, overlay);
+            }
+            let job = |ready| BlockJob { kind: BlockJobKind::ActiveCommit, ready, done_bytes: 1, total_bytes: 1 };
+            DiskView {
+                name: d.name.clone(),
+                kind: DiskKind::Image,
+                inactive: chain.first().cloned(),
+                live: Some(Chain(chain)),
+                size: None,
+                job: now.job.map(job),
+                read_only: false,
+                shareable: false,
+            }
+        };
+        DomainView {
+            name: self.record.domain.clone(),
+            uuid: self.record.uuid.clone(),
+            id: self.record.instance,
+            power: if s.paused { DomainPower::Paused } else { DomainPower::Running },
+            persistent: true,
+            managed_save: false,
+            domain_job: None,
+            disks: self.record.disks.iter().zip(&s.disks).map(disk).collect(),
+            record: None,
+            nvram: None,
+            tpm: None,
+            guest_agent: false,
+        }
+    }
+}
+
+impl Hypervisor for Fake {
+    fn observe_without_sizes(&self, _: &DomainUuid) -> Result<DomainView> {
+        self.with(|s| {
+            s.looks += 1;
+            s.looks_while_held += usize::from(s.paused);
+            Ok(self.view(s))
+        })
+    }
+
+    fn start_commit(&self, _: &DomainUuid, disk: &DiskName, _: &Path, _: &Path, _: bool) -> Result<()> {
+        self.with(|s| s.disks[self.at(disk)].job = Some(true));
+        Ok(())
+    }
+
+    fn wait_job(&self, _: &DomainUuid, disk: &DiskName, _: Duration) -> Result<Option<BlockJob>> {
+        self.with(|s| s.disks[self.at(disk)].job = Some(true));
+        Ok(None)
+    }
+
+    fn pivot(&self, _: &DomainUuid, disk: &DiskName) -> Result<()> {
+        self.with(|s| {
+            let at = self.at(disk);
+            assert!(s.paused, "{disk} is pivoted under a guest that runs");
+            if s.falls_back == Some(at) {
+                (s.falls_back, s.disks[at].job) = (None, Some(false));
+                return Err(Error::new(Kind::Busy, "the job is not ready"));
+            }
+            assert_eq!(s.disks[at].job, Some(true));
+            s.disks[at] = FakeDisk { on_overlay: false, job: None };
+            s.did.push(Did::Pivoted(disk.to_string()));
+            Ok(())
+        })
+    }
+
+    fn pause(&self, _: &DomainUuid) -> Result<()> {
+        self.with(|s| {
+            s.paused = true;
+            s.did.push(Did::Paused);
+        });
+        Ok(())
+    }
+
+    fn resume(&self, _: &DomainUuid) -> Result<()> {
+        self.with(|s| {
+            for (disk, now) in self.record.disks.iter().zip(&s.disks) {
+                let stale = !now.on_overlay && disk.overlay.exists();
+                assert!(!stale, "the guest runs on the base of {}, whose overlay has its name", disk.name);
+            }
+            s.paused = false;
+            s.did.push(Did::Resumed);
+        });
+        Ok(())
+    }
+
+    fn set_record(&self, _: &DomainUuid, _: Option<&str>) -> Result<()> {
+        Ok(())
+    }
+
+    fn find(&self, _: &str) -> Result<DomainView> {
+        unreachable!("the loop knows its domain")
+    }
+
+    fn observe(&self, _: &DomainUuid) -> Result<DomainView> {
+        unreachable!("the loop asks for no sizes")
+    }
+
+    fn firmware(&self, _: &DomainUuid) -> Result<Option<PathBuf>> {
+        unreachable!("the loop asks for no firmware")
+    }
+
+    fn list(&self) -> Result<Vec<DomainView>> {
+        unreachable!("the loop knows its domain")
+    }
+
+    fn freeze(&self, _: &DomainUuid, _: &[FreezeDisk]) -> Result<()> {
+        unreachable!("the loop freezes nothing")
+    }
+
+    fn cancel_job(&self, _: &DomainUuid, _: &DiskName) -> Result<()> {
+        unreachable!("the loop cancels nothing")
+    }
+
+    fn redefine(&self, _: &DomainUuid, _: &[(DiskName, Layer)]) -> Result<()> {
+        unreachable!("this libvirt saves what it pivots")
+    }
+
+    fn close_unused(&self, _: &DomainUuid, _: &Path) -> Result<()> {
+        unreachable!("nothing is left open here")
+    }
+
+    fn definition(&self, _: &DomainUuid, _: bool, _: bool) -> Result<String> {
+        unreachable!("the loop reads no definition")
+    }
+}
+
+/// A running domain of so many disks, all on their overlays, the run's record behind it.
+struct Bench {
+    fake: Fake,
+    dir: tempfile::TempDir,
+}
+
+impl Bench {
+    fn of(disks: usize) -> Bench {
+        let dir = tempfile::tempdir().unwrap();
+        let mut record = Record { boot: boot_id(), ..record(Phase::Frozen) };
+        let template = record.disks.remove(0);
+        for n in 0..disks {
+            let (base, overlay) = (dir.path().join(format!("{n}.qcow2")), dir.path().join(format!("{n}.vr-0.qcow2")));
+            std::fs::write(&base, b"base").unwrap();
+            std::fs::write(&overlay, b"overlay").unwrap();
+            let name = DiskName::new(format!("vd{n}")).unwrap();
+            let overlay_id = Stamp::of(&overlay).unwrap().map(|s| s.id);
+            let base = Layer { path: base, ..template.base.clone() };
+            record.disks.push(DiskRecord { name, base, overlay, overlay_id, ..template.clone() });
+        }
+        let disks = (0..disks).map(|_| FakeDisk { on_overlay: true, job: None }).collect();
+        let (did, looks, looks_while_held, falls_back) = (Vec::new(), 0, 0, None);
+        let state = Mutex::new(State { paused: false, disks, did, looks, looks_while_held, falls_back });
+        Bench { fake: Fake { record, state }, dir }
+    }
+
+    fn settle(&self, pause_share: Duration) -> Account {
+        let record = self.fake.record.clone();
+        let journal = Journal::open(self.dir.path(), &record.uuid, "test", Timestamp::UNIX_EPOCH).unwrap();
+        journal.write(&record).unwrap();
+        let options = SettleOptions { pause_share, ..SettleOptions::default() };
+        let mut guard = Unguarded;
+        let mut settler = Settler::new(&self.fake, &journal, record, &mut guard, options);
+        assert_eq!(settler.run(Goal::Settled).unwrap(), Outcome::Reached);
+        assert_eq!(journal.record().unwrap(), None);
+        for disk in &self.fake.record.disks {
+            assert!(!disk.overlay.exists() && !disk.retired().exists(), "{} is left", disk.overlay.display());
+        }
+        self.fake.with(|s| assert!(!s.paused && s.disks.iter().all(|d| !d.on_overlay)));
+        settler.account
+    }
+
+    fn did(&self) -> Vec<Did> {
+        self.fake.with(|s| s.did.clone())
+    }
+}
+
+/// Observed anew before every step of every disk, 12 disks were ended by the dead-man: 5 s were not enough.
+#[test]
+fn looks_while_the_guest_stands_do_not_grow_with_the_disks() {
+    let looks = |disks| {
+        let bench = Bench::of(disks);
+        bench.settle(Duration::from_secs(3600));
+        let pauses = bench.did().iter().filter(|d| **d == Did::Paused).count();
+        assert_eq!(pauses, 1);
+        bench.fake.with(|s| (s.looks_while_held, s.looks))
+    };
+    let one = looks(1);
+    assert!(one.0 >= 2, "pivot and retirement have to be decided from what is seen");
+    assert_eq!(looks(8), one);
+    assert_eq!(looks(32), one);
+}
+
+/// The guest runs between two disks once the pause has lasted long enough; no disk is half done then.
+#[test]
+fn a_long_pause_ends_between_two_disks() {
+    let bench = Bench::of(3);
+    bench.settle(Duration::ZERO);
+    let each = |n: usize| [Did::Paused, Did::Pivoted(format!("vd{n}")), Did::Resumed];
+    assert_eq!(bench.did(), [each(0), each(1), each(2)].concat());
+}
+
+/// The intent of the pause stands for the disk that was pivoted just before, or its retirement would look like a stranger's
+/// deed.
+#[test]
+fn a_job_that_falls_back_ends_the_pause_and_nothing_else() {
+    for falls_back in 0..3 {
+        let bench = Bench::of(3);
+        bench.fake.with(|s| s.falls_back = Some(falls_back));
+        let account = bench.settle(Duration::from_secs(3600));
+        assert_eq!(account.alarms, [""; 0], "disk {falls_back} fell back");
+        let pauses = bench.did().iter().filter(|d| **d == Did::Paused).count();
+        assert_eq!(pauses, 2, "disk {falls_back} fell back");
+    }
+}
