@@ -213,7 +213,7 @@ fn a_refused_freeze_leaves_nothing() {
     let bad = [
         (guest.freeze_disk("vdb", "no/such/dir.qcow2"), Kind::Refused),
         (guest.freeze_disk("vdb", "taken.qcow2"), Kind::Refused),
-        (guest.freeze_disk("vdx", "vx.qcow2"), Kind::NotFound),
+        (guest.freeze_disk("vdx", "vx.qcow2"), Kind::Conflict),
         (guest.freeze_disk("vda", "other.qcow2"), Kind::Usage),
         (guest.freeze_disk("vdb", "va.qcow2"), Kind::Usage),
     ];
@@ -363,7 +363,7 @@ fn the_definition_of_a_domain_that_is_off_goes_back_byte_for_byte() {
     assert_eq!((live(&view, "vda"), live(&view, "vdb")), ("a.qcow2<gold.qcow2".into(), "b.raw".into()));
     assert!(guest.holds("b.raw", 0x66, "0", "64k"));
     let e = h.redefine(&guest.uuid, &[(name("vdx"), guest.layer("b.raw"))]).unwrap_err();
-    assert_eq!(e.kind(), Kind::NotFound, "{}", e.chain());
+    assert_eq!(e.kind(), Kind::Conflict, "{}", e.chain());
 }
 
 #[test]

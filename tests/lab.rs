@@ -70,6 +70,8 @@ mod formats;
 mod handover;
 #[path = "lab/suite/limits.rs"]
 mod limits;
+#[path = "lab/suite/live_only.rs"]
+mod live_only;
 #[path = "lab/suite/migrate.rs"]
 mod migrate;
 #[path = "lab/suite/plain.rs"]

@@ -412,7 +412,7 @@ pub(super) fn running(domain: &Domain) -> Result<DomainXml, Failure> {
 }
 
 pub(super) fn live_disk<'a>(xml: &'a DomainXml, name: &DiskName) -> Result<&'a DiskXml> {
-    xml.disk(name).ok_or_else(|| Error::new(Kind::NotFound, "the domain has no such disk").disk(name))
+    xml.disk(name).ok_or_else(|| Error::new(Kind::Conflict, "the domain has no such disk").disk(name))
 }
 
 /// A commit of anything but `top` into its own direct backing image would mix up images.

@@ -35,6 +35,7 @@ pub mod swtpm;
 mod sys;
 #[cfg(feature = "libvirt")]
 mod tracking;
+pub mod travel;
 pub mod xml;
 
 use self::backup::{Backup, BackupJob};

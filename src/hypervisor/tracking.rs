@@ -119,5 +119,5 @@ impl LibvirtHypervisor {
 pub(super) fn node_name<'a>(nodes: &'a [Node], layer: &Layer) -> Result<&'a str> {
     bitmap::node_of(nodes, layer)
         .and_then(|n| n.node_name.as_deref())
-        .ok_or_else(|| Error::new(Kind::NotFound, "the running QEMU has no node for this image").path(&layer.path))
+        .ok_or_else(|| Error::new(Kind::Conflict, "the running QEMU has no node for this image").path(&layer.path))
 }

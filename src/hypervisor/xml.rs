@@ -187,7 +187,7 @@ pub fn set_layers(xml: &str, disks: &[(DiskName, Layer)]) -> Result<String> {
         }
         let node = children(devices, "disk")
             .find(|d| target(*d) == Some(name.as_str()))
-            .ok_or_else(|| Error::new(Kind::NotFound, "the definition has no such disk").disk(name))?;
+            .ok_or_else(|| Error::new(Kind::Conflict, "the definition has no such disk").disk(name))?;
         edit_disk(xml, node, layer, &mut edits).map_err(|e| e.disk(name))?;
     }
     Ok(splice(xml, edits))
@@ -210,7 +210,7 @@ pub fn without_record(xml: &str) -> Result<String> {
 }
 
 /// Replaces byte ranges that do not overlap.
-fn splice(xml: &str, mut edits: Vec<(Range<usize>, String)>) -> String {
+pub(crate) fn splice(xml: &str, mut edits: Vec<(Range<usize>, String)>) -> String {
     // Stable: an insertion stays before the replacement that begins at the same byte.
     edits.sort_by_key(|(range, _)| range.start);
     let mut out = String::with_capacity(xml.len() + 256);
@@ -258,7 +258,7 @@ pub(crate) fn text_of(node: Node) -> String {
     node.children().filter(|c| c.is_text()).filter_map(|c| c.text()).collect()
 }
 
-fn target<'a>(disk: Node<'a, '_>) -> Option<&'a str> {
+pub(crate) fn target<'a>(disk: Node<'a, '_>) -> Option<&'a str> {
     child(disk, "target")?.attribute("dev")
 }
 

@@ -259,7 +259,7 @@ fn several_disks_in_any_order_and_no_other() {
     let xml = set_layers(&all("qcow2:/fa<qcow2:/a", "qcow2:/fb<raw:/b", "qcow2:/fc<raw:/c"), &edits).unwrap();
     assert_eq!(xml, all("qcow2:/a", "qcow2:/fb<raw:/b", "raw:/c"));
     let kind = |e: &[(DiskName, Layer)]| set_layers(&xml, e).unwrap_err().kind();
-    assert_eq!(kind(&[(name("vdx"), file(Format::Raw, "/c"))]), Kind::NotFound);
+    assert_eq!(kind(&[(name("vdx"), file(Format::Raw, "/c"))]), Kind::Conflict, "4 means that there is no such domain");
     assert_eq!(kind(&[edits[0].clone(), edits[0].clone()]), Kind::Usage);
 }
 

@@ -94,7 +94,7 @@ impl<'a> OverlayCapture<'a> {
         domain: &DomainView,
         (run, quiescer): (&RunId, Quiescer<'a>),
     ) -> Self {
-        let disks = plan.replicated().map(|d| new_disk_record(d, run)).collect();
+        let disks = plan.replicated().map(|d| new_disk_record(d, run, domain)).collect();
         let record = Record {
             format: 1,
             run: run.clone(),
@@ -275,7 +275,8 @@ impl Capture for OverlayCapture<'_> {
     }
 }
 
-fn new_disk_record(disk: &DiskPlan, run: &RunId) -> DiskRecord {
+fn new_disk_record(disk: &DiskPlan, run: &RunId, domain: &DomainView) -> DiskRecord {
+    let defined = domain.disk(&disk.name).is_some_and(|view| view.inactive.is_some());
     DiskRecord {
         name: disk.name.clone(),
         base: disk.chain.top().clone(),
@@ -284,6 +285,7 @@ fn new_disk_record(disk: &DiskPlan, run: &RunId) -> DiskRecord {
         base_stamp: None,
         overlay_id: None,
         complete_at: None,
+        live_only: domain.persistent && !defined,
     }
 }
 

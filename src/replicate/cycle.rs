@@ -33,6 +33,7 @@ use super::quiesce::{self, Quiescer, Settled};
 use super::report::{Report, RunOutcome, millis};
 use super::room::RoomWatch;
 use super::settle::{Account, Goal, Outcome, PauseGuard, SettleOptions, Settler, halt_error};
+use super::surroundings::{Described, describe};
 use super::survey::make_plan;
 use super::throttle::Throttle;
 use crate::block::ByteRange;
@@ -240,6 +241,8 @@ impl<'a> Run<'a> {
         if let Some(refusal) = plan.refusal() {
             return Err(refusal.into());
         }
+        let described = describe(self.ports, self.request, &domain, &plan)?;
+        report.warnings.extend(described.notes.iter().cloned());
         let begun = replica.begin(&self.begin_request(&domain, &plan))?;
         plan.start_from(&begun.seeds);
         failpoint!("3");
@@ -277,7 +280,8 @@ impl<'a> Run<'a> {
         report.warnings.extend(untracked);
 
         // Whatever becomes of the point, the domain goes back onto its own images.
-        let sealed = self.ship_and_seal(replica.as_ref(), &domain, &plan, &still, &dirty, capture.as_ref());
+        let sealed =
+            self.ship_and_seal(replica.as_ref(), &domain, (&plan, &described), &still, &dirty, capture.as_ref());
         self.watch.step(7, plan.capture.release_words());
         let released = std::thread::scope(|scope| {
             // The target may have much to put in order before it has given up a point: the guest does not wait for that.
@@ -379,7 +383,7 @@ impl<'a> Run<'a> {
         &self,
         replica: &dyn Replica,
         domain: &DomainView,
-        plan: &Plan,
+        (plan, described): (&Plan, &Described),
         still: &Still,
         dirty: &Marked,
         capture: &dyn Capture,
@@ -401,7 +405,7 @@ impl<'a> Run<'a> {
             });
             disks.push(shipped.on_disk(name)?);
         }
-        self.attach(replica, domain)?;
+        self.attach(replica, domain, described)?;
         failpoint!("5f");
         capture.confirm()?;
         self.watch.step(6, "seal the point");

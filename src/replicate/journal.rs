@@ -90,6 +90,9 @@ pub struct DiskRecord {
     pub overlay_id: Option<FileId>,
     /// The base is complete, and the overlay was like this when that was seen.
     pub complete_at: Option<Stamp>,
+    /// Only the running instance had the disk: when that is over no definition names it, and our record is all there is.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub live_only: bool,
 }
 
 impl DiskRecord {
@@ -469,6 +472,7 @@ pub(crate) mod tests {
                 base_stamp: None,
                 overlay_id: None,
                 complete_at: None,
+                live_only: false,
             }],
             started_at: Timestamp::UNIX_EPOCH,
             frozen_at: None,

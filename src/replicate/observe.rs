@@ -63,7 +63,7 @@ pub fn observe(hypervisor: &dyn Hypervisor, record: &Record) -> Result<Observati
     for disk in &record.disks {
         let view = domain.as_ref().and_then(|d| d.disk(&disk.name));
         let (facts, seen, stamp) =
-            disk_seen(record, disk, view).on_disk(&disk.name).map_err(|e| e.domain(&record.domain))?;
+            disk_seen(record, disk, power, view).on_disk(&disk.name).map_err(|e| e.domain(&record.domain))?;
         disks.push((disk.name.clone(), facts, seen));
         overlay_stamps.push(stamp);
     }
@@ -81,6 +81,7 @@ pub fn observe(hypervisor: &dyn Hypervisor, record: &Record) -> Result<Observati
 fn disk_seen(
     record: &Record,
     disk: &DiskRecord,
+    power: PowerState,
     view: Option<&DiskView>,
 ) -> Result<(DiskFacts, DiskSeen, Option<Stamp>)> {
     let stamp = Stamp::of(&disk.overlay)?;
@@ -92,7 +93,10 @@ fn disk_seen(
     let overlay_touched = matches!((disk.complete_at, stamp), (Some(then), Some(now)) if then != now);
     let seen = DiskSeen {
         live: view.and_then(|v| v.live.as_ref()).map_or(Stand::Absent, |chain| stand(disk, chain)),
-        inactive: inactive_stand(disk, view)?,
+        inactive: match (power, view) {
+            (PowerState::Off, None) if disk.live_only => gone_with_its_instance(overlay),
+            _ => inactive_stand(disk, view)?,
+        },
         job: match view.and_then(|v| v.job) {
             None => Job::None,
             Some(job) if job.kind == BlockJobKind::Other => Job::Foreign,
@@ -154,6 +158,12 @@ fn inactive_stand(disk: &DiskRecord, view: Option<&DiskView>) -> Result<Stand> {
     Ok(resolve(top).map_or(Stand::Foreign, |chain| stand(disk, &chain)))
 }
 
+/// Where a disk stands that only an instance had which is over. No definition will name it; our overlay, while it has its
+/// name, holds what the guest wrote to the disk last.
+fn gone_with_its_instance(overlay: OverlayFile) -> Stand {
+    if overlay.is_there() { Stand::Ours } else { Stand::Base }
+}
+
 /// The whole chain below a definition's image, by the backing files recorded in the images. `Refused` where a format is
 /// not recorded: it is never guessed.
 pub fn resolve(top: &Layer) -> Result<Chain> {
@@ -211,6 +221,38 @@ mod tests {
         ] {
             assert_eq!(stand(disk, &chain(notation)), expected, "{notation}");
         }
+    }
+
+    /// It was plugged in without `--persistent`, and its instance ended on our overlay: what the guest wrote is committed.
+    #[test]
+    fn a_disk_that_went_with_its_instance_is_committed_from_the_record() {
+        let mut record = record(Phase::Frozen);
+        let dir = tempfile::tempdir().unwrap();
+        record.disks[0].overlay = dir.path().join("a.vr-0000.qcow2");
+        record.disks[0].base.path = dir.path().join("a.qcow2");
+        (record.disks[0].base_stamp, record.disks[0].overlay_id) = (None, None);
+        std::fs::write(&record.disks[0].base.path, b"base").unwrap();
+        std::fs::write(&record.disks[0].overlay, vec![1; 1 << 20]).unwrap();
+        let next = |record: &Record, power| {
+            let (facts, seen, _) = disk_seen(record, &record.disks[0], power, None).unwrap();
+            let disks = [(record.disks[0].name.clone(), facts, seen)];
+            crate::replicate::decide::decide(&Situation {
+                phase: record.phase,
+                resume_after: false,
+                power,
+                same_instance: false,
+                persistent: true,
+                managed_save: false,
+                disks: &disks,
+            })
+        };
+        use crate::replicate::decide::{Action, HaltReason};
+        let halted = next(&record, PowerState::Off);
+        assert!(matches!(halted, Action::Halt(ref h) if h.reason == HaltReason::DiskGone), "{halted:?}");
+        record.disks[0].live_only = true;
+        assert_eq!(next(&record, PowerState::Off), Action::CommitOffline(record.disks[0].name.clone()));
+        std::fs::rename(&record.disks[0].overlay, record.disks[0].retired()).unwrap();
+        assert_eq!(next(&record, PowerState::Off), Action::Done);
     }
 
     #[test]

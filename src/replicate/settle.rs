@@ -14,7 +14,7 @@ use super::observe::{Observation, observe};
 use super::offline;
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::failpoint;
-use crate::hypervisor::Hypervisor;
+use crate::hypervisor::{DomainView, Hypervisor};
 use crate::image::locks::QemuLock;
 use crate::image::{Chain, Format, Layer, qemu_img};
 use crate::name::DiskName;
@@ -393,7 +393,9 @@ impl<'a> Settler<'a> {
         self.away.rename(&overlay, &retired)?;
         self.away.make_durable([overlay.as_path()])?;
         failpoint!("7l");
-        if again.power == PowerState::Off && again.domain.is_some_and(|d| d.persistent) {
+        // One that was plugged in for a running instance only is in no definition.
+        let defined = |d: &DomainView| d.persistent && d.disk(disk).is_some_and(|view| view.inactive.is_some());
+        if again.power == PowerState::Off && again.domain.as_ref().is_some_and(defined) {
             self.hypervisor.redefine(&self.record.uuid, &[(disk.clone(), base)]).on_disk(disk)?;
         }
         self.note(format!("overlay of {disk} committed while the domain was off"));

@@ -1,15 +1,51 @@
 //! What surrounds the disks of a run: the machine's description that travels with the point, and the operator's programs
 //! before and after the freeze.
 
-use super::cycle::Run;
+use super::cycle::{Ports, Request, Run};
 use super::demoted;
 use super::freeze_hooks;
 use super::journal::to_json;
 use super::plan::{CaptureKind, Plan};
 use crate::error::{Error, Result};
 use crate::hypervisor::firmware::Firmware;
-use crate::hypervisor::{DomainView, Power, xml};
+use crate::hypervisor::{DomainView, Power, travel, xml};
+use crate::name::DiskName;
 use crate::replica::{Attachment, Replica};
+
+/// The machine's description that travels with a point, as it was decided before the freeze.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Described {
+    /// What a failover brings up. `None`: the domain is transient, and its live definition is all there is.
+    stored: Option<String>,
+    /// The running instance's, if it runs.
+    live: Option<String>,
+    /// How the definition that travels differs from what runs, or would be started, here.
+    pub(super) notes: Vec<String>,
+}
+
+/// Step 3: reads the definitions and decides which one travels. Before the freeze, as it may show that the point could not
+/// be brought up; and while both documents name the domain's own images.
+pub(super) fn describe(ports: &Ports, request: &Request, domain: &DomainView, plan: &Plan) -> Result<Described> {
+    let read = |inactive| ports.hypervisor.definition(&domain.uuid, inactive, request.with_secrets);
+    let stored = if domain.persistent { Some(read(true)?) } else { None };
+    let live = if domain.power == Power::Off { None } else { Some(read(false)?) };
+    let disks: Vec<DiskName> = plan.replicated().map(|d| d.name.clone()).collect();
+    decided(stored, live, &disks).map_err(|e| e.domain(&domain.name))
+}
+
+/// Pure. Nobody who defines a domain from what travels inherits a run that was under way here.
+fn decided(stored: Option<String>, live: Option<String>, disks: &[DiskName]) -> Result<Described> {
+    let travelling = match (&stored, &live) {
+        (Some(stored), Some(live)) => Some(travel::definition(stored, live, disks)?),
+        _ => None,
+    };
+    let (stored, notes) = match travelling {
+        Some(travelling) => (Some(travelling.xml), travelling.notes),
+        None => (stored, Vec::new()),
+    };
+    let bare = |xml: Option<String>| xml.map(|xml| xml::without_record(&xml)).transpose();
+    Ok(Described { stored: bare(stored)?, live: bare(live)?, notes })
+}
 
 impl Run<'_> {
     /// Step 3d.
@@ -27,16 +63,12 @@ impl Run<'_> {
         freeze_hooks::settle(self.journal).unwrap_or_else(|e| Some(e.chain()))
     }
 
-    /// The machine's description, as it was at the freeze or a moment later.
-    pub(super) fn attach(&self, replica: &dyn Replica, domain: &DomainView) -> Result<()> {
-        let secure = self.request.with_secrets;
-        if domain.persistent {
-            let xml = self.ports.hypervisor.definition(&domain.uuid, true, secure)?;
-            replica.attach(Attachment::InactiveXml, self.as_its_owner_wrote(xml)?.as_bytes())?;
-        }
-        if domain.power != Power::Off {
-            let xml = self.ports.hypervisor.definition(&domain.uuid, false, secure)?;
-            replica.attach(Attachment::LiveXml, self.as_its_owner_wrote(xml)?.as_bytes())?;
+    /// The machine's description: its definitions as they were decided before the freeze, the rest as it is a moment after.
+    pub(super) fn attach(&self, replica: &dyn Replica, domain: &DomainView, described: &Described) -> Result<()> {
+        for (name, xml) in [(Attachment::InactiveXml, &described.stored), (Attachment::LiveXml, &described.live)] {
+            if let Some(xml) = xml {
+                replica.attach(name, xml.as_bytes())?;
+            }
         }
         let files = [
             (Attachment::Nvram, &domain.nvram, "cannot read the UEFI variables"),
@@ -80,13 +112,5 @@ impl Run<'_> {
     fn firmware(&self, domain: &DomainView) -> Result<Option<Firmware>> {
         let path = self.ports.hypervisor.firmware(&domain.uuid)?;
         path.map_or(Ok(None), |path| Firmware::of(&path))
-    }
-
-    /// While we hold the disks, both definitions name our overlays and carry our record; those to keep name the images
-    /// themselves, and nobody who defines a domain from them inherits a run that was under way.
-    fn as_its_owner_wrote(&self, xml: String) -> Result<String> {
-        let Some(record) = self.journal.record()? else { return Ok(xml) };
-        let bases: Vec<_> = record.disks.iter().map(|d| (d.name.clone(), d.base.clone())).collect();
-        xml::without_record(&xml::set_layers(&xml, &bases)?)
     }
 }

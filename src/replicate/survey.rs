@@ -14,6 +14,7 @@ use super::offline;
 use super::plan::{Conflict, DiskFacts, Plan, overlay_dir, plan};
 use super::report::Report;
 use super::room::free_bytes;
+use super::surroundings::describe;
 use super::turnover::{self, Tracked};
 use crate::error::Result;
 use crate::hypervisor::backup::BackupJob;
@@ -51,6 +52,8 @@ pub fn plan_only(ports: &Ports, request: &Request) -> Result<Plan> {
         let what = "an earlier run was cut short; the next one settles it first".to_owned();
         plan.conflicts.retain(|c| !matches!(c, Conflict::StrayOverlay { .. }));
         plan.notes.push(what);
+    } else if plan.conflicts.is_empty() {
+        plan.notes.extend(describe(ports, request, &domain, &plan)?.notes);
     }
     Ok(plan)
 }

@@ -3,8 +3,8 @@
 use super::here::Here;
 use super::{Connection, Site};
 use crate::error::{Error, Kind, Result};
-use crate::hypervisor::Hypervisor as _;
-use crate::name::{DomainUuid, RunId};
+use crate::hypervisor::{DiskKind, DiskView, DomainView, Hypervisor as _, Power};
+use crate::name::{DiskName, DomainUuid, RunId};
 use crate::recovery::bringup::{BringUp, Coming, refuse_red};
 use crate::recovery::failback::{self, CameHome};
 use crate::recovery::handover::{self, HandoverRecord, HandoverState, Look, Ports, Sent};
@@ -115,6 +115,7 @@ impl Site {
     fn with_handover<T>(&self, means: &Means, uuid: &DomainUuid, act: impl FnOnce(&Ports) -> Result<T>) -> Result<T> {
         let look = || -> Result<Look> {
             let view = self.hypervisor().observe(uuid)?;
+            leaves_no_disk_behind(&view, &means.runs.plan.exclude_disks)?;
             Ok(Look { persistent: view.persistent, managed_save: view.managed_save, guest_agent: view.guest_agent })
         };
         let run = |handover: Option<&RunId>| self.run_once(means, handover).and_then(sent);
@@ -193,6 +194,23 @@ fn stays_when_off(conflict: &Conflict) -> bool {
             | Conflict::NoOverlayDir { .. }
             | Conflict::CannotQuiesce { .. }
     )
+}
+
+/// A disk that only the running instance has goes when the guest is shut down: the last run, of a domain that is off, would
+/// not have it.
+fn leaves_no_disk_behind(view: &DomainView, excluded: &[DiskName]) -> Result<()> {
+    let runs = view.persistent && view.power != Power::Off;
+    let lost = |d: &&DiskView| d.kind == DiskKind::Image && d.inactive.is_none() && !excluded.contains(&d.name);
+    match view.disks.iter().find(|d| runs && lost(d)) {
+        None => Ok(()),
+        Some(disk) => Err(Error::new(
+            Kind::Conflict,
+            "the disk is attached to the running instance only: it would be gone when the guest is shut down",
+        )
+        .disk(&disk.name)
+        .domain(&view.name)
+        .hint("put it into the definition (`virsh attach-disk DOMAIN FILE DISK --config`), detach it, or leave it behind with --exclude-disk")),
+    }
 }
 
 fn sent(report: Report) -> Result<Sent> {

@@ -28,6 +28,7 @@ fn open_record(overlay: &Path) -> Record {
             base_stamp: None,
             overlay_id: None,
             complete_at: None,
+            live_only: false,
         }],
         started_at: Timestamp::UNIX_EPOCH,
         frozen_at: Some(Timestamp::UNIX_EPOCH),
