@@ -53,6 +53,11 @@ pub trait Hypervisor: Send + Sync {
     /// Observes a domain again. `NotFound` when it is gone (a transient domain that ended, an undefined one).
     fn observe(&self, uuid: &DomainUuid) -> Result<DomainView>;
 
+    /// Has libvirt look at the domain's emulator, if that changed since it did so last: it takes up to a minute,
+    /// and the next change of the definition would wait for it. To be asked while no guest is held; cheap at all
+    /// other times.
+    fn warm_up(&self, uuid: &DomainUuid) -> Result<()>;
+
     /// The file of the UEFI firmware that a domain runs with, or would start with. `None`: it has none, or libvirt does not say.
     fn firmware(&self, uuid: &DomainUuid) -> Result<Option<PathBuf>>;
 

@@ -237,9 +237,7 @@ impl<'a> Run<'a> {
         let mut plan = make_plan(self.ports, self.request, &domain, &view)?;
         report.skipped = plan.skipped.clone();
         (report.capture, report.capture_reason) = (Some(plan.capture), Some(plan.capture_reason.clone()));
-        if let Some(refusal) = plan.refusal() {
-            return Err(refusal.into());
-        }
+        self.ready_to_freeze(&plan)?;
         let begun = replica.begin(&self.begin_request(&domain, &plan))?;
         plan.start_from(&begun.seeds);
         failpoint!("3");
@@ -288,6 +286,15 @@ impl<'a> Run<'a> {
         });
         drop(replica);
         self.conclude(report, &plan, sealed, released)
+    }
+
+    /// What must be so before anything is frozen, and asks nothing of the target.
+    pub(super) fn ready_to_freeze(&self, plan: &Plan) -> Result<()> {
+        match plan.refusal() {
+            Some(refusal) => Err(refusal),
+            None if plan.capture == CaptureKind::Off => Ok(()),
+            None => self.ports.hypervisor.warm_up(&plan.uuid),
+        }
     }
 
     pub(super) fn capture<'c>(
