@@ -502,7 +502,7 @@ fn a_block_jobs_events_concern_its_disk_only() {
 fn a_hanging_libvirtd_holds_nobody_beyond_the_deadline() {
     let host = Host::private();
     let short = Duration::from_millis(700);
-    let h = host.hypervisor_with(Deadlines { query: short, change: short, standing: short });
+    let h = host.hypervisor_with(Deadlines { query: short, change: short, standing: short, probing: short });
     let guest = host.define(TWO_DISKS);
     guest.start_paused();
     h.observe(&guest.uuid).unwrap();
@@ -536,6 +536,39 @@ fn a_hanging_libvirtd_holds_nobody_beyond_the_deadline() {
     // Nor has any of it happened since.
     let view = h.observe(&guest.uuid).unwrap();
     assert_eq!((view.power, live(&view, "vda")), (Power::Paused, "a.qcow2<gold.qcow2".into()));
+}
+
+/// After an upgrade of QEMU libvirt looks at its emulators anew, and the first definition waits for that. Here it
+/// takes two seconds for each way to run a guest: longer than the deadline of any other change.
+#[test]
+fn a_libvirt_that_looks_at_its_emulators_anew_is_waited_for() {
+    let host = Host::shared();
+    let guest = host.define(TWO_DISKS);
+    guest.give_slow_emulator(2);
+    let h = |probing| {
+        let second = Duration::from_secs(1);
+        host.hypervisor_with(Deadlines { query: 10 * second, change: second, standing: second, probing })
+    };
+    let disks = [(name("vda"), guest.layer("a.qcow2"))];
+    let patient = h(Duration::from_secs(120));
+    patient.redefine(&guest.uuid, &disks).unwrap();
+    // Nobody waits for long: the answer to what was asked first is the one that is used.
+    guest.upgrade_emulator();
+    let hasty = h(Duration::from_millis(700));
+    let e = hasty.redefine(&guest.uuid, &disks).unwrap_err();
+    assert_eq!(e.kind(), Kind::Unavailable, "{}", e.chain());
+    assert!(e.hint_text().unwrap().contains("after an upgrade of QEMU"), "{e}");
+    let until = Instant::now() + Duration::from_secs(60);
+    while let Err(e) = hasty.redefine(&guest.uuid, &disks) {
+        assert_eq!(e.kind(), Kind::Unavailable, "{}", e.chain());
+        assert!(Instant::now() < until, "never: {}", e.chain());
+    }
+    // What a run asks before its freeze: what follows is quick.
+    guest.upgrade_emulator();
+    let start = Instant::now();
+    patient.warm_up(&guest.uuid).unwrap();
+    assert!(start.elapsed() >= Duration::from_secs(2), "libvirt did not look: {:?}", start.elapsed());
+    h(Duration::from_millis(1500)).redefine(&guest.uuid, &disks).unwrap();
 }
 
 /// The published figures: freeze, pivot, and how long the guest stands (two disks). I2 bounds the pause.

@@ -2,6 +2,7 @@
 //! domain. Mode 0600: whoever may open it may do this.
 
 use super::service::Input;
+use super::serving::{Conversations, Timed};
 use crate::error::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -18,6 +19,10 @@ const QUESTION_MAX: u64 = 4096;
 const ANSWER_MAX: u64 = 16 << 20;
 /// How long one side waits for the other.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long one question may take, from its first byte to the last one of the answer; and how many are answered
+/// side by side.
+const WITHIN: Duration = Duration::from_secs(20);
+const QUESTIONS_MAX: usize = 32;
 
 /// What may be asked.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,11 +85,12 @@ pub fn serve(path: &Path, inputs: Sender<Input>) -> Result<Control> {
     let listener = UnixListener::bind(&early).map_err(fail)?;
     std::fs::set_permissions(&early, std::fs::Permissions::from_mode(0o600)).map_err(fail)?;
     std::fs::rename(&early, path).map_err(fail)?;
+    let questions = Conversations::new(QUESTIONS_MAX, WITHIN);
     std::thread::spawn(move || {
         for stream in listener.incoming() {
             let inputs = inputs.clone();
             match stream {
-                Ok(stream) => drop(std::thread::spawn(move || answer(stream, &inputs))),
+                Ok(stream) => questions.begin(stream, move |stream| answer(stream, &inputs)),
                 // Out of descriptors: waiting is better than spinning.
                 Err(_) => std::thread::sleep(Duration::from_millis(100)),
             }
@@ -93,11 +99,9 @@ pub fn serve(path: &Path, inputs: Sender<Input>) -> Result<Control> {
     Ok(Control { path: path.to_owned() })
 }
 
-fn answer(mut stream: UnixStream, inputs: &Sender<Input>) {
-    let _ = stream.set_read_timeout(Some(PATIENCE));
-    let _ = stream.set_write_timeout(Some(PATIENCE));
+fn answer(mut stream: Timed<UnixStream>, inputs: &Sender<Input>) {
     let mut line = Vec::new();
-    if BufReader::new((&stream).take(QUESTION_MAX)).read_until(b'\n', &mut line).is_err() {
+    if BufReader::new((&mut stream).take(QUESTION_MAX)).read_until(b'\n', &mut line).is_err() {
         return;
     }
     let answer = match serde_json::from_slice::<Ask>(&line) {

@@ -1,22 +1,32 @@
-//! `/` for people and `/metrics` for Prometheus, over HTTP on a loopback port: read only, one question at a time.
+//! `/` for people and `/metrics` for Prometheus, over HTTP on a loopback port: read only. A slow client holds up nobody
+//! ([`serving`](super::serving)).
 
 use super::service::Input;
+use super::serving::{Conversations, Socket, Timed};
 use super::status::Status;
 use super::{metrics, page};
 use crate::error::{Error, Kind, Result};
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener};
 use std::sync::mpsc::{self, Sender};
 use std::time::Duration;
 
 /// Longest request that is read, in bytes.
 const REQUEST_MAX: usize = 8192;
-/// How long a scraper may take over it.
+/// How long one request may take, from the first byte of the question to the last one of the answer.
+const WITHIN: Duration = Duration::from_secs(10);
+/// How long the daemon's loop may take over its part.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Requests that are answered side by side.
+const REQUESTS_MAX: usize = 16;
 
 /// Serves from now on; returns the address, whose port was chosen by the kernel if 0 was asked for. Only loopback: there
 /// is no password.
 pub fn serve(address: SocketAddr, inputs: Sender<Input>) -> Result<SocketAddr> {
+    serve_within(address, inputs, WITHIN)
+}
+
+fn serve_within(address: SocketAddr, inputs: Sender<Input>, within: Duration) -> Result<SocketAddr> {
     if !address.ip().is_loopback() {
         return Err(Error::new(
             Kind::Usage,
@@ -27,10 +37,14 @@ pub fn serve(address: SocketAddr, inputs: Sender<Input>) -> Result<SocketAddr> {
     let fail = |e| Error::from_io(format!("cannot serve http://{address}"), e);
     let listener = TcpListener::bind(address).map_err(fail)?;
     let bound = listener.local_addr().map_err(fail)?;
+    let requests = Conversations::new(REQUESTS_MAX, within);
     std::thread::spawn(move || {
         for stream in listener.incoming() {
             match stream {
-                Ok(stream) => answer(stream, &inputs),
+                Ok(stream) => {
+                    let inputs = inputs.clone();
+                    requests.begin(stream, move |stream| answer(stream, &inputs));
+                }
                 Err(_) => std::thread::sleep(Duration::from_millis(100)),
             }
         }
@@ -38,9 +52,7 @@ pub fn serve(address: SocketAddr, inputs: Sender<Input>) -> Result<SocketAddr> {
     Ok(bound)
 }
 
-fn answer(mut stream: TcpStream, inputs: &Sender<Input>) {
-    let _ = stream.set_read_timeout(Some(PATIENCE));
-    let _ = stream.set_write_timeout(Some(PATIENCE));
+fn answer<S: Socket>(mut stream: Timed<S>, inputs: &Sender<Input>) {
     let mut request = Vec::new();
     let mut buffer = [0; 1024];
     while !request.windows(4).any(|w| w == b"\r\n\r\n") && request.len() < REQUEST_MAX {
@@ -49,7 +61,7 @@ fn answer(mut stream: TcpStream, inputs: &Sender<Input>) {
             Ok(n) => request.extend_from_slice(&buffer[..n]),
         }
     }
-    let (code, kind, body) = reply(&request, || status(inputs));
+    let (code, kind, body) = reply(&request, || status(inputs, stream.left().min(PATIENCE)));
     let head = format!(
         "HTTP/1.1 {code}\r\nContent-Type: {kind}; charset=utf-8\r\nContent-Length: {}\r\nCache-Control: no-store\r\n\
          Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'\r\nX-Content-Type-Options: nosniff\r\n\
@@ -78,21 +90,61 @@ fn reply(request: &[u8], status: impl FnOnce() -> Option<Box<Status>>) -> (&'sta
     }
 }
 
-fn status(inputs: &Sender<Input>) -> Option<Box<Status>> {
+fn status(inputs: &Sender<Input>, within: Duration) -> Option<Box<Status>> {
     let (answer, answered) = mpsc::channel();
     inputs.send(Input::Status(answer)).ok()?;
-    answered.recv_timeout(PATIENCE).ok()
+    answered.recv_timeout(within).ok()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::TcpStream;
+    use std::time::Instant;
 
     #[test]
     fn only_loopback_is_served() {
         let (inputs, _inbox) = mpsc::channel();
         let e = serve("0.0.0.0:0".parse().unwrap(), inputs).unwrap_err();
         assert_eq!(e.kind(), Kind::Usage);
+    }
+
+    /// The status line of an answer, and how long it took.
+    fn get(address: SocketAddr) -> (String, Duration) {
+        let began = Instant::now();
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        (text.lines().next().unwrap_or_default().to_owned(), began.elapsed())
+    }
+
+    /// A client that sends a byte now and then, and many that send nothing: everybody else is answered at once.
+    #[test]
+    fn slow_clients_hold_up_nobody_and_are_ended() {
+        // Nobody is behind it: each request is answered with 503, at once.
+        let (inputs, inbox) = mpsc::channel();
+        drop(inbox);
+        let address = serve_within("127.0.0.1:0".parse().unwrap(), inputs, Duration::from_millis(1500)).unwrap();
+        let mut slow = TcpStream::connect(address).unwrap();
+        let began = Instant::now();
+        let trickle = std::thread::spawn(move || {
+            while slow.write_all(b"G").is_ok() && began.elapsed() < Duration::from_secs(20) {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            began.elapsed()
+        });
+        let (line, took) = get(address);
+        assert!(line.contains("503"), "{line}");
+        assert!(took < Duration::from_millis(1200), "held up by the slow one: {took:?}");
+        assert!(trickle.join().unwrap() < Duration::from_secs(15), "the slow one was never ended");
+        let idle: Vec<TcpStream> = (0..3 * REQUESTS_MAX).map(|_| TcpStream::connect(address).unwrap()).collect();
+        // Those that gave way need a moment to end.
+        std::thread::sleep(Duration::from_millis(300));
+        let (line, took) = get(address);
+        assert!(line.contains("503") && took < Duration::from_millis(1200), "{line} {took:?}");
+        drop(idle);
     }
 
     #[test]

@@ -28,6 +28,7 @@ mod page;
 pub mod pair;
 mod run;
 pub mod service;
+mod serving;
 pub mod state;
 pub mod status;
 pub mod worker;

@@ -11,6 +11,8 @@
 //! - A missing answer is [`Kind::Unavailable`], never [`Kind::Interrupted`]: that one ends a run, this one makes it observe
 //!   again and go on from what it finds. The text says if the change had been sent and may have taken effect, or may yet.
 //! - A change is sent twice only if its [`Repeat`] allows it.
+//! - A change that may take long and was left behind is not sent beside itself: who wants the very same again waits
+//!   for the answer that is still owed ([`Gate::call_once`]).
 //! - The state's lock is never held over a call to libvirt, and a connection is never closed on a caller's thread.
 //!
 //! A connection has an *epoch*, so that the failure of an old one cannot condemn its successor.
@@ -22,6 +24,7 @@ pub use self::events::Wake;
 use self::events::{Hub, start_event_loop};
 use super::sys::{self, Event, Registrations};
 use crate::error::{Error, Kind, Result};
+use std::any::Any;
 use std::mem;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
@@ -115,6 +118,26 @@ impl Progress {
     }
 }
 
+/// A call that was sent.
+struct Sent<T> {
+    answered: Receiver<Answer<T>>,
+    progress: Arc<Progress>,
+    worker: thread::JoinHandle<()>,
+}
+
+/// A change that its caller left, and that may still be under way.
+struct LeftBehind {
+    what: &'static str,
+    domain: Option<String>,
+    /// All that the change is about: only the very same one is waited for.
+    content: String,
+    /// A `Sent<T>`.
+    sent: Box<dyn Any + Send>,
+}
+
+/// Changes left behind that are remembered; of more than that the oldest are sent again when they are wanted again.
+const LEFT_BEHIND_MAX: usize = 8;
+
 /// The connection, as the work of one call has it.
 pub struct Line<'a> {
     connection: &'a Connect,
@@ -149,6 +172,7 @@ struct Inner {
     /// A call ended, or the slot changed.
     changed: Condvar,
     hub: Arc<Hub>,
+    left_behind: Mutex<Vec<LeftBehind>>,
 }
 
 struct State {
@@ -178,6 +202,7 @@ impl Gate {
             state: Mutex::new(state),
             changed: Condvar::new(),
             hub: Arc::default(),
+            left_behind: Mutex::default(),
         })))
     }
 
@@ -189,6 +214,61 @@ impl Gate {
         F: Fn(&Line<'_>) -> Result<T, Failure> + Send + 'static,
     {
         let until = Instant::now() + call.deadline;
+        let sent = self.send(&call, until, work)?;
+        self.wait(&call, sent, until).unwrap_or_else(|(_, changing)| Err(call.late(changing)))
+    }
+
+    /// The same for a change that may be made twice, and may take longer than anybody waits. If the same change of
+    /// the same content was left behind and is still under way, this call waits for its answer, and sends nothing.
+    pub fn call_once<T, F>(&self, call: Call<'_>, content: &str, work: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: Fn(&Line<'_>) -> Result<T, Failure> + Send + 'static,
+    {
+        let until = Instant::now() + call.deadline;
+        let sent = match self.under_way(&call, content) {
+            Some(sent) => match sent.answered.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(Answer::Done(value)) => return Ok(value),
+                Err(RecvTimeoutError::Timeout) => {
+                    self.leave_behind(&call, content, sent);
+                    return Err(call.late(true));
+                }
+                // Its no may be older than this call.
+                Ok(_) | Err(RecvTimeoutError::Disconnected) => self.send(&call, until, work)?,
+            },
+            None => self.send(&call, until, work)?,
+        };
+        self.wait(&call, sent, until).unwrap_or_else(|(sent, changing)| {
+            if changing {
+                self.leave_behind(&call, content, sent);
+            }
+            Err(call.late(changing))
+        })
+    }
+
+    /// The same change, if it is under way. One that has been answered says nothing about now.
+    fn under_way<T: Send + 'static>(&self, call: &Call<'_>, content: &str) -> Option<Sent<T>> {
+        let mut all = lock(&self.0.left_behind);
+        let at = all.iter().position(|l| l.what == call.what && l.domain.as_deref() == call.domain)?;
+        let left = all.remove(at);
+        let sent = left.sent.downcast::<Sent<T>>().ok().filter(|_| left.content == content)?;
+        (!sent.worker.is_finished()).then_some(*sent)
+    }
+
+    fn leave_behind<T: Send + 'static>(&self, call: &Call<'_>, content: &str, sent: Sent<T>) {
+        let (what, domain, content) = (call.what, call.domain.map(str::to_owned), content.to_owned());
+        let mut all = lock(&self.0.left_behind);
+        if all.len() == LEFT_BEHIND_MAX {
+            all.remove(0);
+        }
+        all.push(LeftBehind { what, domain, content, sent: Box::new(sent) });
+    }
+
+    fn send<T, F>(&self, call: &Call<'_>, until: Instant, work: F) -> Result<Sent<T>>
+    where
+        T: Send + 'static,
+        F: Fn(&Line<'_>) -> Result<T, Failure> + Send + 'static,
+    {
         let Some(permit) = Permit::get(&self.0, until) else {
             return Err(call.error(
                 Kind::Unavailable,
@@ -208,24 +288,29 @@ impl Gate {
                 let _ = answer.send(permit.0.perform(&its_progress, until, repeat, &work));
             })
             .map_err(|e| Error::from_io("cannot start a thread for a call to libvirt", e))?;
-        match answered.recv_timeout(until.saturating_duration_since(Instant::now())) {
+        Ok(Sent { answered, progress, worker })
+    }
+
+    /// The outer error: the deadline passed, and the caller leaves the call behind; whether the change had been sent.
+    fn wait<T>(&self, call: &Call<'_>, sent: Sent<T>, until: Instant) -> Result<Result<T>, (Sent<T>, bool)> {
+        Ok(match sent.answered.recv_timeout(until.saturating_duration_since(Instant::now())) {
             Ok(Answer::Done(value)) => Ok(value),
             Ok(Answer::Failed(Failure::Ours(e))) => Err(call.place(e)),
             Ok(Answer::Failed(Failure::Libvirt(e))) => Err(call.refused(&e)),
             Ok(Answer::Failed(Failure::Left)) => unreachable!("only this thread leaves, and it is here"),
             Ok(Answer::NotOpened(e)) => Err(call.not_opened(&e, self.0.uri.as_deref())),
-            Ok(Answer::Lost(e)) => Err(call.lost(&e, progress.is_changing())),
+            Ok(Answer::Lost(e)) => Err(call.lost(&e, sent.progress.is_changing())),
             Err(RecvTimeoutError::Timeout) => {
-                let changing = progress.leave();
-                self.0.condemn(progress.epoch.load(Ordering::Acquire));
-                Err(call.late(changing))
+                let changing = sent.progress.leave();
+                self.0.condemn(sent.progress.epoch.load(Ordering::Acquire));
+                return Err((sent, changing));
             }
             // Only a panic in `work` drops the sender; it belongs to whoever called.
-            Err(RecvTimeoutError::Disconnected) => match worker.join() {
+            Err(RecvTimeoutError::Disconnected) => match sent.worker.join() {
                 Err(panic) => std::panic::resume_unwind(panic),
                 Ok(()) => unreachable!("the thread sends before it ends"),
             },
-        }
+        })
     }
 
     /// From now on, events about this disk's block job or its domain end [`Wake::wait`], as does a lost connection.
@@ -508,6 +593,34 @@ mod tests {
             gate.call(call(Repeat::Never, 5000), |_| Ok(())).unwrap();
             assert_eq!(epoch(&gate), before.max(1) + 1, "the next call opens another connection");
         }
+    }
+
+    /// An honest answer that takes longer than the caller waits: the same change again is not sent beside it, and
+    /// gets its answer.
+    #[test]
+    fn an_answer_that_comes_late_is_used() {
+        let (gate, sent) = (gate(), Arc::new(AtomicUsize::new(0)));
+        let slow = || {
+            let sent = Arc::clone(&sent);
+            move |line: &Line<'_>| {
+                line.about_to_change()?;
+                sent.fetch_add(1, Ordering::SeqCst);
+                thread::sleep(Duration::from_millis(900));
+                Ok(sent.load(Ordering::SeqCst))
+            }
+        };
+        let late = |content: &str| gate.call_once(call(Repeat::Harmless, 300), content, slow()).unwrap_err();
+        assert!(late("a").what().contains("may have taken effect"));
+        // Once more too early, once in time.
+        assert_eq!(late("a").kind(), Kind::Unavailable);
+        assert_eq!(gate.call_once(call(Repeat::Harmless, 5000), "a", slow()).unwrap(), 1);
+        assert_eq!(sent.load(Ordering::SeqCst), 1, "sent once");
+        // Something else is another change, and an answer from before the question is none.
+        late("a");
+        assert_eq!(gate.call_once(call(Repeat::Harmless, 5000), "b", slow()).unwrap(), 3);
+        late("a");
+        thread::sleep(Duration::from_millis(1200));
+        assert_eq!(gate.call_once(call(Repeat::Harmless, 5000), "a", slow()).unwrap(), 5);
     }
 
     /// libvirtd hung in a question and comes back: the change that was to follow must not happen then.

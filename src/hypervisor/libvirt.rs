@@ -46,11 +46,19 @@ pub struct Deadlines {
     pub change: Duration,
     /// What happens while the guest stands, and what lets it run: pause, pivot, resume, record.
     pub standing: Duration,
+    /// What may make libvirt look at its emulators anew, as the first call after an upgrade of QEMU does: define,
+    /// redefine, and questions for capabilities. Honest answers took up to 48 s.
+    pub probing: Duration,
 }
 
 impl Default for Deadlines {
     fn default() -> Self {
-        Self { query: Duration::from_secs(10), change: Duration::from_secs(30), standing: Duration::from_secs(10) }
+        Self {
+            query: Duration::from_secs(10),
+            change: Duration::from_secs(30),
+            standing: Duration::from_secs(10),
+            probing: Duration::from_secs(180),
+        }
     }
 }
 
@@ -98,6 +106,18 @@ impl LibvirtHypervisor {
         let owned = uuid.as_str().to_owned();
         let call = Call { what, domain: Some(uuid.as_str()), deadline, repeat };
         self.gate.call(call, move |conn| work(conn, &owned))
+    }
+
+    /// As [`LibvirtHypervisor::on_domain`], for a change of this content that may take long: see [`Gate::call_once`].
+    fn once_on_domain<T, F>(&self, what: &'static str, uuid: &DomainUuid, content: &str, work: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: Fn(&Line<'_>, &str) -> Result<T, Failure> + Send + 'static,
+    {
+        let owned = uuid.as_str().to_owned();
+        let deadline = self.deadlines.probing;
+        let call = Call { what, domain: Some(uuid.as_str()), deadline, repeat: Repeat::Harmless };
+        self.gate.call_once(call, content, move |conn| work(conn, &owned))
     }
 
     /// Passes a QMP command to the domain's QEMU and returns the reply's text, which may be an error of QEMU's.
@@ -169,6 +189,21 @@ impl Hypervisor for LibvirtHypervisor {
 
     fn observe_without_sizes(&self, uuid: &DomainUuid) -> Result<DomainView> {
         self.query("look at the domain", uuid, |conn, uuid| view(conn, uuid, Sizes::Left))
+    }
+
+    fn warm_up(&self, uuid: &DomainUuid) -> Result<()> {
+        let (what, deadline) = ("look at the domain's emulator", self.deadlines.probing);
+        self.on_domain(what, deadline, Repeat::Harmless, uuid, |conn, uuid| {
+            let Some(emulator) = xml::emulator(&lookup(conn, uuid)?.xml_desc(0)?)? else { return Ok(()) };
+            match conn.domain_capabilities(Some(&emulator), None, None, None, 0) {
+                Err(e) if e.domain().is(ErrorDomain::Rpc) => Err(e.into()),
+                Err(e) => {
+                    tracing::debug!(emulator, said = e.message(), "libvirt does not tell what the emulator can do");
+                    Ok(())
+                }
+                Ok(_) => Ok(()),
+            }
+        })
     }
 
     fn firmware(&self, uuid: &DomainUuid) -> Result<Option<PathBuf>> {
@@ -339,7 +374,8 @@ impl Hypervisor for LibvirtHypervisor {
 
     fn redefine(&self, uuid: &DomainUuid, disks: &[(DiskName, Layer)]) -> Result<()> {
         let disks = disks.to_vec();
-        self.on_domain("redefine the domain", self.deadlines.standing, Repeat::Harmless, uuid, move |conn, uuid| {
+        let content = format!("{disks:?}");
+        self.once_on_domain("redefine the domain", uuid, &content, move |conn, uuid| {
             let domain = lookup(conn, uuid)?;
             // To define a transient domain would make it persistent.
             if !domain.is_persistent()? {

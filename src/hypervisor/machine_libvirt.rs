@@ -20,8 +20,9 @@ use virt::error::{Error as VirtError, ErrorNumber};
 use virt::stream::Stream;
 use virt::sys as c;
 
-/// Starting a QEMU may mean reading firmware and images from slow storage.
-const START_MAX: Duration = Duration::from_secs(120);
+/// Starting a QEMU may mean reading firmware and images from slow storage, and before that looking at a changed
+/// emulator.
+const START_MAX: Duration = Duration::from_secs(240);
 
 /// Largest picture that is taken, in bytes.
 const PICTURE_MAX: usize = 32 << 20;
@@ -47,7 +48,7 @@ impl LibvirtHypervisor {
 impl Machines for LibvirtHypervisor {
     fn host(&self, machine: &Machine) -> Result<HostView> {
         let machine = machine.clone();
-        let deadline = self.deadlines.change;
+        let deadline = self.deadlines.probing;
         let mut view = self.on_host("look at the host", deadline, Repeat::Harmless, move |conn| {
             let mut networks = Vec::new();
             // Without the network driver there is none.
@@ -81,7 +82,7 @@ impl Machines for LibvirtHypervisor {
 
     fn firmware_for(&self, xml: &str) -> Result<Option<PathBuf>> {
         let xml = xml.to_owned();
-        let deadline = self.deadlines.query;
+        let deadline = self.deadlines.probing;
         self.on_host("ask for the firmware", deadline, Repeat::Harmless, move |conn| firmware_for(conn, &xml))
     }
 
@@ -95,8 +96,11 @@ impl Machines for LibvirtHypervisor {
     }
 
     fn define(&self, xml: &str) -> Result<()> {
-        let xml = xml.to_owned();
-        self.on_host("define a domain", self.deadlines.change, Repeat::Harmless, move |conn| {
+        let content = xml.to_owned();
+        let (what, deadline) = ("define a domain", self.deadlines.probing);
+        let call = Call { what, domain: None, deadline, repeat: Repeat::Harmless };
+        let xml = content.clone();
+        self.gate.call_once(call, &content, move |conn| {
             conn.about_to_change()?;
             conn.define_domain_xml(&xml)?;
             Ok(())

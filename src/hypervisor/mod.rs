@@ -58,6 +58,11 @@ pub trait Hypervisor: Send + Sync {
     /// that is asked for, QEMU describes every image it has open.
     fn observe_without_sizes(&self, uuid: &DomainUuid) -> Result<DomainView>;
 
+    /// Has libvirt look at the domain's emulator, if that changed since it did so last: it takes up to a minute,
+    /// and the next change of the definition would wait for it. To be asked while no guest is held; cheap at all
+    /// other times.
+    fn warm_up(&self, uuid: &DomainUuid) -> Result<()>;
+
     /// The file of the UEFI firmware that a domain runs with, or would start with. `None`: it has none, or libvirt does not say.
     fn firmware(&self, uuid: &DomainUuid) -> Result<Option<PathBuf>>;
 

@@ -224,6 +224,13 @@ pub(crate) fn splice(xml: &str, mut edits: Vec<(Range<usize>, String)>) -> Strin
     out
 }
 
+/// Path of the emulator that a domain's XML names.
+pub fn emulator(xml: &str) -> Result<Option<String>> {
+    let document = document(xml)?;
+    let devices = child(domain_element(&document)?, "devices");
+    Ok(devices.and_then(|d| child(d, "emulator")).map(text_of).filter(|path| !path.is_empty()))
+}
+
 // --- reading ---------------------------------------------------------------------------------------------------------
 
 pub(crate) fn document(xml: &str) -> Result<Document<'_>> {

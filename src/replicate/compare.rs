@@ -59,9 +59,7 @@ impl Run<'_> {
                 .hint("`virt-replica sync DOMAIN --to TARGET` makes the first one"));
         }
         let plan = make_plan(self.ports, self.request, &domain, &view)?;
-        if let Some(refusal) = plan.refusal() {
-            return Err(refusal);
-        }
+        self.ready_to_freeze(&plan)?;
         let mut guard = self.guard(&plan)?;
         let mut capture = self.capture(&mut guard, &plan, &domain);
         let still = capture.freeze()?;

@@ -172,7 +172,12 @@ pub fn run(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBoo
     if let Some(e) = &error {
         report = report.failed(e);
     }
-    journal.keep_report(&report)?;
+    // What a run did decides how it went, and not whether that could be written down.
+    if let Err(e) = journal.keep_report(&report) {
+        let text = format!("this report could not be kept on this host: {}", e.chain());
+        watch.warn(&text);
+        report.warnings.push(text);
+    }
     failpoint!("8c");
     Ok((report, error))
 }
@@ -238,9 +243,7 @@ impl<'a> Run<'a> {
         let mut plan = make_plan(self.ports, self.request, &domain, &view)?;
         report.skipped = plan.skipped.clone();
         (report.capture, report.capture_reason) = (Some(plan.capture), Some(plan.capture_reason.clone()));
-        if let Some(refusal) = plan.refusal() {
-            return Err(refusal.into());
-        }
+        self.ready_to_freeze(&plan)?;
         let described = describe(self.ports, self.request, &domain, &plan)?;
         report.warnings.extend(described.notes.iter().cloned());
         let begun = replica.begin(&self.begin_request(&domain, &plan))?;
@@ -292,6 +295,18 @@ impl<'a> Run<'a> {
         });
         drop(replica);
         self.conclude(report, &plan, sealed, released)
+    }
+
+    /// What must be so before anything is frozen, and asks nothing of the target.
+    pub(super) fn ready_to_freeze(&self, plan: &Plan) -> Result<()> {
+        match plan.refusal() {
+            Some(refusal) => Err(refusal),
+            None if plan.capture == CaptureKind::Off => Ok(()),
+            None => {
+                self.journal.check_room()?;
+                self.ports.hypervisor.warm_up(&plan.uuid)
+            }
+        }
     }
 
     pub(super) fn capture<'c>(
@@ -417,12 +432,20 @@ impl<'a> Run<'a> {
             disks,
         })?;
         failpoint!("6f");
-        if let Some(mut record) = self.journal.record()? {
-            record.point = Some(point.id.clone());
-            self.journal.write(&record)?;
-        }
+        self.name_in_record(&point);
         failpoint!("6g");
         Ok(point)
+    }
+
+    /// For people who read the record: the point is sealed whether or not this can be written.
+    fn name_in_record(&self, point: &PointView) {
+        let named = self.journal.record().and_then(|record| match record {
+            Some(record) => self.journal.write(&Record { point: Some(point.id.clone()), ..record }),
+            None => Ok(()),
+        });
+        if let Err(e) = named {
+            tracing::warn!("the record does not name the point that was sealed: {}", e.chain());
+        }
     }
 
     /// Opens a frozen image, lets `read` work on it, and closes it however that ended: it must be closed before the

@@ -1,9 +1,12 @@
 //! The durable record of a run: what any later run, the dead-man or `doctor` needs to bring a domain back onto its own
 //! images (I1). One small document per domain, replaced whole: a torn record cannot exist.
 //!
-//! `STATE/domains/UUID/` holds `lock` (who works on the domain), `record.json` (only while a run is open; `backup.json`
-//! instead while one by backup is), `thaw.json` (only while the guest is owed a thaw), `after-freeze.json` (only while a hook is), `last.json` (the newest report) and `history.jsonl` (all reports), `generation.json` ([`generation`](super::generation)). A copy of the record's identity lies in the domain's own
-//! `<metadata>`, which survives the loss of this directory and travels with the domain.
+//! `STATE/domains/UUID/` holds `lock` (who works on the domain), `record.json` (only while a run is open;
+//! `backup.json` instead while one by backup is), `thaw.json` (only while the guest is owed a thaw),
+//! `after-freeze.json` (only while a hook is), `last.json` (the newest report), `history.jsonl` (the reports, see
+//! [`history`](super::history)), `generation.json` ([`generation`](super::generation)). A copy of the record's
+//! identity lies in the domain's own `<metadata>`, which survives the loss of this directory and travels with the
+//! domain.
 //!
 //! Format: docs/formats/journal.md.
 
@@ -14,6 +17,7 @@ use crate::image::Layer;
 use crate::name::{DiskName, DomainName, DomainUuid, PointId, RunId};
 use crate::replicate::backup::BackupRecord;
 use crate::replicate::decide::Phase;
+use crate::replicate::history::{self, HISTORY};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
@@ -33,9 +37,6 @@ const HOOK: &str = "after-freeze.json";
 
 /// The record of an open run by backup.
 const BACKUP: &str = "backup.json";
-
-/// How much of a history is looked at, in bytes: hundreds of runs.
-const HISTORY_TAIL: u64 = 256 << 10;
 
 /// How the dead-man calls itself when it holds a domain's lock, and how long it is waited for.
 pub const DEADMAN: &str = "dead-man";
@@ -275,20 +276,17 @@ impl Journal {
         self.remove(BACKUP)
     }
 
-    /// Keeps a report: the newest one whole, all of them in the history. A failed run is a report too.
+    /// Keeps a report: the newest one whole, all of them in the history. A failed run is a report too. One of the
+    /// two that cannot be written keeps the other from nothing.
     pub fn keep_report(&self, report: &impl Serialize) -> Result<()> {
-        let text = to_json(report);
-        replace(&self.dir, "last.json", &text)?;
-        let path = self.dir.join("history.jsonl");
-        let mut line = serde_json::to_vec(report).expect("a report is plain data");
-        line.push(b'\n');
-        OpenOptions::new()
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(&path)
-            .and_then(|mut f| f.write_all(&line))
-            .map_err(|e| Error::io("cannot append to the history", &path, e))
+        let newest = replace(&self.dir, "last.json", &to_json(report));
+        let line = serde_json::to_vec(report).expect("a report is plain data");
+        newest.and(history::append(&self.dir, &line))
+    }
+
+    /// Refuses, before anything is frozen, if the record of a commit might not find room here.
+    pub fn check_room(&self) -> Result<()> {
+        history::check_room(&self.dir)
     }
 }
 
@@ -321,15 +319,9 @@ pub fn last_report<T: serde::de::DeserializeOwned>(state: &Path, uuid: &DomainUu
 /// The newest reports, oldest first: as many as the last 256 KiB of the history hold. What cannot be read there (the line
 /// a crash cut short, a report of another version) is left out.
 pub fn recent_reports<T: serde::de::DeserializeOwned>(state: &Path, uuid: &DomainUuid) -> Result<Vec<T>> {
-    let path = domain_dir(state, uuid).join("history.jsonl");
-    let mut tail = Vec::new();
-    let read = File::open(&path).and_then(|mut f| {
-        let start = f.metadata()?.len().saturating_sub(HISTORY_TAIL);
-        f.seek(SeekFrom::Start(start))?;
-        f.take(HISTORY_TAIL).read_to_end(&mut tail)
-    });
-    match read {
-        Ok(_) => Ok(tail.split(|b| *b == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect()),
+    let path = domain_dir(state, uuid).join(HISTORY);
+    match history::tail(&path) {
+        Ok(tail) => Ok(tail.split(|b| *b == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect()),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(e) => Err(Error::io("cannot read the history", path, e)),
     }
@@ -525,7 +517,7 @@ pub(crate) mod tests {
         let all = recent_reports::<u64>(state.path(), &uuid).unwrap();
         assert_eq!(all.len(), 62);
         assert_eq!(all[60..], [59_998, 59_999]);
-        fs::write(&path, [b"7\n".as_slice(), &b"1\n".repeat(HISTORY_TAIL as usize / 2)].concat()).unwrap();
+        fs::write(&path, [b"7\n".as_slice(), &b"1\n".repeat(history::HISTORY_TAIL as usize / 2)].concat()).unwrap();
         assert!(recent_reports::<u64>(state.path(), &uuid).unwrap().iter().all(|n| *n == 1));
     }
 

@@ -19,6 +19,7 @@ pub mod forecast;
 pub mod freeze_hooks;
 pub mod generation;
 pub(crate) mod held_dir;
+mod history;
 pub mod journal;
 mod marks;
 pub mod observe;

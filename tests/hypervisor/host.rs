@@ -178,6 +178,29 @@ impl Guest<'_> {
         std::fs::metadata(self.host.outside(&self.path(file))).ok().map(|m| m.len())
     }
 
+    /// Puts a program in front of its emulator that takes these seconds whenever libvirt looks at what it can do.
+    pub fn give_slow_emulator(&self, seconds: u32) {
+        let slow = self.path("slow-qemu");
+        let script = format!(
+            "#!/bin/sh\ncase \"$*\" in *'-machine none'*) sleep {seconds} ;; esac\nexec /usr/bin/qemu-system-x86_64 \"$@\"\n"
+        );
+        let outside = self.host.outside(&slow);
+        std::fs::write(&outside, script).unwrap();
+        std::fs::set_permissions(&outside, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let file = self.path("domain.xml").to_str().unwrap().to_owned();
+        let xml = std::fs::read_to_string(self.host.outside(Path::new(&file))).unwrap();
+        let xml = xml.replace("/usr/bin/qemu-system-x86_64", slow.to_str().unwrap());
+        std::fs::write(self.host.outside(Path::new(&file)), xml).unwrap();
+        self.host.virsh(&["define", &file]);
+    }
+
+    /// The emulator's file is another one from now on, as after an upgrade. libvirt compares whole seconds.
+    pub fn upgrade_emulator(&self) {
+        std::thread::sleep(std::time::Duration::from_millis(1100));
+        let slow = self.host.outside(&self.path("slow-qemu"));
+        std::fs::set_permissions(&slow, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    }
+
     pub fn start(&self) {
         self.host.virsh(&["start", &self.name]);
     }

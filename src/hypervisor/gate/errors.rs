@@ -61,7 +61,8 @@ impl Call<'_> {
         let seconds = self.deadline.as_secs_f32();
         self.unanswered(format!("libvirt did not answer within {seconds:.1} s when it was to {}", self.what), changing)
             .hint(
-                "libvirtd or the domain's QEMU hangs: look at 'virsh domstate', 'virsh domcontrol' and libvirtd's log",
+                "libvirtd or the domain's QEMU hangs: look at 'virsh domstate', 'virsh domcontrol' and libvirtd's log; \
+                 after an upgrade of QEMU libvirt first looks at its emulators, for a minute or more: then run again",
             )
     }
 
