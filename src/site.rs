@@ -7,19 +7,21 @@ use crate::error::{Error, Kind, Result};
 use crate::image::Layer;
 use crate::image::open::{self, OpenOptions};
 use crate::image::qemu_nbd::QemuNbd;
-use crate::name::{DiskName, DomainName, DomainUuid, PointId, RunId};
+use crate::name::{DiskName, DomainName, DomainUuid, PointId, RunId, StoreId};
 use crate::plain::target::{LocalOptions, LocalTarget};
 use crate::plain::{PlainTarget, Wish};
 #[cfg(feature = "libvirt")]
 use crate::recovery::bringup::BringUp;
 use crate::replica::ReplicaView;
+#[cfg(feature = "libvirt")]
+use crate::replica::root::{StoreSeen, StoreWish};
 use crate::replica::store::{self, Limits, Store};
 use crate::replica::upkeep::Held as _;
 use crate::replicate::offline;
-use crate::transport::Transport;
 use crate::transport::local::LocalTransport;
 use crate::transport::ssh::{SshOptions, SshTransport};
 use crate::transport::target::TargetUrl;
+use crate::transport::{Service, Transport};
 use jiff::Timestamp;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,12 +37,15 @@ pub mod here;
 #[cfg(feature = "libvirt")]
 pub mod near;
 
+use stores::LocalStores;
+
 #[cfg(feature = "libvirt")]
 use source::start_deadman;
 #[cfg(feature = "libvirt")]
 pub use source::{Site, SiteOptions};
 
 pub mod plain;
+pub mod stores;
 
 /// Directory for sockets of this process; short, private, gone with a reboot.
 pub fn runtime_dir() -> PathBuf {
@@ -62,12 +67,21 @@ pub fn workers() -> usize {
 
 /// The name of a new run: 64 random bits.
 pub fn new_run() -> Result<RunId> {
-    let mut bits = [0u8; 8];
+    Ok(RunId::from_bits(u64::from_le_bytes(random_bytes()?)))
+}
+
+/// 128 random bits: what an id is made of that nobody else may have.
+fn long_id() -> Result<u128> {
+    Ok(u128::from_le_bytes(random_bytes()?))
+}
+
+fn random_bytes<const N: usize>() -> Result<[u8; N]> {
+    let mut bits = [0u8; N];
     let got = rustix::rand::getrandom(&mut bits, rustix::rand::GetRandomFlags::empty())
         .map_err(|e| Error::from_io("cannot draw random bits", e.into()))?;
     // The kernel never cuts a request this short once its pool is ready, and waits until it is.
     assert_eq!(got, bits.len(), "getrandom gives up to 256 bytes whole");
-    Ok(RunId::from_bits(u64::from_le_bytes(bits)))
+    Ok(bits)
 }
 
 /// The way to a target: one ssh master and one session with its agent, shared by everything that is done there.
@@ -77,10 +91,16 @@ pub fn new_run() -> Result<RunId> {
 pub struct Connection {
     target: TargetUrl,
     ssh: SshOptions,
+    /// Make a store where there is none.
+    create_store: bool,
+    /// Where this host remembers the stores that it has found; `None`: this is not for a source.
+    state: Option<PathBuf>,
     session: Mutex<Option<Session>>,
 }
 
 struct Session {
+    /// `None`: the agent is of a version that cannot tell, or serves no store.
+    store: Option<StoreId>,
     client: Arc<AgentClient>,
     // Dropped after the client: it carries the client's channel.
     _transport: Box<dyn Transport>,
@@ -89,7 +109,12 @@ struct Session {
 impl Connection {
     /// Nothing is sent yet.
     pub fn new(target: TargetUrl, ssh: SshOptions) -> Connection {
-        Connection { target, ssh, session: Mutex::new(None) }
+        Connection { target, ssh, create_store: false, state: None, session: Mutex::new(None) }
+    }
+
+    /// For a source, that keeps its own state in `state`. `create_store`: make a store where there is none.
+    pub fn of_source(self, state: &Path, create_store: bool) -> Connection {
+        Connection { state: Some(state.to_owned()), create_store, ..self }
     }
 
     /// The session with the target's agent. The first call connects: it blocks, at most the connect timeout.
@@ -103,8 +128,21 @@ impl Connection {
             TargetUrl::Local { root } => Box::new(LocalTransport::new(root, None)?.serving(self.ssh.service)),
         };
         let client = Arc::new(AgentClient::connect(transport.as_ref())?);
-        *session = Some(Session { client: client.clone(), _transport: transport });
+        let store = match self.ssh.service {
+            Service::Images => None,
+            Service::Store | Service::Failover => {
+                stores::greet(&client, &self.target, self.state.as_deref(), self.create_store)?
+            }
+        };
+        *session = Some(Session { store, client: client.clone(), _transport: transport });
         Ok(client)
+    }
+
+    /// The store at the other end; connects. `None`: its agent is of a version that cannot tell.
+    pub fn store(&self) -> Result<Option<StoreId>> {
+        self.client()?;
+        let session = self.session.lock().unwrap_or_else(|e| e.into_inner());
+        Ok(session.as_ref().and_then(|session| session.store.clone()))
     }
 
     /// The same; a session that has died meanwhile is replaced by a new one.
@@ -127,14 +165,14 @@ impl Connection {
 /// Runs the agent for the store at `root` on this process's stdin and stdout, until the client's end or its silence.
 /// `limits` are what this host demands, whoever asks.
 pub fn serve_agent(root: &Path, limits: Limits) -> Result<()> {
-    serve_stdio(&LocalStores { root: root.to_owned(), limits }, ServeOptions::default())
+    serve_stdio(&LocalStores::new(root, limits), ServeOptions::default())
 }
 
 /// The same, and brings up what is in the store where it is asked to: only then `connect` is called, so that runs go on
 /// without libvirt, and whatever the mapping says.
 #[cfg(feature = "libvirt")]
 pub fn serve_failover(root: &Path, limits: Limits, connect: &dyn Fn() -> Result<here::Here>) -> Result<()> {
-    let stores = LocalStores { root: root.to_owned(), limits };
+    let stores = LocalStores::new(root, limits);
     serve_stdio(&Bringing { stores, connect, here: std::cell::OnceCell::new() }, ServeOptions::default())
 }
 
@@ -153,6 +191,10 @@ impl ReplicaOpener for Bringing<'_> {
 
     fn find(&self, name: &str) -> Result<Vec<(DomainUuid, DomainName)>> {
         self.stores.find(name)
+    }
+
+    fn store(&self, wish: &StoreWish) -> Result<StoreSeen> {
+        self.stores.store(wish)
     }
 
     fn bring_up(&self, uuid: &DomainUuid) -> Result<Box<dyn BringUp + '_>> {
@@ -193,22 +235,6 @@ impl ReplicaOpener for LocalImages {
     }
 }
 
-struct LocalStores {
-    root: PathBuf,
-    limits: Limits,
-}
-
-impl ReplicaOpener for LocalStores {
-    fn open(&self, uuid: &DomainUuid) -> Result<Box<dyn Served>> {
-        Ok(Box::new(Store::open(&self.root, uuid, Timestamp::now)?.with_limits(self.limits)))
-    }
-
-    fn find(&self, name: &str) -> Result<Vec<(DomainUuid, DomainName)>> {
-        let all = store::list(&self.root)?;
-        Ok(all.into_iter().filter(|(_, n, _)| name.is_empty() || n.as_str() == name).map(|(u, n, _)| (u, n)).collect())
-    }
-}
-
 /// Serves a disk of a point in the store at `root` on this host over NBD, read-only, on a unix socket, until `stop` is
 /// set or the server ends. Blocks. The point is leased meanwhile. `ready` is told when it serves.
 pub fn serve_nbd(
@@ -220,7 +246,7 @@ pub fn serve_nbd(
     ready: &dyn Fn() -> Result<()>,
     stop: &AtomicBool,
 ) -> Result<()> {
-    let store = Store::open(root, uuid, Timestamp::now)?;
+    let store = Store::within(&stores::open(root)?, uuid, Timestamp::now)?;
     let mut held = Box::new(store.hold(point, "nbd")?);
     let served = held.images(disk).and_then(|images| QemuNbd::start_at(&images, socket)).and_then(|mut server| {
         let mut serving = ready();
@@ -247,9 +273,10 @@ pub fn seed(
     top: &Layer,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(DiskSize, u64)> {
+    let store = Store::within(&stores::open(root)?, uuid, Timestamp::now)?;
     let opened = open::open_read(&offline::resolve_chain(top)?, &open_options(1))?;
     let size = opened.image.size();
-    let copied = Store::open(root, uuid, Timestamp::now)?.adopt(disk, opened.image.as_ref(), progress);
+    let copied = store.adopt(disk, opened.image.as_ref(), progress);
     let closed = opened.close();
     let copied = copied?;
     closed?;

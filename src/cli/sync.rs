@@ -3,7 +3,7 @@
 use super::Globals;
 use super::limits::LimitArgs;
 use super::output::{Exit, Output};
-use super::target::TargetArgs;
+use super::target::{CreateStore, TargetArgs};
 use clap::Args;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -20,6 +20,8 @@ pub struct SyncArgs {
     pub run: RunArgs,
     #[command(flatten)]
     limits: LimitArgs,
+    #[command(flatten)]
+    create_store: CreateStore,
     /// Keep secrets (graphics passwords) in the definition that travels with the point
     #[arg(long)]
     with_secrets: bool,
@@ -158,7 +160,7 @@ mod run {
         args.limits.apply(&mut request)?;
         let stop = signals::listen()?;
         let site = source::connect(globals)?;
-        let connection = target.connection();
+        let connection = target.connection_for_runs(globals, args.create_store);
         let watcher = Watcher::new(output);
         let result = site.sync(&connection, &request, &watcher, stop);
         let times = watcher.finish();

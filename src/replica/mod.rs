@@ -24,6 +24,7 @@ mod promote;
 mod prune;
 pub mod receive;
 mod reserve;
+pub mod root;
 mod scrub;
 mod seed;
 mod shorten;

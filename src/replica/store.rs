@@ -20,6 +20,7 @@ use super::lease;
 use super::lock::WriterLock;
 use super::manifest::{self, MANIFEST_FILE, MANIFEST_MAX, Manifest, POINTS_DIR, REPLICAS_DIR};
 use super::point::OpenPoint;
+use super::root::{self, StoreSeen};
 use super::seed;
 use super::upkeep::Held;
 use super::{
@@ -30,7 +31,7 @@ use crate::block::BlockIndex;
 use crate::block::digest::{BlockPieces, Digest};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
-use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId};
+use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, StoreId};
 use jiff::Timestamp;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -58,6 +59,8 @@ impl Default for Limits {
 /// The replica of one domain in a store on this host.
 pub struct Store {
     root: PathBuf,
+    /// The store that the root has to be whenever something is created in it; `None`: nobody has asked.
+    mark: Option<StoreId>,
     pub(super) uuid: DomainUuid,
     pub(super) clock: Clock,
     pub(super) limits: Limits,
@@ -65,8 +68,18 @@ pub struct Store {
 }
 
 impl Store {
-    /// The replica of domain `uuid` in the store at `root`. Touches nothing: neither has to exist before the first
-    /// [`Replica::begin`], which creates them.
+    /// The replica of domain `uuid` in the store that was opened. Touches nothing: the replica need not exist before the
+    /// first [`Replica::begin`], which creates it.
+    pub fn within(
+        store: &StoreSeen,
+        uuid: &DomainUuid,
+        clock: impl Fn() -> Timestamp + Send + Sync + 'static,
+    ) -> Result<Store> {
+        Ok(Store { mark: store.id.clone(), ..Store::open(&store.root, uuid, clock)? })
+    }
+
+    /// The same in a directory of which nobody asks whether it is a store: for one that was asked already, and for tests.
+    /// The first [`Replica::begin`] creates it.
     pub fn open(
         root: &Path,
         uuid: &DomainUuid,
@@ -74,7 +87,7 @@ impl Store {
     ) -> Result<Store> {
         let root = std::path::absolute(root).map_err(|e| Error::io("this cannot be the root of a store", root, e))?;
         let (clock, limits) = (Arc::new(clock), Limits::default());
-        Ok(Store { root, uuid: uuid.clone(), clock, limits, open: Mutex::new(None) })
+        Ok(Store { root, mark: None, uuid: uuid.clone(), clock, limits, open: Mutex::new(None) })
     }
 
     /// With what this host demands.
@@ -85,12 +98,22 @@ impl Store {
     /// The same replica, for somebody who works beside this.
     pub(super) fn beside(&self) -> Store {
         let (root, uuid, clock) = (self.root.clone(), self.uuid.clone(), self.clock.clone());
-        Store { root, uuid, clock, limits: self.limits, open: Mutex::new(None) }
+        let (mark, open) = (self.mark.clone(), Mutex::new(None));
+        Store { root, mark, uuid, clock, limits: self.limits, open }
     }
 
     /// Absolute path of the replica's directory.
     pub fn path(&self) -> PathBuf {
         self.root.join(REPLICAS_DIR).join(self.uuid.as_str())
+    }
+
+    /// The replica's directory, created if it is missing, in the store that was opened and in no other.
+    fn create_replica_dir(&self) -> Result<Dir> {
+        let root = match &self.mark {
+            Some(id) => root::reopen(&self.root, id)?,
+            None => Dir::create_root(&self.root)?,
+        };
+        root.sub_or_create(REPLICAS_DIR)?.sub_or_create(self.uuid.as_str())
     }
 
     pub(super) fn replica_dir(&self) -> Result<Option<Dir>> {
@@ -246,8 +269,7 @@ impl Replica for Store {
         let mut slot = self.open.lock().expect("no code panics with this lock");
         // The lock of an earlier attempt of ours is freed before it is asked for again.
         *slot = None;
-        let root = Dir::create_root(&self.root)?;
-        let dir = root.sub_or_create(REPLICAS_DIR)?.sub_or_create(self.uuid.as_str())?;
+        let dir = self.create_replica_dir()?;
         let lock = WriterLock::take(&dir, Some(&request.run), (self.clock)())?;
         let mut manifest = read_manifest(&dir, &self.uuid)?
             .unwrap_or_else(|| Manifest::new(self.uuid.clone(), request.name.clone(), Generation(1)));
@@ -401,8 +423,7 @@ impl Store {
     /// starts. The image itself is only read. `progress` is told bytes done and all. Returns the bytes of data copied;
     /// durable then. [`Kind::Conflict`] if the head has the disk already.
     pub fn adopt(&self, disk: &DiskName, image: &dyn Image, progress: &mut dyn FnMut(u64, u64)) -> Result<u64> {
-        let root = Dir::create_root(&self.root)?;
-        let dir = root.sub_or_create(REPLICAS_DIR)?.sub_or_create(self.uuid.as_str())?;
+        let dir = self.create_replica_dir()?;
         let _lock = WriterLock::take(&dir, None, (self.clock)())?;
         let head = read_manifest(&dir, &self.uuid)?.and_then(|m| m.head().cloned());
         if let Some(head) = head.filter(|p| p.disk(disk).is_some()) {

@@ -1,0 +1,99 @@
+//! What has an identity is compared where it matters: stores, sources, hosts. A mismatch names both sides and the way out.
+
+use super::domain::{Disk, Domain};
+use super::support::{Done, Host, Lab, SyncResult, TARGET};
+
+fn small() -> Disk {
+    Disk::qcow2("32M").then("write -P 0x11 1M 3M")
+}
+
+/// The program as an operator starts it: the lab's own hosts create stores wherever a test puts one.
+fn plainly(host: Host, args: &[&str]) -> Done {
+    let mut words = vec!["env", "-u", "VIRT_REPLICA_CREATE_STORE", "virt-replica"];
+    words.extend(args);
+    host.run(&words)
+}
+
+fn sync(vm: &Domain, to: &str, more: &[&str]) -> SyncResult {
+    let mut words = vec!["sync", &vm.name, "--to", to, "--json"];
+    words.extend(more);
+    SyncResult::of(plainly(Host::A, &words))
+}
+
+/// Case B4. A misspelt directory and a mount point without its file system became stores by being named.
+#[test]
+fn a_directory_becomes_a_store_only_on_purpose() {
+    let lab = Lab::get();
+    let mut vm = lab.domain("store").disk(small()).paused();
+    let root = vm.own_store();
+    let to = vm.to.clone();
+    let refusal = ["there is no store here", &root, "virt-replica store init", "--create-store"];
+
+    for command in ["plan", "sync", "points"] {
+        plainly(Host::A, &[command, &vm.name, "--to", &to]).exit(4).says(&refusal);
+    }
+    Host::B.ok(&["test", "!", "-e", &root]);
+    Host::B.ok(&["mkdir", &root]);
+    sync(&vm, &to, &[]).exit(4).says(&refusal);
+    let seed = ["seed", &vm.uuid, "--from", "/etc/hostname", "--format", "raw", "--root", &root];
+    plainly(Host::B, &seed).exit(4).says(&refusal);
+    for command in ["ready", "drill"] {
+        plainly(Host::B, &[command, &vm.name, "--root", &root]).exit(4).says(&["there is no store here"]);
+    }
+    assert_eq!(Host::B.output(&["ls", "-A", &root]), "", "what is refused stays as it was");
+    vm.assert_home();
+
+    plainly(Host::B, &["store", "init", &root]).success().says(&["is a store now"]);
+    sync(&vm, &to, &[]).sealed();
+    vm.write(0, "-P 0x12 1M 64k");
+
+    // Its file system is gone: not even a script that always passes the option fills the one below.
+    Host::B.script("mv \"$1\" \"$1.away\"; mkdir \"$1\"", &[&root]);
+    sync(&vm, &to, &["--create-store"]).exit(4).says(&["was here, and is not any more", "mounted"]);
+    assert_eq!(Host::B.output(&["ls", "-A", &root]), "");
+    Host::B.script("rmdir \"$1\"; mv \"$1.away\" \"$1\"", &[&root]);
+
+    // A store of version 0.1 is adopted once, with a word.
+    Host::B.ok(&["rm", &format!("{root}/store.json")]);
+    let adopted = sync(&vm, &to, &[]).sealed().says(&["made by an earlier version"]);
+    assert_eq!(adopted.mode("vda"), "bitmap", "the replica is the one that it was");
+    let said = sync(&vm, &to, &[]).sealed().done;
+    assert!(!said.stderr.contains("earlier version"), "{}", said.stderr);
+
+    // Another one, for a script.
+    let other = format!("{TARGET}{root}/other");
+    sync(&vm, &other, &["--create-store"]).sealed();
+    vm.assert_home();
+}
+
+/// Case B4: with a forced command the directory of the URL was ignored without a word.
+#[test]
+fn a_forced_command_and_a_url_have_to_agree_on_the_store() {
+    let lab = Lab::get();
+    let mut vm = lab.domain("forced").disk(small()).paused();
+    let root = vm.own_store();
+    let shared = vm.shared();
+    plainly(Host::B, &["store", "init", &root]).success();
+    let agent = r#"mkdir -p "$1"; printf '#!/bin/sh\nexec virt-replica agent --root %s\n' "$2" >"$1/agent"; chmod 755 "$1/agent""#;
+    Host::B.script(agent, &[&shared, &root]);
+    let key = r#"ssh-keygen -q -t ed25519 -N '' -f "$1/key"
+        printf 'restrict,command="%s/agent" %s\n' "$1" "$(cat "$1/key.pub")""#;
+    let line = Host::A.script(key, &[&shared]);
+    Host::B.script("printf '%s\\n' \"$1\" >>/root/.ssh/authorized_keys", &[&line]);
+    let _key = super::support::Undo(|| {
+        let remove = r#"k=/root/.ssh/authorized_keys; grep -vF "$1" $k >$k.new; cat $k.new >$k; rm $k.new"#;
+        Host::B.script(remove, &[&line]);
+    });
+    let identity = format!("{shared}/key");
+    let with = ["--identity", identity.as_str()];
+
+    let other = format!("{TARGET}/srv/elsewhere-{}", std::process::id());
+    let words = ["the URL names the store /srv/elsewhere", "bound to", &root];
+    sync(&vm, &other, &with).exit(1).says(&words);
+    vm.assert_home();
+    sync(&vm, &vm.to.clone(), &with).sealed();
+    // Without a directory the URL means the store that is served.
+    let served = sync(&vm, TARGET, &with).sealed();
+    let image = served.disk("vda")["image"].as_str().expect("an image has a path").to_owned();
+    assert!(image.starts_with(&root), "{image}");
+}
