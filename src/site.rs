@@ -328,11 +328,13 @@ mod source {
     use crate::recovery::failover::{self, FailoverRecord};
     use crate::recovery::{detach, drill, drills};
     use crate::replica::Replica;
+    use crate::replica::source::Claim;
     use crate::replicate::cycle::{Ports, Request, Watch};
     use crate::replicate::deadman::{self, Charge, Deadman};
     use crate::replicate::report::Report;
     use crate::replicate::settle::PauseGuard;
-    use crate::replicate::{compare, cycle, doctor, plan, survey};
+    use crate::replicate::source as source_id;
+    use crate::replicate::{compare, cycle, doctor, generation, plan, survey};
     use std::process::Command;
 
     #[derive(Debug, Clone)]
@@ -372,12 +374,19 @@ mod source {
             watch: &dyn Watch,
             stop: &AtomicBool,
         ) -> Result<(Report, Option<Error>)> {
-            self.with_ports(Some(target), |ports| cycle::run(ports, request, watch, stop))
+            let done = self.with_ports(Some((target, Some(Run::Real(request)))), |ports| {
+                cycle::run(ports, request, watch, stop)
+            })?;
+            // From now on this host knows the generation that it took over, and needs not be told again.
+            if let (Some(point), true) = (&done.0.point, request.plan.take_over && !request.gives_way) {
+                generation::raise(&self.options.state, &done.0.uuid, point.generation)?;
+            }
+            Ok(done)
         }
 
         /// What [`Site::sync`] would do. Touches nothing.
         pub fn plan(&self, target: &Connection, request: &Request) -> Result<plan::Plan> {
-            self.with_ports(Some(target), |ports| survey::plan_only(ports, request))
+            self.with_ports(Some((target, Some(Run::Thought(request)))), |ports| survey::plan_only(ports, request))
         }
 
         /// Compares the live domain with the head; see [`compare::compare`].
@@ -388,7 +397,7 @@ mod source {
             watch: &dyn Watch,
             stop: &AtomicBool,
         ) -> Result<compare::Comparison> {
-            self.with_ports(Some(target), |ports| compare::compare(ports, request, watch, stop))
+            self.with_ports(Some((target, None)), |ports| compare::compare(ports, request, watch, stop))
         }
 
         /// Looks at (and with `repair` mends) one domain; see [`doctor::examine`].
@@ -429,10 +438,23 @@ mod source {
             deadman::serve(std::io::stdin(), std::io::stdout(), &charge)
         }
 
-        fn with_ports<T>(&self, target: Option<&Connection>, f: impl FnOnce(&Ports) -> Result<T>) -> Result<T> {
+        /// `target`: where to, and the run that is to write there, if one is.
+        fn with_ports<T>(
+            &self,
+            target: Option<(&Connection, Option<Run>)>,
+            f: impl FnOnce(&Ports) -> Result<T>,
+        ) -> Result<T> {
             let replica = |uuid: &DomainUuid| -> Result<Box<dyn Replica>> {
-                let target = target.ok_or_else(|| Error::new(Kind::Usage, "this needs a target"))?;
-                Ok(Box::new(target.client()?.open(uuid)?))
+                let (target, run) = target.ok_or_else(|| Error::new(Kind::Usage, "this needs a target"))?;
+                let replica = target.client()?.open(uuid)?;
+                // A host that gives way claims nothing.
+                match run {
+                    None => {}
+                    Some(Run::Real(run) | Run::Thought(run)) if run.gives_way => {}
+                    Some(Run::Thought(run)) => self.claim(uuid, run, &replica, false)?,
+                    Some(Run::Real(run)) => self.claim(uuid, run, &replica, true)?,
+                }
+                Ok(Box::new(replica))
             };
             let guard = |uuid: &DomainUuid| start_deadman(&self.options, uuid);
             f(&Ports {
@@ -449,6 +471,28 @@ mod source {
                 explain_image: &open::explain,
                 clock: &Timestamp::now,
             })
+        }
+    }
+
+    /// What is to write to the target: a run, or one that is only thought through and leaves nothing behind.
+    #[derive(Clone, Copy)]
+    enum Run<'a> {
+        Real(&'a Request),
+        Thought(&'a Request),
+    }
+
+    impl Site {
+        /// Says to the replica whose the points are, and to people what changes by that.
+        /// `keeps`: a state directory without an id gets one.
+        fn claim(&self, uuid: &DomainUuid, run: &Request, replica: &dyn Replica, keeps: bool) -> Result<()> {
+            let state = &self.options.state;
+            let generation = generation::generation(state, uuid)?;
+            let source = source_id::source(state, &source_id::Machine::here(), long_id()?, keeps)?;
+            let claim = Claim { source, generation, take_over: run.plan.take_over };
+            if let Some(words) = replica.claim(&claim)?.words(generation) {
+                tracing::warn!("{words}");
+            }
+            Ok(())
         }
     }
 

@@ -345,6 +345,9 @@ impl<W: Write> Session<'_, W> {
             Request::Upkeep { replica, ask } => self.upkeep(id, replica, ask)?,
             Request::Plain { ask } => self.plain(id, ask)?,
             Request::BringUp { uuid, ask } => self.bring_up(id, &uuid, ask)?,
+            Request::Claim { replica, claim } => {
+                Reply::Claim { claimed: self.at(replica)?.replica.claim(&claim)? }.into()
+            }
             Request::Store { wish } => Reply::Store { store: self.opener.store(&wish)? }.into(),
         })
     }

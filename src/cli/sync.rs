@@ -78,6 +78,10 @@ pub struct RunArgs {
     /// Send everything, whatever the target has already
     #[arg(long)]
     full: bool,
+    /// Say that this host is the domain's source from now on, though the replica follows another one or knows a later
+    /// generation
+    #[arg(long)]
+    take_over: bool,
     /// Check the dirty bitmaps: every so many runs have compared a whole disk once; 0 checks nothing
     #[arg(long, value_name = "RUNS", default_value_t = AuditOptions::default().every_runs)]
     audit_runs: u32,
@@ -138,6 +142,7 @@ mod run {
                 exclude_disks: self.exclude_disks.clone(),
                 full: self.full,
                 compare: self.compare,
+                take_over: self.take_over,
                 audit: AuditOptions {
                     every_runs: self.audit_runs,
                     bytes_max: self.audit_bytes,

@@ -22,6 +22,7 @@ use super::manifest::{self, MANIFEST_FILE, MANIFEST_MAX, Manifest, POINTS_DIR, R
 use super::point::OpenPoint;
 use super::root::{self, StoreSeen};
 use super::seed;
+use super::source::{self, Claim, Claimed, Owner};
 use super::upkeep::Held;
 use super::{
     Attachment, BeginPoint, Begun, DiskApplied, DiskTarget, NODES_MAX, PointView, Replica, ReplicaView, SealPoint,
@@ -62,6 +63,8 @@ pub struct Store {
     /// The store that the root has to be whenever something is created in it; `None`: nobody has asked.
     mark: Option<StoreId>,
     pub(super) uuid: DomainUuid,
+    /// Whose points are begun; `None`: the client did not say.
+    claim: Mutex<Option<Claim>>,
     pub(super) clock: Clock,
     pub(super) limits: Limits,
     pub(super) open: Mutex<Option<Arc<OpenPoint>>>,
@@ -87,7 +90,15 @@ impl Store {
     ) -> Result<Store> {
         let root = std::path::absolute(root).map_err(|e| Error::io("this cannot be the root of a store", root, e))?;
         let (clock, limits) = (Arc::new(clock), Limits::default());
-        Ok(Store { root, mark: None, uuid: uuid.clone(), clock, limits, open: Mutex::new(None) })
+        Ok(Store {
+            root,
+            mark: None,
+            uuid: uuid.clone(),
+            claim: Mutex::default(),
+            clock,
+            limits,
+            open: Mutex::new(None),
+        })
     }
 
     /// With what this host demands.
@@ -98,8 +109,8 @@ impl Store {
     /// The same replica, for somebody who works beside this.
     pub(super) fn beside(&self) -> Store {
         let (root, uuid, clock) = (self.root.clone(), self.uuid.clone(), self.clock.clone());
-        let (mark, open) = (self.mark.clone(), Mutex::new(None));
-        Store { root, mark, uuid, clock, limits: self.limits, open }
+        let (mark, claim, open) = (self.mark.clone(), Mutex::default(), Mutex::new(None));
+        Store { root, mark, uuid, claim, clock, limits: self.limits, open }
     }
 
     /// Absolute path of the replica's directory.
@@ -125,6 +136,14 @@ impl Store {
     fn current(&self) -> Result<Arc<OpenPoint>> {
         let open = self.open.lock().expect("no code panics with this lock").clone();
         open.ok_or_else(|| Error::new(Kind::Usage, "there is no open point: begin comes first"))
+    }
+
+    /// Whose the point is that is begun; judged again under the lock, since another source may have come in between.
+    fn owner_of_the_next(&self, manifest: &Manifest) -> Result<Option<Owner>> {
+        let claim = self.claim.lock().expect("no code panics with this lock").clone();
+        let Some(claim) = claim else { return Ok(None) };
+        let claimed = judge_claim(Some(manifest), &claim)?;
+        Ok(Some(source::owner(manifest.owner.as_ref(), &claim, &claimed, (self.clock)())))
     }
 
     /// Runs `act` on the open point; its error condemns the point.
@@ -264,6 +283,13 @@ impl Replica for Store {
         Ok(view)
     }
 
+    fn claim(&self, claim: &Claim) -> Result<Claimed> {
+        let manifest = self.replica_dir()?.map(|dir| read_manifest(&dir, &self.uuid)).transpose()?.flatten();
+        let claimed = judge_claim(manifest.as_ref(), claim)?;
+        *self.claim.lock().expect("no code panics with this lock") = Some(claim.clone());
+        Ok(claimed)
+    }
+
     fn begin(&self, request: &BeginPoint) -> Result<Begun> {
         check_request(request, &self.uuid)?;
         let mut slot = self.open.lock().expect("no code panics with this lock");
@@ -278,6 +304,7 @@ impl Replica for Store {
         sweep(&points, &manifest)?;
         self.fold_left_over(&dir, &points, &mut manifest)?;
         seed::sweep(&dir, &manifest)?;
+        manifest.owner = self.owner_of_the_next(&manifest).map_err(|e| e.domain(&request.name))?;
         crate::failpoint!("3a");
         let open = OpenPoint::begin(lock, dir, points, manifest, request)?;
         let begun = open.begun();
@@ -452,6 +479,17 @@ impl Store {
     }
 }
 
+fn judge_claim(manifest: Option<&Manifest>, claim: &Claim) -> Result<Claimed> {
+    source::judge(
+        source::Standing {
+            owner: manifest.and_then(|m| m.owner.as_ref()),
+            generation: manifest.map_or(Generation(1), |m| m.generation),
+            has_points: manifest.is_some_and(|m| m.head().is_some()),
+        },
+        claim,
+    )
+}
+
 /// What can be refused without looking at the store.
 fn check_request(request: &BeginPoint, uuid: &DomainUuid) -> Result<()> {
     let usage = |what: String| Err(Error::new(Kind::Usage, what).domain(&request.name));
@@ -487,7 +525,9 @@ fn check_head(request: &BeginPoint, manifest: &Manifest) -> Result<()> {
             ),
         )
         .domain(&request.name)
-        .hint("decide which side has the data that counts; an older source never overwrites a newer replica"));
+        .hint(
+            "decide which side has the data that counts; if this source is the right one, `sync --take-over` says so once",
+        ));
     }
     let head = manifest.head().map(|p| &p.id);
     if head != request.expected_head.as_ref() {

@@ -97,3 +97,67 @@ fn a_forced_command_and_a_url_have_to_agree_on_the_store() {
     let image = served.disk("vda")["image"].as_str().expect("an image has a path").to_owned();
     assert!(image.starts_with(&root), "{image}");
 }
+
+/// Cases B2 and D5. Two hosts with a domain of one UUID (a clone by copied XML) took turns at one replica; and a domain that
+/// had moved was refused for ever.
+#[test]
+fn another_source_is_refused_and_takes_over_when_it_is_told_to() {
+    let lab = Lab::get();
+    let mut vm = lab.domain("source").disk(small()).off();
+    let root = vm.own_store();
+    let to = vm.to.clone();
+    let here = format!("local:{root}");
+    sync(&vm, &to, &["--create-store"]).sealed();
+
+    // The clone: the same XML on host b, with an image of its own.
+    let xml = Host::A.output(&["virsh", "dumpxml", "--inactive", &vm.name]);
+    let file = format!("{}/clone.xml", vm.shared());
+    std::fs::write(Host::A.file(format!("{}/clone.xml", vm.dir)), xml).expect("write the XML");
+    Host::A.ok(&["cp", &format!("{}/clone.xml", vm.dir), &file]);
+    Host::B.script(
+        "mkdir -p \"$1\"; qemu-img create -q -f qcow2 \"$2\" 32M; virsh -q define \"$3\"",
+        &[&vm.dir, &vm.images[0], &file],
+    );
+    let _clone = super::support::Undo(|| {
+        Host::B.run(&[
+            "bash",
+            "-c",
+            "virsh -q undefine \"$1\"; rm -rf \"${2:?}\" \"$3/domains/$4\"",
+            "x",
+            &vm.name,
+            &vm.dir,
+            "/var/lib/virt-replica/source",
+            &vm.uuid,
+        ]);
+    });
+    let on_b = |more: &[&str]| {
+        let mut words = vec!["sync", &vm.name, "--to", &here, "--json"];
+        words.extend(more);
+        SyncResult::of(plainly(Host::B, &words))
+    };
+    let both = ["the replica follows lab-a", "this source is lab-b", "--take-over"];
+    on_b(&[]).exit(1).says(&both);
+    plainly(Host::B, &["plan", &vm.name, "--to", &here]).exit(1).says(&both);
+    sync(&vm, &to, &[]).sealed();
+
+    on_b(&["--take-over"]).sealed().says(&["the replica followed lab-a"]);
+    let manifest = Host::B.output(&["cat", &format!("{root}/replicas/{}/manifest.json", vm.uuid)]);
+    assert!(manifest.contains("taken_over") && manifest.contains("lab-b") && manifest.contains("lab-a"), "{manifest}");
+    on_b(&[]).sealed();
+    sync(&vm, &to, &[]).exit(1).says(&["the replica follows lab-b", "this source is lab-a", "--take-over"]);
+    sync(&vm, &to, &["--take-over"]).sealed();
+
+    // Another state directory of the same host is another source: nobody knows whether the old one still works.
+    let state = format!("{}/state", vm.dir);
+    let words = ["--state-dir", &state, "sync", &vm.name, "--to", &to];
+    plainly(Host::A, &words).exit(1).says(&["another state directory", "--take-over"]);
+
+    // A generation that this host does not know.
+    let domain = format!("/var/lib/virt-replica/source/domains/{}/generation.json", vm.uuid);
+    std::fs::write(Host::A.file(&domain), "{\"format\":1,\"generation\":2}").expect("write the generation");
+    sync(&vm, &to, &[]).sealed();
+    Host::A.ok(&["rm", &domain]);
+    sync(&vm, &to, &[]).exit(1).says(&["generation 2", "generation 1", "--take-over"]);
+    sync(&vm, &to, &["--take-over"]).sealed();
+    sync(&vm, &to, &[]).sealed();
+}
