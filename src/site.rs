@@ -334,7 +334,7 @@ mod source {
     use crate::replicate::report::Report;
     use crate::replicate::settle::PauseGuard;
     use crate::replicate::source as source_id;
-    use crate::replicate::{compare, cycle, doctor, generation, plan, survey};
+    use crate::replicate::{compare, cycle, demoted, doctor, generation, journal, plan, stores, survey};
     use std::process::Command;
 
     #[derive(Debug, Clone)]
@@ -374,6 +374,7 @@ mod source {
             watch: &dyn Watch,
             stop: &AtomicBool,
         ) -> Result<(Report, Option<Error>)> {
+            let request = &self.respelled(request);
             let done = self.with_ports(Some((target, Some(Run::Real(request)))), |ports| {
                 cycle::run(ports, request, watch, stop)
             })?;
@@ -386,6 +387,7 @@ mod source {
 
         /// What [`Site::sync`] would do. Touches nothing.
         pub fn plan(&self, target: &Connection, request: &Request) -> Result<plan::Plan> {
+            let request = &self.respelled(request);
             self.with_ports(Some((target, Some(Run::Thought(request)))), |ports| survey::plan_only(ports, request))
         }
 
@@ -452,7 +454,10 @@ mod source {
                     None => {}
                     Some(Run::Real(run) | Run::Thought(run)) if run.gives_way => {}
                     Some(Run::Thought(run)) => self.claim(uuid, run, &replica, false)?,
-                    Some(Run::Real(run)) => self.claim(uuid, run, &replica, true)?,
+                    Some(Run::Real(run)) => {
+                        self.claim(uuid, run, &replica, true)?;
+                        self.recognise(uuid, target, run, &replica)?;
+                    }
                 }
                 Ok(Box::new(replica))
             };
@@ -482,6 +487,49 @@ mod source {
     }
 
     impl Site {
+        /// The request in the words of a handover that is on record, if that went to the same store by another URL.
+        fn respelled(&self, request: &Request) -> Request {
+            let mut respelled = request.clone();
+            let spellings = stores::spellings(&self.options.state, &request.target);
+            let same = |record: &demoted::HandoverRecord| {
+                let named = [record.domain.as_str(), record.uuid.as_str()].contains(&request.domain.as_str());
+                named && spellings.contains(&record.to)
+            };
+            // A record that cannot be read is for the run to refuse, if it is this domain's.
+            if let Some(record) = demoted::all(&self.options.state).unwrap_or_default().into_iter().find(same) {
+                respelled.target = record.to;
+            }
+            respelled
+        }
+
+        /// Finds out which URLs of earlier runs lead to the store that this one leads to: their points are in it.
+        fn recognise(
+            &self,
+            uuid: &DomainUuid,
+            target: &Connection,
+            run: &Request,
+            replica: &dyn Replica,
+        ) -> Result<()> {
+            let (state, Some(store)) = (&self.options.state, target.store()?) else { return Ok(()) };
+            let reports = journal::recent_reports::<Report>(state, uuid).unwrap_or_default();
+            let others = reports.iter().filter(|r| r.target != run.target && stores::known(state, &r.target).is_none());
+            let others: Vec<_> =
+                others.filter_map(|r| Some((r.target.clone(), r.point.as_ref()?.run.clone()))).collect();
+            if others.is_empty() {
+                return Ok(());
+            }
+            let points = replica.describe()?.points;
+            for (url, _) in others.iter().filter(|(_, run)| points.iter().any(|point| point.run == *run)) {
+                if stores::known(state, url).is_none() && stores::learn(state, url, &store).is_ok() {
+                    let target = &run.target;
+                    tracing::warn!(
+                        "{url} and {target} are the same store, {store}: its dirty bitmaps and reports are put together"
+                    );
+                }
+            }
+            Ok(())
+        }
+
         /// Says to the replica whose the points are, and to people what changes by that.
         /// `keeps`: a state directory without an id gets one.
         fn claim(&self, uuid: &DomainUuid, run: &Request, replica: &dyn Replica, keeps: bool) -> Result<()> {

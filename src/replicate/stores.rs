@@ -53,6 +53,19 @@ pub fn learn(state: &Path, url: &str, store: &StoreId) -> Result<()> {
     replace(&dir, &file(url), &to_json(&Known { format: 1, url: url.to_owned(), store: store.clone() }))
 }
 
+/// All URLs that mean what this one means, as far as is known: itself first.
+pub fn spellings(state: &Path, url: &str) -> Vec<String> {
+    let others = known(state, url).map_or_else(Vec::new, |store| urls(state, &store));
+    std::iter::once(url.to_owned()).chain(others.into_iter().filter(|other| other != url)).collect()
+}
+
+/// What the dirty bitmaps of a target are named after, newest custom first: its store, then the URLs that lead to it,
+/// which is what version 0.1 did, and what is done where the store is not known.
+pub fn keys(state: &Path, url: &str) -> Vec<String> {
+    let store = known(state, url).map(|store| format!("store:{store}"));
+    store.into_iter().chain(spellings(state, url)).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -67,6 +80,11 @@ mod tests {
         }
         assert_eq!(urls(temp.path(), &one), ["ssh://b", "ssh://root@b"]);
         assert_eq!(known(temp.path(), "ssh://c"), Some(two));
+        assert_eq!(spellings(temp.path(), "ssh://root@b"), ["ssh://root@b", "ssh://b"]);
+        assert_eq!(spellings(temp.path(), "ssh://new"), ["ssh://new"]);
+        let store = format!("store:{one}");
+        assert_eq!(keys(temp.path(), "ssh://b"), [store.as_str(), "ssh://b", "ssh://root@b"]);
+        assert_eq!(keys(temp.path(), "ssh://new"), ["ssh://new"]);
         fs::write(dir(temp.path()).join(file("ssh://c")), "{").unwrap();
         assert_eq!(known(temp.path(), "ssh://c"), None, "what cannot be read is not known");
     }

@@ -161,3 +161,51 @@ fn another_source_is_refused_and_takes_over_when_it_is_told_to() {
     sync(&vm, &to, &["--take-over"]).sealed();
     sync(&vm, &to, &[]).sealed();
 }
+
+/// Case B3: a store that is reached by two URLs counted as two, each with bitmaps of its own in the live QEMU.
+#[test]
+fn a_store_is_one_by_whatever_url_it_is_reached() {
+    let lab = Lab::get();
+    let mut vm = lab.domain("spelling").disk(small()).paused();
+    let root = vm.own_store();
+    let (one, two) = (format!("ssh://root@192.0.2.2{root}"), format!("ssh://192.0.2.2{root}"));
+    let ours = || {
+        let all = vm.virsh(&["qemu-monitor-command", "{\"execute\":\"query-named-block-nodes\"}"]);
+        let mut names: Vec<String> =
+            all.split("\"name\":\"vr-").skip(1).filter_map(|rest| Some(rest.split('"').next()?.to_owned())).collect();
+        names.sort();
+        names.dedup();
+        names
+    };
+    sync(&vm, &one, &["--create-store"]).sealed();
+    vm.write(0, "-P 0x12 1M 64k");
+    for to in [&two, &one, &two] {
+        let result = sync(&vm, to, &[]).sealed();
+        assert_eq!(result.mode("vda"), "bitmap", "{:#}", result.report);
+        assert_eq!(ours().len(), 1, "{:?}", ours());
+    }
+    let status = Host::A.json(&["status", &vm.name, "--json"]);
+    assert_eq!(status["domains"].as_array().map(Vec::len), Some(1), "{status:#}");
+
+    // What version 0.1 left: a bitmap named after a URL, and a report; nothing says whose store that was.
+    let three = format!("ssh://root@b{root}");
+    let nodes = vm.virsh(&["qemu-monitor-command", "{\"execute\":\"query-block\"}"]);
+    let node =
+        nodes.split("\"node-name\":\"").nth(1).and_then(|rest| rest.split('"').next()).expect("a node").to_owned();
+    let leftover = format!("{}0123456789abcdef-00000000", virt_replica::replicate::turnover::prefix(&three));
+    let add = format!(
+        "{{\"execute\":\"block-dirty-bitmap-add\",\"arguments\":{{\"node\":\"{node}\",\"name\":\"{leftover}\",\"persistent\":true}}}}"
+    );
+    vm.virsh(&["qemu-monitor-command", &add]);
+    assert_eq!(ours().len(), 2);
+    let history = vm.record().with_file_name("history.jsonl");
+    let text = std::fs::read_to_string(&history).expect("there are reports");
+    std::fs::write(&history, text.replace(&format!("\"target\":\"{one}\""), &format!("\"target\":\"{three}\"")))
+        .expect("rewrite the history");
+    let words = [three.as_str(), "are the same store"];
+    assert_eq!(sync(&vm, &two, &[]).sealed().says(&words).mode("vda"), "bitmap");
+    assert_eq!(ours().len(), 1, "{:?}", ours());
+    let status = Host::A.json(&["status", &vm.name, "--json"]);
+    assert_eq!(status["domains"].as_array().map(Vec::len), Some(1), "{status:#}");
+    vm.assert_home();
+}
