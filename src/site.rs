@@ -352,9 +352,10 @@ mod source {
     }
 
     impl Site {
-        /// Connects to libvirt.
+        /// Connects to libvirt, which has to be this host's.
         pub fn connect(options: SiteOptions) -> Result<Site> {
             let hypervisor = LibvirtHypervisor::connect(options.uri.as_deref())?;
+            hypervisor.must_be_here()?;
             Ok(Site { options, hypervisor })
         }
 

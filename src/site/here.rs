@@ -52,10 +52,11 @@ pub struct Found {
 }
 
 impl Here {
-    /// Opens the store, which has to be there, and connects to libvirt.
+    /// Opens the store, which has to be there, and connects to libvirt, which has to be this host's.
     pub fn connect(options: HereOptions) -> Result<Here> {
         let opened = stores::open(&options.root)?;
         let hypervisor = LibvirtHypervisor::connect(options.uri.as_deref())?;
+        hypervisor.must_be_here()?;
         Ok(Here { options, opened, hypervisor })
     }
 

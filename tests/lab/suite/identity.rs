@@ -162,6 +162,40 @@ fn another_source_is_refused_and_takes_over_when_it_is_told_to() {
     sync(&vm, &to, &[]).sealed();
 }
 
+/// Case B1: with libvirt of another host the paths of its images were opened on this one.
+#[test]
+fn libvirt_of_another_host_is_refused_before_anything_is_touched() {
+    let lab = Lab::get();
+    let vm = lab.domain("elsewhere").disk(small()).paused();
+    // A file of that name, here: it was replicated, and the guest there was frozen.
+    Host::B.script("mkdir -p \"$1\"; qemu-img create -q -f qcow2 \"$2\" 32M", &[&vm.dir, &vm.images[0]]);
+    let store = format!("/srv/{}", vm.name);
+    let _here = super::support::Undo(|| {
+        Host::B.run(&["rm", "-rf", &vm.dir, &store, "/root/.config/libvirt/libvirt.conf"]);
+    });
+    let uri = "qemu+ssh://root@192.0.2.1/system";
+    let to = format!("local:{store}");
+    let words = ["runs on lab-a", "this is lab-b", "run virt-replica on lab-a"];
+    Host::B.virt_replica(&["-c", uri, "sync", &vm.name, "--to", &to]).exit(1).says(&words);
+    for command in
+        [&["plan", &vm.name, "--to", &to][..], &["doctor", &vm.name], &["verify", &vm.name, "--to", &to, "--source"]]
+    {
+        Host::B
+            .run(&[&["env", "LIBVIRT_DEFAULT_URI=qemu+ssh://root@192.0.2.1/system", "virt-replica"], command].concat())
+            .exit(1)
+            .says(&words);
+    }
+    let conf = "mkdir -p /root/.config/libvirt; echo \"uri_default = '$1'\" >/root/.config/libvirt/libvirt.conf";
+    Host::B.script(conf, &[uri]);
+    Host::B.virt_replica(&["sync", &vm.name, "--to", &to]).exit(1).says(&words).says(&["uri_default"]);
+    // What names this host's own libvirt works all the same.
+    let own = ["-c", "qemu:///system", "sync", &vm.name, "--to", &to];
+    Host::B.virt_replica(&own).exit(4).says(&[&vm.name]);
+    assert!(!Host::B.file(&store).exists(), "nothing was created");
+    assert_eq!(vm.state(), "paused");
+    vm.assert_home();
+}
+
 /// Case B3: a store that is reached by two URLs counted as two, each with bitmaps of its own in the live QEMU.
 #[test]
 fn a_store_is_one_by_whatever_url_it_is_reached() {
