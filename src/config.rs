@@ -8,6 +8,7 @@
 //!     identity: /etc/virt-replica/ssh/id_ed25519    # optional: only this key is offered
 //!     ssh_config: /etc/virt-replica/ssh/config      # optional: instead of the user's own
 //!     known_hosts: /etc/virt-replica/ssh/known_hosts
+//!     create_store: true                            # the first run creates the store there; without it, `store init` does
 //!     runs_max: 2                                   # runs to this target at a time (the daemon's)
 //!     link: wan                                     # the link that leads there
 //! links:
@@ -71,6 +72,9 @@ pub struct TargetConfig {
     pub ssh_config: Option<PathBuf>,
     #[serde(default)]
     pub known_hosts: Option<PathBuf>,
+    /// The first run to it creates the store if there is none.
+    #[serde(default)]
+    pub create_store: bool,
     /// Runs that the daemon has under way to it at a time; `None`: as many as it may have at all.
     #[serde(default)]
     pub runs_max: Option<NonZeroU32>,

@@ -81,6 +81,35 @@ checked_name! {
     PointId, check_point_id
 }
 
+checked_name! {
+    /// One store: 32 lower-case hex digits, drawn when the store is created. It is the same by whatever path or URL the
+    /// store is reached.
+    StoreId, check_long_id
+}
+
+checked_name! {
+    /// Tells one machine, or one state directory, from all others: 32 lower-case hex digits.
+    Fingerprint, check_long_id
+}
+checked_name! {
+    /// A host's name as people say it: 1 to 253 letters, digits and . _ -
+    HostLabel, check_host_label
+}
+
+impl Fingerprint {
+    /// Made of these random bits; the caller owns the randomness.
+    pub fn from_bits(bits: u128) -> Self {
+        Self(format!("{bits:032x}"))
+    }
+}
+
+impl StoreId {
+    /// The id made of these random bits; the caller owns the randomness.
+    pub fn from_bits(bits: u128) -> Self {
+        Self(format!("{bits:032x}"))
+    }
+}
+
 impl RunId {
     /// The id made of these random bits; the caller owns the randomness.
     pub fn from_bits(bits: u64) -> Self {
@@ -155,6 +184,19 @@ fn check_disk_name(s: &str) -> Result<(), &'static str> {
 
 fn check_run_id(s: &str) -> Result<(), &'static str> {
     if s.len() == 16 && s.bytes().all(is_lower_hex) { Ok(()) } else { Err("a run id has 16 lower-case hex digits") }
+}
+
+fn check_long_id(s: &str) -> Result<(), &'static str> {
+    if s.len() == 32 && s.bytes().all(is_lower_hex) { Ok(()) } else { Err("such an id has 32 lower-case hex digits") }
+}
+
+fn check_host_label(s: &str) -> Result<(), &'static str> {
+    let good = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
+    if (1..=253).contains(&s.len()) && s.bytes().all(good) {
+        Ok(())
+    } else {
+        Err("it has 1 to 253 letters, digits and . _ -")
+    }
 }
 
 fn check_point_id(s: &str) -> Result<(), &'static str> {

@@ -7,19 +7,21 @@ use crate::error::{Error, Kind, Result};
 use crate::image::Layer;
 use crate::image::open::{self, OpenOptions};
 use crate::image::qemu_nbd::QemuNbd;
-use crate::name::{DiskName, DomainName, DomainUuid, PointId, RunId};
+use crate::name::{DiskName, DomainName, DomainUuid, PointId, RunId, StoreId};
 use crate::plain::target::{LocalOptions, LocalTarget};
 use crate::plain::{PlainTarget, Wish};
 #[cfg(feature = "libvirt")]
 use crate::recovery::bringup::BringUp;
 use crate::replica::ReplicaView;
+#[cfg(feature = "libvirt")]
+use crate::replica::root::{StoreSeen, StoreWish};
 use crate::replica::store::{self, Limits, Store};
 use crate::replica::upkeep::Held as _;
 use crate::replicate::offline;
-use crate::transport::Transport;
 use crate::transport::local::LocalTransport;
 use crate::transport::ssh::{SshOptions, SshTransport};
 use crate::transport::target::TargetUrl;
+use crate::transport::{Service, Transport};
 use jiff::Timestamp;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,12 +37,15 @@ pub mod here;
 #[cfg(feature = "libvirt")]
 pub mod near;
 
+use stores::LocalStores;
+
 #[cfg(feature = "libvirt")]
 use source::start_deadman;
 #[cfg(feature = "libvirt")]
 pub use source::{Site, SiteOptions};
 
 pub mod plain;
+pub mod stores;
 
 /// Directory for sockets of this process; short, private, gone with a reboot.
 pub fn runtime_dir() -> PathBuf {
@@ -62,12 +67,21 @@ pub fn workers() -> usize {
 
 /// The name of a new run: 64 random bits.
 pub fn new_run() -> Result<RunId> {
-    let mut bits = [0u8; 8];
+    Ok(RunId::from_bits(u64::from_le_bytes(random_bytes()?)))
+}
+
+/// 128 random bits: what an id is made of that nobody else may have.
+fn long_id() -> Result<u128> {
+    Ok(u128::from_le_bytes(random_bytes()?))
+}
+
+fn random_bytes<const N: usize>() -> Result<[u8; N]> {
+    let mut bits = [0u8; N];
     let got = rustix::rand::getrandom(&mut bits, rustix::rand::GetRandomFlags::empty())
         .map_err(|e| Error::from_io("cannot draw random bits", e.into()))?;
     // The kernel never cuts a request this short once its pool is ready, and waits until it is.
     assert_eq!(got, bits.len(), "getrandom gives up to 256 bytes whole");
-    Ok(RunId::from_bits(u64::from_le_bytes(bits)))
+    Ok(bits)
 }
 
 /// The way to a target: one ssh master and one session with its agent, shared by everything that is done there.
@@ -77,10 +91,16 @@ pub fn new_run() -> Result<RunId> {
 pub struct Connection {
     target: TargetUrl,
     ssh: SshOptions,
+    /// Make a store where there is none.
+    create_store: bool,
+    /// Where this host remembers the stores that it has found; `None`: this is not for a source.
+    state: Option<PathBuf>,
     session: Mutex<Option<Session>>,
 }
 
 struct Session {
+    /// `None`: the agent is of a version that cannot tell, or serves no store.
+    store: Option<StoreId>,
     client: Arc<AgentClient>,
     // Dropped after the client: it carries the client's channel.
     _transport: Box<dyn Transport>,
@@ -89,7 +109,12 @@ struct Session {
 impl Connection {
     /// Nothing is sent yet.
     pub fn new(target: TargetUrl, ssh: SshOptions) -> Connection {
-        Connection { target, ssh, session: Mutex::new(None) }
+        Connection { target, ssh, create_store: false, state: None, session: Mutex::new(None) }
+    }
+
+    /// For a source, that keeps its own state in `state`. `create_store`: make a store where there is none.
+    pub fn of_source(self, state: &Path, create_store: bool) -> Connection {
+        Connection { state: Some(state.to_owned()), create_store, ..self }
     }
 
     /// The session with the target's agent. The first call connects: it blocks, at most the connect timeout.
@@ -103,8 +128,21 @@ impl Connection {
             TargetUrl::Local { root } => Box::new(LocalTransport::new(root, None)?.serving(self.ssh.service)),
         };
         let client = Arc::new(AgentClient::connect(transport.as_ref())?);
-        *session = Some(Session { client: client.clone(), _transport: transport });
+        let store = match self.ssh.service {
+            Service::Images => None,
+            Service::Store | Service::Failover => {
+                stores::greet(&client, &self.target, self.state.as_deref(), self.create_store)?
+            }
+        };
+        *session = Some(Session { store, client: client.clone(), _transport: transport });
         Ok(client)
+    }
+
+    /// The store at the other end; connects. `None`: its agent is of a version that cannot tell.
+    pub fn store(&self) -> Result<Option<StoreId>> {
+        self.client()?;
+        let session = self.session.lock().unwrap_or_else(|e| e.into_inner());
+        Ok(session.as_ref().and_then(|session| session.store.clone()))
     }
 
     /// The same; a session that has died meanwhile is replaced by a new one.
@@ -127,14 +165,14 @@ impl Connection {
 /// Runs the agent for the store at `root` on this process's stdin and stdout, until the client's end or its silence.
 /// `limits` are what this host demands, whoever asks.
 pub fn serve_agent(root: &Path, limits: Limits) -> Result<()> {
-    serve_stdio(&LocalStores { root: root.to_owned(), limits }, ServeOptions::default())
+    serve_stdio(&LocalStores::new(root, limits), ServeOptions::default())
 }
 
 /// The same, and brings up what is in the store where it is asked to: only then `connect` is called, so that runs go on
 /// without libvirt, and whatever the mapping says.
 #[cfg(feature = "libvirt")]
 pub fn serve_failover(root: &Path, limits: Limits, connect: &dyn Fn() -> Result<here::Here>) -> Result<()> {
-    let stores = LocalStores { root: root.to_owned(), limits };
+    let stores = LocalStores::new(root, limits);
     serve_stdio(&Bringing { stores, connect, here: std::cell::OnceCell::new() }, ServeOptions::default())
 }
 
@@ -153,6 +191,10 @@ impl ReplicaOpener for Bringing<'_> {
 
     fn find(&self, name: &str) -> Result<Vec<(DomainUuid, DomainName)>> {
         self.stores.find(name)
+    }
+
+    fn store(&self, wish: &StoreWish) -> Result<StoreSeen> {
+        self.stores.store(wish)
     }
 
     fn bring_up(&self, uuid: &DomainUuid) -> Result<Box<dyn BringUp + '_>> {
@@ -193,22 +235,6 @@ impl ReplicaOpener for LocalImages {
     }
 }
 
-struct LocalStores {
-    root: PathBuf,
-    limits: Limits,
-}
-
-impl ReplicaOpener for LocalStores {
-    fn open(&self, uuid: &DomainUuid) -> Result<Box<dyn Served>> {
-        Ok(Box::new(Store::open(&self.root, uuid, Timestamp::now)?.with_limits(self.limits)))
-    }
-
-    fn find(&self, name: &str) -> Result<Vec<(DomainUuid, DomainName)>> {
-        let all = store::list(&self.root)?;
-        Ok(all.into_iter().filter(|(_, n, _)| name.is_empty() || n.as_str() == name).map(|(u, n, _)| (u, n)).collect())
-    }
-}
-
 /// Serves a disk of a point in the store at `root` on this host over NBD, read-only, on a unix socket, until `stop` is
 /// set or the server ends. Blocks. The point is leased meanwhile. `ready` is told when it serves.
 pub fn serve_nbd(
@@ -220,7 +246,7 @@ pub fn serve_nbd(
     ready: &dyn Fn() -> Result<()>,
     stop: &AtomicBool,
 ) -> Result<()> {
-    let store = Store::open(root, uuid, Timestamp::now)?;
+    let store = Store::within(&stores::open(root)?, uuid, Timestamp::now)?;
     let mut held = Box::new(store.hold(point, "nbd")?);
     let served = held.images(disk).and_then(|images| QemuNbd::start_at(&images, socket)).and_then(|mut server| {
         let mut serving = ready();
@@ -247,9 +273,10 @@ pub fn seed(
     top: &Layer,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(DiskSize, u64)> {
+    let store = Store::within(&stores::open(root)?, uuid, Timestamp::now)?;
     let opened = open::open_read(&offline::resolve_chain(top)?, &open_options(1))?;
     let size = opened.image.size();
-    let copied = Store::open(root, uuid, Timestamp::now)?.adopt(disk, opened.image.as_ref(), progress);
+    let copied = store.adopt(disk, opened.image.as_ref(), progress);
     let closed = opened.close();
     let copied = copied?;
     closed?;
@@ -301,11 +328,13 @@ mod source {
     use crate::recovery::failover::{self, FailoverRecord};
     use crate::recovery::{detach, drill, drills};
     use crate::replica::Replica;
+    use crate::replica::source::Claim;
     use crate::replicate::cycle::{Ports, Request, Watch};
     use crate::replicate::deadman::{self, Charge, Deadman};
     use crate::replicate::report::Report;
     use crate::replicate::settle::PauseGuard;
-    use crate::replicate::{compare, cycle, doctor, plan, survey};
+    use crate::replicate::source as source_id;
+    use crate::replicate::{compare, cycle, demoted, doctor, generation, journal, plan, stores, survey};
     use std::process::Command;
 
     #[derive(Debug, Clone)]
@@ -323,9 +352,10 @@ mod source {
     }
 
     impl Site {
-        /// Connects to libvirt.
+        /// Connects to libvirt, which has to be this host's.
         pub fn connect(options: SiteOptions) -> Result<Site> {
             let hypervisor = LibvirtHypervisor::connect(options.uri.as_deref())?;
+            hypervisor.must_be_here()?;
             Ok(Site { options, hypervisor })
         }
 
@@ -345,12 +375,21 @@ mod source {
             watch: &dyn Watch,
             stop: &AtomicBool,
         ) -> Result<(Report, Option<Error>)> {
-            self.with_ports(Some(target), |ports| cycle::run(ports, request, watch, stop))
+            let request = &self.respelled(request);
+            let done = self.with_ports(Some((target, Some(Run::Real(request)))), |ports| {
+                cycle::run(ports, request, watch, stop)
+            })?;
+            // From now on this host knows the generation that it took over, and needs not be told again.
+            if let (Some(point), true) = (&done.0.point, request.plan.take_over && !request.gives_way) {
+                generation::raise(&self.options.state, &done.0.uuid, point.generation)?;
+            }
+            Ok(done)
         }
 
         /// What [`Site::sync`] would do. Touches nothing.
         pub fn plan(&self, target: &Connection, request: &Request) -> Result<plan::Plan> {
-            self.with_ports(Some(target), |ports| survey::plan_only(ports, request))
+            let request = &self.respelled(request);
+            self.with_ports(Some((target, Some(Run::Thought(request)))), |ports| survey::plan_only(ports, request))
         }
 
         /// Compares the live domain with the head; see [`compare::compare`].
@@ -361,7 +400,7 @@ mod source {
             watch: &dyn Watch,
             stop: &AtomicBool,
         ) -> Result<compare::Comparison> {
-            self.with_ports(Some(target), |ports| compare::compare(ports, request, watch, stop))
+            self.with_ports(Some((target, None)), |ports| compare::compare(ports, request, watch, stop))
         }
 
         /// Looks at (and with `repair` mends) one domain; see [`doctor::examine`].
@@ -402,10 +441,26 @@ mod source {
             deadman::serve(std::io::stdin(), std::io::stdout(), &charge)
         }
 
-        fn with_ports<T>(&self, target: Option<&Connection>, f: impl FnOnce(&Ports) -> Result<T>) -> Result<T> {
+        /// `target`: where to, and the run that is to write there, if one is.
+        fn with_ports<T>(
+            &self,
+            target: Option<(&Connection, Option<Run>)>,
+            f: impl FnOnce(&Ports) -> Result<T>,
+        ) -> Result<T> {
             let replica = |uuid: &DomainUuid| -> Result<Box<dyn Replica>> {
-                let target = target.ok_or_else(|| Error::new(Kind::Usage, "this needs a target"))?;
-                Ok(Box::new(target.client()?.open(uuid)?))
+                let (target, run) = target.ok_or_else(|| Error::new(Kind::Usage, "this needs a target"))?;
+                let replica = target.client()?.open(uuid)?;
+                // A host that gives way claims nothing.
+                match run {
+                    None => {}
+                    Some(Run::Real(run) | Run::Thought(run)) if run.gives_way => {}
+                    Some(Run::Thought(run)) => self.claim(uuid, run, &replica, false)?,
+                    Some(Run::Real(run)) => {
+                        self.claim(uuid, run, &replica, true)?;
+                        self.recognise(uuid, target, run, &replica)?;
+                    }
+                }
+                Ok(Box::new(replica))
             };
             let guard = |uuid: &DomainUuid| start_deadman(&self.options, uuid);
             f(&Ports {
@@ -422,6 +477,71 @@ mod source {
                 explain_image: &open::explain,
                 clock: &Timestamp::now,
             })
+        }
+    }
+
+    /// What is to write to the target: a run, or one that is only thought through and leaves nothing behind.
+    #[derive(Clone, Copy)]
+    enum Run<'a> {
+        Real(&'a Request),
+        Thought(&'a Request),
+    }
+
+    impl Site {
+        /// The request in the words of a handover that is on record, if that went to the same store by another URL.
+        fn respelled(&self, request: &Request) -> Request {
+            let mut respelled = request.clone();
+            let spellings = stores::spellings(&self.options.state, &request.target);
+            let same = |record: &demoted::HandoverRecord| {
+                let named = [record.domain.as_str(), record.uuid.as_str()].contains(&request.domain.as_str());
+                named && spellings.contains(&record.to)
+            };
+            // A record that cannot be read is for the run to refuse, if it is this domain's.
+            if let Some(record) = demoted::all(&self.options.state).unwrap_or_default().into_iter().find(same) {
+                respelled.target = record.to;
+            }
+            respelled
+        }
+
+        /// Finds out which URLs of earlier runs lead to the store that this one leads to: their points are in it.
+        fn recognise(
+            &self,
+            uuid: &DomainUuid,
+            target: &Connection,
+            run: &Request,
+            replica: &dyn Replica,
+        ) -> Result<()> {
+            let (state, Some(store)) = (&self.options.state, target.store()?) else { return Ok(()) };
+            let reports = journal::recent_reports::<Report>(state, uuid).unwrap_or_default();
+            let others = reports.iter().filter(|r| r.target != run.target && stores::known(state, &r.target).is_none());
+            let others: Vec<_> =
+                others.filter_map(|r| Some((r.target.clone(), r.point.as_ref()?.run.clone()))).collect();
+            if others.is_empty() {
+                return Ok(());
+            }
+            let points = replica.describe()?.points;
+            for (url, _) in others.iter().filter(|(_, run)| points.iter().any(|point| point.run == *run)) {
+                if stores::known(state, url).is_none() && stores::learn(state, url, &store).is_ok() {
+                    let target = &run.target;
+                    tracing::warn!(
+                        "{url} and {target} are the same store, {store}: its dirty bitmaps and reports are put together"
+                    );
+                }
+            }
+            Ok(())
+        }
+
+        /// Says to the replica whose the points are, and to people what changes by that.
+        /// `keeps`: a state directory without an id gets one.
+        fn claim(&self, uuid: &DomainUuid, run: &Request, replica: &dyn Replica, keeps: bool) -> Result<()> {
+            let state = &self.options.state;
+            let generation = generation::generation(state, uuid)?;
+            let source = source_id::source(state, &source_id::Machine::here(), long_id()?, keeps)?;
+            let claim = Claim { source, generation, take_over: run.plan.take_over };
+            if let Some(words) = replica.claim(&claim)?.words(generation) {
+                tracing::warn!("{words}");
+            }
+            Ok(())
         }
     }
 

@@ -20,6 +20,8 @@ use crate::block::BlockIndex;
 use crate::block::digest::{BLOCK_PIECES, BlockPieces, Digest, PieceDigest};
 use crate::error::{Error, Kind, Result, printable};
 use crate::name::{DiskName, DomainName, DomainUuid, PointId};
+use crate::replica::root::{StoreSeen, StoreWish};
+use crate::replica::source::{Claim, Claimed};
 use crate::replica::{Attachment, BeginPoint, Begun, DiskApplied, PointView, ReplicaView, SealPoint, VerifyReport};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
@@ -384,6 +386,15 @@ pub enum Request {
         uuid: DomainUuid,
         ask: bringup::Ask,
     },
+    /// Which source the points are of that are begun from now on.
+    Claim {
+        replica: Handle,
+        claim: Claim,
+    },
+    /// Which store the agent serves. Asked first; an agent that does not know the question has no id to tell.
+    Store {
+        wish: StoreWish,
+    },
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -401,6 +412,8 @@ pub enum Reply {
     Upkeep { told: upkeep::Told },
     Plain { told: plain::Told },
     BringUp { told: bringup::Told },
+    Claim { claimed: Claimed },
+    Store { store: StoreSeen },
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -27,6 +27,7 @@ use virt_replica::block::digest::{BLOCK_PIECES, BlockPieces, Digest, PieceDigest
 use virt_replica::block::{BlockIndex, DiskSize};
 use virt_replica::error::{Error, Kind, Result};
 use virt_replica::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
+use virt_replica::replica::root::{StoreSeen, StoreWish};
 use virt_replica::replica::upkeep::{
     Damage, DamageKind, Holds, Kept, PatchStream, PruneReport, ScrubStart, ScrubStep, ScrubTold, Scrubbing,
     ShortenStart, ShortenStep, Shortening, Upkeep,

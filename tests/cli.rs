@@ -26,9 +26,9 @@ use virt_replica::replica::{BeginDisk, BeginPoint, Consistency, DiskStats, Mode,
 use virt_replica::replicate::pump::{self, Progress, Shipment};
 
 const UUID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
-const COMMANDS: [&str; 23] = [
+const COMMANDS: [&str; 24] = [
     "daemon", "policy", "sync", "plan", "points", "status", "verify", "scrub", "prune", "pin", "unpin", "export",
-    "ready", "drill", "failover", "migrate", "doctor", "agent", "copy", "digest", "diff", "apply", "patch",
+    "ready", "drill", "failover", "migrate", "doctor", "agent", "copy", "digest", "diff", "apply", "patch", "store",
 ];
 
 /// The program with nothing in its environment but a time zone.
@@ -76,6 +76,7 @@ impl StoreWithPoints {
         let dir = tempfile::tempdir().unwrap();
         let image = dir.path().join("source.raw");
         let store = StoreWithPoints { dir };
+        expect_code(&run(&["store", "init", store.root().to_str().unwrap()]), 0);
         for (seq, fill) in [(1u64, 0xaau8), (2, 0xbb)] {
             let mut content = vec![fill; 64 << 10];
             content.resize(1 << 20, 0);

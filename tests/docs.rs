@@ -261,9 +261,10 @@ fn every_policy_file_is_read_by_the_code() {
 fn the_sample_has_every_key() {
     let sample = Config::load(&root().join("policies/virt-replica.yaml"), true).unwrap();
     let Config { targets, links, defaults, daemon } = sample;
-    let TargetConfig { url, identity, ssh_config, known_hosts, runs_max, link } = targets["dr1"].clone();
+    let TargetConfig { url, identity, ssh_config, known_hosts, create_store, runs_max, link } = targets["dr1"].clone();
     assert_eq!(url.to_string(), "ssh://replica@dr1.example.net/srv/virt-replica");
-    assert!(identity.is_some() && ssh_config.is_some() && known_hosts.is_some() && runs_max.is_some());
+    assert!(targets["usb"].url.to_string() == "local:/mnt/usb/virt-replica" && !targets["usb"].create_store);
+    assert!(create_store && identity.is_some() && ssh_config.is_some() && known_hosts.is_some() && runs_max.is_some());
     let LinkConfig { runs_max: _ } = links[&link.expect("the sample names a link")];
     let Defaults { overlay_dir, block_overlay_dir, capture } = defaults;
     assert!(overlay_dir.is_some() && block_overlay_dir.is_some() && capture.is_some());

@@ -68,6 +68,8 @@ mod domain;
 mod formats;
 #[path = "lab/suite/handover.rs"]
 mod handover;
+#[path = "lab/suite/identity.rs"]
+mod identity;
 #[path = "lab/suite/limits.rs"]
 mod limits;
 #[path = "lab/suite/live_only.rs"]

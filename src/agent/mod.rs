@@ -14,6 +14,7 @@ mod plain;
 pub mod remote;
 pub mod remote_bringup;
 pub mod remote_plain;
+mod remote_store;
 mod remote_upkeep;
 mod upkeep;
 
@@ -22,6 +23,7 @@ use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, DomainName, DomainUuid};
 use crate::plain::{PlainTarget, Wish};
 use crate::recovery::bringup::BringUp;
+use crate::replica::root::{StoreSeen, StoreWish};
 use crate::replica::upkeep::Upkeep;
 use crate::replica::{ATTACHMENT_MAX, Attachment, BeginPoint, Begun, DiskTarget, NODES_MAX, Replica, check_blocks};
 use crate::transport::pipe::{PipeReader, PipeWriter};
@@ -50,6 +52,11 @@ pub trait ReplicaOpener {
 
     /// Domains with this name, or all of them for an empty one. Names are not unique over time; UUIDs are.
     fn find(&self, name: &str) -> Result<Vec<(DomainUuid, DomainName)>>;
+
+    /// The store that is served, created if the client wishes it so.
+    fn store(&self, _: &StoreWish) -> Result<StoreSeen> {
+        Err(Error::new(Kind::Refused, "this agent serves no store"))
+    }
 
     /// An image that belongs to no domain, where such are served.
     fn image(&self, wish: &Wish) -> Result<Box<dyn PlainTarget>> {
@@ -338,6 +345,10 @@ impl<W: Write> Session<'_, W> {
             Request::Upkeep { replica, ask } => self.upkeep(id, replica, ask)?,
             Request::Plain { ask } => self.plain(id, ask)?,
             Request::BringUp { uuid, ask } => self.bring_up(id, &uuid, ask)?,
+            Request::Claim { replica, claim } => {
+                Reply::Claim { claimed: self.at(replica)?.replica.claim(&claim)? }.into()
+            }
+            Request::Store { wish } => Reply::Store { store: self.opener.store(&wish)? }.into(),
         })
     }
 

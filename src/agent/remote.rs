@@ -10,6 +10,7 @@ use crate::block::BlockIndex;
 use crate::block::digest::{BlockPieces, Digest};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, PointId};
+use crate::replica::source::{Claim, Claimed, How};
 use crate::replica::{
     ATTACHMENT_MAX, Attachment, BeginPoint, Begun, DiskApplied, DiskTarget, NODES_MAX, PointView, Replica, ReplicaView,
     SealPoint, VerifyReport, check_blocks,
@@ -112,6 +113,18 @@ impl Replica for RemoteReplica {
         match self.shared().call(&Request::Describe { replica: self.handle })? {
             Reply::Describe { view } => Ok(view),
             other => self.unexpected("describe", other),
+        }
+    }
+
+    fn claim(&self, claim: &Claim) -> Result<Claimed> {
+        match self.shared().call(&Request::Claim { replica: self.handle, claim: claim.clone() }) {
+            Ok(Reply::Claim { claimed }) => Ok(claimed),
+            Ok(other) => self.unexpected("claim", other),
+            // An agent of an earlier version cannot tell sources apart; the session goes on.
+            Err(e) if e.kind() == Kind::Protocol && self.shared().is_open() => {
+                Ok(Claimed { how: How::Same, before: None })
+            }
+            Err(e) => Err(e),
         }
     }
 

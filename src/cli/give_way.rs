@@ -3,6 +3,7 @@
 use super::Globals;
 use super::here::HereArgs;
 use super::output::{Exit, Output};
+use super::target::CreateStore;
 use clap::Args;
 use virt_replica::error::Result;
 
@@ -13,6 +14,8 @@ pub struct GiveWayArgs {
     /// You know that the domain lives on another host, and that its definition is removed here
     #[arg(long, required = true)]
     lives_elsewhere: bool,
+    #[command(flatten)]
+    create_store: CreateStore,
     #[command(flatten)]
     here: HereArgs,
     /// Print JSON for scripts
@@ -37,7 +40,7 @@ mod act {
     use virt_replica::error::Kind;
 
     pub fn give_way(args: &GiveWayArgs, globals: &Globals, output: Output) -> Result<Exit> {
-        let here = args.here.connect(globals)?;
+        let here = args.here.connect_creating(globals, args.create_store)?;
         // Once it has given way only the store knows it.
         let (uuid, name) = match source::connect(globals)?
             .hypervisor()

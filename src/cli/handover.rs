@@ -1,6 +1,6 @@
 //! What `failover --to` and `migrate` have in common: at the source, with a target that is reachable.
 
-use super::target::SshArgs;
+use super::target::{CreateStore, SshArgs};
 use clap::Args;
 use std::time::Duration;
 use virt_replica::name::DiskName;
@@ -17,6 +17,8 @@ pub struct HandoverArgs {
     /// Leave this disk out (vdb), as the runs before did: the domain has it no more there; may be given more than once
     #[arg(long = "exclude-disk", value_name = "DISK")]
     exclude_disks: Vec<DiskName>,
+    #[command(flatten)]
+    create_store: CreateStore,
     #[command(flatten)]
     ssh: SshArgs,
 }
@@ -91,7 +93,7 @@ mod act {
             )?;
             Ok(Prepared {
                 site,
-                connection: target.connection(),
+                connection: target.connection_for_runs(globals, args.create_store),
                 runs,
                 request,
                 stop,

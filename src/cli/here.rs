@@ -21,13 +21,23 @@ pub use connect::connect;
 #[cfg(feature = "libvirt")]
 mod connect {
     use super::super::Globals;
+    use super::super::target::CreateStore;
     use super::*;
     use std::path::Path;
     use virt_replica::error::Result;
     use virt_replica::recovery::mapping::{MAPPING_FILE, Mapping};
+    use virt_replica::site;
     use virt_replica::site::here::{Here, HereOptions};
 
     impl HereArgs {
+        /// The same, and makes a store of the directory first if that is wished and it is none.
+        pub fn connect_creating(&self, globals: &Globals, wish: CreateStore) -> Result<Here> {
+            if wish.create_store {
+                site::stores::create(&self.root)?;
+            }
+            self.connect(globals)
+        }
+
         /// Reads the mapping and connects to libvirt.
         pub fn connect(&self, globals: &Globals) -> Result<Here> {
             connect(globals, &self.root, self.mapping.as_deref())

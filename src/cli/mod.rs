@@ -50,6 +50,7 @@ mod signals;
 #[cfg(feature = "libvirt")]
 mod source;
 mod status;
+mod store;
 mod sync;
 mod target;
 mod verify;
@@ -174,6 +175,8 @@ enum Command {
     Policy(policy::PolicyArgs),
     /// Obey the policies for as long as this host is up (started by systemd)
     Daemon(daemon::DaemonArgs),
+    /// On a target: create the store that its sources replicate into
+    Store(store::StoreArgs),
     /// On a target: take over a copy of a disk that is here already, before the first run
     Seed(seed::SeedArgs),
     /// Bring images, here or on another host, into step with images of this host; no libvirt needed
@@ -224,6 +227,7 @@ impl Command {
             Command::Failback(args) => args.json,
             Command::Drill(args) => args.json,
             Command::Migrate(args) => args.json,
+            Command::Store(args) => args.json(),
             Command::Seed(args) => args.json,
             Command::Policy(args) => args.json(),
             Command::Copy(args) => args.json,
@@ -263,6 +267,7 @@ pub fn main() -> ExitCode {
         Command::Failback(args) => failback::failback(args, &cli.globals, output),
         Command::Drill(args) => drill::drill(args, &cli.globals, output),
         Command::Migrate(args) => migrate::migrate(args, &cli.globals, output),
+        Command::Store(args) => store::store(args, output),
         Command::Seed(args) => seed::seed(args, output),
         Command::Policy(args) => policy::policy(args, &cli.globals, output),
         Command::Daemon(args) => daemon::daemon(args, &cli.globals),

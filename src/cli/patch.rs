@@ -7,7 +7,7 @@ use super::plain::{
     FORMATS, WayArgs, absolute, beside, format, input, listen, open_source, print_beside, unless_stopped, watched,
 };
 use super::render;
-use super::target::{SshArgs, Target, hang_up};
+use super::target::{CreateStore, SshArgs, Target, hang_up};
 use clap::{Args, Subcommand};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -197,6 +197,8 @@ pub struct ApplyArgs {
     #[command(flatten)]
     unwrap: UnwrapArgs,
     #[command(flatten)]
+    create_store: CreateStore,
+    #[command(flatten)]
     ssh: SshArgs,
     /// Print JSON for scripts
     #[arg(long)]
@@ -212,6 +214,7 @@ pub fn apply(args: &ApplyArgs, globals: &Globals, output: Output) -> Result<Exit
             file,
             &args.unwrap,
             &Target::resolve(to, &args.ssh, &globals.config()?)?,
+            (globals, args.create_store),
             output,
         );
     }

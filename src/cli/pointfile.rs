@@ -4,7 +4,7 @@ use super::envelope::{ProtectedOut, UnwrapArgs};
 use super::output::{Exit, Output, print, print_json};
 use super::patch::DiffArgs;
 use super::plain::{beside, listen, print_beside, unless_stopped, watched};
-use super::target::{Target, hang_up};
+use super::target::{CreateStore, Target, hang_up};
 use super::{Globals, render};
 use serde_json::json;
 use std::path::Path;
@@ -78,10 +78,16 @@ fn disks(n: usize) -> String {
     if n == 1 { "its disk".to_owned() } else { format!("its {n} disks") }
 }
 
-pub fn apply(file: &Path, unwrap: &UnwrapArgs, target: &Target, output: Output) -> Result<Exit> {
+pub fn apply(
+    file: &Path,
+    unwrap: &UnwrapArgs,
+    target: &Target,
+    (globals, create_store): (&Globals, CreateStore),
+    output: Output,
+) -> Result<Exit> {
     let stop = listen()?;
     let input = unwrap.open(file)?.input;
-    let connection = target.connection();
+    let connection = target.connection_for_runs(globals, create_store);
     let progress = Progress::default();
     let size = std::fs::metadata(file).map_or(0, |m| m.len());
     let name = file.file_name().map_or("point".to_owned(), |name| name.to_string_lossy().into_owned());

@@ -3,6 +3,7 @@
 use super::output::{Exit, Output, print, print_json};
 use super::progress::bar;
 use super::render;
+use super::target::CreateStore;
 use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;
@@ -28,6 +29,8 @@ pub struct SeedArgs {
     /// Directory of the store
     #[arg(long, value_name = "DIR", default_value = ROOT_DEFAULT)]
     root: PathBuf,
+    #[command(flatten)]
+    create_store: CreateStore,
     /// Print JSON for scripts
     #[arg(long)]
     pub json: bool,
@@ -41,6 +44,9 @@ pub fn seed(args: &SeedArgs, output: Output) -> Result<Exit> {
     let path = std::path::absolute(&args.from).map_err(|e| Error::io("this cannot be an image", &args.from, e))?;
     let format = if args.format == "raw" { Format::Raw } else { Format::Qcow2 };
     let layer = Layer { path, format, block_device: site::is_block_device(&args.from), data_file: None };
+    if args.create_store.create_store {
+        site::stores::create(&args.root)?;
+    }
     let shown = (!output.quiet && !output.json).then(|| bar(args.disk.as_str(), 0));
     let adopted = site::seed(&args.root, &uuid, &args.disk, &layer, &mut |done, all| {
         if let Some(bar) = &shown {

@@ -3,7 +3,7 @@
 use super::Globals;
 use super::limits::LimitArgs;
 use super::output::{Exit, Output};
-use super::target::TargetArgs;
+use super::target::{CreateStore, TargetArgs};
 use clap::Args;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -20,6 +20,8 @@ pub struct SyncArgs {
     pub run: RunArgs,
     #[command(flatten)]
     limits: LimitArgs,
+    #[command(flatten)]
+    create_store: CreateStore,
     /// Keep secrets (graphics passwords) in the definition that travels with the point
     #[arg(long)]
     with_secrets: bool,
@@ -76,6 +78,10 @@ pub struct RunArgs {
     /// Send everything, whatever the target has already
     #[arg(long)]
     full: bool,
+    /// Say that this host is the domain's source from now on, though the replica follows another one or knows a later
+    /// generation
+    #[arg(long)]
+    take_over: bool,
     /// Check the dirty bitmaps: every so many runs have compared a whole disk once; 0 checks nothing
     #[arg(long, value_name = "RUNS", default_value_t = AuditOptions::default().every_runs)]
     audit_runs: u32,
@@ -136,6 +142,7 @@ mod run {
                 exclude_disks: self.exclude_disks.clone(),
                 full: self.full,
                 compare: self.compare,
+                take_over: self.take_over,
                 audit: AuditOptions {
                     every_runs: self.audit_runs,
                     bytes_max: self.audit_bytes,
@@ -158,7 +165,7 @@ mod run {
         args.limits.apply(&mut request)?;
         let stop = signals::listen()?;
         let site = source::connect(globals)?;
-        let connection = target.connection();
+        let connection = target.connection_for_runs(globals, args.create_store);
         let watcher = Watcher::new(output);
         let result = site.sync(&connection, &request, &watcher, stop);
         let times = watcher.finish();

@@ -48,12 +48,23 @@ impl SshArgs {
     }
 }
 
+/// For commands that write to a target, and may be the first to do so.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct CreateStore {
+    /// Create the store if the target has none there (without this, `virt-replica store init` on the target does it)
+    #[arg(long, env = "VIRT_REPLICA_CREATE_STORE", hide_env_values = true,
+          value_parser = clap::builder::FalseyValueParser::new())]
+    pub create_store: bool,
+}
+
 /// A target that was understood. Reports name it by its URL, however the operator called it: a name may be given to
 /// another target tomorrow.
 #[derive(Debug, Clone)]
 pub struct Target {
     pub url: TargetUrl,
     pub ssh: SshOptions,
+    /// The configuration wants its store created if there is none.
+    create_store: bool,
 }
 
 impl Target {
@@ -62,6 +73,7 @@ impl Target {
         let mut ssh = SshOptions { accept_new_host_key: args.accept_new_host_key, ..SshOptions::default() };
         // Whatever has one of these in it cannot be a name that was forgotten in the configuration.
         let looks_like_url = to.contains(['/', ':', '@']);
+        let mut create_store = false;
         let url = if looks_like_url && !config.targets.contains_key(to) {
             TargetUrl::parse(to)?
         } else {
@@ -69,17 +81,23 @@ impl Target {
             ssh.identity_file = named.identity.clone();
             ssh.config_file = named.ssh_config.clone();
             ssh.known_hosts_file = named.known_hosts.clone();
+            create_store = named.create_store;
             named.url.clone()
         };
         ssh.identity_file = args.identity.clone().or(ssh.identity_file);
         ssh.config_file = args.ssh_config.clone().or(ssh.config_file);
         ssh.known_hosts_file = args.known_hosts.clone().or(ssh.known_hosts_file);
-        Ok(Target { url, ssh })
+        Ok(Target { url, ssh, create_store })
     }
 
     /// The way there; nothing is sent before it is needed.
     pub fn connection(&self) -> Connection {
         Connection::new(self.url.clone(), self.ssh.clone())
+    }
+
+    /// The same, for what a source writes there.
+    pub fn connection_for_runs(&self, globals: &Globals, wish: CreateStore) -> Connection {
+        self.connection().of_source(&globals.state_dir, wish.create_store || self.create_store)
     }
 }
 

@@ -16,6 +16,7 @@ use crate::name::DomainUuid;
 use crate::policy::select::{SeenDomain, store_url};
 use crate::replicate::journal;
 use crate::replicate::report::Report;
+use crate::replicate::stores;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use rustix::process::Signal;
@@ -365,7 +366,12 @@ fn learn(domain: SeenDomain, state: &Path, known: &Mutex<BTreeSet<DomainUuid>>) 
         tracing::warn!("{}", e.chain());
         Vec::new()
     });
-    let points = reports.into_iter().filter_map(|r| Some((r.target, r.started_at, r.point?.frozen_at))).collect();
+    let points = reports.into_iter().filter_map(|r| Some((r.target, r.started_at, r.point?.frozen_at)));
+    // A run by hand may have named the same store by another URL.
+    let points = points.flat_map(|(target, started, frozen)| {
+        stores::spellings(state, &target).into_iter().map(move |target| (target, started, frozen))
+    });
+    let points = points.collect();
     let lives_on = worker::lives_on(state, &domain.uuid);
     Listed { domain, store: None, points, lives_on, promoted_since: None }
 }

@@ -21,6 +21,8 @@ mod guest_agent;
 pub mod inside;
 #[cfg(feature = "libvirt")]
 pub mod libvirt;
+#[cfg(feature = "libvirt")]
+mod locality;
 pub mod machine;
 #[cfg(feature = "libvirt")]
 mod machine_libvirt;

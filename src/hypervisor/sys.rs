@@ -37,6 +37,29 @@ pub fn state(domain: &Domain) -> Result<(u32, i32)> {
     Ok((state as u32, reason))
 }
 
+/// CPU time of libvirt's host since it was started, all processors together, by kind (`user`, `kernel` ...), in ns.
+pub fn cpu_times_ns(connection: &Connect) -> Result<Vec<(String, u64)>> {
+    let all = sys::VIR_NODE_CPU_STATS_ALL_CPUS;
+    let mut count: c_int = 0;
+    // SAFETY: without an array the call only says how many there are; `connection` outlives it.
+    check(unsafe { sys::virNodeGetCPUStats(connection.as_ptr(), all, ptr::null_mut(), &mut count, 0) })?;
+    let mut times = Vec::with_capacity(usize::try_from(count).unwrap_or_default());
+    // SAFETY: all zero is a value of this struct of numbers and characters.
+    times.resize_with(times.capacity(), || unsafe { std::mem::zeroed::<sys::virNodeCPUStats>() });
+    // SAFETY: the array has room for `count` elements, which is also told.
+    check(unsafe { sys::virNodeGetCPUStats(connection.as_ptr(), all, times.as_mut_ptr(), &mut count, 0) })?;
+    times.truncate(usize::try_from(count).unwrap_or_default());
+    let name = |field: &[c_char]| field.iter().take_while(|c| **c != 0).map(|c| *c as u8 as char).collect();
+    Ok(times.iter().map(|t| (name(&t.field), t.value as u64)).collect())
+}
+
+/// The unit in which the kernel counts CPU time.
+pub fn ticks_per_second() -> u64 {
+    // SAFETY: it takes a number and gives one.
+    let ticks = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+    u64::try_from(ticks).ok().filter(|ticks| *ticks > 0).unwrap_or(100)
+}
+
 /// Bytes of the disk as the guest sees it. Works for a domain that is off as well.
 pub fn capacity_bytes(domain: &Domain, disk: &str) -> Result<u64> {
     let disk = CString::new(disk)?;

@@ -5,7 +5,7 @@
 //! path. A failed fsync condemns the file: nothing here retries one, because the kernel marks pages clean after it.
 
 use crate::error::{Error, Kind, Result};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io::{Read, Write};
@@ -205,6 +205,18 @@ impl Dir {
     pub fn rename(&self, from: &str, to: &str) -> Result<()> {
         rustix::fs::renameat(&self.fd, from, &self.fd, to)
             .map_err(|e| Error::io("cannot rename the file", self.join(from), e.into()))
+    }
+
+    /// As [`Dir::rename`], but only if nothing has the new name yet: false if something has.
+    pub fn rename_new(&self, from: &str, to: &str) -> Result<bool> {
+        match rustix::fs::renameat_with(&self.fd, from, &self.fd, to, RenameFlags::NOREPLACE) {
+            Ok(()) => Ok(true),
+            Err(Errno::EXIST) => Ok(false),
+            // A file system that cannot do both at once: two at the same moment are not to be expected there.
+            Err(Errno::INVAL | Errno::NOSYS) if self.open(to)?.is_some() => Ok(false),
+            Err(Errno::INVAL | Errno::NOSYS) => self.rename(from, to).map(|()| true),
+            Err(e) => Err(Error::io("cannot rename the file", self.join(from), e.into())),
+        }
     }
 
     /// As [`Dir::rename`], into another directory of the same store. Durable after [`Dir::sync`] of both.

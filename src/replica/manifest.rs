@@ -18,6 +18,7 @@
 //! A reader ignores fields it does not know and refuses a version it does not know.
 //! Format: docs/formats/replica.md.
 
+use super::source::Owner;
 use super::upkeep::Promoted;
 use super::{Attachment, Consistency, DiskStats, PointDisk, PointView};
 use crate::block::DiskSize;
@@ -130,6 +131,9 @@ pub struct Manifest {
     /// The domain was brought up on this host: no run is accepted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub promotion: Option<Promoted>,
+    /// The source of the newest point. Absent: it did not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<Owner>,
 }
 
 /// A sealed point as the manifest records it.
@@ -197,7 +201,17 @@ impl Manifest {
     /// Of a domain that has no point yet. Exists in memory only: a manifest is first written by the first seal.
     pub fn new(uuid: DomainUuid, name: DomainName, generation: Generation) -> Self {
         let (points, links) = (Vec::new(), Vec::new());
-        Self { format: FORMAT.to_owned(), version: VERSION, uuid, name, generation, points, links, promotion: None }
+        Self {
+            format: FORMAT.to_owned(),
+            version: VERSION,
+            uuid,
+            name,
+            generation,
+            points,
+            links,
+            promotion: None,
+            owner: None,
+        }
     }
 
     /// Reads and checks a manifest. [`Kind::Protocol`] for another program's version, [`Kind::Corrupt`] for the rest.

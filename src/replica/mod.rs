@@ -24,9 +24,11 @@ mod promote;
 mod prune;
 pub mod receive;
 mod reserve;
+pub mod root;
 mod scrub;
 mod seed;
 mod shorten;
+pub mod source;
 pub mod store;
 pub mod upkeep;
 mod verify;
@@ -68,6 +70,13 @@ pub trait DiskTarget: Send + Sync {
 pub trait Replica: DiskTarget {
     /// What is there. Of a domain never replicated: no points, generation 1.
     fn describe(&self) -> Result<ReplicaView>;
+
+    /// Says which source the points are of that are begun from now on. [`Kind::Conflict`] if the replica follows another
+    /// one, and this one does not take over. Changes nothing before a point is sealed. What cannot tell sources apart
+    /// accepts all of them.
+    fn claim(&self, _: &source::Claim) -> Result<source::Claimed> {
+        Ok(source::Claimed { how: source::How::Same, before: None })
+    }
 
     /// Opens an unnamed point above the head, throwing away any earlier unsealed one, and reserves space.
     /// Refuses when the head is not `expected_head`, the generation is older, or the space is not there.

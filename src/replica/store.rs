@@ -20,7 +20,9 @@ use super::lease;
 use super::lock::WriterLock;
 use super::manifest::{self, MANIFEST_FILE, MANIFEST_MAX, Manifest, POINTS_DIR, REPLICAS_DIR};
 use super::point::OpenPoint;
+use super::root::{self, StoreSeen};
 use super::seed;
+use super::source::{self, Claim, Claimed, Owner};
 use super::upkeep::Held;
 use super::{
     Attachment, BeginPoint, Begun, DiskApplied, DiskTarget, NODES_MAX, PointView, Replica, ReplicaView, SealPoint,
@@ -30,7 +32,7 @@ use crate::block::BlockIndex;
 use crate::block::digest::{BlockPieces, Digest};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
-use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId};
+use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, StoreId};
 use jiff::Timestamp;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -58,15 +60,29 @@ impl Default for Limits {
 /// The replica of one domain in a store on this host.
 pub struct Store {
     root: PathBuf,
+    /// The store that the root has to be whenever something is created in it; `None`: nobody has asked.
+    mark: Option<StoreId>,
     pub(super) uuid: DomainUuid,
+    /// Whose points are begun; `None`: the client did not say.
+    claim: Mutex<Option<Claim>>,
     pub(super) clock: Clock,
     pub(super) limits: Limits,
     pub(super) open: Mutex<Option<Arc<OpenPoint>>>,
 }
 
 impl Store {
-    /// The replica of domain `uuid` in the store at `root`. Touches nothing: neither has to exist before the first
-    /// [`Replica::begin`], which creates them.
+    /// The replica of domain `uuid` in the store that was opened. Touches nothing: the replica need not exist before the
+    /// first [`Replica::begin`], which creates it.
+    pub fn within(
+        store: &StoreSeen,
+        uuid: &DomainUuid,
+        clock: impl Fn() -> Timestamp + Send + Sync + 'static,
+    ) -> Result<Store> {
+        Ok(Store { mark: store.id.clone(), ..Store::open(&store.root, uuid, clock)? })
+    }
+
+    /// The same in a directory of which nobody asks whether it is a store: for one that was asked already, and for tests.
+    /// The first [`Replica::begin`] creates it.
     pub fn open(
         root: &Path,
         uuid: &DomainUuid,
@@ -74,7 +90,15 @@ impl Store {
     ) -> Result<Store> {
         let root = std::path::absolute(root).map_err(|e| Error::io("this cannot be the root of a store", root, e))?;
         let (clock, limits) = (Arc::new(clock), Limits::default());
-        Ok(Store { root, uuid: uuid.clone(), clock, limits, open: Mutex::new(None) })
+        Ok(Store {
+            root,
+            mark: None,
+            uuid: uuid.clone(),
+            claim: Mutex::default(),
+            clock,
+            limits,
+            open: Mutex::new(None),
+        })
     }
 
     /// With what this host demands.
@@ -85,12 +109,22 @@ impl Store {
     /// The same replica, for somebody who works beside this.
     pub(super) fn beside(&self) -> Store {
         let (root, uuid, clock) = (self.root.clone(), self.uuid.clone(), self.clock.clone());
-        Store { root, uuid, clock, limits: self.limits, open: Mutex::new(None) }
+        let (mark, claim, open) = (self.mark.clone(), Mutex::default(), Mutex::new(None));
+        Store { root, mark, uuid, claim, clock, limits: self.limits, open }
     }
 
     /// Absolute path of the replica's directory.
     pub fn path(&self) -> PathBuf {
         self.root.join(REPLICAS_DIR).join(self.uuid.as_str())
+    }
+
+    /// The replica's directory, created if it is missing, in the store that was opened and in no other.
+    fn create_replica_dir(&self) -> Result<Dir> {
+        let root = match &self.mark {
+            Some(id) => root::reopen(&self.root, id)?,
+            None => Dir::create_root(&self.root)?,
+        };
+        root.sub_or_create(REPLICAS_DIR)?.sub_or_create(self.uuid.as_str())
     }
 
     pub(super) fn replica_dir(&self) -> Result<Option<Dir>> {
@@ -102,6 +136,14 @@ impl Store {
     fn current(&self) -> Result<Arc<OpenPoint>> {
         let open = self.open.lock().expect("no code panics with this lock").clone();
         open.ok_or_else(|| Error::new(Kind::Usage, "there is no open point: begin comes first"))
+    }
+
+    /// Whose the point is that is begun; judged again under the lock, since another source may have come in between.
+    fn owner_of_the_next(&self, manifest: &Manifest) -> Result<Option<Owner>> {
+        let claim = self.claim.lock().expect("no code panics with this lock").clone();
+        let Some(claim) = claim else { return Ok(None) };
+        let claimed = judge_claim(Some(manifest), &claim)?;
+        Ok(Some(source::owner(manifest.owner.as_ref(), &claim, &claimed, (self.clock)())))
     }
 
     /// Runs `act` on the open point; its error condemns the point.
@@ -241,13 +283,19 @@ impl Replica for Store {
         Ok(view)
     }
 
+    fn claim(&self, claim: &Claim) -> Result<Claimed> {
+        let manifest = self.replica_dir()?.map(|dir| read_manifest(&dir, &self.uuid)).transpose()?.flatten();
+        let claimed = judge_claim(manifest.as_ref(), claim)?;
+        *self.claim.lock().expect("no code panics with this lock") = Some(claim.clone());
+        Ok(claimed)
+    }
+
     fn begin(&self, request: &BeginPoint) -> Result<Begun> {
         check_request(request, &self.uuid)?;
         let mut slot = self.open.lock().expect("no code panics with this lock");
         // The lock of an earlier attempt of ours is freed before it is asked for again.
         *slot = None;
-        let root = Dir::create_root(&self.root)?;
-        let dir = root.sub_or_create(REPLICAS_DIR)?.sub_or_create(self.uuid.as_str())?;
+        let dir = self.create_replica_dir()?;
         let lock = WriterLock::take(&dir, Some(&request.run), (self.clock)())?;
         let mut manifest = read_manifest(&dir, &self.uuid)?
             .unwrap_or_else(|| Manifest::new(self.uuid.clone(), request.name.clone(), Generation(1)));
@@ -256,6 +304,7 @@ impl Replica for Store {
         sweep(&points, &manifest)?;
         self.fold_left_over(&dir, &points, &mut manifest)?;
         seed::sweep(&dir, &manifest)?;
+        manifest.owner = self.owner_of_the_next(&manifest).map_err(|e| e.domain(&request.name))?;
         crate::failpoint!("3a");
         let open = OpenPoint::begin(lock, dir, points, manifest, request)?;
         let begun = open.begun();
@@ -401,8 +450,7 @@ impl Store {
     /// starts. The image itself is only read. `progress` is told bytes done and all. Returns the bytes of data copied;
     /// durable then. [`Kind::Conflict`] if the head has the disk already.
     pub fn adopt(&self, disk: &DiskName, image: &dyn Image, progress: &mut dyn FnMut(u64, u64)) -> Result<u64> {
-        let root = Dir::create_root(&self.root)?;
-        let dir = root.sub_or_create(REPLICAS_DIR)?.sub_or_create(self.uuid.as_str())?;
+        let dir = self.create_replica_dir()?;
         let _lock = WriterLock::take(&dir, None, (self.clock)())?;
         let head = read_manifest(&dir, &self.uuid)?.and_then(|m| m.head().cloned());
         if let Some(head) = head.filter(|p| p.disk(disk).is_some()) {
@@ -429,6 +477,17 @@ impl Store {
         let Some(manifest) = read_manifest(&dir, &self.uuid)? else { return Ok(None) };
         Ok(chain::mend_head_digests(&dir, &manifest, disk)?.map(Arc::new))
     }
+}
+
+fn judge_claim(manifest: Option<&Manifest>, claim: &Claim) -> Result<Claimed> {
+    source::judge(
+        source::Standing {
+            owner: manifest.and_then(|m| m.owner.as_ref()),
+            generation: manifest.map_or(Generation(1), |m| m.generation),
+            has_points: manifest.is_some_and(|m| m.head().is_some()),
+        },
+        claim,
+    )
 }
 
 /// What can be refused without looking at the store.
@@ -466,7 +525,9 @@ fn check_head(request: &BeginPoint, manifest: &Manifest) -> Result<()> {
             ),
         )
         .domain(&request.name)
-        .hint("decide which side has the data that counts; an older source never overwrites a newer replica"));
+        .hint(
+            "decide which side has the data that counts; if this source is the right one, `sync --take-over` says so once",
+        ));
     }
     let head = manifest.head().map(|p| &p.id);
     if head != request.expected_head.as_ref() {

@@ -9,6 +9,7 @@ use super::offline;
 use super::plan::{CaptureKind, Plan, compared};
 use super::pump::Shipment;
 use super::report::Report;
+use super::stores;
 use super::tail;
 use super::turnover;
 use crate::block::ByteRange;
@@ -76,7 +77,17 @@ impl Run<'_> {
     }
 
     fn successor(&self, layer: &Layer) -> String {
-        turnover::bitmap_name(&self.request.target, &self.request.run, &turnover::identity(layer))
+        let keys = self.keys();
+        turnover::bitmap_name(
+            keys.first().unwrap_or(&self.request.target),
+            &self.request.run,
+            &turnover::identity(layer),
+        )
+    }
+
+    /// What this target's bitmaps may be named after: see [`stores::keys`].
+    fn keys(&self) -> Vec<String> {
+        stores::keys(&self.request.state, &self.request.target)
     }
 
     /// What the dirty bitmaps mark, of the disks planned by bitmap, asked while everything stands still. A disk whose
@@ -117,23 +128,28 @@ impl Run<'_> {
     /// Step 8b: only the bitmaps that lead on from the newest point stay (I8). Without a new point these are the old ones,
     /// and our own as well: a seal whose answer was lost may have made the point, and the next run will know.
     pub(super) fn retire_bitmaps(&self, report: &mut Report, plan: &Plan, sealed: bool) {
-        let target = &self.request.target;
+        let keys = self.keys();
         let keep = |layer: &Layer| {
             if offline::must_not_be_tracked(layer).is_some() {
                 return Vec::new();
             }
             let head = plan.head_run.as_ref().filter(|_| !sealed);
-            let old = head.map(|run| turnover::bitmap_name(target, run, &turnover::identity(layer)));
-            old.into_iter().chain([self.successor(layer)]).collect()
+            let identity = turnover::identity(layer);
+            let old =
+                head.into_iter().flat_map(|run| keys.iter().map(|key| turnover::bitmap_name(key, run, &identity)));
+            old.chain([self.successor(layer)]).collect()
         };
         let Some(shelf) = self.shelf(plan) else { return };
-        if sealed {
-            turnover::sweep(shelf.tracking, &plan.uuid, &shelf.below, target);
-        }
-        match turnover::retire(shelf.tracking, &plan.uuid, &shelf.tops, target, &keep) {
-            Ok(left) => report.warnings.extend(left),
-            // The domain ended or was started meanwhile: its bitmaps are looked at in the next run.
-            Err(e) => tracing::debug!("superseded bitmaps are left for the next run: {}", e.chain()),
+        // Also what is named after other URLs of the same store: each of them would stay in the live QEMU for ever.
+        for key in &keys {
+            if sealed {
+                turnover::sweep(shelf.tracking, &plan.uuid, &shelf.below, key);
+            }
+            match turnover::retire(shelf.tracking, &plan.uuid, &shelf.tops, key, &keep) {
+                Ok(left) => report.warnings.extend(left),
+                // The domain ended or was started meanwhile: its bitmaps are looked at in the next run.
+                Err(e) => tracing::debug!("superseded bitmaps are left for the next run: {}", e.chain()),
+            }
         }
         self.retire_births(report, plan, &shelf, sealed);
     }

@@ -30,6 +30,8 @@ pub mod quiesce;
 pub mod report;
 pub(crate) mod room;
 pub mod settle;
+pub mod source;
+pub mod stores;
 mod surroundings;
 pub mod survey;
 mod tail;

@@ -230,7 +230,9 @@ impl Conflict {
             ),
             Conflict::Unsettled { .. } => "run `virt-replica doctor DOMAIN` for what was found and what to do".into(),
             Conflict::Promoted { .. } => {
-                "the replica was failed over, or another host became its source: do not replicate over it; decide which side is right first".into()
+                "the replica was failed over, or another host became its source: decide which side is right first. If this host is, \
+                 because the domain has moved here, `virt-replica sync DOMAIN --to TARGET --take-over` says so once"
+                    .into()
             }
             Conflict::BroughtUp { promoted } => promoted.advice().into(),
             Conflict::NoDisks => "see the reasons of the skipped disks".into(),
@@ -314,6 +316,8 @@ pub struct PlanOptions {
     pub full: bool,
     /// Read everything and compare, whatever a bitmap says.
     pub compare: bool,
+    /// The operator says that this host is the domain's source from now on, whatever the replica knows.
+    pub take_over: bool,
     pub audit: AuditOptions,
     pub space: SpaceOptions,
 }
@@ -343,6 +347,10 @@ pub fn plan(
     options: &PlanOptions,
     capture: Choice,
 ) -> Plan {
+    let our_generation = match options.take_over {
+        true => our_generation.max(replica.generation),
+        false => our_generation,
+    };
     let mut plan = Plan {
         domain: domain.name.clone(),
         uuid: domain.uuid.clone(),

@@ -14,6 +14,7 @@ use super::offline;
 use super::plan::{Conflict, DiskFacts, Plan, overlay_dir, plan};
 use super::report::Report;
 use super::room::free_bytes;
+use super::stores;
 use super::surroundings::describe;
 use super::turnover::{self, Tracked};
 use crate::error::Result;
@@ -95,7 +96,8 @@ fn commit_facts(ports: &Ports, request: &Request, domain: &DomainView, past: &[R
 /// The last runs of this domain to this target. They are a help to guess, and no more: without them there is a default.
 fn past(request: &Request, domain: &DomainView) -> Vec<Report> {
     let mut past = journal::recent_reports::<Report>(&request.state, &domain.uuid).unwrap_or_default();
-    past.retain(|report| report.target == request.target);
+    let spellings = stores::spellings(&request.state, &request.target);
+    past.retain(|report| spellings.contains(&report.target));
     past
 }
 
@@ -153,11 +155,12 @@ fn tracked(
         return Tracked::Untracked(why);
     }
     let image = turnover::identity(chain.top());
-    let wanted = turnover::bitmap_name(&request.target, &head.run, &image);
+    let keys = stores::keys(&request.state, &request.target);
+    let names = || keys.iter().map(|key| turnover::bitmap_name(key, &head.run, &image)).collect();
     let root = head.disk(disk).map(|d| &d.root);
     let tracking = if off { ports.stored } else { ports.tracking };
     let judged = match tracking.bitmaps(&domain.uuid, &chain.0) {
-        Ok(layers) => birth::judge(&layers, &wanted, root, &image),
+        Ok(layers) => birth::judge(&layers, &turnover::known_name(&layers, names()), root, &image),
         Err(e) => Tracked::Doubt(format!("its dirty bitmaps cannot be looked at ({})", e.chain())),
     };
     match judged {

@@ -1,7 +1,7 @@
 //! Changed-block tracking from one point to the next: which bitmap leads on from the head, whether it may be believed,
 //! and the turning over from one to its successor.
 //!
-//! A bitmap is named after the target, the run whose point it leads on from, and the image it was begun on. A run adds
+//! A bitmap is named after the target (its store's id; where that is not known, its URL), the run whose point it leads on from, and the image it was begun on. A run adds
 //! its own bitmap before the freeze (recording too much is safe), ships what the head's bitmap marks, and drops that one
 //! only after its own point is sealed and the domain is back on its own images (I8). A crash anywhere leaves one of the
 //! two or both, and the replica's head says which one counts. Other programs' bitmaps are never touched; other targets'
@@ -30,6 +30,15 @@ pub fn prefix(target: &str) -> String {
 /// made; under the name of another image it is never taken for the one that has not.
 pub fn bitmap_name(target: &str, run: &RunId, image: &str) -> String {
     format!("{}{run}-{image}", prefix(target))
+}
+
+/// Which of these names, the best one first, a disk's layers know anything of: the first, if none.
+pub(super) fn known_name(layers: &[Vec<BitmapView>], names: Vec<String>) -> String {
+    let is_known = |name: &&String| {
+        let begun = without_image(name);
+        layers.iter().flatten().any(|b| without_image(&b.name) == begun)
+    };
+    names.iter().find(is_known).or(names.first()).cloned().unwrap_or_default()
 }
 
 /// A bitmap's name but for the image: the same for copies of it on other images.
@@ -364,6 +373,22 @@ mod tests {
         assert_eq!(doubted_again(&disk, &stats(false), "the second"), None);
         let told = doubted_again(&disk, &stats(true), "the second").unwrap();
         assert!(told.contains("'vda'") && told.contains("the first") && told.contains("the second"), "{told}");
+    }
+
+    /// Case B3: a store that was reached by another spelling of its URL was compared in full.
+    #[test]
+    fn a_bitmap_is_found_under_every_name_that_its_target_has_had() {
+        let run = RunId::from_bits(7);
+        let name = |key: &str| bitmap_name(key, &run, "image");
+        let names = || vec![name("store:1"), name("ssh://b"), name("ssh://root@b")];
+        let layers = [vec![bitmap("theirs", ""), bitmap(&name("ssh://root@b"), "")], vec![]];
+        assert_eq!(known_name(&layers, names()), name("ssh://root@b"));
+        let both = [vec![bitmap(&name("ssh://b"), ""), bitmap(&name("store:1"), "")]];
+        assert_eq!(known_name(&both, names()), name("store:1"));
+        let of_another_run = bitmap(&bitmap_name("ssh://b", &RunId::from_bits(8), "image"), "");
+        assert_eq!(known_name(&[vec![of_another_run]], names()), name("store:1"));
+        let on_another_image = bitmap(&bitmap_name("ssh://b", &run, "other"), "");
+        assert_eq!(known_name(&[vec![on_another_image]], names()), name("ssh://b"), "the doubt is about that one");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! This host as a target that runs what it keeps: its store, its libvirt, and what the operator says of both.
 
-use super::{SiteOptions, one_of, start_deadman};
+use super::{SiteOptions, one_of, start_deadman, stores};
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::Power;
 use crate::hypervisor::firmware::Firmware;
@@ -14,6 +14,7 @@ use crate::recovery::mapping::{MacPolicy, Mapping};
 use crate::recovery::overlays::Overlays;
 use crate::recovery::ready::{self, Builds, Color, Finding, Question, Room};
 use crate::recovery::{definition_of, detach, drill, drills, overlays};
+use crate::replica::root::StoreSeen;
 use crate::replica::store::{self, Store};
 use crate::replica::upkeep::Held;
 use crate::replica::{Attachment, PointView, ReplicaView};
@@ -38,6 +39,7 @@ pub struct HereOptions {
 
 pub struct Here {
     pub(super) options: HereOptions,
+    pub(super) opened: StoreSeen,
     pub(super) hypervisor: LibvirtHypervisor,
 }
 
@@ -51,10 +53,12 @@ pub struct Found {
 }
 
 impl Here {
-    /// Connects to libvirt.
+    /// Opens the store, which has to be there, and connects to libvirt, which has to be this host's.
     pub fn connect(options: HereOptions) -> Result<Here> {
+        let opened = stores::open(&options.root)?;
         let hypervisor = LibvirtHypervisor::connect(options.uri.as_deref())?;
-        Ok(Here { options, hypervisor })
+        hypervisor.must_be_here()?;
+        Ok(Here { options, opened, hypervisor })
     }
 
     /// A replica by its domain's name or UUID, and a point of it; without a name the head.
@@ -88,7 +92,7 @@ impl Here {
     }
 
     pub(super) fn store(&self, uuid: &DomainUuid) -> Result<Store> {
-        Store::open(&self.options.root, uuid, Timestamp::now)
+        Store::within(&self.opened, uuid, Timestamp::now)
     }
 
     fn hold(&self, found: &Found, purpose: &str) -> Result<Box<dyn Held>> {

@@ -262,3 +262,36 @@ fn answers_that_nobody_asked_for_end_the_session() {
         assert_eq!(error.kind(), Kind::Protocol, "{kind:?}: {error}");
     }
 }
+
+/// An agent of 0.1 does not know the question: what it answers is what it says to every request that it cannot understand.
+struct OldOpener(FakeOpener);
+
+impl ReplicaOpener for OldOpener {
+    fn open(&self, uuid: &DomainUuid) -> Result<Box<dyn Served>> {
+        self.0.open(uuid)
+    }
+
+    fn find(&self, name: &str) -> Result<Vec<(DomainUuid, DomainName)>> {
+        self.0.find(name)
+    }
+
+    fn store(&self, _: &StoreWish) -> Result<StoreSeen> {
+        Err(wire::protocol("the request cannot be understood"))
+    }
+}
+
+#[test]
+fn an_agent_that_knows_no_stores_is_used_without_an_id() {
+    let transport = PipeTransport::new(|input, output| {
+        serve(input, output, &OldOpener(FakeOpener(Arc::default())), quick_serve())
+    });
+    let client = Arc::new(AgentClient::connect_with(&transport, quick_client()).unwrap());
+    assert_eq!(client.store(&StoreWish::default()).unwrap(), None);
+    client.open(&uuid()).unwrap().describe().unwrap();
+    client.close().unwrap();
+
+    // A refusal is one.
+    let client = session(&Arc::default());
+    assert_eq!(client.store(&StoreWish::default()).unwrap_err().kind(), Kind::Refused);
+    client.close().unwrap();
+}

@@ -29,6 +29,7 @@ use virt_replica::replicate::observe::observe;
 use virt_replica::replicate::plan::is_our_overlay;
 use virt_replica::replicate::report::{Report, RunOutcome};
 use virt_replica::replicate::settle::halt_error;
+use virt_replica::replicate::stores;
 use virt_replica::site::{Connection, Site};
 use virt_replica::transport::Service;
 
@@ -208,6 +209,9 @@ fn rpos(
     for pair in select(&policies, &seen, &[], &urls).pairs {
         let Some(rpo) = policies[pair.policy].rpo else { continue };
         let (uuid, url) = (pair.domain.uuid, urls[&pair.target].clone());
+        let spellings = stores::spellings(&globals.state_dir, &url);
+        let row = rows.iter().find(|r| r.uuid == uuid && r.target.as_ref().is_some_and(|t| spellings.contains(t)));
+        let url = row.and_then(|r| r.target.clone()).unwrap_or(url);
         if !rows.iter().any(|r| r.uuid == uuid && r.target.as_ref() == Some(&url)) {
             match rows.iter_mut().find(|r| r.uuid == uuid && r.target.is_none()) {
                 // It has never been replicated anywhere: this is where it is awaited.
@@ -253,7 +257,7 @@ fn rows(
                 rows.push(row);
             }
             None => {
-                for target in targets(&domain.reports) {
+                for target in targets(&globals.state_dir, &domain.reports) {
                     rows.push(row(globals, site, domain, record.as_ref(), target.as_deref(), None)?);
                 }
             }
@@ -287,10 +291,13 @@ fn everybody(state: &Path, site: Option<&Site>, connection: Option<&Connection>)
 }
 
 /// Targets this domain was replicated to, in order of their newest run; `[None]` for none.
-fn targets(reports: &[Report]) -> Vec<Option<String>> {
+fn targets(state: &Path, reports: &[Report]) -> Vec<Option<String>> {
     let mut targets: Vec<Option<String>> = Vec::new();
+    let mut told: Vec<String> = Vec::new();
     for report in reports.iter().rev() {
-        if !targets.iter().any(|t| t.as_ref() == Some(&report.target)) {
+        if !told.contains(&report.target) {
+            // A store that was reached by several URLs is one target, under the newest of them.
+            told.extend(stores::spellings(state, &report.target));
             targets.push(Some(report.target.clone()));
         }
     }
@@ -319,7 +326,8 @@ fn row(
     replica: Option<&ReplicaView>,
 ) -> Result<Row> {
     let now = Timestamp::now();
-    let reports = || domain.reports.iter().filter(|r| Some(r.target.as_str()) == target);
+    let spellings = target.map_or_else(Vec::new, |target| stores::spellings(&globals.state_dir, target));
+    let reports = || domain.reports.iter().filter(|r| spellings.contains(&r.target));
     let head = match replica {
         Some(view) => view.head().map(Head::from),
         None => reports().rev().find_map(|r| r.point.as_ref()).map(Head::from),

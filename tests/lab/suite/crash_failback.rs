@@ -275,6 +275,26 @@ fn a_home_that_has_something_else_is_compared() {
     drop(t);
 }
 
+/// Case G10: home's store already has what a plain run sent there, of a generation that home itself does not know.
+#[test]
+fn a_domain_comes_home_also_after_a_plain_run_to_its_home() {
+    let lab = Lab::get();
+    let vm = lab.domain("failback-plain").disk(Disk::qcow2("16M").then("write -P 0x11 0 12M")).off();
+    let (t, home) = (Traveller::of(&vm), AtHome(&vm));
+    let there = There(&vm, OnB(&vm));
+    let name = vm.name.as_str();
+    vm.sync().sealed();
+    on(Host::B, "", &["failover", name, "--unplanned", "--source-is-dead"]).success();
+    on(Host::B, "", &["failover", name, "--commit"]).success();
+    there.write(0, "write -P 0x55 5M 256k");
+    on(Host::B, "", &["sync", name, "--to", HOME, "--json"]).success();
+    there.write(0, "write -P 0x66 7M 64k");
+    on(Host::B, "", &failback(name, &["--keep-undo"])).success();
+    assert_eq!(home.pins().len(), 1, "what home had is a point");
+    home.has("vda", &there.copy("vda"));
+    drop(t);
+}
+
 #[test]
 fn a_writing_guest_comes_home_and_what_home_had_stays_as_a_point() {
     let lab = Lab::get();

@@ -1,0 +1,52 @@
+//! `store`: the directory on a target that holds its replicas.
+
+use super::output::{Exit, Output, print, print_json};
+use clap::{Args, Subcommand};
+use serde_json::json;
+use std::path::PathBuf;
+use virt_replica::error::Result;
+use virt_replica::site::stores;
+use virt_replica::transport::target::ROOT_DEFAULT;
+
+#[derive(Debug, Args)]
+pub struct StoreArgs {
+    #[command(subcommand)]
+    command: StoreCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum StoreCommand {
+    /// Create a store in this directory, or say the id of the one that is there
+    Init {
+        /// Directory of the store
+        #[arg(value_name = "ROOT", default_value = ROOT_DEFAULT)]
+        root: PathBuf,
+        /// Print JSON for scripts
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+impl StoreArgs {
+    pub fn json(&self) -> bool {
+        let StoreCommand::Init { json, .. } = &self.command;
+        *json
+    }
+}
+
+pub fn store(args: &StoreArgs, output: Output) -> Result<Exit> {
+    let StoreCommand::Init { root, .. } = &args.command;
+    let seen = stores::create(root)?;
+    let (root, id) = (seen.root.display().to_string(), seen.id.as_ref().map(|id| id.to_string()));
+    if output.json {
+        print_json(&json!({ "root": root, "id": id, "created": seen.created, "adopted": seen.adopted }))?;
+        return Ok(Exit::Done);
+    }
+    let id = id.unwrap_or_else(|| "no id yet (it cannot be written to)".to_owned());
+    print(&match (seen.created, seen.adopted) {
+        (true, _) => format!("{root} is a store now: {id}"),
+        (_, true) => format!("{root} is a store of an earlier version; its id is {id} from now on"),
+        _ => format!("{root} is a store already: {id}"),
+    })?;
+    Ok(Exit::Done)
+}

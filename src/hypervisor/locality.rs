@@ -1,0 +1,164 @@
+//! Whether libvirt's host is this host: what it says of a domain's images are paths of its own, and we open them here.
+//!
+//! The spelling of the URI is not enough: it may come from `LIBVIRT_DEFAULT_URI`, from `uri_default` or an alias, and a
+//! socket of this host may lead to another one. So the URI that libvirt really opened has to be local, and both sides have
+//! to see the same kernel count its CPU time.
+
+use super::gate::{Call, Failure, Repeat};
+use super::libvirt::LibvirtHypervisor;
+use super::sys;
+use crate::error::{Error, Kind, Result};
+
+/// CPU time of a host since it was started, in ticks: another host has other figures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Ticks {
+    user: u64,
+    kernel: u64,
+}
+
+/// What was found out about libvirt's host. `seen`: its figures, between two looks at ours.
+struct Facts {
+    uri: String,
+    hostname: String,
+    hostname_here: String,
+    seen: Option<(Ticks, Ticks, Ticks)>,
+}
+
+impl LibvirtHypervisor {
+    /// [`Kind::Refused`] unless libvirt runs on this host. Asks, and touches nothing.
+    pub fn must_be_here(&self) -> Result<()> {
+        let deadline = self.deadlines.query;
+        let call = Call { what: "ask which host it runs on", domain: None, deadline, repeat: Repeat::Harmless };
+        let facts = self.gate.call(call, |conn| -> Result<Facts, Failure> {
+            let before = ticks_here();
+            let there = sys::cpu_times_ns(conn).ok().and_then(|times| ticks_of(&times));
+            let after = ticks_here();
+            Ok(Facts {
+                uri: conn.uri()?,
+                hostname: conn.hostname()?,
+                hostname_here: read("/proc/sys/kernel/hostname"),
+                seen: before.zip(there).zip(after).map(|((before, there), after)| (before, there, after)),
+            })
+        })?;
+        judge(&facts)
+    }
+}
+
+fn read(path: &str) -> String {
+    std::fs::read_to_string(path).map(|text| text.trim().to_owned()).unwrap_or_default()
+}
+
+fn ticks_here() -> Option<Ticks> {
+    let all = read("/proc/stat");
+    let fields: Vec<u64> = all.lines().next()?.split_whitespace().skip(1).filter_map(|n| n.parse().ok()).collect();
+    // user nice system idle iowait irq softirq
+    Some(Ticks { user: fields.first()? + fields.get(1)?, kernel: fields.get(2)? + fields.get(5)? + fields.get(6)? })
+}
+
+fn ticks_of(times_ns: &[(String, u64)]) -> Option<Ticks> {
+    let of = |name: &str| {
+        times_ns.iter().find(|(n, _)| n == name).map(|(_, ns)| ns / (1_000_000_000 / sys::ticks_per_second()))
+    };
+    Some(Ticks { user: of("user")?, kernel: of("kernel")? })
+}
+
+/// Pure.
+fn judge(facts: &Facts) -> Result<()> {
+    let (uri, there, here) = (&facts.uri, &facts.hostname, &facts.hostname_here);
+    // libvirt's own test driver lives in this process.
+    if uri.starts_with("test:") {
+        return Ok(());
+    }
+    let local = is_local(uri)
+        && match facts.seen {
+            Some((before, there, after)) => is_between(before, there, after),
+            // libvirt cannot tell its figures: its name has to do.
+            None => is_same_host(there, here),
+        };
+    if local {
+        return Ok(());
+    }
+    let what =
+        format!("libvirt ({uri}) runs on {there}, and this is {here}: the paths of its images mean nothing here");
+    Err(Error::new(Kind::Refused, what).hint(format!(
+        "run virt-replica on {there}. If you did not name that URI: it comes from LIBVIRT_DEFAULT_URI or from uri_default in \
+         libvirt.conf; `-c qemu:///system` means this host"
+    )))
+}
+
+/// Whether a URI leads through a socket of this host.
+fn is_local(uri: &str) -> bool {
+    let Some((scheme, rest)) = uri.split_once("://") else { return false };
+    let transport = scheme.split_once('+').map_or("", |(_, transport)| transport);
+    let host = rest.split(['/', '?']).next().unwrap_or_default();
+    host.is_empty() && matches!(transport, "" | "unix")
+}
+
+fn is_between(before: Ticks, there: Ticks, after: Ticks) -> bool {
+    // Each side rounds for itself.
+    let within = |before: u64, there: u64, after: u64| before <= there + 1 && there <= after + 1;
+    within(before.user, there.user, after.user) && within(before.kernel, there.kernel, after.kernel)
+}
+
+/// libvirt gives the name that the resolver makes of the host's own.
+fn is_same_host(there: &str, here: &str) -> bool {
+    let label = |name: &str| name.split('.').next().unwrap_or_default().to_ascii_lowercase();
+    !here.is_empty() && label(there) == label(here)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn t(user: u64, kernel: u64) -> Ticks {
+        Ticks { user, kernel }
+    }
+
+    fn facts(uri: &str, hostname: &str, seen: Option<(Ticks, Ticks, Ticks)>) -> Facts {
+        Facts { uri: uri.into(), hostname: hostname.into(), hostname_here: "a".into(), seen }
+    }
+
+    /// Case B1: with libvirt of another host, images of that host's paths were opened on this one.
+    #[test]
+    fn only_a_libvirt_of_this_host_will_do() {
+        let same = Some((t(100, 50), t(100, 51), t(101, 51)));
+        let other = Some((t(100, 50), t(7_000, 51), t(101, 51)));
+        for (uri, hostname, seen, here) in [
+            ("qemu:///system", "a.example", same, true),
+            ("qemu:///session", "a", same, true),
+            ("qemu+unix:///system?socket=/run/x", "a", same, true),
+            ("qemu:///system", "renamed", same, true),
+            ("test:///default", "whatever", None, true),
+            ("qemu:///system", "A.example", None, true),
+            // Another host behind a socket of this one, also of the same name.
+            ("qemu+unix:///system?socket=/tmp/forwarded", "b", other, false),
+            ("qemu:///system", "a", other, false),
+            ("qemu:///system", "b", None, false),
+            ("qemu+ssh://root@b/system", "b", other, false),
+            // The lab's hosts share one kernel, and so do containers.
+            ("qemu+ssh://root@b/system", "b", same, false),
+            ("qemu+ssh:///system", "a", same, false),
+            ("qemu+tcp://localhost/system", "a", same, false),
+            ("qemu://b/system", "b", same, false),
+            ("qemu+ext:///system?command=/x", "a", same, false),
+        ] {
+            let judged = judge(&facts(uri, hostname, seen));
+            assert_eq!(judged.is_ok(), here, "{uri} {hostname} {seen:?}");
+            if let Err(e) = judged {
+                assert_eq!(e.kind(), Kind::Refused);
+                assert!(e.what().contains(uri) && e.what().contains(hostname), "both sides: {e}");
+                assert!(e.hint_text().unwrap().contains("run virt-replica on"), "the way out");
+            }
+        }
+    }
+
+    #[test]
+    fn the_figures_of_this_kernel_are_read() {
+        let ticks = ticks_here().unwrap();
+        assert!(ticks.user > 0 && ticks.kernel > 0 && sys::ticks_per_second() >= 100);
+        let ns = 1_000_000_000 / sys::ticks_per_second();
+        let told = [("kernel".to_owned(), ticks.kernel * ns), ("user".to_owned(), ticks.user * ns)];
+        assert_eq!(ticks_of(&told), Some(ticks));
+        assert_eq!(ticks_of(&told[..1]), None);
+    }
+}

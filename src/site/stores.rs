@@ -1,0 +1,108 @@
+//! Stores: the one of this host that an agent serves, and the one at the other end of a session.
+
+use super::long_id;
+use crate::agent::client::AgentClient;
+use crate::agent::{ReplicaOpener, Served};
+use crate::error::Result;
+use crate::name::{DomainName, DomainUuid, StoreId};
+use crate::replica::root::{self, StoreSeen, StoreWish};
+use crate::replica::store::{self, Limits, Store};
+use crate::replicate::stores;
+use crate::transport::target::{ROOT_DEFAULT, TargetUrl};
+use jiff::Timestamp;
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
+
+/// Creates a store at `root` on this host, or finds that there is one.
+pub fn create(root: &Path) -> Result<StoreSeen> {
+    let root = absolute(root)?;
+    root::create(&root, &StoreId::from_bits(long_id()?), None).inspect(said)
+}
+
+/// The store at `root` on this host. [`NotFound`](crate::error::Kind::NotFound) if nobody has made one there.
+pub fn open(root: &Path) -> Result<StoreSeen> {
+    let root = absolute(root)?;
+    root::open(&root, &StoreId::from_bits(long_id()?)).inspect(said)
+}
+
+fn absolute(root: &Path) -> Result<PathBuf> {
+    std::path::absolute(root).map_err(|e| crate::error::Error::io("this cannot be the root of a store", root, e))
+}
+
+fn said(seen: &StoreSeen) {
+    let (root, id) = (seen.root.display(), seen.id.as_ref().map_or("none", StoreId::as_str));
+    if seen.adopted {
+        tracing::warn!("the store {root} was made by an earlier version; from now on it has the id {id}");
+    } else if seen.created {
+        tracing::info!("created the store {root}, with the id {id}");
+    }
+}
+
+/// What an agent serves: a store of this host.
+pub(super) struct LocalStores {
+    root: PathBuf,
+    limits: Limits,
+    /// What was found at the root; asked when it is first needed, so that a client can wish for a store before.
+    seen: RefCell<Option<StoreSeen>>,
+}
+
+impl LocalStores {
+    pub(super) fn new(root: &Path, limits: Limits) -> LocalStores {
+        LocalStores { root: root.to_owned(), limits, seen: RefCell::default() }
+    }
+
+    fn seen(&self) -> Result<StoreSeen> {
+        if let Some(seen) = self.seen.borrow().as_ref() {
+            return Ok(seen.clone());
+        }
+        let seen = open(&self.root)?;
+        *self.seen.borrow_mut() = Some(seen.clone());
+        Ok(seen)
+    }
+}
+
+impl ReplicaOpener for LocalStores {
+    fn open(&self, uuid: &DomainUuid) -> Result<Box<dyn Served>> {
+        Ok(Box::new(Store::within(&self.seen()?, uuid, Timestamp::now)?.with_limits(self.limits)))
+    }
+
+    fn find(&self, name: &str) -> Result<Vec<(DomainUuid, DomainName)>> {
+        let all = store::list(&self.seen()?.root)?;
+        Ok(all.into_iter().filter(|(_, n, _)| name.is_empty() || n.as_str() == name).map(|(u, n, _)| (u, n)).collect())
+    }
+
+    fn store(&self, wish: &StoreWish) -> Result<StoreSeen> {
+        let root = absolute(&self.root)?;
+        root::check_root(&root, wish)?;
+        let fresh = StoreId::from_bits(long_id()?);
+        let seen = match wish.create {
+            true => root::create(&root, &fresh, wish.known.as_ref())?,
+            false => root::open(&root, &fresh)?,
+        };
+        *self.seen.borrow_mut() = Some(seen.clone());
+        Ok(seen)
+    }
+}
+
+/// What a source asks of the store that its URL leads to. `state`: where this host remembers which store it has found there.
+pub(super) fn greet(
+    client: &AgentClient,
+    target: &TargetUrl,
+    state: Option<&Path>,
+    create: bool,
+) -> Result<Option<StoreId>> {
+    let url = target.to_string();
+    // The default root stands for "the store of that host", also where a forced command keeps it elsewhere.
+    let root = (target.root() != Path::new(ROOT_DEFAULT)).then(|| target.root().to_owned());
+    let known = state.and_then(|state| stores::known(state, &url));
+    let Some(seen) = client.store(&StoreWish { root, create, known: known.clone() })? else { return Ok(None) };
+    said(&seen);
+    let Some(id) = seen.id else { return Ok(None) };
+    if let Some(known) = known.filter(|known| *known != id) {
+        tracing::warn!("under {url} there is the store {id}, where the store {known} was before");
+    }
+    if let Some(Err(e)) = state.map(|state| stores::learn(state, &url, &id)) {
+        tracing::debug!(error = e.chain(), "the store will not be recognised the next time");
+    }
+    Ok(Some(id))
+}
