@@ -72,6 +72,8 @@ mod handover;
 mod limits;
 #[path = "lab/suite/migrate.rs"]
 mod migrate;
+#[path = "lab/suite/mute.rs"]
+mod mute;
 #[path = "lab/suite/plain.rs"]
 mod plain;
 #[path = "lab/suite/points.rs"]
