@@ -156,6 +156,34 @@ impl Error {
         self.0.hint.as_deref()
     }
 
+    /// The same error once more, for another thread that waits for the same thing. Its causes become text.
+    pub fn again(&self) -> Self {
+        let mut copy = Self::new(self.0.kind, self.0.what.clone());
+        copy.0.context = self.0.context.clone();
+        copy.0.hint = self.0.hint.clone();
+        match StdError::source(self) {
+            None => copy,
+            Some(cause) => {
+                let mut text = cause.to_string();
+                let mut next = cause.source();
+                while let Some(cause) = next {
+                    text.push_str(": ");
+                    text.push_str(&cause.to_string());
+                    next = cause.source();
+                }
+                copy.source(text)
+            }
+        }
+    }
+
+    /// Adds to what happened; the place and the hint stay.
+    pub fn more(mut self, words: &str) -> Self {
+        let what = self.0.what.to_mut();
+        what.push_str("; ");
+        what.push_str(words);
+        self
+    }
+
     /// The error and its causes, outermost first, joined with `: `.
     pub fn chain(&self) -> String {
         let mut text = self.to_string();
@@ -250,6 +278,16 @@ mod tests {
             (e.kind(), e.to_string().as_str(), e.hint_text()),
             (Kind::Auth, "not that key (/a)", Some("another one"))
         );
+    }
+
+    #[test]
+    fn an_error_for_another_thread_says_the_same() {
+        let cause = std::io::Error::from_raw_os_error(28);
+        let e = Error::io("cannot write", "/pool/a.qcow2", cause).disk("vda").hint("free some room");
+        let copy = e.again().more("it had waited 8.0 s");
+        assert_eq!((copy.kind(), copy.hint_text()), (e.kind(), e.hint_text()));
+        assert_eq!(copy.to_string(), "disk 'vda': cannot write; it had waited 8.0 s (/pool/a.qcow2)");
+        assert!(copy.chain().ends_with("No space left on device (os error 28)"), "{}", copy.chain());
     }
 
     #[test]

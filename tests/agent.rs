@@ -7,6 +7,8 @@
 mod conversation;
 #[path = "agent/hostile.rs"]
 mod hostile;
+#[path = "agent/mute.rs"]
+mod mute;
 #[path = "agent/ssh.rs"]
 mod ssh;
 #[path = "agent/trouble.rs"]
@@ -60,6 +62,8 @@ struct Fake {
     room_bytes: Mutex<Option<usize>>,
     /// `apply` and `seal` take this long.
     delay: Mutex<Duration>,
+    /// While it is set, `describe` is not answered; the agent goes on saying that it is alive.
+    mute: AtomicBool,
     points: AtomicUsize,
     /// What was asked to be pinned or removed.
     asked: Mutex<Vec<String>>,
@@ -159,6 +163,9 @@ impl DiskTarget for FakeReplica {
 
 impl Replica for FakeReplica {
     fn describe(&self) -> Result<ReplicaView> {
+        while self.0.mute.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
         Ok(ReplicaView {
             generation: Generation(1),
             points: (1..=self.0.points.load(Ordering::SeqCst)).map(point).collect(),
@@ -438,7 +445,7 @@ fn quick_serve() -> ServeOptions {
 }
 
 fn quick_client() -> ClientOptions {
-    ClientOptions { silence: QUICK, ping_interval: Duration::from_millis(200) }
+    ClientOptions { silence: QUICK, ping_interval: Duration::from_millis(200), ..ClientOptions::default() }
 }
 
 fn session(fake: &Arc<Fake>) -> Arc<AgentClient> {

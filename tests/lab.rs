@@ -76,6 +76,8 @@ mod limits;
 mod live_only;
 #[path = "lab/suite/migrate.rs"]
 mod migrate;
+#[path = "lab/suite/mute.rs"]
+mod mute;
 #[path = "lab/suite/plain.rs"]
 mod plain;
 #[path = "lab/suite/points.rs"]

@@ -7,8 +7,13 @@
 //! Invariants
 //! - A session dies once, for one reason; after that no byte is written.
 //! - No call waits longer than the silence allowed while nothing is heard from the agent.
+//! - An agent that is heard and does not answer is waited for in bounded time too: [`bounds`] says how long for which
+//!   request. The session ends with it, since an agent does one thing after the other.
 //!
 //! Protocol: docs/formats/wire.md.
+
+mod bounds;
+mod reader;
 
 use super::patience::Patient;
 use super::remote::RemoteReplica;
@@ -16,12 +21,12 @@ use crate::error::{Error, Kind, Result};
 use crate::name::{DomainName, DomainUuid};
 use crate::transport::{Closer, Transport};
 use crate::wire::{
-    Banner, Failed, FrameKind, Handle, Head, JUNK_MAX, PROTOCOL, Progress, REPLY_MAX, REQUEST_MAX, Reply, Request,
-    Role, WireError, decode, encode, protocol, read_banner, read_frame, write_frame,
+    Banner, FrameKind, Handle, Head, Progress, REQUEST_MAX, Reply, Request, Role, WireError, decode, encode, protocol,
+    write_frame,
 };
 use std::collections::HashMap;
 use std::fmt;
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
@@ -33,11 +38,23 @@ pub struct ClientOptions {
     pub silence: Duration,
     /// How often the client says that it is alive. Well below the agent's patience.
     pub ping_interval: Duration,
+    /// How long an agent that is alive may take for the answer to a question, and for work. Counted from the last
+    /// movement.
+    pub question: Duration,
+    pub work: Duration,
+    /// How long it may take for its goodbye.
+    pub goodbye: Duration,
 }
 
 impl Default for ClientOptions {
     fn default() -> Self {
-        Self { silence: Duration::from_secs(30), ping_interval: Duration::from_secs(5) }
+        Self {
+            silence: Duration::from_secs(30),
+            ping_interval: Duration::from_secs(5),
+            question: bounds::QUESTION,
+            work: bounds::WORK,
+            goodbye: bounds::GOODBYE,
+        }
     }
 }
 
@@ -78,6 +95,8 @@ struct State {
     /// Replicas whose patches are no longer applied, and why.
     failed: HashMap<Handle, WireError>,
     heard: Instant,
+    /// When the session moved last, either way; a ping is no movement.
+    moved: Instant,
 }
 
 enum Phase {
@@ -96,6 +115,7 @@ struct Slot {
     /// Kind and payload of the answer, as far as it has come.
     answer: Option<(FrameKind, Vec<u8>)>,
     complete: bool,
+    owed: Option<bounds::Owed>,
     /// The latest only: a slow reader of progress holds up nobody.
     progress: Option<Progress>,
 }
@@ -112,10 +132,11 @@ impl AgentClient {
         let is_dead = Arc::clone(&dead);
         let writer = Patient::new(
             channel.input,
-            Box::new(move |_: Duration| match is_dead.load(Ordering::Acquire) {
+            Box::new(move |quiet: Duration| match is_dead.load(Ordering::Acquire) {
                 true => Err(io::ErrorKind::BrokenPipe.into()),
                 // As long as the agent is heard it may take its time: this is the backpressure of its disk.
-                false => Ok(()),
+                false if quiet < options.work => Ok(()),
+                false => Err(io::ErrorKind::TimedOut.into()),
             }) as Box<dyn FnMut(Duration) -> io::Result<()> + Send>,
         );
         let shared = Arc::new(Shared {
@@ -129,6 +150,7 @@ impl AgentClient {
                 slots: HashMap::new(),
                 failed: HashMap::new(),
                 heard: Instant::now(),
+                moved: Instant::now(),
             }),
             changed: Condvar::new(),
             dead,
@@ -139,7 +161,8 @@ impl AgentClient {
         let client = AgentClient { shared, threads: Mutex::default(), attaching: Mutex::default() };
         let (reader, output) = (Arc::clone(&client.shared), channel.output);
         client.spawn("agent-reader", move || reader.read_until_end(output))?;
-        client.shared.wait_until(|state| matches!(state.phase, Phase::Open).then_some(()))?;
+        let greeting = bounds::Owed { what: "greet", within: options.question };
+        client.shared.wait_until(Some(greeting), |state| matches!(state.phase, Phase::Open).then_some(()))?;
         client.shared.write_with(|writer| {
             let line = Banner::ours().line(Role::Client);
             writer.write_all(line.as_bytes())?;
@@ -214,11 +237,13 @@ impl AgentClient {
             }
             open
         };
-        let ended = match say_bye {
-            true => shared.send(head(FrameKind::Bye, 0), &[], &[]),
-            false => Ok(()),
-        };
-        let ended = ended.and_then(|()| shared.wait_until(|state| matches!(state.phase, Phase::Ended).then_some(())));
+        if say_bye {
+            // On a thread of its own: the pipe may be full, and stay so.
+            let bye = Arc::clone(shared);
+            self.spawn("agent-bye", move || drop(bye.send(head(FrameKind::Bye, 0), &[], &[])))?;
+        }
+        let owed = bounds::Owed { what: "say goodbye", within: shared.options.goodbye };
+        let ended = shared.wait_until(Some(owed), |state| matches!(state.phase, Phase::Ended).then_some(()));
         shared.changed.notify_all();
         drop(lock(&shared.writer).take());
         for thread in lock(&self.threads).drain(..) {
@@ -285,7 +310,8 @@ impl Shared {
             return Err(Error::new(Kind::Usage, what));
         }
         let id = self.take_id();
-        self.check_open()?.slots.insert(id, Slot::default());
+        let owed = Some(bounds::of(request, &self.options));
+        self.check_open()?.slots.insert(id, Slot { owed, ..Slot::default() });
         let sent = self.send(head(FrameKind::Request, id), &[], &payload);
         if sent.is_err() {
             lock(&self.state).slots.remove(&id);
@@ -299,8 +325,9 @@ impl Shared {
             Progress(Progress),
             Answer((FrameKind, Vec<u8>)),
         }
+        let owed = lock(&self.state).slots.get(&id).and_then(|slot| slot.owed);
         loop {
-            let news = self.wait_until(|state| {
+            let news = self.wait_until(owed, |state| {
                 let slot = state.slots.get_mut(&id)?;
                 if slot.complete {
                     let slot = state.slots.remove(&id)?;
@@ -353,8 +380,10 @@ impl Shared {
         lock(&self.state).failed.remove(&replica);
     }
 
-    /// Waits until `ready` gives something, or the session dies.
-    fn wait_until<T>(&self, mut ready: impl FnMut(&mut State) -> Option<T>) -> Result<T> {
+    /// Waits until `ready` gives something, or the session dies. It dies of an agent that is heard and lets
+    /// everything stand for longer than it may owe this.
+    fn wait_until<T>(&self, owed: Option<bounds::Owed>, mut ready: impl FnMut(&mut State) -> Option<T>) -> Result<T> {
+        let began = Instant::now();
         let mut state = lock(&self.state);
         loop {
             if let Some(value) = ready(&mut state) {
@@ -372,13 +401,25 @@ impl Shared {
                 drop(state);
                 return Err(self.die(&self.silent(quiet)));
             }
-            state =
-                self.changed.wait_timeout(state, patience - quiet).expect("nothing panics under the state's lock").0;
+            let mut wait = patience - quiet;
+            if let Some(owed) = owed {
+                let still = state.moved.max(began).elapsed();
+                if still >= owed.within {
+                    drop(state);
+                    return Err(self.die(&owed.late(&self.host)));
+                }
+                wait = wait.min(owed.within - still);
+            }
+            state = self.changed.wait_timeout(state, wait).expect("nothing panics under the state's lock").0;
         }
     }
 
     pub(super) fn send(&self, head: Head, prefix: &[u8], payload: &[u8]) -> Result<()> {
-        self.write_with(|writer| write_frame(writer, head, prefix, payload))
+        self.write_with(|writer| write_frame(writer, head, prefix, payload))?;
+        if head.kind != FrameKind::Ping {
+            lock(&self.state).moved = Instant::now();
+        }
+        Ok(())
     }
 
     fn write_with(&self, write: impl FnOnce(&mut Writer) -> io::Result<u64>) -> Result<()> {
@@ -457,141 +498,5 @@ impl Shared {
             }
             state = self.changed.wait_timeout(state, left).expect("nothing panics under the state's lock").0;
         }
-    }
-}
-
-/// The reader's side.
-impl Shared {
-    /// The reader thread: banner, frames, and the inquest.
-    fn read_until_end(self: Arc<Self>, output: Box<dyn Read + Send>) {
-        let (silence, dead) = (self.options.silence, Arc::clone(&self.dead));
-        let output = Patient::new(output, move |quiet| match quiet < silence && !dead.load(Ordering::Acquire) {
-            true => Ok(()),
-            false => Err(io::ErrorKind::TimedOut.into()),
-        });
-        let mut input = BufReader::with_capacity(64 << 10, Heard { inner: output, shared: &self });
-        match self.greet(&mut input).and_then(|()| self.dispatch(&mut input)) {
-            Ok(()) => {
-                lock(&self.state).phase = Phase::Ended;
-                self.changed.notify_all();
-            }
-            Err(error) => self.inquest(error),
-        }
-    }
-
-    fn greet(&self, input: &mut impl io::BufRead) -> Result<()> {
-        let theirs = read_banner(input, Role::Agent, JUNK_MAX)?;
-        if theirs.protocol != PROTOCOL {
-            let ours = Banner::ours();
-            let what = format!(
-                "the agent is virt-replica {} (protocol {}), this is virt-replica {} (protocol {})",
-                theirs.version, theirs.protocol, ours.version, ours.protocol
-            );
-            let hint = format!("install the same virt-replica on {}", self.host);
-            return Err(Error::new(Kind::Protocol, what).hint(hint));
-        }
-        let mut state = lock(&self.state);
-        state.agent_version = theirs.version;
-        if matches!(state.phase, Phase::Greeting) {
-            state.phase = Phase::Open;
-        }
-        self.changed.notify_all();
-        Ok(())
-    }
-
-    /// Hands each frame to who waits for it, until the agent's last word.
-    fn dispatch(&self, input: &mut impl Read) -> Result<()> {
-        let mut payload = Vec::new();
-        while let Some(head) = read_frame(input, &mut payload)? {
-            match head.kind {
-                FrameKind::Ping => {}
-                FrameKind::Error if head.id == 0 => {
-                    let error: WireError = decode("error", &payload)?;
-                    return Err(error.into_error(None));
-                }
-                FrameKind::Reply | FrameKind::Nodes | FrameKind::Pieces | FrameKind::Data | FrameKind::Error => {
-                    self.take_answer(head, &payload)?;
-                }
-                FrameKind::Progress => {
-                    let progress = decode("progress", &payload)?;
-                    if let Some(slot) = lock(&self.state).slots.get_mut(&head.id) {
-                        slot.progress = Some(progress);
-                    }
-                    self.changed.notify_all();
-                }
-                FrameKind::Failed => {
-                    let failed: Failed = decode("failure", &payload)?;
-                    let mut state = lock(&self.state);
-                    if state.failed.len() < 1024 {
-                        state.failed.insert(failed.replica, failed.error);
-                    }
-                }
-                FrameKind::End => {
-                    return match lock(&self.state).phase {
-                        Phase::Closing => Ok(()),
-                        _ => Err(protocol("the agent ended the session unasked")),
-                    };
-                }
-                other => return Err(protocol(format!("a {other:?} frame is not for a client"))),
-            }
-        }
-        Err(Error::new(Kind::Unavailable, "the agent ended without a goodbye"))
-    }
-
-    fn take_answer(&self, head: Head, payload: &[u8]) -> Result<()> {
-        let mut state = lock(&self.state);
-        let slot = state
-            .slots
-            .get_mut(&head.id)
-            .filter(|slot| !slot.complete)
-            .ok_or_else(|| protocol(format!("an answer to request {}, which nobody made", head.id)))?;
-        let (kind, answer) = slot.answer.get_or_insert_with(|| (head.kind, Vec::new()));
-        if *kind != head.kind || payload.len() > REPLY_MAX - answer.len() {
-            return Err(protocol("an answer that changes its kind, or never ends"));
-        }
-        answer.extend_from_slice(payload);
-        slot.complete = !head.more;
-        self.changed.notify_all();
-        Ok(())
-    }
-
-    /// The session broke: tell everybody why. An end without a word is explained by the transport, which knows how the
-    /// program ended; what explains itself is told before that, since ending a program may take seconds.
-    fn inquest(&self, error: Error) {
-        let quiet = lock(&self.state).heard.elapsed();
-        let silent = quiet >= self.options.silence;
-        let error = if silent { self.silent(quiet) } else { self.at_host(error) };
-        if silent || error.kind() != Kind::Unavailable {
-            self.die(&error);
-        }
-        // Its end of file, so that a live agent ends too. Somebody who is stuck in a write holds the lock; he is freed
-        // by the closer, which cuts the pipe.
-        if let Ok(mut writer) = self.writer.try_lock() {
-            writer.take();
-        }
-        let closer = lock(&self.closer).take();
-        let explained = match closer.map(|closer| closer.close()) {
-            Some(Err(explained)) if std::error::Error::source(&explained).is_none() => explained.source(error),
-            Some(Err(explained)) => explained,
-            _ => error,
-        };
-        self.die(&explained);
-    }
-}
-
-/// Counts what is read, and remembers when.
-struct Heard<'a, R> {
-    inner: R,
-    shared: &'a Shared,
-}
-
-impl<R: Read> Read for Heard<'_, R> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let n = self.inner.read(buf)?;
-        if n > 0 {
-            self.shared.received_bytes.fetch_add(n as u64, Ordering::Relaxed);
-            lock(&self.shared.state).heard = Instant::now();
-        }
-        Ok(n)
     }
 }

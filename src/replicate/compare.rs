@@ -1,16 +1,15 @@
 //! Compares a live domain with its newest point: `verify --against-source`. The same freeze as a run, nothing sent.
 
-use super::capture::{Capture, Still};
 use super::cycle::{Ports, Request, Run, Watch, settle_domain};
+use super::held::Standing;
 use super::journal::Journal;
 use super::observe;
-use super::plan::Plan;
 use super::pump::{self, Shipment};
 use super::report::millis;
 use super::survey::make_plan;
+use super::target_gate::{Patience, TargetGate};
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::name::{DiskName, DomainUuid};
-use crate::replica::Replica;
 use jiff::Timestamp;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -60,10 +59,12 @@ impl Run<'_> {
         }
         let plan = make_plan(self.ports, self.request, &domain, &view)?;
         self.ready_to_freeze(&plan)?;
+        let gate = TargetGate::new(replica, Patience::of(plan.capture));
         let mut guard = self.guard(&plan)?;
         let mut capture = self.capture(&mut guard, &plan, &domain);
         let still = capture.freeze()?;
-        let compared = self.compare_disks(replica.as_ref(), &plan, &still, capture.as_ref());
+        let standing = Standing { plan: &plan, still: &still, capture: capture.as_ref(), gate: &gate };
+        let compared = self.while_held(&standing, || self.compare_disks(&standing));
         let released = capture.release()?;
         let mut warnings = released.account.alarms;
         warnings.extend(released.left_open);
@@ -76,26 +77,20 @@ impl Run<'_> {
         })
     }
 
-    fn compare_disks(
-        &self,
-        replica: &dyn Replica,
-        plan: &Plan,
-        still: &Still,
-        capture: &dyn Capture,
-    ) -> Result<Vec<ComparedDisk>> {
+    fn compare_disks(&self, standing: &Standing) -> Result<Vec<ComparedDisk>> {
         let mut disks = Vec::new();
-        for disk in &still.disks {
+        for disk in &standing.still.disks {
             let name = &disk.0;
-            let compared = self.read_disk(plan, still, capture, disk, None, &mut |image, shipment, progress, good| {
+            let compared = self.read_disk(standing, disk, None, &mut |image, shipment, progress, good| {
                 let shipment = &Shipment { compare_only: true, ..shipment.clone() };
-                let (root, blocks_differ) = pump::compare(image, replica, shipment, progress, good)?;
+                let (root, blocks_differ) = pump::compare(image, standing.gate, shipment, progress, good)?;
                 let equal = shipment.head == Some((shipment.size, root));
                 let bytes_read = progress.read.load(Ordering::Relaxed);
                 Ok(ComparedDisk { name: name.clone(), size: shipment.size, blocks_differ, bytes_read, equal })
             });
             disks.push(compared.on_disk(name)?);
         }
-        capture.confirm()?;
+        standing.capture.confirm()?;
         Ok(disks)
     }
 }

@@ -21,29 +21,29 @@
 //! - A dead or full target never costs an overlay: 2 and 3 come before 4.
 
 use super::backup::{self, BackupCapture};
-use super::capture::{Capture, OffCapture, OverlayCapture, Source, Still, pending};
+use super::capture::{Capture, OffCapture, OverlayCapture, Release, pending};
 use super::demoted::{self, HandoverRecord};
 use super::freeze_hooks::{self, FreezeHooks};
+use super::held::Standing;
 use super::journal::{Journal, Record};
 use super::marks::{Marked, doubted_again, unless_cut};
 use super::observe;
 use super::plan::{CaptureKind, DiskPlan, Plan, PlanOptions};
-use super::pump::{self, Progress, Shipment};
+use super::pump::{self, Progress};
 use super::quiesce::{self, Quiescer, Settled};
 use super::report::{Report, RunOutcome, millis};
-use super::room::RoomWatch;
 use super::settle::{Account, Goal, Outcome, PauseGuard, SettleOptions, Settler, halt_error};
 use super::surroundings::{Described, describe};
 use super::survey::make_plan;
+use super::target_gate::{Patience, TargetGate};
 use super::throttle::Throttle;
-use crate::block::ByteRange;
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::failpoint;
 use crate::hypervisor::custody::Custody;
 use crate::hypervisor::guest::GuestAgent;
 use crate::hypervisor::{Backups, DomainView, Hypervisor, Power, Tracking};
+use crate::image::Chain;
 use crate::image::open::{OpenOptions, Opened};
-use crate::image::{Chain, Image};
 use crate::name::{DiskName, DomainUuid, RunId};
 use crate::patch::Compression;
 use crate::replica::{BeginDisk, BeginPoint, DiskStats, Mode, PointView, Replica, SealDisk, SealPoint};
@@ -182,9 +182,6 @@ pub fn run(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBoo
     Ok((report, error))
 }
 
-/// What is done with a frozen image while it is open.
-type ReadDisk<'a, T> = &'a mut dyn FnMut(&dyn Image, &Shipment, &Progress, pump::StillGood) -> Result<T>;
-
 /// How a run may end short of a point.
 enum Retry {
     StartedMeanwhile,
@@ -247,6 +244,8 @@ impl<'a> Run<'a> {
         let described = describe(self.ports, self.request, &domain, &plan)?;
         report.warnings.extend(described.notes.iter().cloned());
         let begun = replica.begin(&self.begin_request(&domain, &plan))?;
+        // From here on nobody waits for the target but through this gate.
+        let gate = TargetGate::new(replica, Patience::of(plan.capture));
         plan.start_from(&begun.seeds);
         failpoint!("3");
         let untracked = self.begin_bitmaps(&plan);
@@ -254,7 +253,7 @@ impl<'a> Run<'a> {
 
         let mut guard = self.guard(&plan)?;
         if let Err(e) = self.before_freeze(&plan) {
-            abandon(replica.as_ref());
+            abandon(&gate);
             return Err(e.into());
         }
         // The marks are asked while everything stands still, and may change how a disk is read.
@@ -262,7 +261,7 @@ impl<'a> Run<'a> {
         let mut capture = self.capture(&mut guard, &frozen, &domain);
         if self.stop.load(Ordering::Relaxed) {
             report.warnings.extend(self.after_freeze());
-            abandon(replica.as_ref());
+            abandon(&gate);
             return Err(stopped().into());
         }
         self.watch.step(4, "freeze all disks at one instant");
@@ -271,7 +270,7 @@ impl<'a> Run<'a> {
         let still = match still {
             Ok(still) => still,
             Err(e) => {
-                abandon(replica.as_ref());
+                abandon(&gate);
                 return Err(self.if_started(&plan, e));
             }
         };
@@ -282,18 +281,9 @@ impl<'a> Run<'a> {
         let dirty = self.marked(&mut plan, &still);
         report.warnings.extend(untracked);
 
-        // Whatever becomes of the point, the domain goes back onto its own images.
-        let sealed =
-            self.ship_and_seal(replica.as_ref(), &domain, (&plan, &described), &still, &dirty, capture.as_ref());
-        self.watch.step(7, plan.capture.release_words());
-        let released = std::thread::scope(|scope| {
-            // The target may have much to put in order before it has given up a point: the guest does not wait for that.
-            if sealed.is_err() {
-                scope.spawn(|| abandon(replica.as_ref()));
-            }
-            capture.release()
-        });
-        drop(replica);
+        let standing = Standing { plan: &plan, still: &still, capture: capture.as_ref(), gate: &gate };
+        let sealed = self.while_held(&standing, || self.ship_and_seal(&standing, &domain, &described, &dirty));
+        let (sealed, released) = self.go_home(report, &plan, capture.as_mut(), gate, sealed);
         self.conclude(report, &plan, sealed, released)
     }
 
@@ -307,6 +297,29 @@ impl<'a> Run<'a> {
                 self.ports.hypervisor.warm_up(&plan.uuid)
             }
         }
+    }
+
+    /// Step 7: whatever became of the point, the domain goes back onto its own images. The quarrel with the target
+    /// comes after.
+    fn go_home(
+        &self,
+        report: &mut Report,
+        plan: &Plan,
+        capture: &mut dyn Capture,
+        gate: TargetGate,
+        sealed: Result<PointView>,
+    ) -> (Result<PointView>, Result<Release>) {
+        self.watch.step(7, plan.capture.release_words());
+        // The target may have much to put in order before it has given up a point: the guest does not wait for that.
+        let given_up = sealed.as_ref().err().and_then(|_| gate.give_up());
+        let released = capture.release();
+        report.warnings.extend(self.thaw_again(&plan.uuid));
+        let (sealed, late) = gate.last_word(sealed, given_up, self.stop);
+        if let (Some(_), Ok(point)) = (&late, &sealed) {
+            self.name_in_record(point);
+        }
+        report.warnings.extend(late);
+        (sealed, released)
     }
 
     pub(super) fn capture<'c>(
@@ -396,35 +409,34 @@ impl<'a> Run<'a> {
     /// Steps 5 and 6.
     fn ship_and_seal(
         &self,
-        replica: &dyn Replica,
+        standing: &Standing,
         domain: &DomainView,
-        (plan, described): (&Plan, &Described),
-        still: &Still,
+        described: &Described,
         dirty: &Marked,
-        capture: &dyn Capture,
     ) -> Result<PointView> {
         self.watch.step(5, "read, compare, send");
+        let Standing { plan, still, capture, gate } = *standing;
         let mut disks = Vec::new();
         for disk in &still.disks {
             let name = &disk.0;
             let dirty = dirty.get(name).cloned();
             let planned = plan.disk(name);
-            let shipped = self.read_disk(plan, still, capture, disk, dirty, &mut |image, shipment, progress, good| {
-                let shipment = unless_cut(image, replica, shipment)?;
+            let shipped = self.read_disk(standing, disk, dirty, &mut |image, shipment, progress, good| {
+                let shipment = unless_cut(image, gate, shipment)?;
                 let audit = planned.and_then(|d| d.audit.as_ref());
-                let (shipment, audit) = self.audited(image, replica, &shipment, audit, good)?;
+                let (shipment, audit) = self.audited(image, gate, &shipment, audit, good)?;
                 let tracking_doubt = planned.is_some_and(|d| d.tracking_doubt || d.mode != shipment.mode);
-                let shipped = pump::ship(image, replica, &shipment, progress, good)?;
+                let shipped = pump::ship(image, gate, &shipment, progress, good)?;
                 let stats = DiskStats { audit, tracking_doubt, ..shipped.stats };
                 Ok(SealDisk { name: name.clone(), root: shipped.root, stats })
             });
             disks.push(shipped.on_disk(name)?);
         }
-        self.attach(replica, domain, described)?;
+        self.attach(gate, domain, described)?;
         failpoint!("5f");
         capture.confirm()?;
         self.watch.step(6, "seal the point");
-        let point = replica.seal(&SealPoint {
+        let point = gate.seal(&SealPoint {
             frozen_at: still.frozen_at,
             consistency: still.consistency,
             consistency_reason: still.consistency_reason.clone(),
@@ -448,67 +460,20 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Opens a frozen image, lets `read` work on it, and closes it however that ended: it must be closed before the
-    /// commit starts.
-    pub(super) fn read_disk<T>(
-        &self,
-        plan: &Plan,
-        still: &Still,
-        capture: &dyn Capture,
-        (name, source): &(DiskName, Source),
-        dirty: Option<Vec<ByteRange>>,
-        read: ReadDisk<T>,
-    ) -> Result<T> {
-        let planned = plan.disk(name).expect("what was frozen was planned");
-        let options = OpenOptions { force_share: still.may_start, ..self.request.open.clone() };
-        let opened = match source {
-            Source::Chain(chain) => (self.ports.open_image)(chain, &options)?,
-            Source::Export { socket, name } => (self.ports.open_export)(socket, name, &options)?,
-        };
-        if opened.image.size() != planned.size {
-            let (was, is) = (planned.size, opened.image.size());
-            return Err(Error::new(Kind::Busy, format!("the disk was resized meanwhile, from {was} to {is} bytes"))
-                .hint("run again"));
-        }
-        failpoint!("5a");
-        let shipment = Shipment {
-            uuid: plan.uuid.clone(),
-            disk: name.clone(),
-            size: planned.size,
-            head: planned.head,
-            mode: planned.mode,
-            reason: planned.reason.clone(),
-            dirty,
-            compare_only: false,
-            workers: self.request.workers,
-            compression: self.request.compression,
-            throttle: self.request.throttle.clone(),
-        };
-        let progress = Arc::new(Progress::default());
-        self.watch.disk(name, planned.size.0, planned.mode, &progress);
-        let room = RoomWatch::new(plan, &self.request.run, &self.request.plan.space);
-        let age = || (self.ports.clock)().duration_since(still.frozen_at);
-        let still_good = || {
-            self.watch.tick();
-            failpoint!("5b");
-            if self.stop.load(Ordering::Relaxed) {
-                return Err(stopped());
-            }
-            room.check(&age)?;
-            capture.check()
-        };
-        let result = read(opened.image.as_ref(), &shipment, &progress, &still_good);
-        let closed = opened.close();
-        let result = result?;
-        closed?;
-        Ok(result)
-    }
-
     fn if_started(&self, plan: &Plan, e: Error) -> Retry {
         if plan.capture == CaptureKind::Off && e.kind() == Kind::Interrupted && !self.stop.load(Ordering::Relaxed) {
             Retry::StartedMeanwhile
         } else {
             Retry::No(e)
+        }
+    }
+
+    /// A guest agent that did not let go at the freeze is asked once more, and what it leaves held is said.
+    fn thaw_again(&self, uuid: &DomainUuid) -> Option<String> {
+        match quiesce::settle(self.ports.hypervisor, self.ports.guest, self.journal, uuid) {
+            Ok(Settled::Silent(alarm)) => Some(alarm),
+            Ok(Settled::Nothing | Settled::LetGo) => None,
+            Err(e) => Some(format!("whether the guest is held could not be found out: {}", e.chain())),
         }
     }
 
@@ -518,15 +483,9 @@ impl<'a> Run<'a> {
         report: &mut Report,
         plan: &Plan,
         sealed: Result<PointView>,
-        released: Result<super::capture::Release>,
+        released: Result<Release>,
     ) -> Result<(), Retry> {
         self.watch.step(8, "retire what is superseded, report");
-        // A guest agent that did not let go at the freeze is asked once more, and what it leaves held is said.
-        match quiesce::settle(self.ports.hypervisor, self.ports.guest, self.journal, &plan.uuid) {
-            Ok(Settled::Silent(alarm)) => report.warnings.push(alarm),
-            Ok(Settled::Nothing | Settled::LetGo) => {}
-            Err(e) => report.warnings.push(format!("whether the guest is held could not be found out: {}", e.chain())),
-        }
         let mut left_open = None;
         let settled = matches!(&released, Ok(r) if r.left_open.is_none());
         match released {
@@ -567,7 +526,7 @@ fn abandon(replica: &dyn Replica) {
     }
 }
 
-fn stopped() -> Error {
+pub(super) fn stopped() -> Error {
     Error::new(Kind::Interrupted, "stopped by a signal")
 }
 

@@ -163,7 +163,7 @@ impl DiskTarget for Memory {
     }
 }
 
-fn shipment(size: usize, head: Option<&[u8]>) -> Shipment {
+pub(in crate::replicate) fn shipment(size: usize, head: Option<&[u8]>) -> Shipment {
     Shipment {
         uuid: DomainUuid::new("6695eb01-f6a4-8304-79aa-97f2502e193f").unwrap(),
         disk: DiskName::new("vda").unwrap(),

@@ -3,9 +3,9 @@
 //! What is said of overlays here holds for the scratch files of a backup too, but that they are removed, not committed:
 //! QEMU fails a guest's write when what it overwrites cannot be kept.
 //!
-//! While the disks stand still the file systems of their overlays are asked now and then. When one comes near its end, the
-//! run is cut short: no point is made, and the overlays are committed at once, while there still is room for what the
-//! guest writes meanwhile.
+//! While the disks stand still, a thread of its own asks the file systems of their overlays, whatever the run waits
+//! for. When one comes near its end, the run is cut short: no point is made, and the overlays are committed at
+//! once, while there still is room for what the guest writes meanwhile.
 
 use super::backup::scratch_path;
 use super::capture::overlay_path;
@@ -17,11 +17,6 @@ use crate::units::{duration, exact_bytes};
 use jiff::SignedDuration;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use std::time::{Duration, Instant};
-
-/// The file systems are asked this often; one call for each disk.
-const ASK_EVERY: Duration = Duration::from_millis(200);
 
 /// This part of the floor is for what the guest writes while the overlays are committed.
 const CRITICAL_PART: u64 = 4;
@@ -35,7 +30,6 @@ pub(super) struct RoomWatch {
     critical_bytes: u64,
     limits: OverlayLimits,
     capture: CaptureKind,
-    asked: Mutex<Option<Instant>>,
 }
 
 struct Overlay {
@@ -59,25 +53,13 @@ impl RoomWatch {
             commit_bytes_max: disk.commit_bytes_max,
         });
         let critical_bytes = (options.min_free_source_bytes / CRITICAL_PART).max(CRITICAL_MIN);
-        Self {
-            overlays: overlays.collect(),
-            critical_bytes,
-            limits: options.overlay,
-            capture: plan.capture,
-            asked: Mutex::new(None),
-        }
+        Self { overlays: overlays.collect(), critical_bytes, limits: options.overlay, capture: plan.capture }
     }
 
-    /// `Space` when the overlays have to be committed now for their size, `Interrupted` when it is for their age. Cheap; asked
-    /// many times while reading. `age`: how long ago the disks were frozen.
+    /// `Space` when the overlays have to be committed now for their size, `Interrupted` when it is for their age.
+    /// One call of the file system for each disk; asked many times a second by a thread of its own. `age`: how long
+    /// ago the disks were frozen.
     pub fn check(&self, age: &dyn Fn() -> SignedDuration) -> Result<()> {
-        {
-            let mut asked = self.asked.lock().expect("nothing panics while it is held");
-            if asked.is_some_and(|at| at.elapsed() < ASK_EVERY) {
-                return Ok(());
-            }
-            *asked = Some(Instant::now());
-        }
         self.check_limits(age)?;
         // Overlays on one file system are committed one beside the other: to each, its room is that of all.
         let commit_bytes: u64 = self.overlays.iter().map(|o| occupied(&o.path).min(o.commit_bytes_max)).sum();
