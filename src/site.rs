@@ -238,16 +238,18 @@ pub fn serve_nbd(
     served
 }
 
-/// Adopts the image at `top`, with all below it, as the seed of a disk in the store at `root` of this host. Returns its size
+/// Adopts the image at `top`, with all below it in its directory or below `backing`, as the seed of a disk in the store at `root` of this host. Returns its size
 /// and the bytes of data copied. Blocks as long as the storage needs.
 pub fn seed(
     root: &Path,
     uuid: &DomainUuid,
     disk: &DiskName,
-    top: &Layer,
+    (top, backing): (&Layer, &[PathBuf]),
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(DiskSize, u64)> {
-    let opened = open::open_read(&offline::resolve_chain(top)?, &open_options(1))?;
+    // A copy of a source's image names what the source wants.
+    let chain = offline::resolve_chain_where(top, &offline::named_beside(&top.path, backing))?;
+    let opened = open::open_read(&chain, &open_options(1))?;
     let size = opened.image.size();
     let copied = Store::open(root, uuid, Timestamp::now)?.adopt(disk, opened.image.as_ref(), progress);
     let closed = opened.close();
