@@ -17,14 +17,15 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("flock", &[]),
     ("name", &["error"]),
     ("block", &["error"]),
+    ("trust", &["error"]),
     ("units", &[]),
     // Libraries of the system: whoever asks it may wait.
     ("users", &["error"]),
     ("envelope", &["error"]),
     ("yaml", &["error"]),
-    ("hook", &["error"]),
+    ("hook", &["error", "trust"]),
     ("policy", &["error", "hook", "name", "patch", "retention", "units", "yaml"]),
-    ("config", &["error", "name", "policy", "transport", "replicate", "units", "yaml"]),
+    ("config", &["error", "name", "policy", "transport", "replicate", "trust", "units", "yaml"]),
     ("patch", &["error", "name", "block"]),
     ("retention", &["error", "name"]),
     // What travels of a failover are its own records and findings: plain data.
@@ -41,7 +42,19 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     (
         "recovery",
-        &["error", "failpoint", "flock", "name", "block", "yaml", "image", "hypervisor", "replica", "replicate"],
+        &[
+            "error",
+            "failpoint",
+            "flock",
+            "name",
+            "block",
+            "yaml",
+            "image",
+            "hypervisor",
+            "replica",
+            "replicate",
+            "trust",
+        ],
     ),
     // Images that are no domain's: the same engine, and neither store nor libvirt.
     ("plain", &["error", "flock", "failpoint", "name", "block", "patch", "image", "replica", "replicate"]),
