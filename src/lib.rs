@@ -18,7 +18,7 @@
 //!  envelope                                   what protects a file on its way
 //!  manifest · xml
 //!              |
-//!     hook · yaml · units · users · flock · trust
+//!     hook · yaml · units · users · flock · words · trust
 //!              |
 //!       block · name · error                  words
 //! ```
@@ -31,6 +31,7 @@ pub mod name;
 pub mod trust;
 pub mod units;
 pub mod users;
+pub mod words;
 pub mod yaml;
 
 pub mod block;

@@ -7,14 +7,14 @@ use crate::error::{Error, Kind, Result};
 use crate::image::Layer;
 use crate::image::open::{self, OpenOptions};
 use crate::image::qemu_nbd::QemuNbd;
-use crate::name::{DiskName, DomainName, DomainUuid, PointId, RunId};
+use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
 use crate::plain::target::{LocalOptions, LocalTarget};
 use crate::plain::{PlainTarget, Wish};
 #[cfg(feature = "libvirt")]
 use crate::recovery::bringup::BringUp;
-use crate::replica::ReplicaView;
 use crate::replica::store::{self, Limits, Store};
 use crate::replica::upkeep::Held as _;
+use crate::replica::{ReplicaView, generation};
 use crate::replicate::offline;
 use crate::transport::Transport;
 use crate::transport::local::LocalTransport;
@@ -126,15 +126,21 @@ impl Connection {
 
 /// Runs the agent for the store at `root` on this process's stdin and stdout, until the client's end or its silence.
 /// `limits` are what this host demands, whoever asks.
-pub fn serve_agent(root: &Path, limits: Limits) -> Result<()> {
-    serve_stdio(&LocalStores { root: root.to_owned(), limits }, ServeOptions::default())
+/// `operator`: whoever asks is the operator of this host, and no source.
+pub fn serve_agent(root: &Path, limits: Limits, operator: bool) -> Result<()> {
+    serve_stdio(&LocalStores { root: root.to_owned(), limits, operator }, ServeOptions::default())
 }
 
 /// The same, and brings up what is in the store where it is asked to: only then `connect` is called, so that runs go on
 /// without libvirt, and whatever the mapping says.
 #[cfg(feature = "libvirt")]
-pub fn serve_failover(root: &Path, limits: Limits, connect: &dyn Fn() -> Result<here::Here>) -> Result<()> {
-    let stores = LocalStores { root: root.to_owned(), limits };
+pub fn serve_failover(
+    root: &Path,
+    limits: Limits,
+    operator: bool,
+    connect: &dyn Fn() -> Result<here::Here>,
+) -> Result<()> {
+    let stores = LocalStores { root: root.to_owned(), limits, operator };
     serve_stdio(&Bringing { stores, connect, here: std::cell::OnceCell::new() }, ServeOptions::default())
 }
 
@@ -196,17 +202,35 @@ impl ReplicaOpener for LocalImages {
 struct LocalStores {
     root: PathBuf,
     limits: Limits,
+    operator: bool,
 }
 
 impl ReplicaOpener for LocalStores {
     fn open(&self, uuid: &DomainUuid) -> Result<Box<dyn Served>> {
-        Ok(Box::new(Store::open(&self.root, uuid, Timestamp::now)?.with_limits(self.limits)))
+        let store = Store::open(&self.root, uuid, Timestamp::now)?.with_limits(self.limits);
+        Ok(Box::new(if self.operator { store } else { store.for_source() }))
     }
 
     fn find(&self, name: &str) -> Result<Vec<(DomainUuid, DomainName)>> {
         let all = store::list(&self.root)?;
         Ok(all.into_iter().filter(|(_, n, _)| name.is_empty() || n.as_str() == name).map(|(u, n, _)| (u, n)).collect())
     }
+}
+
+/// The replica in the store at `root` whose generation is to be set, by its domain's name or UUID.
+pub fn find_generation(root: &Path, domain: &str) -> Result<generation::Found> {
+    let mut found = generation::find(root, domain)?;
+    match found.len() {
+        0 => Err(Error::new(Kind::NotFound, format!("there is no replica of '{domain}' here")).path(root)),
+        1 => Ok(found.remove(0)),
+        many => Err(Error::new(Kind::Conflict, format!("{many} replicas here are of a domain '{domain}'"))
+            .hint("name it by its UUID")),
+    }
+}
+
+/// Sets the generation of a replica on this host.
+pub fn set_generation(root: &Path, uuid: &DomainUuid, generation: Generation) -> Result<()> {
+    Store::open(root, uuid, Timestamp::now)?.set_generation(generation)
 }
 
 /// Serves a disk of a point in the store at `root` on this host over NBD, read-only, on a unix socket, until `stop` is

@@ -19,6 +19,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("block", &["error"]),
     ("trust", &["error"]),
     ("units", &[]),
+    ("words", &["error"]),
     // Libraries of the system: whoever asks it may wait.
     ("users", &["error"]),
     ("envelope", &["error"]),
@@ -29,11 +30,11 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("patch", &["error", "name", "block"]),
     ("retention", &["error", "name"]),
     // What travels of a failover are its own records and findings: plain data.
-    ("wire", &["error", "name", "block", "replica", "plain", "recovery"]),
+    ("wire", &["error", "name", "block", "replica", "plain", "recovery", "words"]),
     ("image", &["error", "block"]),
     ("transport", &["error", "users"]),
     ("hypervisor", &["error", "name", "block", "image", "users"]),
-    ("replica", &["error", "flock", "failpoint", "name", "block", "patch", "image"]),
+    ("replica", &["error", "flock", "failpoint", "name", "block", "patch", "image", "words"]),
     // It serves three ports: Replica, PlainTarget and BringUp.
     ("agent", &["error", "failpoint", "name", "block", "patch", "wire", "transport", "replica", "plain", "recovery"]),
     (
