@@ -32,6 +32,7 @@ use crate::error::{Error, Kind, Result};
 use crate::policy::{self, Policy};
 use crate::replicate::choice::CaptureWish;
 use crate::transport::target::TargetUrl;
+use crate::trust;
 use crate::units;
 use crate::yaml::{self, closest};
 use serde::Deserialize;
@@ -202,6 +203,7 @@ impl Config {
 
 /// A file's text; `None`: there is no such file.
 fn read(path: &Path) -> Result<Option<String>> {
+    trust::check(path)?;
     let mut text = String::new();
     match std::fs::File::open(path).and_then(|f| f.take(FILE_MAX + 1).read_to_string(&mut text)) {
         Ok(read) if read as u64 <= FILE_MAX => Ok(Some(text)),
@@ -221,6 +223,8 @@ pub fn policy_files(path: &Path) -> Result<Vec<PathBuf>> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(e) => return Err(fail(e)),
     };
+    // Who may put a file there gives orders, whoever owns the file.
+    trust::check(&dir)?;
     let mut files = Vec::new();
     for entry in entries {
         let path = entry.map_err(fail)?.path();

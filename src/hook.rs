@@ -1,6 +1,7 @@
 //! Programs that an operator has run at certain moments. No shell; a program and its arguments.
 
 use crate::error::{Error, Kind, Result};
+use crate::trust;
 use rustix::process::{Pid, Signal};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -19,9 +20,15 @@ pub struct Hook {
 pub type Env = Vec<(String, String)>;
 
 impl Hook {
+    /// [`Kind::Config`] if others than root and this user may change the program. Of its arguments nothing is known.
+    pub fn check(&self) -> Result<()> {
+        trust::check_program(&self.command[0])
+    }
+
     /// Runs it and waits for its end. What it prints on stderr goes where ours goes. [`Kind::Interrupted`]: it took longer than
     /// its timeout. Blocks for no longer than that.
     pub fn run(&self, env: &Env) -> Result<ExitStatus> {
+        self.check()?;
         let program = &self.command[0];
         let fail = |e| Error::io("the hook cannot be run", program, e);
         let mut command = Command::new(program);
@@ -67,6 +74,19 @@ mod tests {
         assert!(!told.run(&Env::new()).unwrap().success());
         let e = hook(&["/nonexistent/hook"], ten).run(&env).unwrap_err();
         assert!(e.to_string().contains("/nonexistent/hook"), "{e}");
+    }
+
+    #[test]
+    fn one_that_others_may_change_is_not_run() {
+        use std::os::unix::fs::PermissionsExt;
+        let temp = tempfile::tempdir().unwrap();
+        let (script, ran) = (temp.path().join("hook"), temp.path().join("ran"));
+        std::fs::write(&script, format!("#!/bin/sh\ntouch {}\n", ran.display())).unwrap();
+        std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o777)).unwrap();
+        let e = hook(&[script.to_str().unwrap()], Duration::from_secs(10)).run(&Env::new()).unwrap_err();
+        assert_eq!(e.kind(), Kind::Config);
+        assert!(e.hint_text().unwrap().starts_with("run `chmod go-w "), "{e}");
+        assert!(!ran.exists());
     }
 
     /// Also what it started must not go on: a script that waits for its child would hold the run.

@@ -18,7 +18,7 @@
 //!  envelope                                   what protects a file on its way
 //!  manifest · xml
 //!              |
-//!     hook · yaml · units · users · flock
+//!     hook · yaml · units · users · flock · words · trust
 //!              |
 //!       block · name · error                  words
 //! ```
@@ -28,8 +28,10 @@ pub mod failpoint;
 pub mod flock;
 pub mod hook;
 pub mod name;
+pub mod trust;
 pub mod units;
 pub mod users;
+pub mod words;
 pub mod yaml;
 
 pub mod block;

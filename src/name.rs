@@ -128,10 +128,38 @@ impl PointId {
     }
 }
 
-/// Who may write to a replica: rises with each change of direction, never falls. Starts at 1.
+/// Who may write to a replica: rises with each change of direction, never falls. Starts at 1, ends at [`Generation::MAX`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
+#[serde(try_from = "u64")]
 pub struct Generation(pub u64);
+
+impl Generation {
+    /// A domain that changes sides every second gets there in 31 years.
+    pub const MAX: Generation = Generation(1_000_000_000);
+
+    /// By how much a peer may raise it at once. A side that was away for more changes than this is not known here.
+    pub const STEP_MAX: u64 = 1000;
+
+    /// The one after this. `None` at the end.
+    pub fn next(self) -> Option<Generation> {
+        (self < Self::MAX).then(|| Generation(self.0 + 1))
+    }
+
+    /// Whether a peer may go from here to `to`, or back.
+    pub fn may_step_to(self, to: Generation) -> bool {
+        to <= Self::MAX && to.0 <= self.0.saturating_add(Self::STEP_MAX)
+    }
+}
+
+impl TryFrom<u64> for Generation {
+    type Error = String;
+    fn try_from(number: u64) -> Result<Self, String> {
+        match number <= Self::MAX.0 {
+            true => Ok(Generation(number)),
+            false => Err(format!("{number} is no generation: the last one is {}", Self::MAX)),
+        }
+    }
+}
 
 impl fmt::Display for Generation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -233,6 +261,19 @@ mod tests {
         assert_eq!(id.as_str(), "000042-deadbeef");
         assert_eq!(id.seq(), 42);
         assert_eq!(PointId::new("1000000-deadbeef").unwrap().seq(), 1_000_000);
+    }
+
+    #[test]
+    fn a_generation_has_an_end_and_a_step() {
+        assert_eq!(serde_json::from_str::<Generation>("1000000000").unwrap(), Generation::MAX);
+        for bad in ["1000000001", "18446744073709551615", "-1", "1.5", "\"1\""] {
+            assert!(serde_json::from_str::<Generation>(bad).is_err(), "{bad}");
+        }
+        assert_eq!(serde_json::to_string(&Generation(7)).unwrap(), "7");
+        assert_eq!((Generation(1).next(), Generation::MAX.next()), (Some(Generation(2)), None));
+        let from = Generation(5);
+        assert!(from.may_step_to(Generation(1)) && from.may_step_to(Generation(1005)));
+        assert!(!from.may_step_to(Generation(1006)) && !Generation::MAX.may_step_to(Generation(u64::MAX)));
     }
 
     #[test]

@@ -12,11 +12,11 @@ use crate::plain::target::{LocalOptions, LocalTarget};
 use crate::plain::{PlainTarget, Wish};
 #[cfg(feature = "libvirt")]
 use crate::recovery::bringup::BringUp;
-use crate::replica::ReplicaView;
 #[cfg(feature = "libvirt")]
 use crate::replica::root::{StoreSeen, StoreWish};
 use crate::replica::store::{self, Limits, Store};
 use crate::replica::upkeep::Held as _;
+use crate::replica::ReplicaView;
 use crate::replicate::offline;
 use crate::transport::local::LocalTransport;
 use crate::transport::ssh::{SshOptions, SshTransport};
@@ -164,15 +164,21 @@ impl Connection {
 
 /// Runs the agent for the store at `root` on this process's stdin and stdout, until the client's end or its silence.
 /// `limits` are what this host demands, whoever asks.
-pub fn serve_agent(root: &Path, limits: Limits) -> Result<()> {
-    serve_stdio(&LocalStores::new(root, limits), ServeOptions::default())
+/// `operator`: the operator of this host asks, and no source.
+pub fn serve_agent(root: &Path, limits: Limits, operator: bool) -> Result<()> {
+    serve_stdio(&LocalStores::new(root, limits, operator), ServeOptions::default())
 }
 
 /// The same, and brings up what is in the store where it is asked to: only then `connect` is called, so that runs go on
 /// without libvirt, and whatever the mapping says.
 #[cfg(feature = "libvirt")]
-pub fn serve_failover(root: &Path, limits: Limits, connect: &dyn Fn() -> Result<here::Here>) -> Result<()> {
-    let stores = LocalStores::new(root, limits);
+pub fn serve_failover(
+    root: &Path,
+    limits: Limits,
+    operator: bool,
+    connect: &dyn Fn() -> Result<here::Here>,
+) -> Result<()> {
+    let stores = LocalStores::new(root, limits, operator);
     serve_stdio(&Bringing { stores, connect, here: std::cell::OnceCell::new() }, ServeOptions::default())
 }
 
@@ -264,17 +270,19 @@ pub fn serve_nbd(
     served
 }
 
-/// Adopts the image at `top`, with all below it, as the seed of a disk in the store at `root` of this host. Returns its size
+/// Adopts the image at `top`, with all below it in its directory or below `backing`, as the seed of a disk in the store at `root` of this host. Returns its size
 /// and the bytes of data copied. Blocks as long as the storage needs.
 pub fn seed(
     root: &Path,
     uuid: &DomainUuid,
     disk: &DiskName,
-    top: &Layer,
+    (top, backing): (&Layer, &[PathBuf]),
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(DiskSize, u64)> {
     let store = Store::within(&stores::open(root)?, uuid, Timestamp::now)?;
-    let opened = open::open_read(&offline::resolve_chain(top)?, &open_options(1))?;
+    // A copy of a source's image names what the source wants.
+    let chain = offline::resolve_chain_where(top, &offline::named_beside(&top.path, backing))?;
+    let opened = open::open_read(&chain, &open_options(1))?;
     let size = opened.image.size();
     let copied = store.adopt(disk, opened.image.as_ref(), progress);
     let closed = opened.close();

@@ -26,13 +26,23 @@ pub enum Service {
 impl Service {
     /// What follows the program's name.
     pub fn words(self, root: &Path) -> Vec<String> {
+        std::iter::once("agent".to_owned()).chain(self.flags(root)).collect()
+    }
+
+    /// The same, for whoever sits at the host of the store.
+    pub fn words_of_operator(self, root: &Path) -> Vec<String> {
+        let operator = (self != Service::Images).then(|| "--operator".to_owned());
+        std::iter::once("agent".to_owned()).chain(operator).chain(self.flags(root)).collect()
+    }
+
+    fn flags(self, root: &Path) -> impl Iterator<Item = String> {
         let more = match self {
             Service::Store => None,
             Service::Images => Some("--images".to_owned()),
             Service::Failover => Some("--failover".to_owned()),
         };
         let root = ["--root".to_owned(), root.to_string_lossy().into_owned()];
-        std::iter::once("agent".to_owned()).chain(more).chain(root).collect()
+        more.into_iter().chain(root)
     }
 }
 

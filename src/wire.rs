@@ -23,6 +23,8 @@ use crate::name::{DiskName, DomainName, DomainUuid, PointId};
 use crate::replica::root::{StoreSeen, StoreWish};
 use crate::replica::source::{Claim, Claimed};
 use crate::replica::{Attachment, BeginPoint, Begun, DiskApplied, PointView, ReplicaView, SealPoint, VerifyReport};
+use crate::words;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::fmt;
@@ -447,10 +449,12 @@ pub fn encode(message: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(message).expect("plain data with string keys always has JSON")
 }
 
-/// A control message out of its JSON.
-pub fn decode<'a, T: Deserialize<'a>>(what: impl fmt::Display, payload: &'a [u8]) -> Result<T> {
-    serde_json::from_slice(payload)
-        .map_err(|e| Error::new(Kind::Protocol, format!("cannot understand a {what}")).source(e).hint(SAME_VERSION))
+/// A control message out of its JSON. Whatever its fields are: no text in it has a control character, no number is beyond
+/// [`words::NUMBER_MAX`].
+pub fn decode<T: DeserializeOwned>(what: impl fmt::Display, payload: &[u8]) -> Result<T> {
+    let error = || Error::new(Kind::Protocol, format!("cannot understand a {what}")).hint(SAME_VERSION);
+    let payload = words::of_message(payload).map_err(|why| error().source(why))?;
+    serde_json::from_slice(&payload).map_err(|e| error().source(e))
 }
 
 /// Advice for every kind of not understanding each other.
@@ -711,6 +715,38 @@ mod tests {
         assert_eq!(there.to_string(), "disk 'vda': on b: cannot write (/p/vda.qcow2) at byte 65536");
         assert_eq!(there.hint_text(), Some("make room"));
         assert!(there.chain().ends_with("No space left on device (os error 28)"), "{}", there.chain());
+    }
+
+    /// A target that lies: whatever the field, nothing of it reaches a terminal as more than text, and no number overflows.
+    #[test]
+    fn words_of_a_peer_are_clean_and_its_numbers_bounded_whatever_the_field() {
+        let bad = r"\u001b[2J\u0007\r\u009b31m";
+        let view = format!(
+            r#"{{"describe":{{"view":{{"generation":1,"free_bytes":1,"path":"/x/{bad}","points":[{{"id":"000001-00000000",
+            "generation":1,"frozen_at":"2026-11-30T20:00:00Z","sealed_at":"2026-11-30T20:00:00Z","consistency":"crash",
+            "consistency_reason":"{bad}","run":"0000000000000001","disks":[{{"name":"vda","image":"/x/{bad}","size":1,
+            "root":"{root}","mode":"full","reason":"{bad}","bytes_read":1,"bytes_sent":1,"bytes_written":1,
+            "compression":{{"compressed_bytes":1,"stored_bytes":1,"trials":1,"reason":"{bad}"}}}}]}}]}}}}}}"#,
+            root = "00".repeat(32)
+        );
+        let lease = r#"{"point":"000001-00000000","owner":"BAD","purpose":"BAD","since":"2026-11-30T20:00:00Z","expires":"2026-11-30T20:00:00Z"}"#;
+        let holds = format!(
+            r#"{{"upkeep":{{"told":{{"holds":{{"holds":{{"now":"2026-11-30T20:00:00Z","min_age_s":1,"leases":[{lease}],"links":[],
+            "depth":1,"depth_max":1,"pins":[{{"point":"000001-00000000","reason":"BAD","since":"2026-11-30T20:00:00Z"}}]}}}}}}}}}}"#
+        )
+        .replace("BAD", bad);
+        for json in [&view, &holds] {
+            let reply: Reply = decode("reply", json.as_bytes()).unwrap();
+            let said = String::from_utf8(encode(&reply)).unwrap();
+            assert!(said.contains("[2J") && !said.contains(r"\u00") && !said.contains(r"\r"), "{said}");
+            assert!(!said.chars().any(char::is_control), "{said}");
+            for number in
+                [r#""min_age_s":1"#, r#""free_bytes":1"#, r#""bytes_sent":1"#, r#""generation":1"#, r#""size":1"#]
+            {
+                let large = json.replace(number, &number.replace(":1", ":18446744073709551615"));
+                assert!(large == *json || decode::<Reply>("reply", large.as_bytes()).is_err(), "{number}");
+            }
+        }
     }
 
     /// A newer agent may know kinds and fields that this side does not.

@@ -212,6 +212,7 @@ impl Upkeep for FakeReplica {
         Ok(Holds {
             now: jiff::Timestamp::UNIX_EPOCH,
             min_age_s: 7,
+            young: vec![],
             pins: vec![],
             leases: vec![],
             links: vec![point(1).id],

@@ -10,6 +10,8 @@ mod policy;
 #[cfg(feature = "libvirt")]
 #[path = "cli/source.rs"]
 mod source;
+#[path = "cli/target.rs"]
+mod target;
 
 use jiff::Timestamp;
 use serde_json::Value;
@@ -26,9 +28,32 @@ use virt_replica::replica::{BeginDisk, BeginPoint, Consistency, DiskStats, Mode,
 use virt_replica::replicate::pump::{self, Progress, Shipment};
 
 const UUID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
-const COMMANDS: [&str; 24] = [
-    "daemon", "policy", "sync", "plan", "points", "status", "verify", "scrub", "prune", "pin", "unpin", "export",
-    "ready", "drill", "failover", "migrate", "doctor", "agent", "copy", "digest", "diff", "apply", "patch", "store",
+const COMMANDS: [&str; 25] = [
+    "daemon",
+    "policy",
+    "sync",
+    "plan",
+    "points",
+    "status",
+    "verify",
+    "scrub",
+    "prune",
+    "pin",
+    "unpin",
+    "export",
+    "ready",
+    "drill",
+    "failover",
+    "migrate",
+    "doctor",
+    "agent",
+    "copy",
+    "digest",
+    "diff",
+    "apply",
+    "patch",
+    "store",
+    "set-generation",
 ];
 
 /// The program with nothing in its environment but a time zone.

@@ -228,12 +228,29 @@ fn the_glossary_has_every_word_once() {
     assert_eq!(unique.len(), heads.len(), "a heading stands twice in the glossary");
 }
 
+/// `policies/` as an operator would have it: owner and modes of a checkout are not what is obeyed.
+fn installed_policies() -> tempfile::TempDir {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let mut found = Vec::new();
+    files_below(&root().join("policies"), "yaml", &mut found);
+    for path in found {
+        let to = dir.path().join(path.strip_prefix(root().join("policies")).unwrap());
+        fs::create_dir_all(to.parent().unwrap()).unwrap();
+        fs::set_permissions(to.parent().unwrap(), fs::Permissions::from_mode(0o755)).unwrap();
+        fs::write(&to, fs::read(&path).unwrap()).unwrap();
+        fs::set_permissions(&to, fs::Permissions::from_mode(0o644)).unwrap();
+    }
+    dir
+}
+
 /// `policies/` looks like `/etc/virt-replica`: what lies in a `policies.d` is a policy, all else a configuration.
 #[test]
 fn every_policy_file_is_read_by_the_code() {
     let mut found = Vec::new();
-    files_below(&root().join("policies"), "yaml", &mut found);
-    let sample = Config::load(&root().join("policies/virt-replica.yaml"), true).unwrap();
+    let installed = installed_policies();
+    files_below(installed.path(), "yaml", &mut found);
+    let sample = Config::load(&installed.path().join("virt-replica.yaml"), true).unwrap();
     let (mut policies, mut configurations) = (0, 0);
     for path in found {
         let read = if path.ends_with(MAPPING_FILE) {
@@ -253,13 +270,14 @@ fn every_policy_file_is_read_by_the_code() {
     }
     assert!(policies >= 6 && configurations >= 1, "{policies} policies, {configurations} configurations");
     // Their names are different, too: the directory as a whole is one that `policy check` accepts.
-    assert_eq!(sample.policies(&root().join("policies/virt-replica.yaml")).unwrap().len(), policies);
+    assert_eq!(sample.policies(&installed.path().join("virt-replica.yaml")).unwrap().len(), policies);
 }
 
 /// The sample says that it has every key. Taking the structs apart by name makes a new key an error here.
 #[test]
 fn the_sample_has_every_key() {
-    let sample = Config::load(&root().join("policies/virt-replica.yaml"), true).unwrap();
+    let installed = installed_policies();
+    let sample = Config::load(&installed.path().join("virt-replica.yaml"), true).unwrap();
     let Config { targets, links, defaults, daemon } = sample;
     let TargetConfig { url, identity, ssh_config, known_hosts, create_store, runs_max, link } = targets["dr1"].clone();
     assert_eq!(url.to_string(), "ssh://replica@dr1.example.net/srv/virt-replica");

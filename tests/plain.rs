@@ -10,6 +10,8 @@ mod crash;
 mod envelope;
 #[path = "plain/foreign.rs"]
 mod foreign;
+#[path = "plain/named.rs"]
+mod named;
 #[path = "plain/patches.rs"]
 mod patches;
 #[path = "plain/places.rs"]

@@ -11,6 +11,7 @@ use std::time::Duration;
 use virt_replica::block::BLOCK_LEN;
 use virt_replica::error::Kind;
 use virt_replica::name::{DiskName, PointId};
+use virt_replica::replica::age::BootTime;
 use virt_replica::replica::store::{Limits, Store};
 use virt_replica::replica::upkeep::{PruneReport, Upkeep};
 use virt_replica::replica::{PointView, Replica};
@@ -163,12 +164,15 @@ fn what_is_asked_for_wrongly_is_refused_as_a_whole() {
 #[test]
 fn the_floor_of_the_host_is_not_to_be_talked_down() {
     let lab = Lab::in_memory();
-    let history = blocks(&lab.store(), "aa b. .c");
     let floor = Limits { min_age: Duration::from_secs(7 * 86_400), ..Limits::default() };
+    // Its host is up since the wall clock's zero, and never sleeps.
     let at = |time: &str| {
         let now: jiff::Timestamp = time.parse().unwrap();
-        Store::open(lab.root(), &uuid(), move || now).unwrap().with_limits(floor)
+        let up_s = now.as_second() as u64;
+        let boot = move || BootTime { boot: "one".to_owned(), up_s };
+        Store::open(lab.root(), &uuid(), move || now).unwrap().with_limits(floor).with_boot_clock(boot)
     };
+    let history = blocks(&at("2024-05-01T12:00:05Z"), "aa b. .c");
     for early in ["2024-05-08T12:00:04Z", "2024-04-01T00:00:00Z"] {
         let e = at(early).prune(&[history[0].0.clone()], &mut |_, _| {}).unwrap_err();
         assert_eq!(e.kind(), Kind::Refused, "{early}");

@@ -89,6 +89,8 @@ impl Default for ServeOptions {
 
 /// Replicas one session may hold open.
 const OPEN_MAX: usize = 256;
+/// Points one session may have open at once: each keeps tables in memory. A run has one.
+const BEGUN_MAX: usize = 8;
 /// Verify says how far it is at most this often.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 
@@ -374,10 +376,15 @@ impl<W: Write> Session<'_, W> {
     }
 
     fn begin(&mut self, handle: Handle, request: &BeginPoint) -> Result<Begun> {
+        let others = self.replicas.iter().filter(|(other, opened)| **other != handle && !opened.disks.is_empty());
+        let begun_elsewhere = others.count();
         let opened = self.at(handle)?;
         if request.uuid != opened.uuid {
             let what = format!("this replica is of domain {}, not {}", opened.uuid, request.uuid);
             return Err(Error::new(Kind::Refused, what));
+        }
+        if begun_elsewhere >= BEGUN_MAX {
+            return Err(Error::new(Kind::Refused, format!("one session may have {BEGUN_MAX} points open at once")));
         }
         let begun = opened.replica.begin(request)?;
         opened.disks = request.disks.iter().map(|disk| disk.name.clone()).collect();

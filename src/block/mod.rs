@@ -25,9 +25,10 @@ pub const GROUP_LEN: u64 = (BLOCK_LEN * FANOUT) as u64;
 /// Bytes in a piece, the unit in which changes inside a differing block may travel.
 pub const PIECE_LEN: usize = 4 << 10;
 
-/// Size of a disk as the guest sees it, in bytes. Any value; not a multiple of anything.
+/// Size of a disk as the guest sees it, in bytes; not a multiple of anything. A document or message has none above
+/// [`DiskSize::MAX`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
+#[serde(try_from = "u64")]
 pub struct DiskSize(pub u64);
 
 /// A half-open range of bytes of a disk.
@@ -46,7 +47,20 @@ pub struct BlockIndex(pub u64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GroupIndex(pub u64);
 
+impl TryFrom<u64> for DiskSize {
+    type Error = String;
+    fn try_from(bytes: u64) -> Result<Self, String> {
+        match bytes <= Self::MAX.0 {
+            true => Ok(DiskSize(bytes)),
+            false => Err(format!("a disk of {bytes} bytes is larger than any")),
+        }
+    }
+}
+
 impl DiskSize {
+    /// 1 PiB: bounds every length that is derived from a size which a peer sent.
+    pub const MAX: DiskSize = DiskSize(1 << 50);
+
     /// Blocks, the last one possibly short.
     pub fn blocks(self) -> u64 {
         self.0.div_ceil(BLOCK_LEN as u64)

@@ -3,7 +3,7 @@
 use super::Globals;
 use super::limits::LinkArgs;
 use super::output::{Exit, Message, Output, print};
-use super::plain::{FORMATS, WayArgs, absolute, format, listen, open_source, unless_stopped, watched};
+use super::plain::{BackingArgs, FORMATS, WayArgs, absolute, format, listen, open_source, unless_stopped, watched};
 use super::render;
 use super::target::{SshArgs, hang_up};
 use clap::Args;
@@ -17,6 +17,7 @@ use virt_replica::error::{Error, Kind, Result};
 use virt_replica::image::Format;
 use virt_replica::plain::copy::{self as story, Copied, Copy, Sending};
 use virt_replica::plain::source::ReadOptions;
+use virt_replica::plain::target::LocalOptions;
 use virt_replica::plain::{Finish, Wish, changed, meta_of};
 use virt_replica::replicate::pump::Progress;
 use virt_replica::site::plain::{self as site, Place};
@@ -53,6 +54,8 @@ pub struct CopyArgs {
     /// Say what would be sent, and change nothing
     #[arg(short = 'n', long)]
     dry_run: bool,
+    #[command(flatten)]
+    backing: BackingArgs,
     /// Read the source although a QEMU is writing to it: the copy may be torn as after a power cut, or worse
     #[arg(long)]
     force_share: bool,
@@ -155,10 +158,14 @@ fn one(
 ) -> Result<()> {
     let began = Instant::now();
     let to = format(args.target_format.as_ref(), &pair.target);
-    let read =
-        ReadOptions { exact: to == Format::Raw.into(), ..site::read_options(&globals.state_dir, args.force_share) };
+    let read = ReadOptions {
+        exact: to == Format::Raw.into(),
+        ..site::read_options(&globals.state_dir, args.force_share, &args.backing.dirs)
+    };
     let source = open_source(args.source_format.as_ref(), &pair.source, &read)?;
     let copied = (|| {
+        let backing = args.backing.dirs.clone();
+        let local = LocalOptions { backing, ..site::local_options(&globals.state_dir, None) };
         let wish = Wish {
             path: pair.target.clone(),
             format: to,
@@ -169,7 +176,7 @@ fn one(
             force_share: false,
             afresh: false,
         };
-        let target = site::open_image(&wish, connection, &site::local_options(&globals.state_dir, None))?;
+        let target = site::open_image(&wish, connection, &local)?;
         let meta = args.archive.then(|| meta_of(&pair.source)).transpose()?;
         let job = Copy {
             source: &source,
@@ -187,10 +194,11 @@ fn one(
         let name = pair.source.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         watched(&name, source.size().0, &progress, output, || story::copy(&job, &progress, &|| unless_stopped(stop)))
     })();
+    let files: Vec<PathBuf> = source.files().map(Path::to_owned).collect();
     let closed = source.close();
     let copied = copied?;
     closed?;
-    say(&copied, pair, place, args.dry_run, began.elapsed(), output)
+    say(&copied, pair, &files, place, args.dry_run, began.elapsed(), output)
 }
 
 /// A dry run takes no lock of an image on this host, and changes nothing that was cut short.
@@ -208,14 +216,28 @@ fn read_list(path: &Path, block: Option<u64>) -> Result<Vec<ByteRange>> {
     changed::parse(&text, block).map_err(|e| e.path(path))
 }
 
-fn say(copied: &Copied, pair: &Pair, place: &Place, dry_run: bool, took: Duration, output: Output) -> Result<()> {
+fn say(
+    copied: &Copied,
+    pair: &Pair,
+    files: &[PathBuf],
+    place: &Place,
+    dry_run: bool,
+    took: Duration,
+    output: Output,
+) -> Result<()> {
     let host = place.host().map(|host| host.host.clone());
     if output.json {
         let body = json!({
-            "source": pair.source, "target": pair.target, "host": host, "dry_run": dry_run,
+            "source": pair.source, "source_files": files, "target": pair.target, "host": host, "dry_run": dry_run,
             "seconds": took.as_secs_f64(), "copied": copied,
         });
         return Message { message_type: "copy", body }.print();
+    }
+    if let [_, named @ ..] = files
+        && !named.is_empty()
+    {
+        let named: Vec<String> = named.iter().map(|file| file.display().to_string()).collect();
+        tracing::info!("{} was read together with {}, which it names", pair.source.display(), named.join(", "));
     }
     for reason in &copied.digests_reasons {
         tracing::info!("no kept digests: {reason}");
@@ -230,7 +252,7 @@ fn describe(copied: &Copied, at: &str, dry_run: bool, took: Duration) -> String 
         there => format!("{} read here, {} there", render::bytes(copied.bytes_read), render::bytes(there)),
     };
     let blocks = copied.blocks_changed;
-    let differ = render::bytes(blocks * virt_replica::block::BLOCK_LEN as u64);
+    let differ = render::bytes(blocks.saturating_mul(virt_replica::block::BLOCK_LEN as u64));
     if copied.equal {
         return format!("{at} is as its source; {read}");
     }

@@ -2,7 +2,9 @@
 
 use super::Globals;
 use super::output::{Exit, Output, print, print_json};
-use super::plain::{FORMATS, OutFile, absolute, beside, listen, open_source, print_beside, unless_stopped, watched};
+use super::plain::{
+    BackingArgs, FORMATS, OutFile, absolute, beside, listen, open_source, print_beside, unless_stopped, watched,
+};
 use super::render;
 use clap::Args;
 use serde_json::json;
@@ -24,6 +26,8 @@ pub struct DigestArgs {
     /// Format of the image; never guessed from the content [default: raw or qcow2, by its name]
     #[arg(long, value_name = "FORMAT", value_parser = FORMATS)]
     format: Option<String>,
+    #[command(flatten)]
+    backing: BackingArgs,
     /// Replace the file if it is there
     #[arg(long)]
     force: bool,
@@ -39,7 +43,7 @@ pub fn digest(args: &DigestArgs, globals: &Globals, output: Output) -> Result<Ex
     let image = absolute(&args.image)?;
     let mut out = OutFile::create(&args.output, args.force)?;
     let stop = listen()?;
-    let options = site::read_options(&globals.state_dir, args.force_share);
+    let options = site::read_options(&globals.state_dir, args.force_share, &args.backing.dirs);
     let source = open_source(args.format.as_ref(), &image, &options)?;
     let progress = Progress::default();
     let name = image.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();

@@ -45,6 +45,7 @@ mod render;
 mod scrub;
 mod seed;
 mod serve;
+mod set_generation;
 mod shorten;
 mod signals;
 #[cfg(feature = "libvirt")]
@@ -189,6 +190,8 @@ enum Command {
     Apply(patch::ApplyArgs),
     /// Look at patches, check them, merge a chain of them into one
     Patch(patch::PatchArgs),
+    /// On a target: set the generation of a replica right that a source drove too far
+    SetGeneration(set_generation::SetGenerationArgs),
     /// Serve the store of this host to a source, over stdin and stdout (started over ssh)
     Agent(serve::AgentArgs),
     /// Let a guest go if its driver dies (started by the driver)
@@ -229,6 +232,7 @@ impl Command {
             Command::Migrate(args) => args.json,
             Command::Store(args) => args.json(),
             Command::Seed(args) => args.json,
+            Command::SetGeneration(args) => args.json,
             Command::Policy(args) => args.json(),
             Command::Copy(args) => args.json,
             Command::Digest(args) => args.json,
@@ -269,6 +273,7 @@ pub fn main() -> ExitCode {
         Command::Migrate(args) => migrate::migrate(args, &cli.globals, output),
         Command::Store(args) => store::store(args, output),
         Command::Seed(args) => seed::seed(args, output),
+        Command::SetGeneration(args) => set_generation::set_generation(args, &cli.globals, output),
         Command::Policy(args) => policy::policy(args, &cli.globals, output),
         Command::Daemon(args) => daemon::daemon(args, &cli.globals),
         Command::Copy(args) => copy::copy(args, &cli.globals, output),

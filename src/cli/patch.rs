@@ -4,7 +4,8 @@ use super::Globals;
 use super::envelope::{KeyArgs, ProtectedOut, UnwrapArgs, WrapArgs};
 use super::output::{Exit, Message, Output, print, print_json};
 use super::plain::{
-    FORMATS, WayArgs, absolute, beside, format, input, listen, open_source, print_beside, unless_stopped, watched,
+    BackingArgs, FORMATS, WayArgs, absolute, beside, format, input, listen, open_source, print_beside, unless_stopped,
+    watched,
 };
 use super::render;
 use super::target::{CreateStore, SshArgs, Target, hang_up};
@@ -20,6 +21,7 @@ use virt_replica::plain::copy::Sending;
 use virt_replica::plain::diff::{Diffed, KnownByDigests, Nothing};
 use virt_replica::plain::patchfile::{self, Applied, PatchInfo};
 use virt_replica::plain::source::Source;
+use virt_replica::plain::target::LocalOptions;
 use virt_replica::plain::{Finish, PlainTarget, WayWish, Wish, diff as story, kept, merge, redo};
 use virt_replica::replicate::pump::Progress;
 use virt_replica::site::plain::{self as site, Place};
@@ -49,6 +51,8 @@ pub struct DiffArgs {
     /// Compress it: a level of zstd, 1 (fast) to 19 (small), no, or auto: 1 while that is not slower
     #[arg(long, value_name = "LEVEL", default_value_t = Compression::FAST)]
     compress: Compression,
+    #[command(flatten)]
+    backing: BackingArgs,
     /// Read images although a QEMU is writing to them: what the patch makes may be torn, as after a power cut or worse
     #[arg(long)]
     force_share: bool,
@@ -101,7 +105,7 @@ pub fn diff(args: &DiffArgs, globals: &Globals, output: Output) -> Result<Exit> 
     let out = ProtectedOut::create(&args.output, args.force, &args.wrap)?;
     let stop = listen()?;
     let (base, connection) = open_base(args, globals)?;
-    let read = site::read_options(&globals.state_dir, args.force_share);
+    let read = site::read_options(&globals.state_dir, args.force_share, &args.backing.dirs);
     let source = open_source(args.source_format.as_ref(), &path, &read)?;
     let made = make(&source, base.as_ref(), out, &path, args.compress, output, stop);
     drop(base);
@@ -163,7 +167,8 @@ fn open_base(args: &DiffArgs, globals: &Globals) -> Result<(Box<dyn PlainTarget>
         force_share: args.force_share,
         afresh: false,
     };
-    let options = site::local_options(&globals.state_dir, None);
+    let backing = args.backing.dirs.clone();
+    let options = LocalOptions { backing, ..site::local_options(&globals.state_dir, None) };
     let target = site::open_image(&wish, connection.as_ref(), &options)?;
     Ok((target, connection))
 }

@@ -39,6 +39,15 @@ impl WayArgs {
     }
 }
 
+/// Which files of this host an image may name.
+#[derive(Debug, Args)]
+pub struct BackingArgs {
+    /// Directory in which backing images and data files may lie that an image names; may be given more than once
+    /// [always: the image's own directory]
+    #[arg(long = "backing", value_name = "DIR")]
+    pub dirs: Vec<PathBuf>,
+}
+
 /// As given, or raw or qcow2 as the name says.
 pub fn format(given: Option<&String>, path: &Path) -> AnyFormat {
     given.and_then(|given| given.parse().ok()).unwrap_or_else(|| format_by_name(path).into())

@@ -146,10 +146,18 @@ pub fn after_run(
 }
 
 fn decide(view: &ReplicaView, holds: &Holds, wish: &Wish) -> Result<Vec<Verdict>> {
+    // A target that knows better than its wall clock how old a point is says so.
+    let sealed_at = |point: &PointView| match holds.young.iter().find(|(id, _)| *id == point.id) {
+        Some((_, left_s)) => {
+            let age_s = holds.min_age_s.saturating_sub(*left_s);
+            holds.now.saturating_sub(Duration::from_secs(age_s)).unwrap_or(point.sealed_at)
+        }
+        None => point.sealed_at,
+    };
     let candidate = |point: &PointView| Candidate {
         id: point.id.clone(),
         frozen_at: point.frozen_at,
-        sealed_at: point.sealed_at,
+        sealed_at: sealed_at(point),
         pinned: holds.pins.iter().find(|p| p.point == point.id).map(|p| p.reason.clone()),
         in_use: holds.leases.iter().find(|l| l.point == point.id).map(|l| format!("{}, {}", l.purpose, l.owner)),
     };

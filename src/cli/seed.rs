@@ -1,6 +1,7 @@
 //! `seed`: adopts a copy of a disk that is at the target already, so that the first run sends only what differs.
 
 use super::output::{Exit, Output, print, print_json};
+use super::plain::BackingArgs;
 use super::progress::bar;
 use super::render;
 use super::target::CreateStore;
@@ -26,6 +27,8 @@ pub struct SeedArgs {
     /// The disk that it is a copy of
     #[arg(long, value_name = "DISK", default_value = "vda")]
     disk: DiskName,
+    #[command(flatten)]
+    backing: BackingArgs,
     /// Directory of the store
     #[arg(long, value_name = "DIR", default_value = ROOT_DEFAULT)]
     root: PathBuf,
@@ -48,7 +51,7 @@ pub fn seed(args: &SeedArgs, output: Output) -> Result<Exit> {
         site::stores::create(&args.root)?;
     }
     let shown = (!output.quiet && !output.json).then(|| bar(args.disk.as_str(), 0));
-    let adopted = site::seed(&args.root, &uuid, &args.disk, &layer, &mut |done, all| {
+    let adopted = site::seed(&args.root, &uuid, &args.disk, (&layer, &args.backing.dirs), &mut |done, all| {
         if let Some(bar) = &shown {
             bar.set_length(all);
             bar.set_position(done);

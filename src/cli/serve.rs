@@ -31,6 +31,9 @@ pub struct AgentArgs {
     /// Once a disk of the newest point consists of this many images, give it one that stands alone
     #[arg(long, value_name = "COUNT", default_value_t = Limits::default().depth_max, value_parser = clap::value_parser!(u64).range(2..))]
     max_depth: u64,
+    /// The operator of this host asks, not a source: what this host pinned may be unpinned (started by commands on this host)
+    #[arg(long, hide = true, conflicts_with = "images")]
+    operator: bool,
 }
 
 #[derive(Debug, Args)]
@@ -42,6 +45,7 @@ pub struct DeadmanArgs {
 pub fn agent(args: &AgentArgs, globals: &Globals) -> Result<Exit> {
     // Its client decides when it ends: an interrupt for the client's whole process group is not meant for it.
     ignore_interrupts();
+    bound_memory();
     if args.images {
         site::serve_images(&args.root, &globals.state_dir)?;
         return Ok(Exit::Done);
@@ -49,7 +53,7 @@ pub fn agent(args: &AgentArgs, globals: &Globals) -> Result<Exit> {
     let limits = Limits { min_age: args.min_age, depth_max: args.max_depth };
     match args.failover {
         true => serve_failover(args, limits, globals)?,
-        false => site::serve_agent(&args.root, limits)?,
+        false => site::serve_agent(&args.root, limits, args.operator)?,
     }
     Ok(Exit::Done)
 }
@@ -57,7 +61,7 @@ pub fn agent(args: &AgentArgs, globals: &Globals) -> Result<Exit> {
 #[cfg(feature = "libvirt")]
 fn serve_failover(args: &AgentArgs, limits: Limits, globals: &Globals) -> Result<()> {
     let connect = || super::here::connect(globals, &args.root, args.mapping.as_deref());
-    site::serve_failover(&args.root, limits, &connect)
+    site::serve_failover(&args.root, limits, args.operator, &connect)
 }
 
 #[cfg(not(feature = "libvirt"))]
@@ -78,6 +82,21 @@ pub fn deadman(args: &DeadmanArgs, globals: &Globals) -> Result<Exit> {
 #[cfg(not(feature = "libvirt"))]
 pub fn deadman(args: &DeadmanArgs, _: &Globals) -> Result<Exit> {
     super::no_libvirt(&format!("deadman {}", args.uuid))
+}
+
+/// Most memory of an agent that is not backed by a file: several times what the largest replica costs.
+const AGENT_MEMORY_MAX: u64 = 1 << 30;
+
+/// Whatever a source finds to make the agent allocate: the agent ends, and the host goes on. What counts is written memory
+/// (`RLIMIT_DATA`): address space (`RLIMIT_AS`) is reserved generously by threads and the allocator, and costs nothing.
+/// Programs that the agent starts inherit the limit.
+fn bound_memory() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let now = getrlimit(Resource::Data);
+    let current = Some(now.current.map_or(AGENT_MEMORY_MAX, |current| current.min(AGENT_MEMORY_MAX)));
+    if let Err(e) = setrlimit(Resource::Data, Rlimit { current, maximum: now.maximum }) {
+        tracing::warn!("the agent's memory is not bounded: {e}");
+    }
 }
 
 fn ignore_interrupts() {

@@ -34,6 +34,8 @@ pub struct ReadOptions {
     pub redo_dir: PathBuf,
     /// Every layer lies below this directory, or the image is refused.
     pub within: Option<PathBuf>,
+    /// Without [`ReadOptions::within`]: directories, beside the image's own, in which files that it names may lie.
+    pub backing: Vec<PathBuf>,
 }
 
 /// An image open for reading.
@@ -55,9 +57,10 @@ impl Source {
     pub fn open(path: &Path, format: Format, options: &ReadOptions) -> Result<Source> {
         let layer = layer(path, format)?;
         redo::refuse_if_torn(&super::place::real_path(path)?, layer.block_device, &options.redo_dir)?;
+        let beside = offline::named_beside(path, &options.backing);
         let may = |file: &Path| match &options.within {
             Some(root) => super::place::check_within(file, root).map(drop),
-            None => Ok(()),
+            None => beside(file),
         };
         let chain = offline::resolve_chain_where(&layer, &may)?;
         let mut files: Vec<&Path> = chain.0.iter().map(|l| l.path.as_path()).collect();
@@ -122,6 +125,11 @@ impl Source {
             }
         }
         Ok(())
+    }
+
+    /// The files that it is read from, the image itself first.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.seen.iter().map(|(path, _)| path.as_path())
     }
 
     /// Ends a helper process, if there is one. Blocks.

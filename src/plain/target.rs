@@ -46,6 +46,8 @@ pub struct LocalOptions {
     pub workers: usize,
     /// Nothing outside of this directory is read or written.
     pub within: Option<PathBuf>,
+    /// As [`ReadOptions::backing`], of an image that is only read.
+    pub backing: Vec<PathBuf>,
     /// Where redo files of block devices lie.
     pub redo_dir: PathBuf,
     /// Where to write the patch that leads back.
@@ -106,6 +108,7 @@ impl LocalTarget {
             device_max: wish.size,
             redo_dir: options.redo_dir.clone(),
             within: options.within.clone(),
+            backing: options.backing.clone(),
         };
         let source = Source::open_any(&real, wish.format, &read)?;
         let layer = source::layer(&real, wish.format.of_layer())?;

@@ -8,7 +8,7 @@ use crate::error::{Error, Kind, Result};
 use crate::flock::Flock;
 use crate::name::{DomainName, DomainUuid, PointId, RunId};
 use crate::replicate::held_dir;
-use crate::replicate::journal::{read_json, replace, sync_dir, to_json};
+use crate::replicate::journal::{read_json, replace, replace_json, sync_dir, to_json};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -88,7 +88,7 @@ impl DrillState {
 
     /// Durable when it returns.
     pub fn write(&self, record: &DrillRecord) -> Result<()> {
-        replace(&self.dir, RECORD, &to_json(record))
+        replace_json(&self.dir, RECORD, record)
     }
 
     /// Durable when it returns.

@@ -21,7 +21,7 @@ use crate::hypervisor::custody::Custody;
 use crate::hypervisor::machine::Machines;
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
 use crate::replica::upkeep::{Held, Promoting};
-use crate::replicate::journal::{read_json, replace, sync_dir, to_json};
+use crate::replicate::journal::{read_json, replace_json, sync_dir};
 use crate::replicate::{generation, held_dir};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -173,7 +173,7 @@ impl FailoverState {
         all.handovers.push(handover.clone());
         let old = all.handovers.len().saturating_sub(CALLED_OFF_MAX);
         all.handovers.drain(..old);
-        replace(&self.dir, CALLED_OFF, &to_json(&all))
+        replace_json(&self.dir, CALLED_OFF, &all)
     }
 
     pub fn is_called_off(&self, handover: &RunId) -> Result<bool> {
@@ -183,7 +183,7 @@ impl FailoverState {
 
     /// Durable when it returns.
     pub(super) fn write(&self, record: &FailoverRecord) -> Result<()> {
-        replace(&self.dir, RECORD, &to_json(record))
+        replace_json(&self.dir, RECORD, record)
     }
 
     /// Durable when it returns.

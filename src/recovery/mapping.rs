@@ -18,6 +18,7 @@
 //! A key that is not known is an error, and so is one that stands twice.
 
 use crate::error::{Error, Kind, Result};
+use crate::trust;
 use crate::yaml;
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -66,6 +67,7 @@ impl Mapping {
     /// Reads `path`. A file that is not there maps nothing, unless it was `named` by the operator.
     pub fn load(path: &Path, named: bool) -> Result<Mapping> {
         use std::io::Read as _;
+        trust::check(path)?;
         let mut text = String::new();
         match std::fs::File::open(path).and_then(|f| f.take(FILE_MAX + 1).read_to_string(&mut text)) {
             Ok(read) if read as u64 <= FILE_MAX => Mapping::parse(&text, path),

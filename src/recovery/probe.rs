@@ -3,6 +3,7 @@
 
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::inside;
+use crate::trust;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
 use std::net::Ipv4Addr;
@@ -105,6 +106,7 @@ pub fn run_script(path: &Path, environment: &[(&str, &str)], log: &Path, within:
     let (out, err) = open()
         .and_then(|out| Ok((out.try_clone()?, out)))
         .map_err(|e| Error::io("cannot keep what a script says", log, e))?;
+    trust::check(path)?;
     let mut command = Command::new(path);
     command.envs(environment.iter().copied()).stdin(Stdio::null()).stdout(out).stderr(err).process_group(0);
     let mut child = command.spawn().map_err(|e| {

@@ -18,6 +18,7 @@
 //! A reader ignores fields it does not know and refuses a version it does not know.
 //! Format: docs/formats/replica.md.
 
+use super::generation;
 use super::source::Owner;
 use super::upkeep::Promoted;
 use super::{Attachment, Consistency, DiskStats, PointDisk, PointView};
@@ -25,6 +26,7 @@ use crate::block::DiskSize;
 use crate::block::digest::Digest;
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
+use crate::words;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -53,8 +55,15 @@ const VERSION_MORE_ATTACHED: u32 = 5;
 /// Largest manifest read or written, in bytes: tens of thousands of points.
 pub const MANIFEST_MAX: usize = 64 << 20;
 
-/// Largest disk in bytes (1 PiB): bounds every length derived from a size that a peer sent.
-pub const DISK_SIZE_MAX: u64 = 1 << 50;
+/// What a source may fill of it, by seals and by pins. The rest is for the records of recovery, which this host writes itself:
+/// a promotion, an operator's pin.
+pub const SOURCE_MAX: usize = MANIFEST_MAX - (1 << 20);
+
+/// Largest disk in bytes.
+pub const DISK_SIZE_MAX: u64 = DiskSize::MAX.0;
+
+/// Most bytes of all disks of one point (4 PiB). An open point keeps a table of 16 MiB in memory for each PiB.
+pub const POINT_SIZE_MAX: u64 = 1 << 52;
 
 /// Most disks of one point.
 pub const DISKS_MAX: usize = 256;
@@ -144,7 +153,7 @@ pub struct Point {
     pub frozen_at: Timestamp,
     pub sealed_at: Timestamp,
     pub consistency: Consistency,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "words::maybe_sentence")]
     pub consistency_reason: Option<String>,
     /// Whether the domain started with its host. Absent: made by a program that did not ask.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -156,6 +165,9 @@ pub struct Point {
     /// Not to be removed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pinned: Option<Pinned>,
+    /// When it was sealed, in seconds of the replica's own clock ([`super::age`]). Absent: made by a program without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sealed_clock_s: Option<u64>,
 }
 
 /// That a point is not to be removed, and why.
@@ -163,7 +175,11 @@ pub struct Point {
 pub struct Pinned {
     pub since: Timestamp,
     /// An operator's words; may be empty.
+    #[serde(deserialize_with = "words::sentence")]
     pub reason: String,
+    /// This host pinned it: no source unpins it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub by_target: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -216,10 +232,17 @@ impl Manifest {
 
     /// Reads and checks a manifest. [`Kind::Protocol`] for another program's version, [`Kind::Corrupt`] for the rest.
     pub fn parse(json: &[u8]) -> Result<Self> {
+        Self::parse_sound(json).map_err(|e| generation::explain(json, e))
+    }
+
+    /// The same, without advice.
+    pub(super) fn parse_sound(json: &[u8]) -> Result<Self> {
         if json.len() > MANIFEST_MAX {
             return Err(corrupt(format!("the manifest is larger than {MANIFEST_MAX} bytes")));
         }
         let not_json = |e| corrupt("the manifest cannot be read").source(e);
+        // The words in it are a source's.
+        let json = &words::of_document(json)[..];
         let preamble: Preamble = serde_json::from_slice(json).map_err(not_json)?;
         if preamble.format != FORMAT {
             return Err(corrupt(format!("this is not a {FORMAT}")));
@@ -253,11 +276,10 @@ impl Manifest {
         let mut json =
             serde_json::to_vec_pretty(&document).map_err(|e| corrupt("cannot write the manifest").source(e))?;
         json.push(b'\n');
-        if json.len() > MANIFEST_MAX {
-            return Err(Error::new(Kind::Refused, "the manifest has no room for another point")
-                .hint("prune the replica's oldest points"));
+        match json.len() <= MANIFEST_MAX {
+            true => Ok(json),
+            false => Err(no_room()),
         }
-        Ok(json)
     }
 
     /// Oldest first.
@@ -501,6 +523,11 @@ impl Point {
     }
 }
 
+/// The manifest is full, or as full as a source may make it.
+pub(super) fn no_room() -> Error {
+    Error::new(Kind::Refused, "the manifest has no room for another point").hint("prune the replica's oldest points")
+}
+
 fn corrupt(what: impl Into<std::borrow::Cow<'static, str>>) -> Error {
     Error::new(Kind::Corrupt, what)
 }
@@ -540,6 +567,7 @@ mod tests {
             disks: disks.split(' ').map(disk).collect(),
             attachments: vec![],
             pinned: None,
+            sealed_clock_s: None,
         }
     }
 

@@ -4,6 +4,7 @@
 //! A recovery point exists if and only if the manifest names it. An open point is rubbish until it is sealed.
 //! Format: docs/formats/replica.md.
 
+pub mod age;
 mod chain;
 mod copy;
 mod damage;
@@ -12,6 +13,7 @@ mod disk;
 mod export;
 mod files;
 mod fold;
+pub mod generation;
 mod head;
 mod lease;
 mod lock;
@@ -37,6 +39,7 @@ use crate::block::digest::{BlockPieces, Digest};
 use crate::block::{BlockIndex, DiskSize};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
+use crate::words;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -208,6 +211,7 @@ pub struct PointDisk {
 pub struct DiskStats {
     pub mode: Mode,
     /// Why this mode and no cheaper one, as a sentence.
+    #[serde(deserialize_with = "words::sentence")]
     pub reason: String,
     /// Bytes read from the source image.
     pub bytes_read: u64,
@@ -244,6 +248,7 @@ pub struct CompressionStats {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stored_rate_bytes: Option<u64>,
     /// The way that was kept in the end, and why, as a sentence.
+    #[serde(deserialize_with = "words::sentence")]
     pub reason: String,
 }
 

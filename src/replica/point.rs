@@ -7,6 +7,7 @@
 //!
 //! Crash order: docs/replication.md, steps 5 and 6; the failpoints carry its numbers.
 
+use super::age::{self, BootClock};
 use super::chain;
 use super::damage::{self, InHead};
 use super::digests::DigestFile;
@@ -14,7 +15,9 @@ use super::disk::{DiskWriter, Start};
 use super::files::Dir;
 use super::head::{HeadImage, NO_PIECES};
 use super::lock::WriterLock;
-use super::manifest::{self, Attached, MANIFEST_FILE, Manifest, Point, digests_file, seed_list_file, seed_patch_file};
+use super::manifest::{
+    self, Attached, MANIFEST_FILE, Manifest, Point, SOURCE_MAX, digests_file, seed_list_file, seed_patch_file,
+};
 use super::reserve::Reservation;
 use super::seed::{self, Seed};
 use super::store::{self, Clock};
@@ -218,17 +221,19 @@ impl OpenPoint {
     }
 
     /// Steps 6a to 6e. After an error the point may exist if 6d was begun; the manifest knows.
-    pub fn seal(&self, request: &SealPoint, clock: &Clock) -> Result<PointView> {
+    pub fn seal(&self, request: &SealPoint, clock: &Clock, boot: &BootClock) -> Result<PointView> {
         let disks = self.check_roots(request)?;
         self.reservation.release(&self.dir)?;
         self.seal_disks()?;
         self.seal_names()?;
+        let sealed_at = clock();
+        let sealed_clock_s = age::observe(&self.replica, &self.manifest, &boot(), sealed_at).now_s;
         let attachments = self.attached.lock().expect("no code panics with this lock").values().cloned().collect();
         let point = Point {
             id: self.id.clone(),
             generation: self.request.generation,
             frozen_at: request.frozen_at,
-            sealed_at: clock(),
+            sealed_at,
             consistency: request.consistency,
             consistency_reason: request.consistency_reason.as_deref().map(|why| printable(why, REASON_MAX)),
             autostart: request.autostart,
@@ -236,6 +241,7 @@ impl OpenPoint {
             disks,
             attachments,
             pinned: None,
+            sealed_clock_s: Some(sealed_clock_s),
         };
         let view = point.view(self.points.path());
         let manifest = self.publish(point)?;
@@ -316,7 +322,7 @@ impl OpenPoint {
         let mut manifest = self.manifest.clone();
         manifest.name = self.request.name.clone();
         manifest.push(point)?;
-        let temporary = store::write_aside(&self.replica, &manifest)?;
+        let temporary = store::write_aside(&self.replica, &manifest, SOURCE_MAX)?;
         crate::failpoint!("6d.written");
         self.replica.rename(temporary, MANIFEST_FILE)?;
         crate::failpoint!("6d.renamed");

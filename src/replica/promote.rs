@@ -8,6 +8,7 @@
 //! - A promotion that is withdrawn, or over, has changed nothing of any point.
 //! - A source of an older generation than the one that a promotion was committed or concluded with is refused for ever.
 
+use super::generation;
 use super::lease::Leases;
 use super::store::{Store, publish};
 use super::upkeep::{Promoted, Promoting};
@@ -68,7 +69,7 @@ impl Promoting for Store {
         };
         if !promotion.committed {
             promotion.committed = true;
-            manifest.generation = Generation(manifest.generation.0 + 1);
+            manifest.generation = manifest.generation.next().ok_or_else(generation::at_the_end)?;
             publish(&dir, &manifest)?;
         }
         Ok(manifest.generation)
@@ -82,6 +83,9 @@ impl Promoting for Store {
                 manifest.generation
             );
             return Err(Error::new(Kind::Refused, what));
+        }
+        if !manifest.generation.may_step_to(generation) {
+            return Err(generation::too_far(manifest.generation, generation));
         }
         if manifest.promotion.take().is_some() || manifest.generation < generation {
             manifest.generation = generation;

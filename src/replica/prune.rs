@@ -9,13 +9,14 @@
 //! Crash order: docs/replication.md, step p1 (the others in `fold.rs`).
 
 use super::Attachment;
+use super::age;
 use super::chain;
 use super::damage::State;
 use super::files::Dir;
 use super::fold::Folder;
 use super::lease::{Gate, Leases};
 use super::lock::WriterLock;
-use super::manifest::{Manifest, POINTS_DIR, Pinned, Point, image_file};
+use super::manifest::{MANIFEST_MAX, Manifest, POINTS_DIR, Pinned, Point, SOURCE_MAX, image_file};
 use super::shorten;
 use super::store::{self, Store, publish, read_manifest};
 use super::upkeep::{Holds, Kept, Lease, PatchStream, Pin, PruneReport, ScrubTold, Scrubbing, Shortening, Upkeep};
@@ -23,16 +24,20 @@ use crate::error::{Error, Kind, Result, printable};
 use crate::image::locks::is_open_in_qemu;
 use crate::name::{DiskName, PointId};
 use jiff::Timestamp;
-use std::time::Duration;
 
 /// Longest reason of a pin, in bytes.
 const REASON_MAX: usize = 200;
+
+/// What a source is told that may not unpin a point.
+const UNPIN_THERE: &str =
+    "on the target's host: `virt-replica unpin DOMAIN POINT --to ROOT`, with the directory of its store";
 
 impl Upkeep for Store {
     fn holds(&self) -> Result<Holds> {
         let now = (self.clock)();
         let mut holds = Holds {
             now,
+            young: Vec::new(),
             min_age_s: self.limits.min_age.as_secs(),
             pins: Vec::new(),
             leases: Vec::new(),
@@ -49,6 +54,9 @@ impl Upkeep for Store {
             let pinned = p.pinned.as_ref()?;
             Some(Pin { point: p.id.clone(), reason: pinned.reason.clone(), since: pinned.since })
         };
+        let (clock, min_age) = (age::look(&dir, &manifest, &(self.boot)(), now), self.limits.min_age);
+        let left_s = |p: &Point| Some((p.id.clone(), min_age.checked_sub(clock.age(p))?.as_secs()));
+        holds.young = manifest.points().iter().filter_map(left_s).filter(|(_, left_s)| *left_s > 0).collect();
         holds.pins = manifest.points().iter().filter_map(pin).collect();
         holds.links = manifest.links().iter().map(|l| l.id.clone()).collect();
         holds.depth = depth(&points, &manifest)?;
@@ -60,7 +68,7 @@ impl Upkeep for Store {
         let (dir, _lock, mut manifest) = self.to_change()?;
         let points = dir.sub(POINTS_DIR)?.ok_or_else(|| self.nothing())?;
         let now = (self.clock)();
-        self.may_remove(&manifest, remove, now)?;
+        self.may_remove(&dir, &manifest, remove, now)?;
         // Nobody begins to read from here on; the leases there are will be seen.
         let leases = Leases::of(&dir)?;
         let _gate = leases.close_gate()?;
@@ -91,8 +99,16 @@ impl Upkeep for Store {
         let since = (self.clock)();
         let missing = || Error::new(Kind::NotFound, "the replica has no such point").point(point);
         let record = manifest.point_mut(point).ok_or_else(missing)?;
-        record.pinned = reason.map(|reason| Pinned { since, reason: printable(reason, REASON_MAX) });
-        publish(&dir, &manifest)
+        if self.for_source && record.pinned.as_ref().is_some_and(|p| p.by_target) {
+            let error = Error::new(Kind::Refused, "the target's own operator pinned this point").point(point);
+            // Pinned it is, for another reason than the source has.
+            return if reason.is_some() { Ok(()) } else { Err(error.hint(UNPIN_THERE)) };
+        }
+        let by_target = !self.for_source;
+        record.pinned = reason.map(|reason| Pinned { since, reason: printable(reason, REASON_MAX), by_target });
+        // Room for the records of recovery is this host's own.
+        let bytes_max = if self.for_source && reason.is_some() { SOURCE_MAX } else { MANIFEST_MAX };
+        store::publish_within(&dir, &manifest, bytes_max)
     }
 
     fn export(&self, point: &PointId, disk: &DiskName) -> Result<Box<dyn PatchStream>> {
@@ -134,7 +150,8 @@ impl Store {
     }
 
     /// What is refused, whoever asks for it, before anything is done.
-    fn may_remove(&self, manifest: &Manifest, remove: &[PointId], now: Timestamp) -> Result<()> {
+    fn may_remove(&self, dir: &Dir, manifest: &Manifest, remove: &[PointId], now: Timestamp) -> Result<()> {
+        let clock = age::observe(dir, manifest, &(self.boot)(), now);
         for id in remove {
             let point = manifest
                 .point(id)
@@ -142,10 +159,10 @@ impl Store {
             if manifest.head().is_some_and(|head| head.id == *id) {
                 return Err(Error::new(Kind::Refused, "the newest point is never removed").point(id));
             }
-            let age = Duration::try_from(now.duration_since(point.sealed_at)).unwrap_or(Duration::ZERO);
+            let age = clock.age(point);
             if age < self.limits.min_age {
                 let what = format!(
-                    "the point is {} s old, and this host removes none of less than {} s; no point was removed",
+                    "the point is {} s old by this host's uptime, and this host removes none of less than {} s; no point was removed",
                     age.as_secs(),
                     self.limits.min_age.as_secs()
                 );

@@ -12,10 +12,12 @@
 //!
 //! Format: docs/formats/replica.md. Crash order: docs/replication.md, steps 5 and 6.
 
+use super::age;
 use super::chain;
 use super::damage;
 use super::digests::DigestFile;
 use super::files::{Dir, Space};
+use super::generation;
 use super::lease;
 use super::lock::WriterLock;
 use super::manifest::{self, MANIFEST_FILE, MANIFEST_MAX, Manifest, POINTS_DIR, REPLICAS_DIR};
@@ -67,6 +69,10 @@ pub struct Store {
     claim: Mutex<Option<Claim>>,
     pub(super) clock: Clock,
     pub(super) limits: Limits,
+    /// What this host knows of time that nobody sets.
+    pub(super) boot: age::BootClock,
+    /// A source asks: this host's own holds are not its to lift.
+    pub(super) for_source: bool,
     pub(super) open: Mutex<Option<Arc<OpenPoint>>>,
 }
 
@@ -89,7 +95,7 @@ impl Store {
         clock: impl Fn() -> Timestamp + Send + Sync + 'static,
     ) -> Result<Store> {
         let root = std::path::absolute(root).map_err(|e| Error::io("this cannot be the root of a store", root, e))?;
-        let (clock, limits) = (Arc::new(clock), Limits::default());
+        let (clock, limits, boot) = (Arc::new(clock), Limits::default(), age::this_host());
         Ok(Store {
             root,
             mark: None,
@@ -97,6 +103,8 @@ impl Store {
             claim: Mutex::default(),
             clock,
             limits,
+            boot,
+            for_source: false,
             open: Mutex::new(None),
         })
     }
@@ -106,11 +114,22 @@ impl Store {
         Store { limits, ..self }
     }
 
+    /// Asked by a source, over whatever wire. Without it whoever calls is the operator of this host.
+    pub fn for_source(self) -> Store {
+        Store { for_source: true, ..self }
+    }
+
+    /// With another clock of this boot than the host's; for tests, which own time.
+    pub fn with_boot_clock(self, boot: impl Fn() -> age::BootTime + Send + Sync + 'static) -> Store {
+        Store { boot: Arc::new(boot), ..self }
+    }
+
     /// The same replica, for somebody who works beside this.
     pub(super) fn beside(&self) -> Store {
-        let (root, uuid, clock) = (self.root.clone(), self.uuid.clone(), self.clock.clone());
+        let (root, uuid, clock, boot) = (self.root.clone(), self.uuid.clone(), self.clock.clone(), self.boot.clone());
         let (mark, claim, open) = (self.mark.clone(), Mutex::default(), Mutex::new(None));
-        Store { root, mark, uuid, claim, clock, limits: self.limits, open }
+        let (limits, for_source) = (self.limits, self.for_source);
+        Store { root, mark, uuid, claim, clock, limits, boot, for_source, open }
     }
 
     /// Absolute path of the replica's directory.
@@ -190,17 +209,37 @@ pub(super) fn read_manifest(dir: &Dir, uuid: &DomainUuid) -> Result<Option<Manif
     Ok(Some(manifest))
 }
 
-/// Writes the manifest into a new file, synced, and gives its name: to be renamed to [`MANIFEST_FILE`].
-pub(super) fn write_aside(dir: &Dir, manifest: &Manifest) -> Result<&'static str> {
+/// Writes the manifest, of at most `bytes_max`, into a new file, synced, and gives its name: to be renamed to
+/// [`MANIFEST_FILE`]. It is read back first: what this program could not read must never take the place of what it can.
+pub(super) fn write_aside(dir: &Dir, manifest: &Manifest, bytes_max: usize) -> Result<&'static str> {
     let name = const { concat!("manifest.json", ".new") };
+    let json = manifest.to_json()?;
+    if json.len() > bytes_max {
+        return Err(manifest::no_room());
+    }
     dir.remove_all(name)?;
-    dir.write_new(name, &manifest.to_json()?)?;
+    dir.write_new(name, &json)?;
+    let back = dir.read(name, MANIFEST_MAX)?.unwrap_or_default();
+    let sound = match back == json {
+        true => Manifest::parse_sound(&back).map(drop),
+        false => Err(Error::new(Kind::Corrupt, "other bytes are read than were written")),
+    };
+    if let Err(e) = sound {
+        dir.remove(name)?;
+        let what = "the new manifest could not be read again; the old one stays, and nothing was changed";
+        return Err(Error::new(Kind::Corrupt, what).path(dir.join(MANIFEST_FILE)).source(e));
+    }
     Ok(name)
 }
 
 /// Replaces the manifest: what it says holds, durably, when this returns.
 pub(super) fn publish(dir: &Dir, manifest: &Manifest) -> Result<()> {
-    let name = write_aside(dir, manifest)?;
+    publish_within(dir, manifest, MANIFEST_MAX)
+}
+
+/// The same, of a manifest of at most so many bytes.
+pub(super) fn publish_within(dir: &Dir, manifest: &Manifest, bytes_max: usize) -> Result<()> {
+    let name = write_aside(dir, manifest, bytes_max)?;
     dir.rename(name, MANIFEST_FILE)?;
     dir.sync()
 }
@@ -300,6 +339,7 @@ impl Replica for Store {
         let mut manifest = read_manifest(&dir, &self.uuid)?
             .unwrap_or_else(|| Manifest::new(self.uuid.clone(), request.name.clone(), Generation(1)));
         check_head(request, &manifest)?;
+        check_room(request, &dir)?;
         let points = dir.sub_or_create(POINTS_DIR)?;
         sweep(&points, &manifest)?;
         self.fold_left_over(&dir, &points, &mut manifest)?;
@@ -317,7 +357,7 @@ impl Replica for Store {
     }
 
     fn seal(&self, request: &SealPoint) -> Result<PointView> {
-        let view = self.with_open(|open| open.seal(request, &self.clock))?;
+        let view = self.with_open(|open| open.seal(request, &self.clock, &self.boot))?;
         // Frees the lock.
         *self.open.lock().expect("no code panics with this lock") = None;
         Ok(view)
@@ -507,7 +547,24 @@ fn check_request(request: &BeginPoint, uuid: &DomainUuid) -> Result<()> {
             return usage(format!("disk '{}' has {} bytes, more than any disk", disk.name, disk.size));
         }
     }
+    // What is kept in memory of an open point goes by the size of its disks.
+    let all = request.disks.iter().fold(0u64, |sum, disk| sum.saturating_add(disk.size.0));
+    if all > manifest::POINT_SIZE_MAX {
+        return usage(format!("the disks have {all} bytes together, at most {} are taken", manifest::POINT_SIZE_MAX));
+    }
     Ok(())
+}
+
+/// Whether the manifest has room for the point: better said now than when all of it was sent.
+fn check_room(request: &BeginPoint, dir: &Dir) -> Result<()> {
+    /// A record of a point and of a disk with all that they may say, at most.
+    const RECORD_MAX: u64 = 4096;
+    let Some(file) = dir.open(MANIFEST_FILE)? else { return Ok(()) };
+    let used = file.metadata().map_err(|e| Error::io("cannot inspect the file", dir.join(MANIFEST_FILE), e))?.len();
+    match used + (1 + request.disks.len() as u64) * RECORD_MAX <= manifest::SOURCE_MAX as u64 {
+        true => Ok(()),
+        false => Err(manifest::no_room().domain(&request.name)),
+    }
 }
 
 /// Whether the run builds on what is here (I14, I15, I16).
@@ -515,6 +572,9 @@ fn check_head(request: &BeginPoint, manifest: &Manifest) -> Result<()> {
     if let Some(promotion) = &manifest.promotion {
         let e = Error::new(Kind::Conflict, promotion.why()).domain(&request.name);
         return Err(e.hint(promotion.advice()));
+    }
+    if !manifest.generation.may_step_to(request.generation) {
+        return Err(generation::too_far(manifest.generation, request.generation).domain(&request.name));
     }
     if request.generation < manifest.generation {
         return Err(Error::new(

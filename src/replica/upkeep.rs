@@ -241,6 +241,9 @@ pub struct Holds {
     pub now: Timestamp,
     /// Points sealed less long ago than this are not removed by anybody.
     pub min_age_s: u64,
+    /// Those that are younger, with the seconds that are left, by the target's uptime and not by its wall clock.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub young: Vec<(PointId, u64)>,
     pub pins: Vec<Pin>,
     pub leases: Vec<Lease>,
     /// Removed points that are still read through.

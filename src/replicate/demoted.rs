@@ -7,7 +7,7 @@
 //! Format: docs/formats/recovery.md. Steps: docs/recovery.md.
 
 use super::held_dir;
-use super::journal::{read_json, replace, sync_dir, to_json};
+use super::journal::{read_json, replace_json, sync_dir};
 use crate::error::{Error, Kind, Result};
 use crate::flock::Flock;
 use crate::hypervisor::Power;
@@ -188,7 +188,7 @@ impl HandoverState {
 
     /// Durable when it returns.
     pub fn write(&self, record: &HandoverRecord) -> Result<()> {
-        replace(&self.dir, RECORD, &to_json(record))
+        replace_json(&self.dir, RECORD, record)
     }
 
     /// A help to guess, and no more: where it cannot be read there is a default.
@@ -197,7 +197,7 @@ impl HandoverState {
     }
 
     pub fn learn(&self, learned: &Learned) -> Result<()> {
-        replace(&self.dir, LEARNED, &to_json(learned))
+        replace_json(&self.dir, LEARNED, learned)
     }
 
     /// The domain is this host's again; durable when it returns.

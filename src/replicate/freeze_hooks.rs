@@ -33,6 +33,8 @@ impl FreezeHooks {
     /// Step 3d. `env`: what both are told, by the event's name. An error: `after_freeze` was run too, or is still owed.
     pub(super) fn before(&self, journal: &Journal, env: &dyn Fn(&str) -> Env) -> Result<()> {
         if let Some(after) = &self.after {
+            // Who is told to wait must be told to go on: found out now, not then.
+            after.check()?;
             journal.owe_hook(&OwedHook {
                 command: after.command.clone(),
                 timeout_s: after.timeout.as_secs(),
@@ -49,6 +51,7 @@ impl FreezeHooks {
             Ok(status) => Error::new(Kind::Refused, format!("the hook before the freeze ended with {status}"))
                 .path(&before.command[0])
                 .hint("nothing was frozen; what it printed says why"),
+            Err(e) if e.hint_text().is_some() => e,
             Err(e) => e.hint("nothing was frozen"),
         };
         if let Some(warning) = settle(journal)? {

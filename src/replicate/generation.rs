@@ -3,7 +3,7 @@
 //! A target refuses a source of an older generation than its replica is of (I15): that is how a host that lost its domain is
 //! kept from writing over what came after. So a generation that was given must not be forgotten, and never falls.
 
-use super::journal::{domain_dir, read_json, replace, to_json};
+use super::journal::{domain_dir, read_json, replace_json};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DomainUuid, Generation};
 use serde::{Deserialize, Serialize};
@@ -35,13 +35,24 @@ pub fn generation(state: &Path, uuid: &DomainUuid) -> Result<Generation> {
 
 /// From now on this host replicates the domain as `generation` at least; durable when it returns.
 pub fn raise(state: &Path, uuid: &DomainUuid, generation: Generation) -> Result<()> {
-    if self::generation(state, uuid)? >= generation {
+    let known = self::generation(state, uuid)?;
+    if known >= generation {
         return Ok(());
+    }
+    // The number may be a peer's word. One that lies must not lock this host out of every honest target.
+    if !known.may_step_to(generation) {
+        let what = format!(
+            "the other host says generation {generation}, this host knows {known}: one step is at most {}",
+            Generation::STEP_MAX
+        );
+        return Err(Error::new(Kind::Conflict, what).domain(uuid).hint(
+            "the other host has a wrong generation: its operator sets it right with `virt-replica set-generation`",
+        ));
     }
     let dir = domain_dir(state, uuid);
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir);
     made.map_err(|e| Error::io("cannot create the directory of the domain's state", &dir, e))?;
-    replace(&dir, FILE, &to_json(&Stored { format: 1, generation }))
+    replace_json(&dir, FILE, &Stored { format: 1, generation })
 }
 
 #[cfg(test)]
@@ -57,6 +68,8 @@ mod tests {
         raise(temp.path(), &uuid, Generation(3)).unwrap();
         raise(temp.path(), &uuid, Generation(2)).unwrap();
         assert_eq!(now(), Generation(3));
+        let e = raise(temp.path(), &uuid, Generation::MAX).unwrap_err();
+        assert_eq!((e.kind(), now()), (Kind::Conflict, Generation(3)), "a peer's lie");
     }
 
     #[test]

@@ -214,7 +214,7 @@ impl Journal {
 
     /// Durable when it returns.
     pub fn write(&self, record: &Record) -> Result<()> {
-        replace(&self.dir, "record.json", &to_json(record))
+        replace_json(&self.dir, "record.json", record)
     }
 
     /// The run is put right; durable when it returns.
@@ -238,7 +238,7 @@ impl Journal {
 
     /// Durable when it returns.
     pub fn write_backup(&self, record: &BackupRecord) -> Result<()> {
-        replace(&self.dir, BACKUP, &to_json(record))
+        replace_json(&self.dir, BACKUP, record)
     }
 
     /// Whether the guest may have been asked to hold its file systems, and has not said since that it let them go.
@@ -263,7 +263,7 @@ impl Journal {
 
     /// Durable when it returns.
     pub fn owe_hook(&self, hook: &OwedHook) -> Result<()> {
-        replace(&self.dir, HOOK, &to_json(hook))
+        replace_json(&self.dir, HOOK, hook)
     }
 
     /// It was run; durable when it returns.
@@ -419,9 +419,29 @@ pub(crate) fn to_json(value: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec_pretty(value).expect("our documents are plain data")
 }
 
-/// Replaces `dir/name` whole: temp, fsync, rename, directory fsync.
+/// Replaces `dir/name` by this value, after it was read back by the type that reads it: what this program could not read must
+/// never take the place of what it can.
+pub(crate) fn replace_json<T: Serialize + serde::de::DeserializeOwned>(
+    dir: &Path,
+    name: &str,
+    value: &T,
+) -> Result<()> {
+    let json = to_json(value);
+    serde_json::from_slice::<T>(&json).map_err(|e| {
+        Error::new(Kind::Corrupt, "a new document could not be read again; the old one stays")
+            .path(dir.join(name))
+            .source(e)
+    })?;
+    replace(dir, name, &json)
+}
+
+/// Replaces `dir/name` whole: temp, fsync, rename, directory fsync. Refuses what [`read_json`] would cut.
 pub(crate) fn replace(dir: &Path, name: &str, content: &[u8]) -> Result<()> {
     let path = dir.join(name);
+    if content.len() as u64 >= DOCUMENT_MAX {
+        let what = format!("a document of {} bytes is larger than any that is read again", content.len());
+        return Err(Error::new(Kind::Refused, what).path(path));
+    }
     let fail = |e: std::io::Error| Error::io("cannot write durably", &path, e);
     let mut temp = tempfile::Builder::new().prefix(".new-").tempfile_in(dir).map_err(fail)?;
     temp.write_all(content).map_err(fail)?;

@@ -43,6 +43,29 @@ pub fn resolve_chain_where(top: &Layer, may: &dyn Fn(&Path) -> Result<()>) -> Re
     Ok(Chain(layers))
 }
 
+/// For [`resolve_chain_where`], of an image from anywhere: the files that it names lie in its own directory, or below one of
+/// `more`. Whoever made the image would otherwise choose which file of this host is read.
+pub fn named_beside(image: &Path, more: &[PathBuf]) -> impl Fn(&Path) -> Result<()> {
+    let real = |path: &Path| std::fs::canonicalize(path).ok();
+    // QEMU looks for relative names beside the name that it was given; a link's file may lie elsewhere.
+    let own = [Some(image.to_owned()), real(image)].into_iter().flatten();
+    let own = own.filter_map(|path| real(path.parent().filter(|dir| !dir.as_os_str().is_empty())?));
+    let dirs: Vec<PathBuf> = own.chain(more.iter().filter_map(|dir| real(dir))).collect();
+    let image = image.to_owned();
+    move |file: &Path| {
+        // What is not there has nothing to be read; whoever opens it says so.
+        let Ok(there) = std::fs::canonicalize(file) else { return Ok(()) };
+        if file == image || dirs.iter().any(|dir| there.starts_with(dir)) {
+            return Ok(());
+        }
+        let what = format!("the image names {}, which lies outside of the image's directory", file.display());
+        let dir = there.parent().unwrap_or(Path::new("/"));
+        Err(Error::new(Kind::Refused, what)
+            .path(&image)
+            .hint(format!("if the image may read there, say so: --backing {}", dir.display())))
+    }
+}
+
 /// A chain as libvirt reports it, with the external data files of which libvirt before 10.10 does not tell.
 pub fn with_data_files(mut chain: Chain) -> Result<Chain> {
     for layer in chain.0.iter_mut().filter(|l| l.format == Format::Qcow2 && l.data_file.is_none()) {

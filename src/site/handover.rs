@@ -217,7 +217,7 @@ fn sent(report: Report) -> Result<Sent> {
     let point = report.point.ok_or_else(|| Error::new(Kind::Io, "the run told of no point"))?;
     Ok(Sent {
         off: report.capture == Some(CaptureKind::Off),
-        bytes: point.disks.iter().map(|d| d.stats.bytes_sent).sum(),
+        bytes: point.disks.iter().fold(0, |sum: u64, d| sum.saturating_add(d.stats.bytes_sent)),
         frozen_at: point.frozen_at,
         point: point.id,
         warnings: report.alarms.into_iter().chain(report.warnings).collect(),

@@ -60,18 +60,19 @@ pub fn images_on(host: &SshTarget, ssh: &SshOptions) -> Connection {
 
 /// What this host allows and has, where nothing is restricted. `state` is this host's own state.
 pub fn local_options(state: &Path, undo: Option<PathBuf>) -> LocalOptions {
-    let workers = workers();
-    LocalOptions { open: open_options(workers), workers, within: None, redo_dir: redo_dir(state), undo }
+    let (workers, backing) = (workers(), Vec::new());
+    LocalOptions { open: open_options(workers), workers, within: None, backing, redo_dir: redo_dir(state), undo }
 }
 
-/// How an image of this host is read.
-pub fn read_options(state: &Path, force_share: bool) -> ReadOptions {
+/// How an image of this host is read. `backing`: where files that it names may lie, beside its own directory.
+pub fn read_options(state: &Path, force_share: bool, backing: &[PathBuf]) -> ReadOptions {
     ReadOptions {
         open: OpenOptions { force_share, ..open_options(workers()) },
         exact: true,
         device_max: None,
         redo_dir: redo_dir(state),
         within: None,
+        backing: backing.to_owned(),
     }
 }
 

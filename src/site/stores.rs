@@ -3,8 +3,9 @@
 use super::long_id;
 use crate::agent::client::AgentClient;
 use crate::agent::{ReplicaOpener, Served};
-use crate::error::Result;
-use crate::name::{DomainName, DomainUuid, StoreId};
+use crate::error::{Error, Kind, Result};
+use crate::name::{DomainName, DomainUuid, Generation, StoreId};
+use crate::replica::generation;
 use crate::replica::root::{self, StoreSeen, StoreWish};
 use crate::replica::store::{self, Limits, Store};
 use crate::replicate::stores;
@@ -19,14 +20,14 @@ pub fn create(root: &Path) -> Result<StoreSeen> {
     root::create(&root, &StoreId::from_bits(long_id()?), None).inspect(said)
 }
 
-/// The store at `root` on this host. [`NotFound`](crate::error::Kind::NotFound) if nobody has made one there.
+/// The store at `root` on this host. [`NotFound`](Kind::NotFound) if nobody has made one there.
 pub fn open(root: &Path) -> Result<StoreSeen> {
     let root = absolute(root)?;
     root::open(&root, &StoreId::from_bits(long_id()?)).inspect(said)
 }
 
 fn absolute(root: &Path) -> Result<PathBuf> {
-    std::path::absolute(root).map_err(|e| crate::error::Error::io("this cannot be the root of a store", root, e))
+    std::path::absolute(root).map_err(|e| Error::io("this cannot be the root of a store", root, e))
 }
 
 fn said(seen: &StoreSeen) {
@@ -42,13 +43,15 @@ fn said(seen: &StoreSeen) {
 pub(super) struct LocalStores {
     root: PathBuf,
     limits: Limits,
+    /// The operator of this host asks, and no source.
+    operator: bool,
     /// What was found at the root; asked when it is first needed, so that a client can wish for a store before.
     seen: RefCell<Option<StoreSeen>>,
 }
 
 impl LocalStores {
-    pub(super) fn new(root: &Path, limits: Limits) -> LocalStores {
-        LocalStores { root: root.to_owned(), limits, seen: RefCell::default() }
+    pub(super) fn new(root: &Path, limits: Limits, operator: bool) -> LocalStores {
+        LocalStores { root: root.to_owned(), limits, operator, seen: RefCell::default() }
     }
 
     fn seen(&self) -> Result<StoreSeen> {
@@ -63,7 +66,8 @@ impl LocalStores {
 
 impl ReplicaOpener for LocalStores {
     fn open(&self, uuid: &DomainUuid) -> Result<Box<dyn Served>> {
-        Ok(Box::new(Store::within(&self.seen()?, uuid, Timestamp::now)?.with_limits(self.limits)))
+        let store = Store::within(&self.seen()?, uuid, Timestamp::now)?.with_limits(self.limits);
+        Ok(Box::new(if self.operator { store } else { store.for_source() }))
     }
 
     fn find(&self, name: &str) -> Result<Vec<(DomainUuid, DomainName)>> {
@@ -82,6 +86,22 @@ impl ReplicaOpener for LocalStores {
         *self.seen.borrow_mut() = Some(seen.clone());
         Ok(seen)
     }
+}
+
+/// The replica in the store at `root` whose generation is to be set, by its domain's name or UUID.
+pub fn find_generation(root: &Path, domain: &str) -> Result<generation::Found> {
+    let mut found = generation::find(&open(root)?.root, domain)?;
+    match found.len() {
+        0 => Err(Error::new(Kind::NotFound, format!("there is no replica of '{domain}' here")).path(root)),
+        1 => Ok(found.remove(0)),
+        many => Err(Error::new(Kind::Conflict, format!("{many} replicas here are of a domain '{domain}'"))
+            .hint("name it by its UUID")),
+    }
+}
+
+/// Sets the generation of a replica on this host.
+pub fn set_generation(root: &Path, uuid: &DomainUuid, generation: Generation) -> Result<()> {
+    Store::within(&open(root)?, uuid, Timestamp::now)?.set_generation(generation)
 }
 
 /// What a source asks of the store that its URL leads to. `state`: where this host remembers which store it has found there.

@@ -47,7 +47,7 @@ impl Transport for LocalTransport {
 
     fn open(&self) -> Result<Channel> {
         let mut child = Command::new(&self.program)
-            .args(self.service.words(&self.root))
+            .args(self.service.words_of_operator(&self.root))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -159,7 +159,7 @@ mod tests {
         while let Err(e) = channel.output.read_to_string(&mut all) {
             assert_eq!(e.kind(), std::io::ErrorKind::TimedOut);
         }
-        assert_eq!(all, format!("agent --root {}\nhello", dir.path().display()));
+        assert_eq!(all, format!("agent --operator --root {}\nhello", dir.path().display()));
         channel.closer.close().unwrap();
     }
 

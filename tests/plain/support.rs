@@ -84,11 +84,19 @@ impl Bench {
             device_max: None,
             redo_dir: self.path("redo"),
             within: None,
+            backing: Vec::new(),
         }
     }
 
     pub fn local_options(&self) -> LocalOptions {
-        LocalOptions { open: self.open_options(), workers: 2, within: None, redo_dir: self.path("redo"), undo: None }
+        LocalOptions {
+            open: self.open_options(),
+            workers: 2,
+            within: None,
+            backing: Vec::new(),
+            redo_dir: self.path("redo"),
+            undo: None,
+        }
     }
 
     /// A new image in any format: of others made by qemu-img, of this very size.

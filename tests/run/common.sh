@@ -5,6 +5,8 @@ ROOT=$(realpath "$(dirname "${BASH_SOURCE[0]}")/../..")
 LAB=$ROOT/tests/lab/lab
 readonly ROOT LAB
 cd "$ROOT"
+# Tests write configurations and hooks, which are obeyed only if nobody else may write them.
+umask 022
 
 say() { printf '%s\n' "$*"; }
 die() {
