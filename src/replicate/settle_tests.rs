@@ -94,6 +94,10 @@ impl Hypervisor for Fake {
         })
     }
 
+    fn warm_up(&self, _: &DomainUuid) -> Result<()> {
+        Ok(())
+    }
+
     fn start_commit(&self, _: &DomainUuid, disk: &DiskName, _: &Path, _: &Path, _: bool) -> Result<()> {
         self.with(|s| s.disks[self.at(disk)].job = Some(true));
         Ok(())

@@ -47,6 +47,8 @@ pub(super) fn of(request: &Request, options: &ClientOptions) -> Owed {
     let work = |what| Owed { what, within: options.work };
     match request {
         Request::Open { .. } => question("open the replica"),
+        Request::Claim { .. } => question("say whose the replica is"),
+        Request::Store { .. } => question("say which store it serves"),
         Request::Find { .. } => question("list its replicas"),
         Request::Describe { .. } => question("tell what points there are"),
         Request::Upkeep { ask: upkeep::Ask::Holds {}, .. } => question("tell which points it keeps"),
