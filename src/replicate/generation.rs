@@ -3,7 +3,7 @@
 //! A target refuses a source of an older generation than its replica is of (I15): that is how a host that lost its domain is
 //! kept from writing over what came after. So a generation that was given must not be forgotten, and never falls.
 
-use super::journal::{domain_dir, read_json, replace, to_json};
+use super::journal::{domain_dir, read_json, replace, sync_dir, to_json};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DomainUuid, Generation};
 use serde::{Deserialize, Serialize};
@@ -35,10 +35,14 @@ pub fn generation(state: &Path, uuid: &DomainUuid) -> Result<Generation> {
 
 /// From now on this host replicates the domain as `generation` at least; durable when it returns.
 pub fn raise(state: &Path, uuid: &DomainUuid, generation: Generation) -> Result<()> {
-    if self::generation(state, uuid)? >= generation {
-        return Ok(());
-    }
     let dir = domain_dir(state, uuid);
+    match self::generation(state, uuid)? {
+        now if now < generation => {}
+        // Of a host that never raised it there is no document.
+        Generation(1) => return Ok(()),
+        // Whoever raised it may have died before that was durable.
+        _ => return sync_dir(&dir),
+    }
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir);
     made.map_err(|e| Error::io("cannot create the directory of the domain's state", &dir, e))?;
     replace(&dir, FILE, &to_json(&Stored { format: 1, generation }))
