@@ -33,6 +33,8 @@ mod crash;
 mod crash_backup;
 #[path = "lab/suite/crash_bench.rs"]
 mod crash_bench;
+#[path = "lab/suite/crash_came_back.rs"]
+mod crash_came_back;
 #[path = "lab/suite/crash_detach.rs"]
 mod crash_detach;
 #[path = "lab/suite/crash_drill.rs"]
@@ -70,6 +72,8 @@ mod formats;
 mod handover;
 #[path = "lab/suite/limits.rs"]
 mod limits;
+#[path = "lab/suite/many_disks.rs"]
+mod many_disks;
 #[path = "lab/suite/migrate.rs"]
 mod migrate;
 #[path = "lab/suite/plain.rs"]
