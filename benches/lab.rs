@@ -32,6 +32,12 @@ const ROUNDS: usize = 7;
 
 const POINTS: usize = 100;
 
+/// Runs of each number of disks; the middle one counts.
+const DISKS_ROUNDS: usize = 5;
+
+/// The bound of a pause.
+const DEADMAN_WITHIN: Duration = Duration::from_secs(5);
+
 /// What any measured command may take.
 const PATIENT: Duration = Duration::from_secs(1800);
 
@@ -40,7 +46,7 @@ const END: &str = "<!-- measured: to here -->";
 
 fn main() {
     let lab = Lab::alone();
-    let tables = [machine(), sizes(&lab), chain(&lab), peers(&lab)].concat();
+    let tables = [machine(), sizes(&lab), disks(&lab), chain(&lab), peers(&lab)].concat();
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/benchmarks.md");
     let text = std::fs::read_to_string(&page).expect("read the page");
     let (before, rest) = text.split_once(BEGIN).expect("the page says where the figures begin");
@@ -155,6 +161,40 @@ fn sizes(lab: &Lab) -> String {
             seconds(compared.done.time),
         );
     }
+    table + "\n"
+}
+
+/// Domains of many disks: how long the freeze call takes, and how long the guest stands in one go at the end of the commit.
+fn disks(lab: &Lab) -> String {
+    let mut table = format!(
+        "## A run, by number of disks\n\nqcow2 disks of 64 MiB, a running QEMU, nothing written in between: what a run costs beside its \
+         data. The middle of {DISKS_ROUNDS} runs. A pause goes on to further disks for 250 ms; then the guest runs for as long, and \
+         the next pause takes the rest. *Pause* is the longest one.\n\n\
+         | disks | freeze call | pause | run |\n|--:|--:|--:|--:|\n"
+    );
+    let mut pauses = Vec::new();
+    for count in [1usize, 4, 8, 16, 32] {
+        eprintln!("{count} disks");
+        let disk = || Disk::qcow2("64M").then("write -P 0x11 0 1M");
+        let vm = (0..count).fold(lab.domain(&format!("disks{count}")), |vm, _| vm.disk(disk())).running();
+        vm.sync_within(PATIENT).sealed();
+        let runs: Vec<SyncResult> = (0..DISKS_ROUNDS).map(|_| vm.sync_within(PATIENT).sealed()).collect();
+        vm.compare_with_head();
+        let ms = |run: &SyncResult, what: &str| run.report[what].as_f64().expect("a number");
+        let of = |what: &str| middle(runs.iter().map(|r| Duration::from_secs_f64(ms(r, what) / 1000.0)).collect());
+        let (freeze, pause, run) = (of("freeze_ms"), of("pause_ms"), of("duration_ms"));
+        pauses.push((count, pause));
+        let _ = writeln!(
+            table,
+            "| {count} | {} ms | **{} ms** | {} s |",
+            freeze.as_millis(),
+            pause.as_millis(),
+            seconds(run)
+        );
+    }
+    let of = |count: usize| pauses.iter().find(|(n, _)| *n == count).expect("measured").1;
+    assert!(of(32) <= 4 * of(8), "the pause grows faster than the disks: {pauses:?}");
+    assert!(of(32) < DEADMAN_WITHIN / 2, "the pause comes near the dead-man's bound: {pauses:?}");
     table + "\n"
 }
 

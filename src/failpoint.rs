@@ -15,6 +15,9 @@
 //! ```
 //!
 //! A spec that cannot be understood makes every hit an error: a test whose fault never fires must not pass.
+//!
+//! With the feature, tests can also ask in which order a thread renamed, removed and synced ([`traced`]): killing processes shows
+//! what is visible, and only the order shows what would be durable after a power cut.
 
 /// Marks the end of a numbered step; usable in functions that return `Result<_, virt_replica::error::Error>`.
 ///
@@ -35,6 +38,43 @@ macro_rules! failpoint {
 
 #[cfg(feature = "failpoints")]
 pub use armed::{VARIABLE, hit};
+#[cfg(feature = "failpoints")]
+pub use order::{trace, traced};
+
+/// Adds to what [`traced`] returns: `sync`, `rename` (to) or `remove`, and a path.
+#[macro_export]
+macro_rules! traced_step {
+    ($what:literal, $path:expr) => {
+        #[cfg(feature = "failpoints")]
+        $crate::failpoint::trace($what, ::std::path::Path::new(&$path));
+    };
+}
+
+#[cfg(feature = "failpoints")]
+mod order {
+    use std::cell::RefCell;
+    use std::path::Path;
+
+    thread_local! {
+        static STEPS: RefCell<Option<Vec<String>>> = const { RefCell::new(None) };
+    }
+
+    /// Runs `f` and returns what this thread renamed, removed and synced meanwhile, in order.
+    pub fn traced<T>(f: impl FnOnce() -> T) -> (T, Vec<String>) {
+        STEPS.set(Some(Vec::new()));
+        let result = f();
+        (result, STEPS.take().unwrap_or_default())
+    }
+
+    /// Called by the macro behind each act.
+    pub fn trace(what: &str, path: &Path) {
+        STEPS.with_borrow_mut(|steps| {
+            if let Some(steps) = steps {
+                steps.push(format!("{what} {}", path.display()));
+            }
+        });
+    }
+}
 
 #[cfg(feature = "failpoints")]
 mod armed {

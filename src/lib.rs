@@ -18,13 +18,14 @@
 //!  envelope                                   what protects a file on its way
 //!  manifest · xml
 //!              |
-//!     hook · yaml · units · users · flock · words · trust
+//!     hook · yaml · units · users · flock · file_id · words · trust
 //!              |
 //!       block · name · error                  words
 //! ```
 
 pub mod error;
 pub mod failpoint;
+pub mod file_id;
 pub mod flock;
 pub mod hook;
 pub mod name;

@@ -33,6 +33,8 @@ mod crash;
 mod crash_backup;
 #[path = "lab/suite/crash_bench.rs"]
 mod crash_bench;
+#[path = "lab/suite/crash_came_back.rs"]
+mod crash_came_back;
 #[path = "lab/suite/crash_detach.rs"]
 mod crash_detach;
 #[path = "lab/suite/crash_drill.rs"]
@@ -74,6 +76,8 @@ mod identity;
 mod limits;
 #[path = "lab/suite/live_only.rs"]
 mod live_only;
+#[path = "lab/suite/many_disks.rs"]
+mod many_disks;
 #[path = "lab/suite/migrate.rs"]
 mod migrate;
 #[path = "lab/suite/mute.rs"]

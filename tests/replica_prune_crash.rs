@@ -1,7 +1,7 @@
 //! Crashes of a prune: a process is killed at every numbered step, and at every pair of steps, and the replica is opened
 //! again. What was removed is gone or whole, every other point reads as before, at once and after the next prune or run.
 //!
-//! This kills processes, not machines: the order of fsyncs is not tried here.
+//! This kills processes, not machines. What a power cut would take back is seen by the order in which the next one syncs.
 #![cfg(feature = "failpoints")]
 
 mod replica_support;
@@ -172,5 +172,42 @@ fn failed_at_any_step_it_waits() {
         prune(&lab.store(), &[]).unwrap();
         assert_tidy(&lab, step);
         assert_points(&lab, &[3, 4], true, step);
+    }
+}
+
+/// What is visible is not yet durable: the fold that finds a step done makes it durable before the manifest forgets what it was
+/// made of, and the prune that finds a manifest makes that durable before it touches an image.
+#[test]
+fn a_step_that_is_found_done_is_made_durable_before_anything_rests_on_it() {
+    // Killed there; what the next prune has to sync before it publishes the manifest, relative to the replica's directory.
+    let (lower, upper) = ("points/2", "points/3");
+    let cases: [(&str, &[&str]); 6] = [
+        ("p1", &[]),
+        ("p4", &[lower, upper]),
+        ("p4@2", &[lower, upper, "points/3/vdb.qcow2"]),
+        ("p5", &[lower, upper]),
+        ("p5@2", &[lower, upper, "points/3/vda.qcow2", "points/3/vdb.qcow2"]),
+        ("p6", &[]),
+    ];
+    for (step, wanted) in cases {
+        let lab = four_points();
+        let points = lab.store().describe().unwrap().points;
+        let path = |name: &str| {
+            // "points/3" stands for the directory of the third point.
+            let named = |word: &str| word.parse::<u64>().ok().and_then(|seq| points.iter().find(|p| p.id.seq() == seq));
+            let words = name.split('/').filter(|word| !word.is_empty());
+            let word = |word: &str| named(word).map_or(word.to_owned(), |point| point.id.to_string());
+            words.fold(lab.store().path(), |path, part| path.join(word(part))).display().to_string()
+        };
+        assert_eq!(spawn(&lab, "2", &kill(step)).signal(), Some(9), "not reached: {step}");
+        let (done, steps) = failpoint::traced(|| prune(&lab.store(), &[]));
+        done.unwrap();
+        assert_eq!(steps.first(), Some(&format!("sync {}", path(""))), "killed at {step}: {steps:#?}");
+        let published = steps.iter().position(|s| *s == format!("rename {}", path("manifest.json")));
+        assert_eq!(published.is_none(), step == "p6", "killed at {step}: {steps:#?}");
+        for file in wanted {
+            let synced = steps.iter().position(|s| *s == format!("sync {}", path(file)));
+            assert!(synced.is_some() && synced < published, "killed at {step}: {file} is not synced: {steps:#?}");
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! Crashes of a shortening: a process is killed at every numbered step, and the one that goes on with it as well. Every point
 //! reads as before, for us and for QEMU, at once and after whatever comes next: a shortening, a prune, a run.
 //!
-//! This kills processes, not machines: the order of fsyncs is not tried here.
+//! This kills processes, not machines. What a power cut would take back is seen by the order in which the next one syncs.
 #![cfg(feature = "failpoints")]
 
 mod replica_support;
@@ -154,5 +154,31 @@ fn shortening_failed_at_any_step_is_done_by_the_next() {
         assert!(store.holds().unwrap().depth < DEPTH, "{step}");
         assert_history(&store, &history, step);
         assert_no_remains(&store);
+    }
+}
+
+/// What is found aside, or in its place, is made durable before the manifest says anything that rests on it.
+#[test]
+fn what_is_found_aside_or_in_its_place_is_made_durable_before_the_manifest_rests_on_it() {
+    let aside = ["vda.qcow2.alone", "vda.changes.alone", "vdb.qcow2.alone", "vdb.changes.alone", ""];
+    for (step, wanted) in [("s3@2", aside.as_slice()), ("s5", &[""]), ("s6@2", &[""])] {
+        let (lab, history) = three_points();
+        let store = shallow(lab.root());
+        assert_eq!(spawn(&lab, &kill(step)).signal(), Some(9), "not reached: {step}");
+        expire_leases(&store);
+        let dir = store.path().join("points").join(history[2].0.as_str());
+        let (done, steps) = match step {
+            "s3@2" => failpoint::traced(|| shorten(&store, u64::MAX).map(drop)),
+            _ => failpoint::traced(|| store.prune(&[], &mut |_, _| {}).map(drop)),
+        };
+        done.unwrap();
+        let manifest = format!("rename {}", store.path().join("manifest.json").display());
+        let published = steps.iter().position(|s| *s == manifest);
+        assert!(published.is_some(), "killed at {step}: {steps:#?}");
+        for file in wanted {
+            let file = if file.is_empty() { dir.clone() } else { dir.join(file) };
+            let synced = steps.iter().position(|s| *s == format!("sync {}", file.display()));
+            assert!(synced.is_some() && synced < published, "killed at {step}: {file:?} is not synced: {steps:#?}");
+        }
     }
 }

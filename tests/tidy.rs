@@ -15,6 +15,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("failpoint", &["error"]),
     ("flock", &[]),
+    ("file_id", &[]),
     ("name", &["error"]),
     ("block", &["error"]),
     ("trust", &["error"]),
@@ -39,7 +40,20 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("agent", &["error", "failpoint", "name", "block", "patch", "wire", "transport", "replica", "plain", "recovery"]),
     (
         "replicate",
-        &["error", "flock", "failpoint", "hook", "name", "block", "patch", "image", "hypervisor", "replica", "units"],
+        &[
+            "error",
+            "file_id",
+            "flock",
+            "failpoint",
+            "hook",
+            "name",
+            "block",
+            "patch",
+            "image",
+            "hypervisor",
+            "replica",
+            "units",
+        ],
     ),
     (
         "recovery",
@@ -58,7 +72,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         ],
     ),
     // Images that are no domain's: the same engine, and neither store nor libvirt.
-    ("plain", &["error", "flock", "failpoint", "name", "block", "patch", "image", "replica", "replicate"]),
+    ("plain", &["error", "file_id", "flock", "failpoint", "name", "block", "patch", "image", "replica", "replicate"]),
     // It knows a run by its report and its journal, and a domain by its name; the rest is the children's.
     ("daemon", &["error", "flock", "hook", "name", "config", "policy", "replica", "replicate", "units"]),
     (

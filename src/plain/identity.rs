@@ -1,6 +1,7 @@
 //! Which file it is, and whether anybody has touched it since.
 
 use crate::error::{Error, Result};
+use crate::file_id::FileId;
 use serde::{Deserialize, Serialize};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -9,12 +10,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 /// The coarsest tick of the clock that file systems stamp files with, and some more.
 const TICK: Duration = Duration::from_millis(20);
 
-/// Equal identities: the same file, not written to and not renamed over since. Of a block device it says nothing, since nobody
-/// stamps a device that is written to from elsewhere.
+/// Equal identities of one moment: the same file, not written to and not renamed over since. One that was kept is compared by
+/// [`Identity::is`]. Of a block device it says nothing, since nobody stamps a device that is written to from elsewhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
-    pub device: u64,
-    pub inode: u64,
+    #[serde(flatten)]
+    pub id: FileId,
     pub len_bytes: u64,
     pub modified: (i64, i64),
     pub changed: (i64, i64),
@@ -24,12 +25,17 @@ impl Identity {
     pub fn of(path: &Path) -> Result<Identity> {
         let m = std::fs::metadata(path).map_err(|e| Error::io("cannot look at the image", path, e))?;
         Ok(Identity {
-            device: m.dev(),
-            inode: m.ino(),
+            id: FileId::of(&m),
             len_bytes: m.len(),
             modified: (m.mtime(), m.mtime_nsec()),
             changed: (m.ctime(), m.ctime_nsec()),
         })
+    }
+
+    /// Whether it is the same file, untouched. Holds over a restart of the host.
+    pub fn is(&self, other: &Identity) -> bool {
+        let written = |i: &Identity| (i.len_bytes, i.modified, i.changed);
+        self.id.is(&other.id) && written(self) == written(other)
     }
 
     /// As [`Identity::of`], but only once the file has been left alone for a tick of the clock: whoever writes to it later

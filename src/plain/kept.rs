@@ -107,7 +107,7 @@ pub fn load(dir: &Path, image: &Path, identity: Identity) -> Result<Result<(Node
     let read_line = (&mut input).take(LINE_MAX).read_until(b'\n', &mut line);
     read_line.map_err(|e| Error::io("cannot read the kept digests", &path, e))?;
     match serde_json::from_slice::<Of>(&line) {
-        Ok(of) if of == (Of { kept: VERSION, path: image.to_owned(), identity }) => {}
+        Ok(of) if of.kept == VERSION && of.path == image && of.identity.is(&identity) => {}
         Ok(of) if of.path == image => return Ok(Err("the image was touched since they were made".to_owned())),
         _ => return Ok(Err("they are of another image".to_owned())),
     }
@@ -119,6 +119,7 @@ mod tests {
     use super::*;
     use crate::block::changes::Run;
     use crate::block::{BLOCK_LEN, DiskSize};
+    use crate::file_id::FileId;
     use std::os::unix::fs::FileExt;
 
     fn tree(size: u64, content: &[(u64, u8)]) -> (NodeFile, Digest) {
@@ -150,11 +151,17 @@ mod tests {
     /// The same line stands in docs/formats/redo.md.
     #[test]
     fn the_first_line_is_what_the_format_says() {
-        let identity = Identity { device: 1, inode: 2, len_bytes: 3, modified: (4, 5), changed: (6, 7) };
+        let id = FileId { device: 1, inode: 2, born: None, boot: None };
+        let identity = Identity { id, len_bytes: 3, modified: (4, 5), changed: (6, 7) };
+        // As earlier versions wrote it.
         let line = r#"{"kept":1,"path":"/srv/a.raw","identity":{"device":1,"inode":2,"len_bytes":3,"modified":[4,5],"changed":[6,7]}}"#;
         let of = Of { kept: VERSION, path: "/srv/a.raw".into(), identity };
         assert_eq!(serde_json::to_string(&of).unwrap(), line);
         assert_eq!(serde_json::from_str::<Of>(line).unwrap(), of);
+        let line = line.replace(r#""len"#, r#""born":[8,9],"boot":"0b5c8d4e-1f2a-4b3c-8d4e-5f6a7b8c9d0e","len"#);
+        let of = serde_json::from_str::<Of>(&line).unwrap();
+        assert_eq!((of.identity.id.born, of.identity.is(&identity)), (Some((8, 9)), true));
+        assert_eq!(serde_json::to_string(&of).unwrap(), line);
     }
 
     #[test]

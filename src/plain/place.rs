@@ -83,8 +83,14 @@ pub(super) fn dir_of(path: &Path) -> &Path {
     path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-pub(super) fn sync_dir(dir: &Path) -> Result<()> {
-    File::open(dir).and_then(|d| d.sync_all()).map_err(|e| Error::io("cannot sync the directory", dir, e))
+pub(super) use crate::replicate::journal::sync_dir;
+
+/// Makes an image durable that is found to be what was wanted: whoever made it so may have died before its own fsync.
+pub(super) fn make_durable(image: &Path) -> Result<()> {
+    let synced = File::open(image).and_then(|f| f.sync_all());
+    synced.map_err(|e| Error::io("cannot make the file durable", image, e))?;
+    crate::traced_step!("sync", image);
+    sync_dir(dir_of(image))
 }
 
 /// Removes a file, or finds it gone.

@@ -15,6 +15,7 @@ use super::place::{dir_of, remove, sync_dir};
 use super::{file_name, source};
 use crate::block::{BlockIndex, ByteRange, DiskSize};
 use crate::error::{Error, Kind, Result};
+use crate::file_id::{BootId, FileId};
 use crate::image::raw::RawWriter;
 use crate::image::{Format, Image, ImageMut, Layer};
 use crate::patch::{self, Decoder, Item, Limits, PieceMask};
@@ -41,15 +42,45 @@ struct Of {
     path: PathBuf,
     /// Device and inode; `None` for a block device, which keeps neither over a restart.
     file: Option<(u64, u64)>,
+    /// As in [`FileId`]; earlier versions wrote neither.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    born: Option<(i64, u32)>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    boot: Option<BootId>,
 }
 
 impl Of {
     fn image(layer: &Layer) -> Result<Of> {
-        let file = match layer.block_device {
+        let id = match layer.block_device {
             true => None,
-            false => Identity::of(&layer.path).map(|i| Some((i.device, i.inode)))?,
+            false => Some(Identity::of(&layer.path)?.id),
         };
-        Ok(Of { path: layer.path.clone(), file })
+        let (file, born) = (id.map(|id| (id.device, id.inode)), id.and_then(|id| id.born));
+        Ok(Of { path: layer.path.clone(), file, born, boot: id.and_then(|id| id.boot) })
+    }
+
+    fn id(&self) -> Option<FileId> {
+        let (born, boot) = (self.born, self.boot);
+        self.file.map(|(device, inode)| FileId { device, inode, born, boot })
+    }
+
+    /// Whether both are of one image. A file's redo file lies beside it, so where births tell that it is this file, the path is
+    /// of no account: a file system that was mounted elsewhere to be mended is mended there.
+    fn is(&self, other: &Of) -> bool {
+        match (self.id(), other.id()) {
+            (None, None) => self.path == other.path,
+            (Some(a), Some(b)) => a.is(&b) && (self.path == other.path || a.born.is_some() && b.born.is_some()),
+            _ => false,
+        }
+    }
+}
+
+impl std::fmt::Display for Of {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.id() {
+            Some(id) => write!(f, "{} ({id})", self.path.display()),
+            None => write!(f, "{} (a block device)", self.path.display()),
+        }
     }
 }
 
@@ -145,15 +176,24 @@ impl Drop for Spool {
 pub(super) fn roll(layer: &Layer, redo: &Path, just_checked: bool) -> Result<bool> {
     let file = match File::open(redo) {
         Ok(file) => file,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+        // Whoever ended it may have died before its absence was durable: over what is written next it must not come back.
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return sync_dir_if_there(dir_of(redo)).map(|()| false),
         Err(e) => return Err(Error::io("cannot open the redo file", redo, e)),
     };
     let mut input = BufReader::with_capacity(CHUNK_LEN, file);
     let of = read_head(&mut input).map_err(|e| e.path(redo))?;
-    if of != Of::image(layer)? {
-        return Err(Error::new(Kind::Conflict, "a redo file lies here, and it is for another file of this name")
-            .path(redo)
-            .hint("if the image was put here anew and is whole, remove the redo file"));
+    let here = Of::image(layer)?;
+    if !of.is(&here) {
+        let what = format!("the redo file is for another file: it names {of}, and here is {here}");
+        return Err(Error::new(Kind::Conflict, what).path(redo).hint(
+            "put the file that it names back and run `virt-replica apply --finish` on it: nothing else can mend that \
+             file. If a whole image was put here since, move the redo file to another directory and keep it until the \
+             image was checked",
+        ));
+    }
+    if !just_checked {
+        // Whoever named it may have died before the name was durable; from here on the image may be torn.
+        sync_dir(dir_of(redo))?;
     }
     let start = input.stream_position().map_err(|e| Error::io("cannot read the redo file", redo, e))?;
     let (before, after) = match just_checked {
@@ -178,6 +218,11 @@ pub(super) fn roll(layer: &Layer, redo: &Path, just_checked: bool) -> Result<boo
     sync_dir(dir_of(redo))?;
     crate::failpoint!("i3");
     Ok(true)
+}
+
+/// The directory of block devices' redo files is made with the first of them.
+fn sync_dir_if_there(dir: &Path) -> Result<()> {
+    if dir.is_dir() { sync_dir(dir) } else { Ok(()) }
 }
 
 fn read_head(input: &mut impl Read) -> Result<Of> {
@@ -253,7 +298,10 @@ fn apply(image: &RawWriter, size: DiskSize, item: Item, just_checked: bool) -> R
             let mut whole = source::read_block(image, block, size)?;
             mask.scatter(&bytes, &mut whole);
             patch::check_block(block, &whole, digest).map_err(|e| {
-                e.hint("somebody has written to the image since; remove the redo file, and copy the image anew")
+                e.hint(
+                    "somebody has written to the image since, and this redo file cannot mend it; move the redo file to \
+                     another directory, and copy the image anew",
+                )
             })?;
             write_pieces(image, block, mask, &whole)
         }
@@ -275,7 +323,7 @@ pub fn finish(path: &Path, device_dir: &Path) -> Result<bool> {
     let layer = source::layer(&path, Format::Raw)?;
     let redo = path_of(&path, layer.block_device, device_dir)?;
     if !redo.exists() {
-        return Ok(false);
+        return sync_dir_if_there(dir_of(&redo)).map(|()| false);
     }
     let _lock = super::target::lock_whole(&path)?;
     roll(&layer, &redo, false)
@@ -290,14 +338,76 @@ mod tests {
     fn the_head_is_what_the_format_says() {
         let of = |line: &str| read_head(&mut format!("virt-replica redo 1\n{line}\nvirt-replica patch").as_bytes());
         let file = of(r#"{"path":"/srv/a.raw","file":[7,9]}"#).unwrap();
-        assert_eq!(file, Of { path: "/srv/a.raw".into(), file: Some((7, 9)) });
+        let old = Of { path: "/srv/a.raw".into(), file: Some((7, 9)), born: None, boot: None };
+        assert_eq!(file, old);
         assert_eq!(serde_json::to_string(&file).unwrap(), r#"{"path":"/srv/a.raw","file":[7,9]}"#);
+        let line = r#"{"path":"/srv/a.raw","file":[7,9],"born":[5,6],"boot":"0b5c8d4e-1f2a-4b3c-8d4e-5f6a7b8c9d0e"}"#;
+        let file = of(line).unwrap();
+        assert_eq!((file.born, file.boot.is_some()), (Some((5, 6)), true));
+        assert_eq!(serde_json::to_string(&file).unwrap(), line);
         assert_eq!(of(r#"{"path":"/dev/vda","file":null}"#).unwrap().file, None);
         for bad in ["", "{}", "x", &"x".repeat(LINE_MAX + 1)] {
             assert_eq!(of(bad).unwrap_err().kind(), Kind::Corrupt);
         }
         assert_eq!(read_head(&mut &b"virt-replica redo 2\n{}\n"[..]).unwrap_err().kind(), Kind::Protocol);
         assert_eq!(read_head(&mut &b"virt-replica"[..]).unwrap_err().kind(), Kind::Corrupt);
+    }
+
+    /// The only way back must not be thrown away because a number of the kernel's has changed.
+    #[test]
+    fn an_image_is_known_again_on_a_file_system_that_came_back() {
+        let boot = |id: &str| serde_json::from_str(&format!("{id:?}")).unwrap();
+        let (this, last) = ("0b5c8d4e-1f2a-4b3c-8d4e-5f6a7b8c9d0e", "1b5c8d4e-1f2a-4b3c-8d4e-5f6a7b8c9d0e");
+        let redo = Of { path: "/a".into(), file: Some((7, 9)), born: Some((5, 6)), boot: Some(boot(last)) };
+        let here = Of { file: Some((8, 9)), boot: Some(boot(this)), ..redo.clone() };
+        assert!(redo.is(&here));
+        assert!(redo.is(&Of { path: "/rescue/a".into(), ..here.clone() }), "mounted elsewhere to be mended");
+        assert!(!redo.is(&Of { born: Some((5, 7)), ..here.clone() }), "the inode was used again");
+        assert!(!redo.is(&Of { file: Some((8, 10)), ..here.clone() }));
+        // As an earlier version wrote it: by inode and path.
+        let old = Of { born: None, boot: None, ..redo.clone() };
+        assert!(old.is(&here));
+        assert!(!old.is(&Of { path: "/rescue/a".into(), ..here.clone() }));
+        let device = Of { path: "/dev/x".into(), file: None, born: None, boot: None };
+        assert!(device.is(&device) && !device.is(&here) && !here.is(&device));
+    }
+
+    #[test]
+    fn a_redo_file_for_another_file_is_refused_with_both_named_and_is_never_to_be_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("a.raw");
+        fs::write(&image, [0; 4096]).unwrap();
+        let layer = Layer { path: image.clone(), format: Format::Raw, block_device: false, data_file: None };
+        let redo = path_of(&image, false, dir.path()).unwrap();
+        let of = Of { file: Some((7, 1)), ..Of::image(&layer).unwrap() };
+        fs::write(&redo, format!("{BANNER}{}\n", serde_json::to_string(&of).unwrap())).unwrap();
+        let e = roll(&layer, &redo, false).unwrap_err();
+        assert_eq!(e.kind(), Kind::Conflict);
+        let inode = Identity::of(&image).unwrap().id.inode;
+        assert!(e.what().contains("inode 1 on") && e.what().contains(&format!("inode {inode} on")), "{e}");
+        let hint = e.hint_text().unwrap();
+        assert!(hint.contains("--finish") && hint.contains("keep it") && !hint.contains("remove"), "{hint}");
+        assert!(redo.exists());
+    }
+
+    /// Whoever ended a redo file, or named it, may have died before that was durable.
+    #[cfg(feature = "failpoints")]
+    #[test]
+    fn a_redo_file_that_is_gone_is_gone_durably_before_the_image_is_written_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("a.raw");
+        fs::write(&image, [0; 4096]).unwrap();
+        let layer = Layer { path: image.clone(), format: Format::Raw, block_device: false, data_file: None };
+        let redo = path_of(&image, false, dir.path()).unwrap();
+        let (rolled, steps) = crate::failpoint::traced(|| roll(&layer, &redo, false).unwrap());
+        let synced = format!("sync {}", dir.path().display());
+        assert_eq!((rolled, steps), (false, vec![synced.clone()]));
+        // One that is found: its name is durable before the image may be torn by it, and so before anything else is found out.
+        let of = serde_json::to_string(&Of::image(&layer).unwrap()).unwrap();
+        fs::write(&redo, format!("{BANNER}{of}\nno patch")).unwrap();
+        let (rolled, steps) = crate::failpoint::traced(|| roll(&layer, &redo, false));
+        assert!(rolled.is_err());
+        assert_eq!(steps, [synced]);
     }
 
     #[test]

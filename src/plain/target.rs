@@ -418,8 +418,10 @@ impl PlainTarget for LocalTarget {
         };
         let meta = finish.meta.as_ref();
         let Some(Finished { landing, outcome, .. }) = finished else {
-            if let Some(meta) = meta.filter(|_| !self.wish.read_only) {
-                place::set_meta(&self.layer.path, meta)?;
+            // Nothing was to be changed; but "done" means durable, whoever made it equal.
+            if self.exists && !self.wish.read_only {
+                meta.map_or(Ok(()), |meta| place::set_meta(&self.layer.path, meta))?;
+                place::make_durable(&self.layer.path)?;
             }
             return Ok(Committed { way: None, digests_reason: self.keep(None)? });
         };

@@ -8,7 +8,7 @@ use crate::error::{Error, Kind, Result};
 use crate::flock::Flock;
 use crate::name::{DomainName, DomainUuid, PointId, RunId};
 use crate::replicate::held_dir;
-use crate::replicate::journal::{read_json, replace, replace_json, sync_dir, to_json};
+use crate::replicate::journal::{read_json, remove_durably, replace, replace_json, to_json};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -98,12 +98,7 @@ impl DrillState {
 
     /// Nothing is left of the drill but its report. Durable when it returns.
     pub fn close(&self) -> Result<()> {
-        let path = self.dir.join(RECORD);
-        match fs::remove_file(&path) {
-            Ok(()) => sync_dir(&self.dir),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-            Err(e) => Err(Error::io("cannot remove the record of the drill", &path, e)),
-        }
+        remove_durably(&self.dir, RECORD, "cannot remove the record of the drill")
     }
 }
 

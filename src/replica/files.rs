@@ -163,7 +163,17 @@ impl Dir {
 
     /// Makes the names in this directory durable.
     pub fn sync(&self) -> Result<()> {
-        rustix::fs::fsync(&self.fd).map_err(|e| Error::io("cannot sync the directory", &self.path, e.into()))
+        rustix::fs::fsync(&self.fd).map_err(|e| Error::io("cannot sync the directory", &self.path, e.into()))?;
+        crate::traced_step!("sync", self.path);
+        Ok(())
+    }
+
+    /// Makes the content of a file durable that is found finished: whoever finished it may have died before its own fsync.
+    pub fn sync_file(&self, name: &str) -> Result<()> {
+        let file = self.open(name)?.ok_or_else(|| self.vanished(name))?;
+        file.sync_all().map_err(|e| Error::io("cannot sync the file", self.join(name), e))?;
+        crate::traced_step!("sync", self.join(name));
+        Ok(())
     }
 
     /// Removes a file; nothing happens if it is not there.
@@ -177,6 +187,7 @@ impl Dir {
     /// Removes whatever has this name: a file, a link (not what it points to), or a directory of our two levels with
     /// all that is in it. Nothing happens if it is not there.
     pub fn remove_all(&self, name: &str) -> Result<()> {
+        crate::traced_step!("remove", self.join(name));
         match rustix::fs::unlinkat(&self.fd, name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => return Ok(()),
             Err(Errno::ISDIR | Errno::PERM) => {}
@@ -203,8 +214,7 @@ impl Dir {
     /// Puts a fully written and synced file into the place of another, in one step as any reader sees it. Durable
     /// after [`Dir::sync`].
     pub fn rename(&self, from: &str, to: &str) -> Result<()> {
-        rustix::fs::renameat(&self.fd, from, &self.fd, to)
-            .map_err(|e| Error::io("cannot rename the file", self.join(from), e.into()))
+        self.rename_into(from, self, to)
     }
 
     /// As [`Dir::rename`], but only if nothing has the new name yet: false if something has.
@@ -222,7 +232,9 @@ impl Dir {
     /// As [`Dir::rename`], into another directory of the same store. Durable after [`Dir::sync`] of both.
     pub fn rename_into(&self, from: &str, other: &Dir, to: &str) -> Result<()> {
         rustix::fs::renameat(&self.fd, from, &other.fd, to)
-            .map_err(|e| Error::io("cannot rename the file", self.join(from), e.into()))
+            .map_err(|e| Error::io("cannot rename the file", self.join(from), e.into()))?;
+        crate::traced_step!("rename", other.join(to));
+        Ok(())
     }
 
     /// Makes a sealed file writable for its owner again.

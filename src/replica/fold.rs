@@ -13,6 +13,7 @@
 //! - Every block that is copied is compared with its digest first: damage is not carried on, and not hidden.
 //! - Every step may be repeated, and the way may change, until the switch; from there on the only way is forward. Whether it
 //!   happened is seen in the header of `S`'s image, and of the change list in its from-root (`chain.rs`).
+//! - What is seen is not yet durable: a switch or a list that is found in its place is synced before anything rests on it.
 //!
 //! The caller holds the writer's lock and has closed the gate of the leases; QEMU is kept out by its own locks.
 //! Crash order: docs/replication.md, steps p2 to p7; the failpoints carry its numbers.
@@ -96,7 +97,11 @@ impl Folder<'_> {
         let resumed = recorded[..=row].iter().map(begun).collect::<Result<Vec<bool>>>()?.contains(&true);
         let images = chain::image_links(self.points, manifest, &above.id, disk)?;
         let lists = chain::list_links(self.points, manifest, &above.id, disk)?;
+        let recorded_row = row;
         let (row, list_row) = (links(&images), links(&lists));
+        if row < recorded_row {
+            self.make_switch_durable(&recorded[..=recorded_row], disk)?;
+        }
         let task = Task { disk, images, row, lists, list_row, resumed };
         let dir = point_dir(self.points, &above.id)?;
         if task.list_row > 0 {
@@ -107,11 +112,21 @@ impl Folder<'_> {
         }
         if task.list_row > 0 {
             dir.rename(&folded_changes_file(disk), &changes_file(disk))?;
-            dir.sync()?;
+        }
+        // Also where the list is found in its place: the manifest is about to forget what it was made of.
+        dir.sync()?;
+        if task.list_row > 0 {
             // step p5
             crate::failpoint!("p5");
         }
         Ok(())
+    }
+
+    /// A switch that is found done may be that of a fold that died before its fsync. Neither a list nor the manifest may
+    /// rest on it before it is durable: behind p6 nothing leads back to the links.
+    fn make_switch_durable(&self, row: &[&Point], disk: &DiskName) -> Result<()> {
+        point_dir(self.points, &row[0].id)?.sync_file(&image_file(disk))?;
+        row.iter().try_for_each(|point| point_dir(self.points, &point.id)?.sync())
     }
 
     /// Step p2: the change list that the point will have, aside. Reads every list to its end: behind this they are known

@@ -297,13 +297,12 @@ pub(super) fn finish_left_over(dir: &Dir, points: &Dir, manifest: &mut Manifest,
     }
 }
 
-/// What is not there any more is in its place.
+/// What is not there any more is in its place; that, too, is durable only from here on.
 fn put_in_place(dir: &Dir, from: &str, to: &str) -> Result<()> {
     if dir.open(from)?.is_some() {
         dir.rename(from, to)?;
-        dir.sync()?;
     }
-    Ok(())
+    dir.sync()
 }
 
 /// The disks of a point that consist of so many images.
@@ -319,7 +318,8 @@ fn too_deep(points: &Dir, manifest: &Manifest, point: &Point, depth_max: u64) ->
     Ok(deep)
 }
 
-/// Whether both files are there, and the list is whole and that of the disk: it is written behind the image.
+/// Whether both files are there, and the list is whole and that of the disk: it is written behind the image. Then both are
+/// durable: whoever finished the list may have died before its fsync.
 fn is_whole_aside(dir: &Dir, disk: &manifest::Disk) -> Result<bool> {
     if dir.open(&alone_image_file(&disk.name))?.is_none() {
         return Ok(false);
@@ -327,7 +327,12 @@ fn is_whole_aside(dir: &Dir, disk: &manifest::Disk) -> Result<bool> {
     let Some(file) = dir.open(&alone_changes_file(&disk.name))? else { return Ok(false) };
     let root = || -> Result<Digest> { MergedChanges::new([ChangesReader::new(BufReader::new(file))?])?.check_root() };
     match root() {
-        Ok(root) => Ok(root == disk.root),
+        Ok(root) if root == disk.root => {
+            dir.sync_file(&alone_image_file(&disk.name))?;
+            dir.sync_file(&alone_changes_file(&disk.name))?;
+            dir.sync().map(|()| true)
+        }
+        Ok(_) => Ok(false),
         Err(e) if e.kind() == Kind::Corrupt => Ok(false),
         Err(e) => Err(e),
     }

@@ -68,6 +68,9 @@ pub struct Release {
     pub left_open: Option<String>,
 }
 
+/// From so many disks on the overlays are made before the freeze call, whoever holds the guest meanwhile.
+const PREPARED_FROM: usize = 4;
+
 /// Hard bound of the freeze call.
 const FREEZE_WITHIN: Duration = Duration::from_secs(10);
 
@@ -129,7 +132,7 @@ impl<'a> OverlayCapture<'a> {
         let text = serde_json::to_string(&self.record).expect("a record is plain data");
         self.hypervisor.set_record(&self.record.uuid, Some(&text))?;
         failpoint!("4b");
-        let prepared = self.quiescer.will_ask();
+        let prepared = self.quiescer.will_ask() || self.record.disks.len() >= PREPARED_FROM;
         if prepared {
             self.prepare_overlays()?;
         }
@@ -166,7 +169,8 @@ impl<'a> OverlayCapture<'a> {
         })
     }
 
-    /// So that the guest's file systems are held for the transaction only, and not while files are made.
+    /// So that the guest's file systems are held for the transaction only, and not while files are made; and so that the
+    /// freeze of many disks stays far below its bound. libvirt has QEMU make each overlay with several jobs in a row.
     fn prepare_overlays(&self) -> Result<()> {
         for disk in &self.record.disks {
             qemu_img::create_overlay(&disk.overlay, &disk.base, disk.size).map_err(|e| e.disk(&disk.name))?;

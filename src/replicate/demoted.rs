@@ -7,7 +7,7 @@
 //! Format: docs/formats/recovery.md. Steps: docs/recovery.md.
 
 use super::held_dir;
-use super::journal::{read_json, replace_json, sync_dir};
+use super::journal::{read_json, remove_durably, replace_json};
 use crate::error::{Error, Kind, Result};
 use crate::flock::Flock;
 use crate::hypervisor::Power;
@@ -202,12 +202,7 @@ impl HandoverState {
 
     /// The domain is this host's again; durable when it returns.
     pub fn close(&self) -> Result<()> {
-        let path = self.dir.join(RECORD);
-        match fs::remove_file(&path) {
-            Ok(()) => sync_dir(&self.dir),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-            Err(e) => Err(Error::io("cannot remove the record of the handover", &path, e)),
-        }
+        remove_durably(&self.dir, RECORD, "cannot remove the record of the handover")
     }
 }
 

@@ -3,7 +3,7 @@
 //! A target refuses a source of an older generation than its replica is of (I15): that is how a host that lost its domain is
 //! kept from writing over what came after. So a generation that was given must not be forgotten, and never falls.
 
-use super::journal::{domain_dir, read_json, replace_json};
+use super::journal::{domain_dir, read_json, replace_json, sync_dir};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DomainUuid, Generation};
 use serde::{Deserialize, Serialize};
@@ -35,9 +35,15 @@ pub fn generation(state: &Path, uuid: &DomainUuid) -> Result<Generation> {
 
 /// From now on this host replicates the domain as `generation` at least; durable when it returns.
 pub fn raise(state: &Path, uuid: &DomainUuid, generation: Generation) -> Result<()> {
+    let dir = domain_dir(state, uuid);
     let known = self::generation(state, uuid)?;
     if known >= generation {
-        return Ok(());
+        return match known {
+            // Of a host that never raised it there is no document.
+            Generation(1) => Ok(()),
+            // Whoever raised it may have died before that was durable.
+            _ => sync_dir(&dir),
+        };
     }
     // The number may be a peer's word. One that lies must not lock this host out of every honest target.
     if !known.may_step_to(generation) {
@@ -49,7 +55,6 @@ pub fn raise(state: &Path, uuid: &DomainUuid, generation: Generation) -> Result<
             "the other host has a wrong generation: its operator sets it right with `virt-replica set-generation`",
         ));
     }
-    let dir = domain_dir(state, uuid);
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir);
     made.map_err(|e| Error::io("cannot create the directory of the domain's state", &dir, e))?;
     replace_json(&dir, FILE, &Stored { format: 1, generation })

@@ -5,6 +5,7 @@
 
 use crate::error::{Error, Result};
 use crate::flock::Flock;
+use crate::replicate::journal::sync_dir;
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
@@ -17,11 +18,16 @@ pub(crate) fn make(dir: &Path) -> Result<()> {
     made.map_err(|e| Error::io("cannot make the directory of the state", dir, e))
 }
 
-/// Takes the lock of `dir`, which is there; held until dropped. Does not wait; `None`: another hand has it.
+/// Takes the lock of `dir`, which is there; held until dropped. Does not wait; `None`: another hand has it. What is seen in it
+/// from here on is durable, also where an earlier holder died behind a rename and before its fsync.
 pub(crate) fn lock(dir: &Path) -> Result<Option<Flock>> {
     let path = dir.join(LOCK);
     let mut options = fs::OpenOptions::new();
     let file = options.write(true).create(true).truncate(false).mode(0o600).open(&path);
     let file = file.map_err(|e| Error::io("cannot open the lock", &path, e))?;
-    Ok(Flock::exclusive(file).map_err(|e| Error::io("cannot take the lock", path, e))?.ok())
+    let lock = Flock::exclusive(file).map_err(|e| Error::io("cannot take the lock", path, e))?.ok();
+    if lock.is_some() {
+        sync_dir(dir)?;
+    }
+    Ok(lock)
 }

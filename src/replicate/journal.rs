@@ -12,6 +12,7 @@
 
 use crate::block::DiskSize;
 use crate::error::{Error, Kind, Result};
+use crate::file_id::{BootId, FileId};
 use crate::flock::Flock;
 use crate::image::Layer;
 use crate::name::{DiskName, DomainName, DomainUuid, PointId, RunId};
@@ -114,14 +115,8 @@ fn suffixed(path: &Path, suffix: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// Which file it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FileId {
-    pub device: u64,
-    pub inode: u64,
-}
-
-/// Which file it is and when it was last written; equal stamps mean an untouched file.
+/// Which file it is and when it was last written; equal stamps of one moment mean an untouched file, and one that was kept
+/// is compared by [`Stamp::is`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stamp {
     pub id: FileId,
@@ -135,7 +130,7 @@ impl Stamp {
     pub fn of(path: &Path) -> Result<Option<Stamp>> {
         match fs::metadata(path) {
             Ok(m) => Ok(Some(Stamp {
-                id: FileId { device: m.dev(), inode: m.ino() },
+                id: FileId::of(&m),
                 len_bytes: m.len(),
                 modified_s: if m.is_file() { m.mtime() } else { 0 },
                 modified_ns: if m.is_file() { m.mtime_nsec() } else { 0 },
@@ -143,6 +138,12 @@ impl Stamp {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(Error::io("cannot look at the image", path, e)),
         }
+    }
+
+    /// Whether it is the same file, untouched. Holds over a restart of the host.
+    pub fn is(&self, other: &Stamp) -> bool {
+        let written = |s: &Stamp| (s.len_bytes, s.modified_s, s.modified_ns);
+        self.id.is(&other.id) && written(self) == written(other)
     }
 }
 
@@ -163,7 +164,9 @@ pub struct Holder {
 }
 
 impl Journal {
-    /// Takes the domain's lock. `Busy`, naming the holder, when another program has it.
+    /// Takes the domain's lock. `Busy`, naming the holder, when another program has it. What the journal says from here on is
+    /// durable: a run that died behind a rename and before its fsync is made good, or a commit would begin whose intent a
+    /// power cut takes back.
     pub fn open(state: &Path, uuid: &DomainUuid, what: &str, now: Timestamp) -> Result<Journal> {
         let dir = domain_dir(state, uuid);
         fs::DirBuilder::new()
@@ -189,6 +192,7 @@ impl Journal {
             .and_then(|()| file.seek(SeekFrom::Start(0)))
             .and_then(|_| file.write_all(&text))
             .map_err(|e| Error::io("cannot write the domain's lock", &path, e))?;
+        sync_dir(&dir)?;
         Ok(Journal { dir, _lock: lock })
     }
 
@@ -223,12 +227,7 @@ impl Journal {
     }
 
     fn remove(&self, name: &str) -> Result<()> {
-        let path = self.dir.join(name);
-        match fs::remove_file(&path) {
-            Ok(()) => sync_dir(&self.dir),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-            Err(e) => Err(Error::io("cannot remove the settled record", &path, e)),
-        }
+        remove_durably(&self.dir, name, "cannot remove the settled record")
     }
 
     /// The open run by backup, if there is one.
@@ -345,7 +344,7 @@ pub fn holder(state: &Path, uuid: &DomainUuid) -> Result<Option<Holder>> {
 
 /// Which boot of this host it is. `None` where the kernel does not tell.
 pub fn boot_id() -> Option<String> {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(|id| id.trim().to_owned())
+    BootId::current().map(|boot| boot.to_string())
 }
 
 /// Domains with state on this host, whether or not libvirt still knows them.
@@ -450,9 +449,23 @@ pub(crate) fn replace(dir: &Path, name: &str, content: &[u8]) -> Result<()> {
     sync_dir(dir)
 }
 
+/// Removes `dir/name`. Durable when it returns, also where the name is gone already: whoever removed it may have died before
+/// the directory was synced, and the file would be back after a power cut.
+pub(crate) fn remove_durably(dir: &Path, name: &str, cannot: &'static str) -> Result<()> {
+    let path = dir.join(name);
+    match fs::remove_file(&path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(cannot, &path, e)),
+        // Nothing comes back into a directory that is not there.
+        Err(_) if !dir.is_dir() => Ok(()),
+        _ => sync_dir(dir),
+    }
+}
+
 /// Makes renames and removals in a directory durable.
 pub fn sync_dir(dir: &Path) -> Result<()> {
-    File::open(dir).and_then(|d| d.sync_all()).map_err(|e| Error::io("cannot sync the directory", dir, e))
+    File::open(dir).and_then(|d| d.sync_all()).map_err(|e| Error::io("cannot sync the directory", dir, e))?;
+    crate::traced_step!("sync", dir);
+    Ok(())
 }
 
 #[cfg(test)]
@@ -518,6 +531,31 @@ pub(crate) mod tests {
         journal.close().unwrap();
         journal.close().unwrap();
         assert_eq!(journal.record().unwrap(), None);
+    }
+
+    /// A power cut takes back what was seen and not synced: whoever takes the lock syncs before it believes, and a removal that
+    /// is found done is made durable like one's own.
+    #[cfg(feature = "failpoints")]
+    #[test]
+    fn what_a_killed_run_left_unsynced_is_made_durable_first() {
+        use crate::failpoint::traced;
+        let state = tempfile::tempdir().unwrap();
+        let uuid = record(Phase::Frozen).uuid;
+        let synced = format!("sync {}", domain_dir(state.path(), &uuid).display());
+        let open = || Journal::open(state.path(), &uuid, "test", Timestamp::UNIX_EPOCH).unwrap();
+        let (journal, steps) = traced(open);
+        assert_eq!(steps, [synced.as_str()]);
+        journal.write(&record(Phase::Frozen)).unwrap();
+        for what in ["the record is removed", "it was removed, and the directory not synced"] {
+            assert_eq!(traced(|| journal.close().unwrap()).1, [synced.as_str()], "{what}");
+        }
+        assert_eq!(traced(|| journal.thaw_is_paid().unwrap()).1, [synced.as_str()]);
+        std::fs::remove_dir_all(domain_dir(state.path(), &uuid)).unwrap();
+        journal.close().unwrap();
+        // A generation that is found raised.
+        let raise = |n| crate::replicate::generation::raise(state.path(), &uuid, crate::name::Generation(n)).unwrap();
+        raise(3);
+        assert_eq!(traced(|| raise(3)).1, [synced.as_str()]);
     }
 
     /// `status` shows the last point even if the runs after it failed, and reads past what a crash cut short.

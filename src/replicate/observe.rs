@@ -87,10 +87,12 @@ fn disk_seen(
     let stamp = Stamp::of(&disk.overlay)?;
     let overlay = overlay_file(disk, stamp)?;
     let frozen_base_touched = match disk.base_stamp {
-        Some(then) if record.phase < Phase::CommitIntent => Stamp::of(&disk.base.path)? != Some(then),
+        Some(then) if record.phase < Phase::CommitIntent => {
+            !Stamp::of(&disk.base.path)?.is_some_and(|now| then.is(&now))
+        }
         _ => false,
     };
-    let overlay_touched = matches!((disk.complete_at, stamp), (Some(then), Some(now)) if then != now);
+    let overlay_touched = matches!((disk.complete_at, stamp), (Some(then), Some(now)) if !then.is(&now));
     let seen = DiskSeen {
         live: view.and_then(|v| v.live.as_ref()).map_or(Stand::Absent, |chain| stand(disk, chain)),
         inactive: match (power, view) {
@@ -111,7 +113,7 @@ fn disk_seen(
 }
 
 fn overlay_file(disk: &DiskRecord, stamp: Option<Stamp>) -> Result<OverlayFile> {
-    let is_ours = |s: Stamp| disk.overlay_id.is_none_or(|id| id == s.id);
+    let is_ours = |s: Stamp| disk.overlay_id.is_none_or(|id| id.is(&s.id));
     Ok(match stamp {
         Some(s) if !is_ours(s) => OverlayFile::Replaced,
         Some(s) if s.len_bytes <= empty_overlay_len(disk.size) => OverlayFile::Empty,

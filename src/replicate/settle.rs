@@ -482,7 +482,8 @@ impl<'a> Settler<'a> {
         self.journal.close()
     }
 
-    /// The loop ends with an error: at least the guest must not be held, if that is safe.
+    /// The loop ends with an error: at least the guest must not be held, if that is safe. Also where the directory of a retired
+    /// overlay cannot be synced: a guest that stands for ever is worse than a name that a power cut might bring back.
     fn release_after_failure(&mut self) {
         let Ok(seen) = observe(self.hypervisor, &self.record) else { return };
         if seen.held(&self.record)
@@ -524,10 +525,21 @@ enum How {
     Kept,
 }
 
+/// What tells the recorded file from the one that is there, where that is why nothing is touched.
+fn difference(record: &Record, halt: &Halt) -> String {
+    let disk = record.disks.iter().find(|d| Some(&d.name) == halt.disk.as_ref());
+    let Some(disk) = disk.filter(|_| halt.reason == HaltReason::OverlayReplaced) else { return String::new() };
+    match (disk.overlay_id, Stamp::of(&disk.overlay)) {
+        (Some(recorded), Ok(Some(now))) => format!(": the record names {recorded}, and here is {}", now.id),
+        _ => String::new(),
+    }
+}
+
 /// Explains a halt to the operator, as an error.
 pub fn halt_error(record: &Record, halt: &Halt) -> Error {
     let (what, hint) = halt.reason.explain();
-    let mut e = Error::new(Kind::Conflict, what).hint(hint).domain(&record.domain);
+    let mut e =
+        Error::new(Kind::Conflict, format!("{what}{}", difference(record, halt))).hint(hint).domain(&record.domain);
     if let Some(name) = &halt.disk {
         if let Some(disk) = record.disks.iter().find(|d| &d.name == name) {
             let path = if halt.reason == HaltReason::BaseTouched { &disk.base.path } else { &disk.overlay };

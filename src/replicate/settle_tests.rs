@@ -138,6 +138,7 @@ impl Hypervisor for Fake {
                 assert!(!stale, "the guest runs on the base of {}, whose overlay has its name", disk.name);
             }
             s.paused = false;
+            crate::traced_step!("resume", "the guest");
             s.did.push(Did::Resumed);
         });
         Ok(())
@@ -267,5 +268,66 @@ fn a_job_that_falls_back_ends_the_pause_and_nothing_else() {
         assert_eq!(account.alarms, [""; 0], "disk {falls_back} fell back");
         let pauses = bench.did().iter().filter(|d| **d == Did::Paused).count();
         assert_eq!(pauses, 2, "disk {falls_back} fell back");
+    }
+}
+
+/// The overlay of a driver that was killed behind the rename and before the fsync: the dead-man finds the name gone, and after a
+/// power cut it would be back, older than the base by what the guest has flushed meanwhile.
+#[cfg(feature = "failpoints")]
+#[test]
+fn a_retirement_that_is_found_done_is_durable_before_the_guest_runs() {
+    let bench = Bench::of(2);
+    let record = Record { phase: Phase::PivotIntent, resume_after: true, ..bench.fake.record.clone() };
+    for disk in &record.disks {
+        std::fs::rename(&disk.overlay, disk.retired()).unwrap();
+    }
+    bench.fake.with(|s| {
+        s.paused = true;
+        s.disks = (0..2).map(|_| FakeDisk { on_overlay: false, job: None }).collect();
+    });
+    let state = tempfile::tempdir().unwrap();
+    let journal = Journal::open(state.path(), &record.uuid, "test", Timestamp::UNIX_EPOCH).unwrap();
+    let mut guard = Unguarded;
+    let mut settler = Settler::new(&bench.fake, &journal, record, &mut guard, SettleOptions::default());
+    let (outcome, steps) = crate::failpoint::traced(|| settler.run(Goal::Released).unwrap());
+    assert_eq!(outcome, Outcome::Reached);
+    let at = |step: String| steps.iter().position(|s| *s == step).unwrap_or_else(|| panic!("{step:?} in {steps:?}"));
+    let (synced, resumed) = (at(format!("sync {}", bench.dir.path().display())), at("resume the guest".to_owned()));
+    assert!(synced < resumed, "{steps:?}");
+}
+
+/// The file system of overlays and bases is back under another number of its device, after a boot; the record is of before.
+#[test]
+fn the_overlay_is_known_again_on_a_file_system_that_came_back() {
+    use crate::file_id::{BootId, FileId};
+    let mut bench = Bench::of(2);
+    let before: BootId = serde_json::from_str(r#""0b5c8d4e-1f2a-4b3c-8d4e-5f6a7b8c9d0e""#).unwrap();
+    let moved = |id: FileId| FileId { device: id.device + 1, boot: Some(before), ..id };
+    let old = |id: FileId| FileId { born: None, boot: None, ..moved(id) };
+    let as_kept: [&dyn Fn(FileId) -> FileId; 2] = [&moved, &old];
+    for (disk, kept) in bench.fake.record.disks.iter_mut().zip(as_kept) {
+        let base = Stamp::of(&disk.base.path).unwrap().unwrap();
+        disk.base_stamp = Some(Stamp { id: kept(base.id), ..base });
+        disk.overlay_id = disk.overlay_id.map(kept);
+    }
+    assert_eq!(bench.settle(Duration::from_secs(3600)).alarms, [""; 0]);
+}
+
+/// Both sides of a mismatch are named, and the file stays.
+#[test]
+fn another_file_under_the_overlays_name_is_told_from_ours() {
+    let mut bench = Bench::of(1);
+    let disk = &mut bench.fake.record.disks[0];
+    let ours = disk.overlay_id.unwrap();
+    disk.overlay_id = Some(crate::file_id::FileId { inode: ours.inode + 1, ..ours });
+    let record = bench.fake.record.clone();
+    let journal = Journal::open(bench.dir.path(), &record.uuid, "test", Timestamp::UNIX_EPOCH).unwrap();
+    let mut guard = Unguarded;
+    let mut settler = Settler::new(&bench.fake, &journal, record, &mut guard, SettleOptions::default());
+    let Outcome::Halted(halt) = settler.run(Goal::Settled).unwrap() else { panic!("it has to halt") };
+    assert_eq!(halt.reason, HaltReason::OverlayReplaced);
+    let e = halt_error(&settler.record, &halt);
+    for inode in [ours.inode, ours.inode + 1] {
+        assert!(e.what().contains(&format!("inode {inode} on device")), "{e}");
     }
 }

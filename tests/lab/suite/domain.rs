@@ -204,7 +204,10 @@ impl Builder {
 }
 
 fn disk_name(at: usize) -> String {
-    format!("vd{}", char::from(b'a' + at as u8))
+    let letter = |n: usize| char::from(b'a' + n as u8);
+    // As the kernel counts, and `tests/lab/guest`.
+    let second = if at < 26 { String::new() } else { letter(at / 26 - 1).to_string() };
+    format!("vd{second}{}", letter(at % 26))
 }
 
 pub fn between<'a>(text: &'a str, start: &str, end: &str) -> Option<&'a str> {
@@ -350,6 +353,12 @@ impl Domain {
     #[track_caller]
     pub fn sync(&self) -> SyncResult {
         self.sync_with("", &[])
+    }
+
+    /// As [`Domain::sync`], of a domain that takes long.
+    #[track_caller]
+    pub fn sync_within(&self, limit: Duration) -> SyncResult {
+        SyncResult::of(self.start_sync("", &[]).wait(limit))
     }
 
     pub fn plan(&self) -> Value {
