@@ -12,6 +12,7 @@
 use super::bitmap;
 use super::gate::{Call, Failure, Gate, Line, Repeat};
 use super::machine_libvirt::firmware_for;
+use super::releases::{Version, version_of};
 use super::swtpm;
 use super::sys;
 use super::xml::{self, DiskXml, DomainXml};
@@ -52,6 +53,11 @@ impl Default for Deadlines {
     fn default() -> Self {
         Self { query: Duration::from_secs(10), change: Duration::from_secs(30), standing: Duration::from_secs(10) }
     }
+}
+
+/// The version of the libvirt that this program was started with, which is that of the host's packages; `None`: it does not say.
+pub fn library_version() -> Option<Version> {
+    Connect::version().ok().map(version_of)
 }
 
 /// libvirt behind one connection, which is reopened when it breaks.

@@ -113,6 +113,9 @@ impl Machines for World {
     fn host(&self, _: &Machine) -> Result<HostView> {
         unreachable!("a handover looks at no host")
     }
+    fn accepts(&self, _: &str) -> Result<Result<(), String>> {
+        unreachable!("a handover looks at no host")
+    }
     fn firmware_for(&self, _: &str) -> Result<Option<PathBuf>> {
         unreachable!("a handover looks at no host")
     }
@@ -184,7 +187,7 @@ impl BringUp for World {
         let (point, _) = point.ok_or_else(|| Error::new(Kind::NotFound, "no point"))?;
         let (what, advice) = ("no such network".to_owned(), Some("map it".to_owned()));
         let finding = Finding { question: Question::Network, color: Color::Red, what, advice };
-        Ok(Readiness { point, findings: red.then_some(finding).into_iter().collect() })
+        Ok(Readiness { point, findings: red.then_some(finding).into_iter().collect(), suggestion: None })
     }
     fn state(&self) -> Result<Standing> {
         self.does(|w| Standing {

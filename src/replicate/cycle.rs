@@ -144,6 +144,7 @@ pub fn run(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBoo
         alarms: Vec::new(),
         warnings: Vec::new(),
         target_seen: None,
+        target_lacks: Vec::new(),
         error: None,
         error_kind: None,
     };
@@ -410,6 +411,7 @@ impl<'a> Run<'a> {
             consistency: still.consistency,
             consistency_reason: still.consistency_reason.clone(),
             autostart: self.starts_with_host(domain),
+            tpm_programs: self.tpm_programs(domain),
             disks,
         })?;
         failpoint!("6f");
@@ -421,8 +423,7 @@ impl<'a> Run<'a> {
         Ok(point)
     }
 
-    /// Opens a frozen image, lets `read` work on it, and closes it however that ended: it must be closed before the
-    /// commit starts.
+    /// Opens a frozen image for `read`, and closes it however that ended: it must be closed before the commit starts.
     pub(super) fn read_disk<T>(
         &self,
         plan: &Plan,
@@ -544,8 +545,7 @@ fn stopped() -> Error {
     Error::new(Kind::Interrupted, "stopped by a signal")
 }
 
-/// Settles one domain from its open record, if it has one. Returns the record that was found, what was done, and what
-/// is left open.
+/// Settles one domain from its open record, if it has one. Returns that record, what was done, and what is left open.
 pub fn settle_domain(
     ports: &Ports,
     journal: &Journal,

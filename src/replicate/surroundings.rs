@@ -8,8 +8,8 @@ use super::journal::to_json;
 use super::plan::{CaptureKind, Plan};
 use crate::error::{Error, Result};
 use crate::hypervisor::firmware::Firmware;
-use crate::hypervisor::{DomainView, Power, xml};
-use crate::replica::{Attachment, Replica};
+use crate::hypervisor::{DomainView, Power, swtpm, xml};
+use crate::replica::{Attachment, Replica, TpmPrograms};
 
 impl Run<'_> {
     /// Step 3d.
@@ -75,6 +75,12 @@ impl Run<'_> {
                 None
             }
         }
+    }
+
+    /// What has written the state of the domain's TPM. `None`: it has none, or the programs do not say: the point is as good without.
+    pub(super) fn tpm_programs(&self, domain: &DomainView) -> Option<TpmPrograms> {
+        domain.tpm.as_ref()?;
+        swtpm::programs().map(|swtpm::Programs { swtpm, libtpms }| TpmPrograms { swtpm, libtpms })
     }
 
     fn firmware(&self, domain: &DomainView) -> Result<Option<Firmware>> {

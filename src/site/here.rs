@@ -5,14 +5,15 @@ use crate::error::{Error, Kind, Result};
 use crate::hypervisor::Power;
 use crate::hypervisor::firmware::Firmware;
 use crate::hypervisor::libvirt::LibvirtHypervisor;
-use crate::hypervisor::machine::{HostView, Machines as _};
+use crate::hypervisor::machine::Machines as _;
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId};
-use crate::recovery::bringup::Wanted;
-use crate::recovery::definition::{self, Definition, Macs, Nics, Wish};
+use crate::recovery::bringup::{Readiness, Wanted};
+use crate::recovery::definition::{Definition, Macs, Nics, Wish};
 use crate::recovery::failover::{self, FailoverRecord, FailoverState};
+use crate::recovery::fitting::{self, Fitted};
 use crate::recovery::mapping::{MacPolicy, Mapping};
 use crate::recovery::ready::{self, Builds, Finding, Room};
-use crate::recovery::{definition_of, detach, drill, drills, overlays};
+use crate::recovery::{definition_of, detach, drill, drills, overlays, suggest};
 use crate::replica::store::{self, Store};
 use crate::replica::upkeep::Held;
 use crate::replica::{Attachment, PointView, ReplicaView};
@@ -101,22 +102,33 @@ impl Here {
 
     /// Whether the domain could be brought up here from this point. Touches nothing.
     pub fn ready(&self, found: &Found) -> Result<Vec<Finding>> {
-        let held = self.hold(found, "ready")?;
-        let read = self.definition_here(found, held.as_ref()).and_then(|d| Ok((self.builds(&d, held.as_ref())?, d)));
-        held.release();
-        let (builds, definition) = read.map_err(|e| e.domain(&found.name).point(&found.point.id))?;
-        self.judge(found, &definition, &self.hypervisor.host(&definition.machine)?, &builds)
+        Ok(self.readiness(found)?.findings)
     }
 
-    /// Every question about a failover, with what is known of the point.
-    fn judge(&self, found: &Found, definition: &Definition, host: &HostView, builds: &Builds) -> Result<Vec<Finding>> {
-        let mut host = host.clone();
+    /// The same, with what an operator may want to write into recovery.yaml.
+    pub fn readiness(&self, found: &Found) -> Result<Readiness> {
+        let held = self.hold(found, "ready")?;
+        let read = self.fitted_here(found, held.as_ref()).and_then(|fitted| {
+            let builds = self.builds(&fitted.definition, held.as_ref())?;
+            let findings = self.judge(found, &fitted, held.as_ref(), &builds)?;
+            Ok(Readiness { point: found.point.id.clone(), findings, suggestion: suggest::lines(&fitted) })
+        });
+        held.release();
+        read.map_err(|e| e.domain(&found.name).point(&found.point.id))
+    }
+
+    /// Every question about a failover, with what is known of the point. libvirt has read what would be defined.
+    fn judge(&self, found: &Found, fitted: &Fitted, held: &dyn Held, builds: &Builds) -> Result<Vec<Finding>> {
+        let mut fitted = fitted.clone();
         if failover::peek(&self.options.state, &found.uuid)?.is_some_and(|record| record.tpm) {
             // It is of a failover that was begun here, and has come from a point itself.
-            host.tpm_states.retain(|uuid| uuid != found.uuid.as_str());
+            fitted.host.tpm_states.retain(|uuid| uuid != found.uuid.as_str());
         }
+        let room = self.room();
         let mut findings = vec![ready::point(&found.view, &found.point)];
-        findings.extend(ready::judge(definition, &found.name, &found.uuid, &host, &self.room(), builds));
+        findings.extend(ready::chain(&fitted, overlays::to_copy(held, fitted.definition.images_max)?, &room));
+        findings.extend(ready::judge(&fitted, &found.name, &found.uuid, &room, builds));
+        findings.extend(ready::tpm_programs(&fitted, &found.point));
         Ok(findings)
     }
 
@@ -138,8 +150,8 @@ impl Here {
         Ok(Builds { source: known(source), here: known(here) })
     }
 
-    /// The definition of a failover.
-    fn definition_here(&self, found: &Found, held: &dyn Held) -> Result<Definition> {
+    /// The definition of a failover, as libvirt here takes it.
+    fn fitted_here(&self, found: &Found, held: &dyn Held) -> Result<Fitted> {
         let mapping = &self.options.mapping;
         let overlays = overlays::named(held, &self.failover_dir(&found.uuid)?);
         let wish = Wish {
@@ -156,7 +168,7 @@ impl Here {
             nvram: overlays.nvram.clone(),
             tpm: overlays.tpm,
         };
-        definition::render(&definition_of(held)?, &wish, mapping)
+        fitting::fit(&self.hypervisor, &definition_of(held)?, &wish, mapping)
     }
 
     /// Where the overlays of this domain's failover lie, or would.
@@ -208,21 +220,20 @@ impl Here {
         state: &FailoverState,
         say: &dyn Fn(&str),
     ) -> Result<FailoverRecord> {
-        let definition = self.definition_here(found, held)?;
-        let host = self.hypervisor.host(&definition.machine)?;
+        let fitted = self.fitted_here(found, held)?;
         // What was begun is found here by its own name.
         if state.record()?.is_none() {
             // Another build of the firmware is for `ready` to say: it keeps nobody from a failover.
-            let findings = self.judge(found, &definition, &host, &Builds::default())?;
+            let findings = self.judge(found, &fitted, held, &Builds::default())?;
             if let Some(red) = findings.iter().find(|f| f.color == ready::Color::Red) {
                 let e = Error::new(Kind::Conflict, format!("it cannot be brought up here: {}", red.what));
                 return Err(e.hint(red.advice.clone().unwrap_or_default()));
             }
         }
-        overlays::let_qemu_pass(held, host.qemu_uid)?;
+        overlays::let_qemu_pass(held, fitted.host.qemu_uid)?;
         let dir = self.failover_dir(&found.uuid)?;
         let (domain, uuid, wanted) = (&found.name, &found.uuid, wanted.clone());
-        let plan = failover::Plan { domain, uuid, dir, definition: &definition, wanted };
+        let plan = failover::Plan { domain, uuid, dir, definition: &fitted.definition, wanted };
         let store = self.store(uuid)?;
         failover::run(&self.failover_ports(&store, say), state, &plan, held)
     }

@@ -35,9 +35,7 @@ impl HereDomain<'_> {
 
 impl BringUp for HereDomain<'_> {
     fn ready(&self, point: Option<&PointId>) -> Result<Readiness> {
-        let found = self.find(point)?;
-        let findings = self.here.ready(&found)?;
-        Ok(Readiness { point: found.point.id, findings })
+        self.here.readiness(&self.find(point)?)
     }
 
     fn state(&self) -> Result<Standing> {
