@@ -4,6 +4,7 @@ use crate::agent::client::AgentClient;
 use crate::agent::{ReplicaOpener, ServeOptions, Served, serve_stdio};
 use crate::block::DiskSize;
 use crate::error::{Error, Kind, Result};
+use crate::hypervisor::releases;
 use crate::image::Layer;
 use crate::image::open::{self, OpenOptions};
 use crate::image::qemu_nbd::QemuNbd;
@@ -160,6 +161,17 @@ impl Connection {
         let session = self.session.into_inner().unwrap_or_else(|e| e.into_inner());
         session.map_or(Ok(()), |session| session.client.close())
     }
+}
+
+/// How many images a disk of the newest point may consist of in a store on this host, unless somebody says otherwise: as many as
+/// its libvirt starts below an overlay. No connection is made for it.
+pub fn depth_max() -> u64 {
+    let most = Limits::default().depth_max;
+    #[cfg(feature = "libvirt")]
+    let libvirt = crate::hypervisor::libvirt::library_version();
+    #[cfg(not(feature = "libvirt"))]
+    let libvirt = None;
+    releases::images_max(libvirt).map_or(most, |images| most.min(images - 1))
 }
 
 /// Runs the agent for the store at `root` on this process's stdin and stdout, until the client's end or its silence.

@@ -104,6 +104,7 @@ fn point(seq: usize) -> PointView {
         consistency: Consistency::Crash,
         consistency_reason: None,
         autostart: None,
+        tpm_programs: None,
         run: RunId::from_bits(seq as u64),
         disks: vec![PointDisk {
             name: disk("vda"),
@@ -372,6 +373,7 @@ fn seal_request() -> SealPoint {
         consistency: Consistency::Crash,
         consistency_reason: None,
         autostart: None,
+        tpm_programs: None,
         disks: vec![],
     }
 }

@@ -181,6 +181,7 @@ impl StoreWithPoints {
                 consistency: Consistency::Crash,
                 consistency_reason: None,
                 autostart: None,
+                tpm_programs: None,
                 disks,
             })
             .unwrap();

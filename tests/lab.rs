@@ -63,6 +63,8 @@ mod crash_raw;
 mod daemon;
 #[path = "lab/suite/daemon_soak.rs"]
 mod daemon_soak;
+#[path = "lab/suite/definitions.rs"]
+mod definitions;
 #[path = "lab/suite/domain.rs"]
 #[allow(dead_code, reason = "the vocabulary of the tests, whichever of them are compiled")]
 mod domain;

@@ -60,7 +60,7 @@ impl BringUp for Host {
     fn ready(&self, point: Option<&PointId>) -> Result<Readiness> {
         self.hears(format!("ready {}", point.is_some()));
         let red = Finding { question: Question::Network, color: Color::Red, what: "no".into(), advice: None };
-        Ok(Readiness { point: order().point, findings: vec![red] })
+        Ok(Readiness { point: order().point, findings: vec![red], suggestion: None })
     }
     fn ready_for(&self, coming: &Coming) -> Result<Vec<Finding>> {
         self.hears(format!("ready for {coming:?}"));

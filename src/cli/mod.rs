@@ -15,6 +15,8 @@ mod failback;
 // A build without libvirt reads the arguments and goes no further.
 #[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
 mod failover;
+#[cfg(feature = "libvirt")]
+mod foresee;
 // A build without libvirt reads the arguments and goes no further.
 #[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
 mod give_way;

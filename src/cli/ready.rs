@@ -7,7 +7,7 @@ use super::render;
 use super::target::{SshArgs, Target, hang_up};
 use clap::Args;
 use serde_json::json;
-use virt_replica::error::Result;
+use virt_replica::error::{Result, printable};
 use virt_replica::name::{DomainName, DomainUuid, PointId};
 use virt_replica::recovery::bringup::{BringUp as _, Readiness};
 use virt_replica::recovery::ready::{Color, Finding, Question};
@@ -29,6 +29,9 @@ pub struct ReadyArgs {
     here: HereArgs,
     #[command(flatten)]
     ssh: SshArgs,
+    /// Print the lines to paste into recovery.yaml on the target, and nothing else
+    #[arg(long, conflicts_with = "json")]
+    suggest: bool,
     /// Print JSON for scripts
     #[arg(long)]
     pub json: bool,
@@ -41,10 +44,14 @@ pub fn ready(args: &ReadyArgs, globals: &Globals, output: Output) -> Result<Exit
         None => here(args, globals)?,
     };
     let is_ready = answer.readiness.red().is_none();
+    if args.suggest {
+        print(&suggestion(&answer))?;
+        return Ok(if is_ready { Exit::Done } else { Exit::Code(1) });
+    }
     match output.json {
         true => print_json(&json!({
             "domain": answer.name, "uuid": answer.uuid, "target": answer.target, "point": answer.readiness.point,
-            "ready": is_ready, "findings": answer.readiness.findings,
+            "ready": is_ready, "findings": answer.readiness.findings, "suggestion": answer.readiness.suggestion,
         }))?,
         false => print(&describe(&answer))?,
     }
@@ -78,7 +85,7 @@ fn there(to: &str, args: &ReadyArgs, globals: &Globals) -> Result<Answer> {
 fn here(args: &ReadyArgs, globals: &Globals) -> Result<Answer> {
     let here = args.here.connect(globals)?;
     let found = here.find(&args.domain, args.point.as_ref())?;
-    let readiness = Readiness { findings: here.ready(&found)?, point: found.point.id };
+    let readiness = here.readiness(&found)?;
     Ok(Answer { name: found.name, uuid: found.uuid, target: None, readiness })
 }
 
@@ -88,8 +95,16 @@ fn here(args: &ReadyArgs, _: &Globals) -> Result<Answer> {
     super::no_libvirt("ready without --to")
 }
 
+/// Of another host's words: printable ones only, a line each.
+fn suggestion(answer: &Answer) -> String {
+    match &answer.readiness.suggestion {
+        Some(lines) => lines.lines().take(200).map(|line| printable(line, 300)).collect::<Vec<_>>().join("\n"),
+        None => "# recovery.yaml needs nothing more for this domain".to_owned(),
+    }
+}
+
 fn describe(answer: &Answer) -> String {
-    let Answer { name, readiness: Readiness { point, findings }, .. } = answer;
+    let Answer { name, readiness: Readiness { point, findings, .. }, .. } = answer;
     let place = answer.target.as_ref().map_or("here".to_owned(), |target| format!("on {target}"));
     let red = findings.iter().filter(|f| f.color == Color::Red).count();
     let verdict = match red {

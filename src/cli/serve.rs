@@ -28,9 +28,10 @@ pub struct AgentArgs {
     /// Remove no point younger than this, whatever a client asks for (7d, 12h)
     #[arg(long, value_name = "AGE", default_value = "0s", value_parser = super::render::parse_age)]
     min_age: Duration,
-    /// Once a disk of the newest point consists of this many images, give it one that stands alone
-    #[arg(long, value_name = "COUNT", default_value_t = Limits::default().depth_max, value_parser = clap::value_parser!(u64).range(2..))]
-    max_depth: u64,
+    /// Once a disk of the newest point consists of this many images, give it one that stands alone [default: what libvirt of
+    /// this release starts, at most 64]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(2..))]
+    max_depth: Option<u64>,
     /// The operator of this host asks, not a source: what this host pinned may be unpinned (started by commands on this host)
     #[arg(long, hide = true, conflicts_with = "images")]
     operator: bool,
@@ -50,7 +51,7 @@ pub fn agent(args: &AgentArgs, globals: &Globals) -> Result<Exit> {
         site::serve_images(&args.root, &globals.state_dir)?;
         return Ok(Exit::Done);
     }
-    let limits = Limits { min_age: args.min_age, depth_max: args.max_depth };
+    let limits = Limits { min_age: args.min_age, depth_max: args.max_depth.unwrap_or_else(site::depth_max) };
     match args.failover {
         true => serve_failover(args, limits, globals)?,
         false => site::serve_agent(&args.root, limits, args.operator)?,

@@ -118,6 +118,7 @@ pub use run::{plan, sync};
 #[cfg(feature = "libvirt")]
 mod run {
     use super::*;
+    use crate::cli::foresee::lacks;
     use crate::cli::output::{AUDIT_ALARM, COMMIT_PENDING, Message, print, print_json};
     use crate::cli::shorten::keep_short;
     use crate::cli::target::{Target, hang_up};
@@ -172,6 +173,9 @@ mod run {
         // Its point is sealed, and its report is kept: whatever becomes of older points, this run has been one.
         let result = result.map(|(mut report, error)| {
             let note = report.point.is_some().then(|| tend(args, &connection, &mut report, output, stop)).flatten();
+            if let Some(point) = &report.point {
+                report.target_lacks = lacks(&target, &report.uuid, Some(&point.id));
+            }
             (report, error, note)
         });
         hang_up(connection);
@@ -230,7 +234,17 @@ mod run {
         let plan = plan?;
         match output.json {
             true => print_json(&plan)?,
-            false => print(&describe_plan(&plan, &request.target))?,
+            false => {
+                // Of the definition that the newest point there has.
+                let lacking = plan.head.as_ref().map(|head| lacks(&target, &plan.uuid, Some(head))).unwrap_or_default();
+                let lacking = lacking.iter().map(|l| render::wrap("warning: ", l));
+                print(
+                    &std::iter::once(describe_plan(&plan, &request.target))
+                        .chain(lacking)
+                        .collect::<Vec<_>>()
+                        .join("\n"),
+                )?;
+            }
         }
         // A script that asks whether a run would begin reads the answer from the exit code.
         plan.refusal().map_or(Ok(Exit::Done), Err)
@@ -302,7 +316,7 @@ mod run {
                 .map(|s| render::wrap(&format!(" {}: ", s.name), &format!("skipped, it {}", s.reason))),
         );
         lines.extend(report.alarms.iter().map(|a| render::wrap("ALARM: ", a)));
-        lines.extend(report.warnings.iter().map(|w| render::wrap("warning: ", w)));
+        lines.extend(report.warnings.iter().chain(&report.target_lacks).map(|w| render::wrap("warning: ", w)));
         lines.join("\n")
     }
 

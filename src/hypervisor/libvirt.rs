@@ -12,6 +12,7 @@
 use super::bitmap;
 use super::gate::{Call, Failure, Gate, Line, Repeat};
 use super::machine_libvirt::firmware_for;
+use super::releases::{Version, version_of};
 use super::swtpm;
 use super::sys;
 use super::xml::{self, DiskXml, DomainXml};
@@ -60,6 +61,11 @@ impl Default for Deadlines {
             probing: Duration::from_secs(180),
         }
     }
+}
+
+/// The version of the libvirt that this program was started with, which is that of the host's packages; `None`: it does not say.
+pub fn library_version() -> Option<Version> {
+    Connect::version().ok().map(version_of)
 }
 
 /// libvirt behind one connection, which is reopened when it breaks.

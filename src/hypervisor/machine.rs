@@ -4,7 +4,8 @@
 //! middle does it all again.
 
 use super::Power;
-use super::swtpm::TpmVersion;
+use super::releases::Version;
+use super::swtpm::{Programs, TpmVersion};
 use super::xml::{child, children, document, text_of};
 use crate::error::{Error, Kind, Result};
 use crate::name::DomainUuid;
@@ -19,6 +20,10 @@ pub trait Machines: Send + Sync {
 
     /// The file of the UEFI firmware that a domain of this definition would start with. `None`: libvirt does not say.
     fn firmware_for(&self, xml: &str) -> Result<Option<PathBuf>>;
+
+    /// libvirt's verdict on what would be defined and started: it reads the XML, completes it and makes QEMU's command line of it.
+    /// Nothing is defined, started or written. `Err`: its words, why not.
+    fn accepts(&self, xml: &str) -> Result<Result<(), String>>;
 
     /// Starts a domain that leaves no definition behind. `Refused`, with libvirt's words, if it cannot be.
     fn start_transient(&self, xml: &str) -> Result<()>;
@@ -90,6 +95,15 @@ pub struct HostView {
     pub tpm_states: Vec<String>,
     /// UUIDs of libvirt's secrets that are there for the state of a TPM.
     pub tpm_secrets: Vec<String>,
+    /// What emulates TPMs; `None`: nothing, or nobody knows.
+    pub tpm_programs: Option<Programs>,
+    /// Processors that work.
+    pub cpus: u64,
+    /// `None`: not known.
+    pub libvirt: Option<Version>,
+    pub qemu: Option<Version>,
+    /// Machine types of this architecture, under the names that libvirt gives them.
+    pub machines: Vec<String>,
 }
 
 impl HostView {
@@ -113,6 +127,12 @@ pub struct Capabilities {
     /// Of the processor's models those that this host can show a guest.
     pub cpu_models: Vec<String>,
     pub host_passthrough: bool,
+    /// Modes of a processor that it has.
+    pub cpu_modes: Vec<String>,
+    /// The most processors that a guest of this machine may have; `None`: not said.
+    pub vcpus_max: Option<u64>,
+    /// Models of screens.
+    pub videos: Vec<String>,
     pub uefi: bool,
     pub secure_boot: bool,
     pub tpm_emulator: bool,
@@ -152,15 +172,31 @@ pub fn parse_capabilities(xml: &str) -> Result<Capabilities> {
     let os = child(root, "os");
     let loader = os.and_then(|o| child(o, "loader"));
     let uefi = values(os, "firmware").iter().any(|f| f == "efi");
-    let tpm = child(root, "devices").and_then(|d| child(d, "tpm"));
+    let devices = child(root, "devices");
+    let device = |name: &'static str| devices.and_then(|d| child(d, name));
+    let supported = modes.iter().filter(|m| m.attribute("supported") == Some("yes"));
     Ok(Capabilities {
         emulator: child(root, "path").map(text_of).unwrap_or_default(),
         cpu_models: models.filter(|m| m.attribute("usable") != Some("no")).map(text_of).collect(),
         host_passthrough: mode("host-passthrough").is_some_and(|m| m.attribute("supported") == Some("yes")),
+        cpu_modes: supported.filter_map(|m| m.attribute("name")).map(str::to_owned).collect(),
+        vcpus_max: child(root, "vcpu").and_then(|v| v.attribute("max")?.parse().ok()),
+        videos: values(device("video"), "modelType"),
         uefi,
         secure_boot: uefi && values(loader, "secure").iter().any(|v| v == "yes"),
-        tpm_emulator: values(tpm, "backendModel").iter().any(|b| b == "emulator"),
+        tpm_emulator: values(device("tpm"), "backendModel").iter().any(|b| b == "emulator"),
     })
+}
+
+/// The machine types of an architecture, by libvirt's `<capabilities>`, without those that are only other names.
+pub fn machines(xml: &str, arch: &str) -> Result<Vec<String>> {
+    let doc = document(xml)?;
+    let guests = children(doc.root_element(), "guest").filter_map(|g| child(g, "arch"));
+    let machines = guests.filter(|a| a.attribute("name") == Some(arch)).flat_map(|a| children(a, "machine"));
+    let mut found: Vec<String> = machines.filter(|m| m.attribute("canonical").is_none()).map(text_of).collect();
+    found.sort();
+    found.dedup();
+    Ok(found)
 }
 
 /// The user that QEMU runs as, by libvirt's `<capabilities>`: its security model `dac` names it.
@@ -191,12 +227,14 @@ mod tests {
         let xml = "<domainCapabilities><path>/usr/bin/qemu</path>\
             <os supported='yes'><enum name='firmware'><value>efi</value></enum>\
             <loader supported='yes'><enum name='secure'><value>yes</value><value>no</value></enum></loader></os>\
-            <cpu><mode name='host-passthrough' supported='yes'/><mode name='custom' supported='yes'>\
+            <vcpu max='288'/><cpu><mode name='host-passthrough' supported='yes'/><mode name='maximum' supported='no'/><mode name='custom' supported='yes'>\
             <model usable='no'>EPYC</model><model usable='yes'>Haswell</model></mode></cpu>\
-            <devices><tpm supported='yes'><enum name='backendModel'><value>emulator</value></enum></tpm></devices>\
+            <devices><video supported='yes'><enum name='modelType'><value>vga</value></enum></video><tpm supported='yes'><enum name='backendModel'><value>emulator</value></enum></tpm></devices>\
             </domainCapabilities>";
         let c = parse_capabilities(xml).unwrap();
         assert_eq!((c.emulator.as_str(), c.cpu_models.as_slice()), ("/usr/bin/qemu", &["Haswell".to_owned()][..]));
+        assert_eq!((c.vcpus_max, c.videos), (Some(288), vec!["vga".to_owned()]));
+        assert_eq!(c.cpu_modes, ["host-passthrough", "custom"]);
         assert!(c.host_passthrough && c.uefi && c.secure_boot && c.tpm_emulator);
         assert_eq!(parse_capabilities("<domainCapabilities/>").unwrap(), Capabilities::default());
         assert_eq!(parse_capabilities("<domain/>").unwrap_err().kind(), Kind::Protocol);
@@ -208,6 +246,15 @@ mod tests {
             <secmodel><model>dac</model><baselabel type='kvm'>+64055:+64055</baselabel></secmodel></host></capabilities>";
         assert_eq!(qemu_uid(xml).unwrap(), Some(64055));
         assert_eq!(qemu_uid("<capabilities/>").unwrap(), None);
+    }
+
+    #[test]
+    fn machine_types_are_listed_once_and_without_their_other_names() {
+        let xml = "<capabilities><guest><arch name='x86_64'><machine maxCpus='255'>pc-i440fx-7.2</machine>\
+            <machine canonical='pc-i440fx-7.2'>pc</machine><domain type='qemu'><machine>pc-q35-7.2</machine></domain></arch></guest>\
+            <guest><arch name='i686'><machine>isapc</machine></arch></guest></capabilities>";
+        assert_eq!(machines(xml, "x86_64").unwrap(), ["pc-i440fx-7.2"]);
+        assert_eq!(machines(xml, "sparc").unwrap(), [""; 0]);
     }
 
     #[test]

@@ -8,6 +8,7 @@ use super::gate::{Call, Failure, Line, Repeat};
 use super::inside;
 use super::libvirt::{LibvirtHypervisor, lookup};
 use super::machine::{self, Capabilities, HostView, Machine, Machines, Neighbour, NetworkView};
+use super::releases::version_of;
 use super::swtpm::{self, TpmPlace, TpmVersion};
 use super::xml::{self, escape};
 use crate::error::{Error, Kind, Result};
@@ -47,7 +48,7 @@ impl LibvirtHypervisor {
 
 impl Machines for LibvirtHypervisor {
     fn host(&self, machine: &Machine) -> Result<HostView> {
-        let machine = machine.clone();
+        let wanted = machine.clone();
         let deadline = self.deadlines.probing;
         let mut view = self.on_host("look at the host", deadline, Repeat::Harmless, move |conn| {
             let mut networks = Vec::new();
@@ -69,14 +70,35 @@ impl Machines for LibvirtHypervisor {
                     Err(e) => return Err(e),
                 }
             }
-            let machine = capabilities(conn, &machine)?;
-            let qemu_uid = machine::qemu_uid(&conn.capabilities()?)?;
+            let machine = capabilities(conn, &wanted)?;
+            let all = conn.capabilities()?;
+            let (qemu_uid, machines) = (machine::qemu_uid(&all)?, machine::machines(&all, &wanted.arch)?);
+            // Which release it is decides only about what is asked more of it.
+            let libvirt = conn.lib_version().ok().map(version_of);
+            let qemu = conn.hyp_version().ok().map(version_of);
             let tpm_states = swtpm::root_of(&conn.uri()?).map(|root| swtpm::states(&root)).unwrap_or_default();
             let tpm_secrets = tpm_secrets(conn)?;
             let (bridges, free_memory_bytes) = (Vec::new(), 0);
-            Ok(HostView { machine, networks, bridges, domains, free_memory_bytes, qemu_uid, tpm_states, tpm_secrets })
+            let (tpm_programs, cpus) = (None, 1);
+            Ok(HostView {
+                machine,
+                networks,
+                bridges,
+                domains,
+                free_memory_bytes,
+                qemu_uid,
+                tpm_states,
+                tpm_secrets,
+                tpm_programs,
+                cpus,
+                libvirt,
+                qemu,
+                machines,
+            })
         })?;
         (view.bridges, view.free_memory_bytes) = (bridges(), available_memory_bytes()?);
+        view.cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
+        view.tpm_programs = swtpm::programs();
         Ok(view)
     }
 
@@ -84,6 +106,18 @@ impl Machines for LibvirtHypervisor {
         let xml = xml.to_owned();
         let deadline = self.deadlines.probing;
         self.on_host("ask for the firmware", deadline, Repeat::Harmless, move |conn| firmware_for(conn, &xml))
+    }
+
+    fn accepts(&self, xml: &str) -> Result<Result<(), String>> {
+        let xml = xml.to_owned();
+        let what = "ask whether libvirt takes the definition";
+        self.on_host(what, self.deadlines.change, Repeat::Harmless, move |conn| {
+            match conn.domain_xml_to_native("qemu-argv", &xml, 0) {
+                Ok(_) => Ok(Ok(())),
+                Err(e) if e.domain().is(virt::error::ErrorDomain::Rpc) => Err(e.into()),
+                Err(e) => Ok(Err(crate::error::printable(e.message(), 300))),
+            }
+        })
     }
 
     fn start_transient(&self, xml: &str) -> Result<()> {

@@ -30,6 +30,7 @@ mod machine_libvirt;
 pub mod names;
 #[cfg(feature = "libvirt")]
 mod pull;
+pub mod releases;
 pub mod relocate;
 pub mod stored;
 pub mod swtpm;

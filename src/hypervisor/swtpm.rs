@@ -5,15 +5,85 @@
 //! where the directory is there and not empty, the domain starts with what is in it. libvirt gives the directory to swtpm's user,
 //! but not the file, so the file has to belong to that user already.
 
+use super::releases::parse_version;
 use super::xml::child;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, printable};
 use crate::name::DomainUuid;
 use crate::users;
 use roxmltree::Node;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{ErrorKind, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// How long swtpm may take to say which version it is.
+const SAYS_WITHIN: Duration = Duration::from_secs(5);
+
+/// Where a library may lie, below its architecture's directory too.
+const LIBRARIES: [&str; 4] = ["/usr/lib64", "/usr/lib", "/lib64", "/usr/local/lib"];
+
+/// Which programs emulate a TPM; they write its state, and only their like can read it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Programs {
+    /// As it calls itself: `0.7.1`.
+    pub swtpm: String,
+    /// By the name of its file; `None`: it was not found.
+    pub libtpms: Option<String>,
+}
+
+impl Programs {
+    /// In a few words.
+    pub fn words(&self) -> String {
+        let cut = |text: &str| printable(text, 24);
+        match &self.libtpms {
+            Some(libtpms) => format!("swtpm {} with libtpms {}", cut(&self.swtpm), cut(libtpms)),
+            None => format!("swtpm {}", cut(&self.swtpm)),
+        }
+    }
+}
+
+/// Those of this host; `None`: there are none, or they do not say.
+pub fn programs() -> Option<Programs> {
+    let mut child = Command::new("swtpm")
+        .arg("--version")
+        .env("LC_ALL", "C")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .ok()?;
+    let until = Instant::now() + SAYS_WITHIN;
+    while child.try_wait().ok()?.is_none() {
+        if Instant::now() >= until {
+            // It is ours, and nobody waits for it any longer.
+            let _ = child.kill().and_then(|()| child.wait().map(drop));
+            return None;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let mut said = String::new();
+    child.stdout.take()?.take(4096).read_to_string(&mut said).ok()?;
+    Some(Programs { swtpm: said_version(&said)?, libtpms: libtpms() })
+}
+
+/// "TPM emulator version 0.7.1, Copyright ...".
+fn said_version(said: &str) -> Option<String> {
+    let mut words = said.split_whitespace().skip_while(|word| *word != "version").skip(1);
+    let version = words.next()?.trim_end_matches(',');
+    parse_version(version).map(|_| printable(version, 24))
+}
+
+/// The file behind the library's name says which it is: `libtpms.so.0.9.2`.
+fn libtpms() -> Option<String> {
+    let below = |dir: &str| fs::read_dir(dir).into_iter().flatten().flatten().map(|d| d.path());
+    let multiarch = below("/usr/lib").filter(|d| d.to_string_lossy().contains("-linux-"));
+    let dirs = multiarch.chain(LIBRARIES.iter().map(PathBuf::from));
+    let real = dirs.filter_map(|dir| fs::canonicalize(dir.join("libtpms.so.0")).ok()).next()?;
+    let version = real.file_name()?.to_str()?.strip_prefix("libtpms.so.")?.to_owned();
+    parse_version(&version).map(|_| printable(&version, 24))
+}
 
 /// Where libvirt of the whole system (`qemu:///system`) keeps them, a directory for each domain.
 pub const ROOT: &str = "/var/lib/libvirt/swtpm";

@@ -111,6 +111,9 @@ pub fn refuse_red(findings: &[Finding], host: &str) -> Result<()> {
 pub struct Readiness {
     pub point: PointId,
     pub findings: Vec<Finding>,
+    /// Lines for recovery.yaml of that host, which an operator may want to paste; absent: there are none, or its agent is older.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub suggestion: Option<String>,
 }
 
 impl Readiness {

@@ -11,9 +11,11 @@
 //! - What came through reads the same the second time: the result is its own fixed point (but for what is replaced).
 
 mod devices;
+pub mod limits;
 pub mod remark;
 mod render;
 mod rules;
+mod size;
 
 use crate::error::{Error, Kind, Result, printable};
 use crate::hypervisor::machine::Machine;
@@ -21,9 +23,11 @@ use crate::hypervisor::swtpm::TpmVersion;
 use crate::hypervisor::xml::{child, document, domain_element, path_text, text_of};
 use crate::name::{DiskName, DomainName, DomainUuid};
 use crate::recovery::mapping::{Attach, Mapping};
+use limits::Limits;
 use remark::{Remark, Verdict};
-use render::{Check, Out, is_word, shown};
+use render::{Check, LeaveOut, Out, is_word, path_of, shown};
 use roxmltree::Node;
+use size::Size;
 use std::path::{Path, PathBuf};
 
 /// Largest definition that is read, in bytes. Real ones are some ten KiB.
@@ -73,6 +77,7 @@ pub struct Definition {
     /// The model that the guest's processor has to have; `None`: one of the host's choice, or the host's own.
     pub cpu: Option<String>,
     pub memory_bytes: u64,
+    pub vcpus: u64,
     pub attached: Vec<Attach>,
     pub macs: Vec<String>,
     pub uefi: bool,
@@ -82,7 +87,13 @@ pub struct Definition {
     pub guest_agent: bool,
     /// It has a serial line.
     pub serial: bool,
+    /// Images that a disk may consist of here; `None`: as many as there are.
+    pub images_max: Option<u64>,
+    /// Sources of interfaces that nobody has said of what they are here.
+    pub unmapped: Vec<String>,
     pub remarks: Vec<Remark>,
+    /// Paths of the elements that came through by their rule: what could be left out, if libvirt refuses it.
+    written: Vec<String>,
 }
 
 /// An emulated TPM.
@@ -96,6 +107,24 @@ pub struct Tpm {
 }
 
 impl Definition {
+    /// What could be left out, that which `said` speaks of first: libvirt names the word that it does not know.
+    pub fn candidates(&self, said: &str) -> Vec<String> {
+        let speaks = |path: &String| {
+            let name = path.rsplit(['/', '[']).next().unwrap_or(path).trim_end_matches(']');
+            said.contains(name)
+        };
+        let (mut named, others): (Vec<_>, Vec<_>) = self.written.iter().cloned().partition(speaks);
+        // A part before the whole.
+        named.sort_by_key(|path| std::cmp::Reverse(path.matches('/').count()));
+        let mut all: Vec<String> = Vec::new();
+        for path in named.into_iter().chain(others) {
+            if !rules::ALWAYS.contains(&path.as_str()) && !all.contains(&path) {
+                all.push(path);
+            }
+        }
+        all
+    }
+
     /// The XML, if nothing of it was refused.
     pub fn xml(&self) -> Result<&str> {
         let refused: Vec<String> = self
@@ -112,9 +141,14 @@ impl Definition {
     }
 }
 
+/// Reads the source's definition and writes the one for a host that nobody has asked yet: see [`render_for`].
+pub fn render(xml: &str, wish: &Wish, mapping: &Mapping) -> Result<Definition> {
+    render_for(xml, wish, mapping, &Limits::default())
+}
+
 /// Reads the source's definition and writes the one for this host. An error: it is no domain's XML. What cannot be used of
 /// it, and what was left out, is in the remarks.
-pub fn render(xml: &str, wish: &Wish, mapping: &Mapping) -> Result<Definition> {
+pub fn render_for(xml: &str, wish: &Wish, mapping: &Mapping, limits: &Limits) -> Result<Definition> {
     if xml.len() > DEFINITION_MAX {
         let what = format!("the definition has {} bytes; at most {DEFINITION_MAX} are read", xml.len());
         return Err(Error::new(Kind::Refused, what));
@@ -127,8 +161,11 @@ pub fn render(xml: &str, wish: &Wish, mapping: &Mapping) -> Result<Definition> {
     let mut state = Rendering {
         wish,
         mapping,
-        out: Out::default(),
+        limits,
+        size: Size::of(root, limits),
+        out: Out::without(left_out(root, mapping, limits)),
         attached: Vec::new(),
+        unmapped: Vec::new(),
         macs: Vec::new(),
         guest_agent: false,
         serial: false,
@@ -144,7 +181,11 @@ pub fn render(xml: &str, wish: &Wish, mapping: &Mapping) -> Result<Definition> {
     Ok(Definition {
         machine: Machine { virt_type, arch, machine },
         cpu: state.cpu_model(root),
-        memory_bytes: memory_bytes(root),
+        memory_bytes: state.size.memory_bytes.unwrap_or(0),
+        vcpus: state.size.vcpus.unwrap_or(1),
+        images_max: limits.images_max,
+        unmapped: state.unmapped,
+        written: state.out.written,
         attached: state.attached,
         macs: state.macs,
         uefi,
@@ -155,6 +196,20 @@ pub fn render(xml: &str, wish: &Wish, mapping: &Mapping) -> Result<Definition> {
         xml: state.out.xml,
         remarks: state.out.remarks,
     })
+}
+
+/// What is left out although it is known: what the operator of this host says, what libvirt here refuses, and what a processor
+/// that is emulated cannot do.
+fn left_out(root: Node, mapping: &Mapping, limits: &Limits) -> Vec<LeaveOut> {
+    let by_hand = mapping.leave_out.iter().map(|what| LeaveOut {
+        what: what.clone(),
+        why: "is left out, as `leave_out:` in recovery.yaml says".to_owned(),
+    });
+    let emulated = (root.attribute("type") == Some("qemu")).then(|| LeaveOut {
+        what: "features/hyperv".to_owned(),
+        why: "is left out: only KVM can offer it to a guest".to_owned(),
+    });
+    by_hand.chain(limits.without.iter().cloned()).chain(emulated).collect()
 }
 
 /// How the guest boots.
@@ -170,8 +225,11 @@ struct Boot {
 struct Rendering<'a> {
     wish: &'a Wish<'a>,
     mapping: &'a Mapping,
+    limits: &'a Limits,
+    size: Size,
     out: Out,
     attached: Vec<Attach>,
+    unmapped: Vec<String>,
     macs: Vec<String>,
     guest_agent: bool,
     serial: bool,
@@ -193,6 +251,7 @@ impl Rendering<'_> {
     /// The children of `<domain>`. libvirt takes the first of two elements of a name: here, that is nobody's to guess.
     fn top(&mut self, root: Node) -> Result<Boot> {
         let mut boot = Boot::default();
+        self.size.remarks.drain(..).for_each(|r| self.out.remark(&r.what, r.verdict, r.why));
         let mut seen: Vec<&str> = Vec::new();
         for node in root.children().filter(Node::is_element) {
             let name = node.tag_name().name();
@@ -208,6 +267,7 @@ impl Rendering<'_> {
             seen.push(name);
             match name {
                 "os" => boot = self.os(node)?,
+                "vcpu" | "memory" | "currentMemory" | "maxMemory" => self.sized(name)?,
                 "cpu" => self.cpu(node)?,
                 "devices" => self.devices(node)?,
                 "sysinfo" => self.sysinfo(node)?,
@@ -226,14 +286,34 @@ impl Rendering<'_> {
         Ok(boot)
     }
 
+    /// What [`Size`] has found, in our own words.
+    fn sized(&mut self, name: &str) -> Result<()> {
+        let kib = |bytes: u64| (bytes >> 10).to_string();
+        let size = &self.size;
+        match name {
+            "vcpu" => {
+                let current = size.vcpus_current.map(|n| n.to_string());
+                let mut attrs = vec![("placement", "static")];
+                attrs.extend(current.as_deref().map(|n| ("current", n)));
+                self.out.text(name, &attrs, &size.vcpus.unwrap_or(1).to_string())
+            }
+            "maxMemory" => match size.hotplug {
+                Some((bytes, slots)) => {
+                    self.out.text(name, &[("slots", &slots.to_string()), ("unit", "KiB")], &kib(bytes))
+                }
+                None => Ok(()),
+            },
+            _ => {
+                let bytes = if name == "memory" { size.memory_bytes } else { size.current_bytes };
+                bytes.map_or(Ok(()), |bytes| self.out.text(name, &[("unit", "KiB")], &kib(bytes)))
+            }
+        }
+    }
+
     /// An element without a rule: left out for the reason that there is, or because nobody knows it.
     fn omit(&mut self, path: &str) {
-        if rules::SILENT.contains(&path) {
-            return;
-        }
-        match rules::REASONS.iter().find(|(p, ..)| *p == path) {
-            Some((_, verdict, why)) => self.out.remark(path, *verdict, *why),
-            None => self.out.remark(&printable(path, 80), Verdict::LeftOut, "is not known to be harmless here"),
+        if !rules::SILENT.contains(&path) {
+            self.out.unknown(path);
         }
     }
 
@@ -283,10 +363,7 @@ impl Rendering<'_> {
     /// The build of the firmware is this host's: libvirt chooses it.
     fn firmware(&mut self, loader: Option<Node>, uefi: bool, secure_boot: bool) -> Result<()> {
         if !uefi {
-            if loader.is_some() {
-                self.out.remark("os/loader", Verdict::Refused, "names a file of the source's host as firmware");
-            }
-            return Ok(());
+            return loader.map_or(Ok(()), |loader| self.rom(loader));
         }
         if secure_boot {
             self.out.leaf("loader", &[("secure", "yes")])?;
@@ -299,6 +376,22 @@ impl Rendering<'_> {
                     Verdict::Missing,
                     "holds UEFI variables, and the point has none: the firmware starts with fresh ones",
                 );
+                Ok(())
+            }
+        }
+    }
+
+    /// Firmware that is no UEFI, from a file of the host: of ours, if the operator says which.
+    fn rom(&mut self, loader: Node) -> Result<()> {
+        let source = text_of(loader);
+        match self.mapping.path(Path::new(source.trim())) {
+            Some(path) => self.out.text("loader", &[("type", "rom")], path_text(&path)?),
+            None => {
+                let why = format!(
+                    "names a file of the source's host as firmware, {}, that `paths:` does not map",
+                    shown(&source)
+                );
+                self.out.remark("os/loader", Verdict::Refused, why);
                 Ok(())
             }
         }
@@ -322,7 +415,11 @@ impl Rendering<'_> {
         match line.len() <= 4096 && !line.chars().any(char::is_control) {
             true => self.out.text("cmdline", &[], &line),
             false => {
-                self.out.remark("os/cmdline", Verdict::Refused, "is too long, or holds control characters");
+                self.out.remark(
+                    "os/cmdline",
+                    Verdict::Missing,
+                    "is left out: it is too long, or holds control characters",
+                );
                 Ok(())
             }
         }
@@ -357,36 +454,98 @@ impl Rendering<'_> {
         const ATTRS: &[(&str, Check)] = &[
             ("mode", Check::OneOf(&["custom", "host-model", "host-passthrough", "maximum"])),
             ("match", Check::OneOf(&["minimum", "exact", "strict"])),
-            ("check", Check::OneOf(&["none", "partial", "full"])),
+            // "full" is the very processor that QEMU made at the source, bit by bit.
+            ("check", Check::Replaced(&["none", "partial"], &[("full", "partial")])),
             ("migratable", Check::Switch),
         ];
-        let attrs = self.out.attributes(cpu, "cpu", ATTRS);
+        let mut attrs = self.out.attributes(cpu, "cpu", ATTRS);
+        self.cpu_mode(&mut attrs);
+        let mode = attrs.iter().find(|(name, _)| *name == "mode").map(|(_, mode)| *mode);
         self.out.open("cpu", &attrs)?;
-        if let Some(model) = child(cpu, "model") {
-            let mut attrs = self.out.attributes(
-                model,
-                "cpu/model",
-                &[("fallback", Check::OneOf(&["allow", "forbid"])), ("vendor_id", Check::Word)],
-            );
-            let source = text_of(model).trim().to_owned();
-            let here = self.mapping.cpus.get(&source).cloned().unwrap_or(source);
-            match (here.as_str(), is_word(&here)) {
-                ("", _) => attrs.clear(),
-                (name, true) => self.out.text("model", &attrs, name)?,
-                (name, false) => {
-                    self.out.remark("cpu/model", Verdict::Refused, format!("{} is not a plain word", shown(name)))
-                }
-            }
-        }
+        let has_model = match child(cpu, "model") {
+            Some(model) => self.model(model)?,
+            None => false,
+        };
         for node in cpu.children().filter(Node::is_element).filter(|n| !n.has_tag_name("model")) {
             let name = node.tag_name().name();
-            match rules::CPU.iter().find(|r| r.name == name) {
-                Some(rule) => self.out.copy(node, rule, &format!("cpu/{name}"))?,
-                None => self.omit(&format!("cpu/{name}")),
+            let path = path_of(node, "cpu");
+            match name {
+                "topology" => self.topology()?,
+                "numa" if self.size.numa => self.out.copy(node, &rules::NUMA, &path)?,
+                "numa" => {}
+                // They change a model, and QEMU's own choice is none.
+                "feature" | "vendor"
+                    if !has_model && !matches!(mode, Some("host-model" | "host-passthrough" | "maximum")) =>
+                {
+                    self.out.remark(&path, Verdict::Missing, "is left out: it goes with a model, and there is none");
+                }
+                _ => match rules::CPU.iter().find(|r| r.name == name) {
+                    Some(rule) => self.out.copy(node, rule, &path)?,
+                    None => self.omit(&path),
+                },
             }
         }
         self.out.close("cpu");
         Ok(())
+    }
+
+    /// The mode that this host has in the place of one that it has not.
+    fn cpu_mode(&mut self, attrs: &mut Vec<(&str, &str)>) {
+        let Some(at) = attrs.iter().position(|(name, _)| *name == "mode") else { return };
+        let source = attrs[at].1;
+        match self.limits.cpu_mode(source) {
+            Some(mode) if mode == source => {}
+            Some(mode) => {
+                attrs[at].1 = mode;
+                let why = format!(
+                    "is '{source}' at the source, which this host cannot show such a guest: it is '{mode}' here"
+                );
+                self.out.remark("cpu/@mode", Verdict::Missing, why);
+            }
+            None => {
+                attrs.clear();
+                let why = format!("is left out: this host cannot show such a guest a processor '{source}'");
+                self.out.remark("cpu/@mode", Verdict::Missing, why);
+            }
+        }
+    }
+
+    /// Whether there is one.
+    fn model(&mut self, model: Node) -> Result<bool> {
+        let mut attrs = self.out.attributes(
+            model,
+            "cpu/model",
+            &[("fallback", Check::OneOf(&["allow", "forbid"])), ("vendor_id", Check::Word)],
+        );
+        let source = text_of(model).trim().to_owned();
+        let here = self.mapping.cpus.get(&source).cloned().unwrap_or(source);
+        match (here.as_str(), is_word(&here)) {
+            ("", _) => attrs.clear(),
+            (name, true) => {
+                self.out.text("model", &attrs, name)?;
+                return Ok(true);
+            }
+            (name, false) => self.out.remark(
+                "cpu/model",
+                Verdict::Missing,
+                format!("is left out: {} is not a plain word", shown(name)),
+            ),
+        }
+        Ok(false)
+    }
+
+    fn topology(&mut self) -> Result<()> {
+        let Some([sockets, dies, cores, threads]) = self.size.topology else { return Ok(()) };
+        if self.out.leaves_out("cpu/topology") {
+            return Ok(());
+        }
+        let [sockets, dies, cores, threads] = [sockets, dies, cores, threads].map(|n| n.to_string());
+        let mut attrs = vec![("sockets", sockets.as_str()), ("cores", cores.as_str()), ("threads", threads.as_str())];
+        if dies != "1" {
+            attrs.insert(1, ("dies", dies.as_str()));
+        }
+        self.out.written.push("cpu/topology".to_owned());
+        self.out.leaf("topology", &attrs)
     }
 
     /// The model that this host's QEMU has to know; as written into the definition.
@@ -405,25 +564,6 @@ fn asks_for_secure_boot(os: Node) -> bool {
     features
         .filter(|f| f.has_tag_name("feature"))
         .any(|f| f.attribute("name") == Some("secure-boot") && f.attribute("enabled") == Some("yes"))
-}
-
-/// What the guest is given at the start; 0 if the definition does not say it in a way that libvirt takes.
-fn memory_bytes(root: Node) -> u64 {
-    let Some(memory) = child(root, "memory") else { return 0 };
-    let Ok(count) = text_of(memory).trim().parse::<u64>() else { return 0 };
-    let unit = match memory.attribute("unit").unwrap_or("KiB") {
-        "b" | "bytes" => 1,
-        "KB" => 1000,
-        "k" | "KiB" => 1 << 10,
-        "MB" => 1_000_000,
-        "M" | "MiB" => 1 << 20,
-        "GB" => 1_000_000_000,
-        "G" | "GiB" => 1 << 30,
-        "TB" => 1_000_000_000_000,
-        "T" | "TiB" => 1 << 40,
-        _ => return 0,
-    };
-    count.saturating_mul(unit)
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@
 
 use super::definition::{self, Definition, Macs, Nics, Wish};
 use super::drills::{self, DrillRecord, DrillState};
+use super::fitting;
 use super::mapping::{Attach, Mapping};
 use super::probe::{self, Probe};
 use super::ready::{self, Builds, Color, Room};
@@ -237,7 +238,9 @@ fn prepare(ports: &Ports, request: &Request, held: &mut dyn Held) -> Result<(Dri
         nvram: overlays.nvram.clone(),
         tpm: overlays.tpm,
     };
-    let definition = definition::render(&definition_of(held).map_err(place)?, &wish, request.mapping).map_err(place)?;
+    let xml = definition_of(held).map_err(place)?;
+    let mut fitted = fitting::fit(ports.machines, &xml, &wish, request.mapping).map_err(place)?;
+    let definition = fitted.definition.clone();
     definition.xml().map_err(place)?;
     let guests: Vec<_> = request.probes.iter().filter_map(Probe::guest).collect();
     if guests.windows(2).any(|pair| inside::beside(pair[0].0, pair[0].1) != inside::beside(pair[1].0, pair[1].1)) {
@@ -252,13 +255,14 @@ fn prepare(ports: &Ports, request: &Request, held: &mut dyn Held) -> Result<(Dri
         };
         return Err(place(Error::new(Kind::Usage, format!("'{probe}' can never be seen: {missing}"))));
     }
-    let mut host = ports.machines.host(&definition.machine)?;
     // It is made for the occasion.
-    host.networks.push(NetworkView { name: name.clone(), active: true });
+    fitted.host.networks.push(NetworkView { name: name.clone(), active: true });
     let room =
         Room { dir: request.mapping.images_dir().to_owned(), free_bytes: (ports.room)(request.mapping.images_dir()) };
     // Another build of the firmware keeps no copy from being tried.
-    let findings = ready::judge(&definition, &wish.name, &wish.uuid, &host, &room, &Builds::default());
+    let mut findings = ready::judge(&fitted, &wish.name, &wish.uuid, &room, &Builds::default());
+    findings.extend(ready::chain(&fitted, overlays::to_copy(held, definition.images_max)?, &room));
+    findings.extend(ready::tpm_programs(&fitted, held.point()));
     if let Some(red) = findings.iter().find(|f| f.color == Color::Red) {
         let e = Error::new(Kind::Conflict, format!("the copy cannot be started here: {}", red.what));
         return Err(place(e.hint(red.advice.clone().unwrap_or_default())));
@@ -275,7 +279,7 @@ fn prepare(ports: &Ports, request: &Request, held: &mut dyn Held) -> Result<(Dri
         dir,
         started_at: (ports.clock)(),
     };
-    Ok((record, definition, host.qemu_uid))
+    Ok((record, definition, fitted.host.qemu_uid))
 }
 
 impl Drill<'_> {
@@ -286,7 +290,7 @@ impl Drill<'_> {
     fn boot(&self, held: &mut dyn Held) -> Result<()> {
         failpoint!("d1");
         (self.ports.say)("laying overlays on the point");
-        overlays::make(held, &self.record.dir)?;
+        overlays::make_within(held, &self.record.dir, self.definition.images_max)?;
         overlays::bring_tpm(self.ports.machines, held, &self.record.drill_uuid, &self.definition)?;
         failpoint!("d2");
         if let Some(network) = &self.record.network {

@@ -61,9 +61,17 @@ impl Machines for Host {
             qemu_uid: Some(64055),
             tpm_states: Vec::new(),
             tpm_secrets: Vec::new(),
+            tpm_programs: None,
+            cpus: 2,
+            libvirt: Some((9, 0, 0)),
+            qemu: Some((7, 2, 0)),
+            machines: Vec::new(),
         })
     }
 
+    fn accepts(&self, _: &str) -> Result<Result<(), String>> {
+        self.does("accepts").map(Ok)
+    }
     fn firmware_for(&self, _: &str) -> Result<Option<PathBuf>> {
         unreachable!("a drill is tried with any build")
     }
@@ -226,7 +234,7 @@ fn a_guest_that_shows_what_is_waited_for_passes_and_nothing_is_left_but_the_proo
         serde_json::from_slice(&std::fs::read(report.kept.join(drills::REPORT)).unwrap()).unwrap();
     assert_eq!((&kept["outcome"], &kept["point"]), (&"passed".into(), &report.point.as_str().into()));
     let done = host.done.lock().unwrap().join(" ");
-    assert_eq!(done, "host put_tpm network start screenshot destroy leave stop_network forget_tpm");
+    assert_eq!(done, "host accepts put_tpm network start screenshot destroy leave stop_network forget_tpm");
 }
 
 #[test]
@@ -235,7 +243,7 @@ fn a_guest_that_accepts_a_connection_is_reached_from_inside_its_network() {
     let report = bench.drill(&host, 1, "tcp:192.0.2.10/24:22", false).unwrap();
     assert_eq!((report.outcome, report.error.as_deref()), (Outcome::Passed, None));
     let done = host.done.lock().unwrap().join(" ");
-    assert_eq!(done, "host put_tpm network join start screenshot destroy leave stop_network forget_tpm");
+    assert_eq!(done, "host accepts put_tpm network join start screenshot destroy leave stop_network forget_tpm");
     let closed = bench.drill(&host, 2, "tcp:192.0.2.10/24:23", false).unwrap();
     assert!(closed.outcome == Outcome::Failed && closed.cleaned && host.is_clean());
 }

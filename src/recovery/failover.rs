@@ -314,7 +314,7 @@ pub fn run(ports: &Ports, state: &FailoverState, plan: &Plan, held: &dyn Held) -
         failpoint!("f2");
         (ports.say)("laying overlays on the point");
         overlays::remove(&record.dir)?;
-        let made = overlays::make(held, &record.dir)?;
+        let made = overlays::make_within(held, &record.dir, plan.definition.images_max)?;
         // Before the guest's first write: whatever it changes is told to the first run from here.
         for problem in overlays::track(held, &made)? {
             (ports.say)(&problem);

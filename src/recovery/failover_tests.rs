@@ -63,6 +63,9 @@ impl Machines for World {
     fn host(&self, _: &Machine) -> Result<HostView> {
         unreachable!("whoever plans has asked")
     }
+    fn accepts(&self, _: &str) -> Result<Result<(), String>> {
+        unreachable!("whoever plans has asked")
+    }
     fn firmware_for(&self, _: &str) -> Result<Option<PathBuf>> {
         unreachable!("whoever plans has asked")
     }

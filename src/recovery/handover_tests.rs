@@ -114,6 +114,9 @@ impl Machines for World {
     fn host(&self, _: &Machine) -> Result<HostView> {
         unreachable!("a handover looks at no host")
     }
+    fn accepts(&self, _: &str) -> Result<Result<(), String>> {
+        unreachable!("a handover looks at no host")
+    }
     fn firmware_for(&self, _: &str) -> Result<Option<PathBuf>> {
         unreachable!("a handover looks at no host")
     }
@@ -185,7 +188,7 @@ impl BringUp for World {
         let (point, _) = point.ok_or_else(|| Error::new(Kind::NotFound, "no point"))?;
         let (what, advice) = ("no such network".to_owned(), Some("map it".to_owned()));
         let finding = Finding { question: Question::Network, color: Color::Red, what, advice };
-        Ok(Readiness { point, findings: red.then_some(finding).into_iter().collect() })
+        Ok(Readiness { point, findings: red.then_some(finding).into_iter().collect(), suggestion: None })
     }
     fn ready_for(&self, _: &Coming) -> Result<Vec<Finding>> {
         unreachable!("the preflight asks for that")

@@ -12,12 +12,15 @@
 //! paths:                    # where a guest that is booted by its kernel finds kernel and initrd here
 //!   /srv/kernels: /srv/kernels
 //! macs: keep                # or `new`; a drill always has new ones
+//! leave_out:                # elements of the source's definition that the guest does without here, as `ready` calls them
+//!   - launchSecurity
+//! images_max: 25            # images that a disk may consist of here; without it libvirt's release decides
 //! images: /var/lib/libvirt/images    # overlays of drills and failovers lie here
 //! ```
 //!
 //! A key that is not known is an error, and so is one that stands twice.
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, printable};
 use crate::trust;
 use crate::yaml;
 use serde::Deserialize;
@@ -41,6 +44,10 @@ pub struct Mapping {
     pub cpus: BTreeMap<String, String>,
     pub paths: BTreeMap<PathBuf, PathBuf>,
     pub macs: MacPolicy,
+    /// Elements of a definition, as remarks call them.
+    pub leave_out: Vec<String>,
+    /// Images that a disk may consist of here; `None`: as libvirt's release says.
+    pub images_max: Option<u64>,
     pub images: Option<PathBuf>,
 }
 
@@ -87,6 +94,19 @@ impl Mapping {
                 let what = format!("{}: '{}' is not an absolute path without '..'", path.display(), dir.display());
                 return Err(Error::new(Kind::Config, what));
             }
+        }
+        let is_path = |what: &String| {
+            (1..=120).contains(&what.len()) && what.bytes().all(|b| b.is_ascii_graphic() && !b"'\"<>&".contains(&b))
+        };
+        if mapping.images_max.is_some_and(|max| max < 2) {
+            let what = format!("{}: `images_max` is at least 2: an image and an overlay", path.display());
+            return Err(Error::new(Kind::Config, what));
+        }
+        if let Some(odd) = mapping.leave_out.iter().find(|what| !is_path(what)) {
+            let what = format!("{}: '{}' is no element of a definition", path.display(), printable(odd, 60));
+            return Err(
+                Error::new(Kind::Config, what).hint("write it as `virt-replica ready` does, as in `devices/watchdog`")
+            );
         }
         Ok(mapping)
     }
@@ -159,6 +179,8 @@ mod tests {
             ("macs: keepp", "did you mean `keep`?"),
             ("paths: {/srv/..: /x}", "absolute path"),
             ("images: vm", "absolute path"),
+            ("leave_out: ['a b']", "no element of a definition"),
+            ("images_max: 1", "at least 2"),
         ] {
             let e = parse(text).unwrap_err();
             assert_eq!(e.kind(), Kind::Config);

@@ -16,6 +16,7 @@ pub mod drill;
 pub mod drills;
 pub mod failback;
 pub mod failover;
+pub mod fitting;
 pub mod give_way;
 pub mod hand_back;
 pub mod handover;
@@ -26,6 +27,7 @@ pub mod overlays;
 mod point_tests;
 pub mod probe;
 pub mod ready;
+pub mod suggest;
 
 use crate::error::{Error, Kind, Result};
 use crate::replica::Attachment;

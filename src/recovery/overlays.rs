@@ -27,6 +27,42 @@ pub struct Overlays {
     pub nvram: Option<PathBuf>,
     /// The point has the state of a TPM; it does not lie here, but where libvirt looks for it.
     pub tpm: bool,
+    /// Images that a disk may consist of, the overlay included; `None`: as many as there are.
+    pub images_max: Option<u64>,
+}
+
+/// What is copied out of a point's images because a disk may not consist of as many as that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Copied {
+    /// Images of the deepest disk, the overlay included.
+    pub deepest: u64,
+    /// The uppermost ones of a disk that are copied, at most.
+    pub images: u64,
+    /// What they hold, of all disks; 0 where nothing is copied.
+    pub bytes: u64,
+}
+
+/// How many of the uppermost images below an overlay have to be in it themselves.
+fn too_many(images: u64, images_max: Option<u64>) -> u64 {
+    // One image and one overlay are the least that there can be.
+    images_max.map_or(0, |max| (images + 1).saturating_sub(max.max(2)))
+}
+
+/// What would be copied for overlays on `held`. Touches nothing.
+pub fn to_copy(held: &dyn Held, images_max: Option<u64>) -> Result<Copied> {
+    let mut copied = Copied::default();
+    for disk in &held.point().disks {
+        let images = held.images(&disk.name)?;
+        let deep = images.0.len() as u64;
+        let many = too_many(deep, images_max);
+        copied.deepest = copied.deepest.max(deep + 1);
+        copied.images = copied.images.max(many);
+        for layer in &images.0[..many as usize] {
+            let at = |e| Error::io("cannot look at the point's image", &layer.path, e);
+            copied.bytes += fs::metadata(&layer.path).map_err(at)?.blocks() * 512;
+        }
+    }
+    Ok(copied)
 }
 
 /// Where what belongs to `held` lies, or will lie, in `dir`. Touches nothing.
@@ -35,7 +71,7 @@ pub fn named(held: &dyn Held, dir: &Path) -> Overlays {
     let disks = point.disks.iter().map(|d| (d.name.clone(), dir.join(format!("{}.qcow2", d.name)))).collect();
     let nvram = point.attachments.contains(&Attachment::Nvram).then(|| dir.join(Attachment::Nvram.file_name()));
     let tpm = point.attachments.contains(&Attachment::Tpm);
-    Overlays { disks, nvram, tpm }
+    Overlays { disks, nvram, tpm, images_max: None }
 }
 
 /// The same of a point that is still to come.
@@ -46,6 +82,12 @@ pub fn to_come(coming: &Coming, dir: &Path) -> Overlays {
 
 /// Makes `dir`, which must not exist, with an empty overlay for each disk. Its names are durable when this returns.
 pub fn make(held: &dyn Held, dir: &Path) -> Result<Overlays> {
+    make_within(held, dir, None)
+}
+
+/// The same, and no disk consists of more images than these: what the uppermost ones below it hold is copied into an overlay
+/// until it does not. That takes as long as it takes to copy it; what dies meanwhile is to be removed and made anew.
+pub fn make_within(held: &dyn Held, dir: &Path, images_max: Option<u64>) -> Result<Overlays> {
     // QEMU may run as a user of its own: it may enter, and does not get to know what else is there.
     let made = fs::DirBuilder::new().mode(0o711).create(dir);
     made.map_err(|e| match e.kind() {
@@ -54,9 +96,9 @@ pub fn make(held: &dyn Held, dir: &Path) -> Result<Overlays> {
         }
         _ => Error::io("cannot make the directory for the overlays", dir, e),
     })?;
-    let overlays = named(held, dir);
+    let overlays = Overlays { images_max, ..named(held, dir) };
     for (disk, path) in &overlays.disks {
-        create(held, disk, path)?;
+        create(held, disk, path, images_max)?;
     }
     if let Some(path) = &overlays.nvram {
         let content = held.attachment(Attachment::Nvram)?.unwrap_or_default();
@@ -72,11 +114,15 @@ pub fn make(held: &dyn Held, dir: &Path) -> Result<Overlays> {
     dir.parent().map_or(Ok(()), sync_dir).map(|()| overlays)
 }
 
-fn create(held: &dyn Held, disk: &DiskName, path: &Path) -> Result<()> {
+fn create(held: &dyn Held, disk: &DiskName, path: &Path, images_max: Option<u64>) -> Result<()> {
     let images = held.images(disk)?;
     let size = held.point().disk(disk).expect("it is named after it").size;
     let size = DiskSize(size.0.next_multiple_of(SECTOR_LEN));
-    qemu_img::create_overlay(path, images.top(), size).map_err(|e| e.disk(disk))
+    qemu_img::create_overlay(path, images.top(), size).map_err(|e| e.disk(disk))?;
+    match too_many(images.0.len() as u64, images_max) as usize {
+        0 => Ok(()),
+        many => qemu_img::take_over(path, &images.0[many]).map_err(|e| e.disk(disk)),
+    }
 }
 
 /// Begins a dirty bitmap of ours on each of these overlays, which nobody has written to yet: it leads on from the point (see
@@ -91,7 +137,7 @@ pub fn track(held: &dyn Held, overlays: &Overlays) -> Result<Vec<String>> {
             problems
                 .push(format!("disk '{disk}': what is written here is not tracked from the beginning: {}", e.chain()));
             fs::remove_file(path).map_err(|e| Error::io("cannot remove the overlay", path, e))?;
-            create(held, disk, path)?;
+            create(held, disk, path, overlays.images_max)?;
             path.parent().map_or(Ok(()), sync_dir)?;
         }
     }

@@ -33,6 +33,7 @@ impl Point {
             consistency: Consistency::Crash,
             consistency_reason: None,
             autostart: None,
+            tpm_programs: None,
             run,
             disks,
             attachments: definition.map(|_| Attachment::InactiveXml).into_iter().collect(),

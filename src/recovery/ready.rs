@@ -3,10 +3,13 @@
 
 use super::definition::Definition;
 use super::definition::remark::{Remark, Verdict};
+use super::fitting::Fitted;
 use super::mapping::Attach;
+use super::overlays::Copied;
 use crate::hypervisor::firmware::Firmware;
 use crate::hypervisor::machine::{Capabilities, HostView};
-use crate::hypervisor::swtpm;
+use crate::hypervisor::releases;
+use crate::hypervisor::swtpm::{self, Programs};
 use crate::name::{DomainName, DomainUuid};
 use crate::replica::{PointView, ReplicaView};
 use serde::{Deserialize, Serialize};
@@ -17,6 +20,9 @@ const MEMORY_SPARE: u64 = 64 << 20;
 
 /// Below so much free room for the overlays a start is asking for trouble: the guest is paused when it runs out.
 const ROOM_MIN: u64 = 1 << 30;
+
+/// What is said where a state is in the way.
+const TPM_IS_HERE: &str = "the state of a TPM of this very domain is here";
 
 /// The answer to one question.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,27 +95,65 @@ pub struct Builds {
     pub here: Option<Firmware>,
 }
 
-/// Answers every question about a failover of `definition`, which bears this name and UUID.
-pub fn judge(
-    definition: &Definition,
-    name: &DomainName,
-    uuid: &DomainUuid,
-    host: &HostView,
-    room: &Room,
-    builds: &Builds,
-) -> Vec<Finding> {
-    let mut findings = vec![machine(definition, host)];
+/// Answers every question about a failover of a definition that was fitted to this host, and bears this name and UUID.
+pub fn judge(fitted: &Fitted, name: &DomainName, uuid: &DomainUuid, room: &Room, builds: &Builds) -> Vec<Finding> {
+    let Fitted { definition, host, refused } = fitted;
+    let mut findings = vec![machine(definition, host, refused.as_deref())];
     if let Ok(capabilities) = &host.machine {
         findings.extend(cpu(definition, capabilities));
         findings.extend(firmware(definition, capabilities, builds));
         findings.extend(tpm(definition, uuid, host, capabilities));
     }
-    findings.push(networks(definition, host));
+    findings.extend(processors(definition, host));
+    findings.extend(networks(definition, host));
     findings.extend(definition.remarks.iter().map(device));
     findings.extend(collisions(definition, name, uuid, host));
     findings.push(memory(definition, host));
     findings.push(room_for(room));
     findings
+}
+
+/// What a chain that is too long for this host's libvirt costs: the uppermost images are copied before the guest starts.
+pub fn chain(fitted: &Fitted, copied: Copied, room: &Room) -> Option<Finding> {
+    let max = fitted.definition.images_max.filter(|_| copied.bytes > 0 || copied.images > 0)?;
+    let libvirt = match fitted.host.libvirt {
+        Some((major, minor, release)) => format!("libvirt {major}.{minor}.{release} here"),
+        None => "the libvirt here, of a version that nobody knows,".to_owned(),
+    };
+    let mib = copied.bytes.div_ceil(1 << 20);
+    let what = format!(
+        "a disk of the point consists of {} images, and {libvirt} starts {max} at most: the uppermost {} are copied first, up to {mib} MiB",
+        copied.deepest, copied.images
+    );
+    let free = room.free_bytes.unwrap_or(0);
+    if free < copied.bytes.saturating_add(ROOM_MIN) {
+        let advice =
+            format!("make room in {}, or name another directory as `images:` in recovery.yaml", room.dir.display());
+        return Some(red(Question::Point, format!("{what}; {} MiB are free there", free >> 20), advice));
+    }
+    let advice = "`virt-replica sync` shortens the chain of the newest point once it is too long; an agent here may say --max-depth";
+    Some(yellow(Question::Point, what, advice))
+}
+
+/// Whether what emulates TPMs here reads what the source's has written. `None`: there is nothing to say.
+pub fn tpm_programs(fitted: &Fitted, point: &PointView) -> Option<Finding> {
+    fitted.definition.tpm.as_ref().filter(|tpm| tpm.state)?;
+    let said = point.tpm_programs.clone()?;
+    let source = Programs { swtpm: said.swtpm, libtpms: said.libtpms };
+    let here = fitted.host.tpm_programs.as_ref()?;
+    let version = |text: &Option<String>| text.as_deref().and_then(releases::parse_version);
+    let library = version(&source.libtpms).zip(version(&here.libtpms));
+    let swtpm = releases::parse_version(&source.swtpm).zip(releases::parse_version(&here.swtpm));
+    let older = [library, swtpm].into_iter().flatten().any(|(source, here)| here < source);
+    let what = format!("the state of the TPM is of {}, and this host has {}", source.words(), here.words());
+    let advice = "install at least the source's versions of swtpm and libtpms here, and run `virt-replica drill`";
+    match library {
+        Some((source, here)) if !releases::reads_state(source, here) => {
+            Some(red(Question::Tpm, format!("{what}: it is known not to read it"), advice))
+        }
+        _ if older => Some(yellow(Question::Tpm, format!("{what}, which is older"), advice)),
+        _ => Some(green(Question::Tpm, what)),
+    }
 }
 
 /// What is known of the point that it would come from.
@@ -126,6 +170,18 @@ pub fn point(view: &ReplicaView, point: &PointView) -> Finding {
             green(Question::Point, format!("point {}, frozen at {frozen}", point.id))
         }
     }
+}
+
+/// The first red finding that stays when the domain of this UUID gives way on the host that was asked: before that, its own
+/// definition and the state of its TPM are there still, and go with it.
+pub fn red_after_giving_way<'a>(findings: &'a [Finding], uuid: &DomainUuid) -> Option<&'a Finding> {
+    let goes = |f: &Finding| match f.question {
+        Question::Name => f.what.contains(uuid.as_str()),
+        Question::Uuid => true,
+        Question::Tpm => f.what.contains(TPM_IS_HERE),
+        _ => false,
+    };
+    findings.iter().find(|f| f.color == Color::Red && !goes(f))
 }
 
 /// The worst of them; green if there is none.
@@ -145,9 +201,14 @@ fn yellow(question: Question, what: impl Into<String>, advice: impl Into<String>
     Finding { question, color: Color::Yellow, what: what.into(), advice: Some(advice.into()) }
 }
 
-fn machine(d: &Definition, host: &HostView) -> Finding {
+fn machine(d: &Definition, host: &HostView, refused: Option<&str>) -> Finding {
     let m = &d.machine;
     match &host.machine {
+        Ok(_) if refused.is_some() => red(
+            Question::Machine,
+            format!("libvirt here would not start it: {}", refused.unwrap_or_default()),
+            "name the element that it speaks of under `leave_out:` in recovery.yaml, or another machine type under `machines:`; or bring libvirt and QEMU here up to the source's versions",
+        ),
         Ok(found) => {
             green(Question::Machine, format!("{} ({}, {}) runs on {}", m.machine, m.arch, m.virt_type, found.emulator))
         }
@@ -155,10 +216,10 @@ fn machine(d: &Definition, host: &HostView) -> Finding {
             let what = format!("this host cannot run a {} ({}, {}): {said}", m.machine, m.arch, m.virt_type);
             let advice = match m.virt_type.as_str() {
                 "kvm" => {
-                    "check that /dev/kvm is there and that QEMU for this architecture is installed; if it is the machine type, name one of this host's (`virsh capabilities`) under `machines:`"
+                    "check that /dev/kvm is there and that QEMU for this architecture is installed; if it is the machine type, name one of this host's (`virsh capabilities`) under `machines:` in recovery.yaml"
                 }
                 _ => {
-                    "install QEMU for this architecture; if it is the machine type, name one of this host's (`virsh capabilities`) under `machines:`"
+                    "install QEMU for this architecture; if it is the machine type, name one of this host's (`virsh capabilities`) under `machines:` in recovery.yaml"
                 }
             };
             red(Question::Machine, what, advice)
@@ -174,7 +235,7 @@ fn cpu(d: &Definition, host: &Capabilities) -> Option<Finding> {
         false => red(
             Question::Cpu,
             format!("this host cannot show a guest the processor model {model}"),
-            "name one that both hosts have (`virsh domcapabilities`) under `cpus:`, and give the source's domain the same",
+            "name one that this host has (`virsh domcapabilities`) under `cpus:` in recovery.yaml",
         ),
     })
 }
@@ -188,7 +249,7 @@ fn firmware(d: &Definition, host: &Capabilities, builds: &Builds) -> Option<Find
         (true, true) if !host.secure_boot => red(
             Question::Firmware,
             "this host has no UEFI firmware with secure boot",
-            "install one (Debian: ovmf has it), or switch secure boot off in the source's domain",
+            "install one (Debian: ovmf has it)",
         ),
         _ => build(builds),
     })
@@ -216,7 +277,7 @@ fn tpm(d: &Definition, uuid: &DomainUuid, host: &HostView, able: &Capabilities) 
         _ if !able.tpm_emulator => red(
             Question::Tpm,
             "this host cannot emulate a TPM",
-            "install swtpm, or take the TPM out of the source's domain",
+            "install swtpm; or let the guest do without: `leave_out: [devices/tpm]` in recovery.yaml",
         ),
         Some(secret) => red(
             Question::Tpm,
@@ -225,7 +286,7 @@ fn tpm(d: &Definition, uuid: &DomainUuid, host: &HostView, able: &Capabilities) 
         ),
         None if host.tpm_states.iter().any(|known| known == uuid.as_str()) => red(
             Question::Tpm,
-            "the state of a TPM of this very domain is here already, and none of the point's may replace it",
+            format!("{TPM_IS_HERE} already, and none of the point's may replace it"),
             format!("if no domain here needs it, move it away: {}/{uuid}", swtpm::ROOT),
         ),
         None if tpm.state => {
@@ -236,39 +297,47 @@ fn tpm(d: &Definition, uuid: &DomainUuid, host: &HostView, able: &Capabilities) 
     })
 }
 
-fn networks(d: &Definition, host: &HostView) -> Finding {
+/// A guest of more processors than the host has starts, and is slow.
+fn processors(d: &Definition, host: &HostView) -> Option<Finding> {
+    let what = format!("the guest has {} processors, this host has {}", d.vcpus, host.cpus);
+    (d.vcpus > host.cpus)
+        .then(|| yellow(Question::Cpu, what, "expect it to be slow, or bring it up on a host that has as many"))
+}
+
+/// `None`: what an interface is attached to is not decided yet, which the remarks tell.
+fn networks(d: &Definition, host: &HostView) -> Option<Finding> {
     for attach in &d.attached {
         match attach {
             Attach::None => {}
             Attach::Bridge(name) if host.bridges.contains(name) => {}
             Attach::Bridge(name) => {
                 let what = format!("there is no bridge '{name}' on this host");
-                return red(Question::Network, what, "make it, or name another one under `networks:`");
+                let advice = "make it, or name another one under `networks:` in recovery.yaml";
+                return Some(red(Question::Network, what, advice));
             }
             Attach::Network(name) => match host.networks.iter().find(|n| n.name == *name) {
                 Some(network) if network.active => {}
                 Some(_) => {
                     let what = format!("the network '{name}' is not started");
-                    return red(
-                        Question::Network,
-                        what,
-                        format!("start it: virsh net-start {name}; virsh net-autostart {name}"),
-                    );
+                    let advice = format!("start it: virsh net-start {name}; virsh net-autostart {name}");
+                    return Some(red(Question::Network, what, advice));
                 }
                 None => {
                     let what = format!("libvirt here knows no network '{name}'");
-                    return red(
-                        Question::Network,
-                        what,
-                        "define it (`virsh net-list --all`), or name another one under `networks:`",
-                    );
+                    let advice =
+                        "define it (`virsh net-list --all`), or name another one under `networks:` in recovery.yaml";
+                    return Some(red(Question::Network, what, advice));
                 }
             },
         }
     }
     match d.attached.len() {
-        0 => green(Question::Network, "the domain is on no network"),
-        n => green(Question::Network, format!("all there ({n})")),
+        _ if !d.unmapped.is_empty() => None,
+        0 if d.remarks.iter().any(|r| r.what == "devices/interface") => {
+            Some(green(Question::Network, "the domain is on no network here: its interfaces are left out"))
+        }
+        0 => Some(green(Question::Network, "the domain has no network interface")),
+        n => Some(green(Question::Network, format!("all there ({n})"))),
     }
 }
 
@@ -283,10 +352,12 @@ fn device(remark: &Remark) -> Finding {
         Verdict::Refused => {
             let advice = match remark.what.as_str() {
                 "devices/interface" => {
-                    "say under `networks:` what that is here: one of libvirt's networks, `bridge:NAME`, or `none`"
+                    "say under `networks:` in recovery.yaml what that is here: one of libvirt's networks, `bridge:NAME`, or `none`; `virt-replica ready DOMAIN --suggest` prints the lines".to_owned()
                 }
-                "os/kernel" | "os/initrd" => "copy the file to this host and map its directory under `paths:`",
-                _ => "change the domain at the source; the next point has the new definition",
+                "os/kernel" | "os/initrd" | "os/loader" => {
+                    "copy the file to this host and map its directory under `paths:` in recovery.yaml".to_owned()
+                }
+                what => format!("decide whether the guest can do without: `leave_out: ['{what}']` in recovery.yaml"),
             };
             red(Question::Devices, what, advice)
         }
@@ -322,7 +393,7 @@ fn collisions(d: &Definition, name: &DomainName, uuid: &DomainUuid, host: &HostV
         found.push(red(
             Question::Mac,
             what,
-            "give one of the two another address, or write `macs: new` into the mapping",
+            "give one of the two another address, or write `macs: new` into recovery.yaml",
         ));
     }
     found
@@ -336,7 +407,7 @@ fn memory(d: &Definition, host: &HostView) -> Finding {
         false => red(
             Question::Memory,
             format!("the guest wants {} MiB, only {} MiB are free", mib(wanted), mib(free)),
-            "stop what is not needed here, or give the source's domain less; a guest in swap is a guest that stands",
+            "stop what is not needed here, or bring it up on a larger host; a guest in swap is a guest that stands",
         ),
     }
 }
@@ -347,12 +418,12 @@ fn room_for(room: &Room) -> Finding {
         None => red(
             Question::Room,
             format!("there is no directory {dir} for the overlays"),
-            "make it, or name another one as `images:`",
+            "make it, or name another one as `images:` in recovery.yaml",
         ),
         Some(free) if free < ROOM_MIN => yellow(
             Question::Room,
             format!("{} MiB are free in {dir}, where the guest's writes would go", free >> 20),
-            "make room, or name another directory as `images:`",
+            "make room, or name another directory as `images:` in recovery.yaml",
         ),
         Some(free) => green(Question::Room, format!("{} MiB are free in {dir} for the guest's writes", free >> 20)),
     }

@@ -5,6 +5,7 @@ use crate::block::digest::Digest;
 use crate::hypervisor::machine::{Machine, Neighbour, NetworkView};
 use crate::recovery::definition::{Macs, Nics, Wish, render};
 use crate::recovery::mapping::Mapping;
+use crate::replica::TpmPrograms;
 use std::path::Path;
 
 const UUID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
@@ -44,6 +45,9 @@ fn able() -> HostView {
         emulator: "/usr/bin/qemu-system-x86_64".into(),
         cpu_models: vec!["Haswell".into()],
         host_passthrough: true,
+        cpu_modes: vec!["custom".into()],
+        vcpus_max: Some(288),
+        videos: vec!["vga".into()],
         uefi: true,
         secure_boot: true,
         tpm_emulator: true,
@@ -62,6 +66,11 @@ fn able() -> HostView {
         qemu_uid: Some(0),
         tpm_states: vec!["x".into()],
         tpm_secrets: vec![SECRET.into()],
+        tpm_programs: Some(Programs { swtpm: "0.7.1".into(), libtpms: Some("0.9.2".into()) }),
+        cpus: 2,
+        libvirt: Some((9, 0, 0)),
+        qemu: Some((7, 2, 0)),
+        machines: vec!["pc-q35-7.2".into()],
     }
 }
 
@@ -70,7 +79,11 @@ const MAPPED: &str = "networks: {default: lan, 'bridge:br0': 'bridge:br1'}";
 fn judged(mapping: &str, host: &HostView) -> Vec<Finding> {
     let (name, uuid) = names();
     let room = Room { dir: "/images".into(), free_bytes: Some(10 << 30) };
-    judge(&definition(mapping), &name, &uuid, host, &room, &Builds { source: build(1), here: build(1) })
+    judge(&fitted(mapping, host), &name, &uuid, &room, &Builds { source: build(1), here: build(1) })
+}
+
+fn fitted(mapping: &str, host: &HostView) -> Fitted {
+    Fitted { definition: definition(mapping), host: host.clone(), refused: None }
 }
 
 /// A build of the firmware.
@@ -116,11 +129,106 @@ fn each_thing_that_a_host_lacks_makes_its_own_line_red() {
         (Question::Mac, |h| h.domains[0].macs = vec!["52:54:00:00:00:0a".into()]),
         (Question::Memory, |h| h.free_memory_bytes = 512 << 20),
     ];
+    let mut refused = fitted(MAPPED, &able());
+    refused.refused = Some("unknown word".to_owned());
+    let (name, uuid) = names();
+    let room = Room { dir: "/images".into(), free_bytes: Some(10 << 30) };
+    let findings = judge(&refused, &name, &uuid, &room, &Builds { source: build(1), here: build(1) });
+    assert_eq!(reds(&findings), [Question::Machine], "{findings:#?}");
     for (question, lack) in lacks {
         let mut host = able();
         lack(&mut host);
         let findings = judged(MAPPED, &host);
         assert_eq!(reds(&findings), [question], "{findings:#?}");
+    }
+}
+
+#[test]
+fn the_state_of_a_newer_tpm_is_yellow_and_one_that_is_known_not_to_be_read_is_red() {
+    let of = |swtpm: &str, libtpms: Option<&str>| {
+        let programs = TpmPrograms { swtpm: swtpm.into(), libtpms: libtpms.map(str::to_owned) };
+        let point = point_of(Some(programs));
+        tpm_programs(&fitted(MAPPED, &able()), &point).map(|f| f.color)
+    };
+    assert_eq!(of("0.7.1", Some("0.9.2")), Some(Color::Green));
+    assert_eq!(of("0.7.0", None), Some(Color::Green));
+    assert_eq!(of("0.8.2", Some("0.9.2")), Some(Color::Yellow));
+    assert_eq!(of("0.7.1", Some("0.9.6")), Some(Color::Yellow));
+    assert_eq!(of("0.10.1", Some("0.10.0")), Some(Color::Red));
+    assert_eq!(tpm_programs(&fitted(MAPPED, &able()), &point_of(None)), None);
+}
+
+fn point_of(tpm_programs: Option<TpmPrograms>) -> PointView {
+    let json = r#"{"id":"000001-0123abcd","generation":1,"frozen_at":"2026-11-24T06:00:00Z","sealed_at":"2026-11-24T06:00:01Z",
+        "consistency":"off","run":"0123456789abcdef","disks":[]}"#;
+    PointView { tpm_programs, ..serde_json::from_str(json).unwrap() }
+}
+
+#[test]
+fn a_chain_that_is_too_long_is_yellow_and_red_where_there_is_no_room_to_shorten_it() {
+    let mut deep = fitted(MAPPED, &able());
+    let copied = Copied { deepest: 41, images: 16, bytes: 3 << 30 };
+    let room = |gib: u64| Room { dir: "/images".into(), free_bytes: Some(gib << 30) };
+    assert_eq!(chain(&deep, Copied { deepest: 41, ..Copied::default() }, &room(10)), None);
+    deep.definition.images_max = Some(25);
+    deep.host.libvirt = Some((11, 3, 0));
+    let found = chain(&deep, copied, &room(10)).unwrap();
+    assert!(found.color == Color::Yellow && found.what.contains("libvirt 11.3.0 here starts 25 at most"), "{found:?}");
+    assert_eq!(chain(&deep, copied, &room(3)).unwrap().color, Color::Red);
+    assert_eq!(chain(&deep, Copied { deepest: 25, ..Copied::default() }, &room(3)), None);
+}
+
+#[test]
+fn no_network_is_said_of_no_guest_whose_interfaces_nobody_has_mapped() {
+    let said = |mapping: &str| {
+        let findings = judged(mapping, &able());
+        findings.into_iter().filter(|f| f.question == Question::Network).map(|f| f.what).collect::<Vec<_>>()
+    };
+    assert_eq!(said("networks: {}"), [""; 0]);
+    assert_eq!(
+        said("networks: {default: none, 'bridge:br0': none}"),
+        ["the domain is on no network here: its interfaces are left out"]
+    );
+    let suggested = super::super::suggest::lines(&fitted("networks: {}", &able())).unwrap();
+    assert!(suggested.contains("\n  \"default\": \"lan\"\n  \"bridge:br0\": \"lan\""), "{suggested}");
+    let pasted = Mapping::parse(&suggested, Path::new("recovery.yaml")).unwrap();
+    assert_eq!(pasted.networks.len(), 2);
+    let advice = judged("networks: {}", &able()).into_iter().filter_map(|f| f.advice.filter(|_| f.color == Color::Red));
+    advice.for_each(|advice| assert!(advice.contains("recovery.yaml"), "{advice}"));
+}
+
+#[test]
+fn what_a_home_has_of_the_domain_itself_is_not_in_its_own_way() {
+    let (_, uuid) = names();
+    let mut host = able();
+    host.domains[0] = Neighbour { name: "web01".into(), uuid: UUID.into(), running: false, macs: Vec::new() };
+    host.tpm_states.push(UUID.into());
+    let findings = judged(MAPPED, &host);
+    assert_eq!(reds(&findings), [Question::Tpm, Question::Name]);
+    assert_eq!(red_after_giving_way(&findings, &uuid), None);
+    host.domains[0].uuid = "another".into();
+    assert_eq!(red_after_giving_way(&judged(MAPPED, &host), &uuid).map(|f| f.question), Some(Question::Name));
+    host = able();
+    host.networks.clear();
+    assert_eq!(red_after_giving_way(&judged(MAPPED, &host), &uuid).map(|f| f.question), Some(Question::Network));
+}
+
+#[test]
+fn nothing_red_needs_the_source() {
+    let mut all = vec![];
+    for mapping in [MAPPED, "networks: {}"] {
+        let mut host = able();
+        host.machine.as_mut().unwrap().tpm_emulator = false;
+        host.machine.as_mut().unwrap().secure_boot = false;
+        host.machine.as_mut().unwrap().cpu_models = vec!["Penryn".into()];
+        host.free_memory_bytes = 1;
+        all.extend(judged(mapping, &host));
+        host.machine = Err("no".into());
+        all.extend(judged(mapping, &host));
+    }
+    for finding in all.iter().filter(|f| f.color == Color::Red) {
+        let advice = finding.advice.as_deref().unwrap_or_default();
+        assert!(!advice.contains("at the source") && !advice.contains("source's domain"), "{advice}");
     }
 }
 

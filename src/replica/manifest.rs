@@ -158,6 +158,9 @@ pub struct Point {
     /// Whether the domain started with its host. Absent: made by a program that did not ask.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub autostart: Option<bool>,
+    /// What has written the state of the TPM. Absent: there is none, or its maker did not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tpm_programs: Option<super::TpmPrograms>,
     pub run: RunId,
     pub disks: Vec<Disk>,
     #[serde(default)]
@@ -475,6 +478,7 @@ impl Point {
             consistency: self.consistency,
             consistency_reason: self.consistency_reason.clone(),
             autostart: self.autostart,
+            tpm_programs: self.tpm_programs.clone(),
             run: self.run.clone(),
             disks: self
                 .disks
@@ -563,6 +567,7 @@ mod tests {
             consistency: Consistency::Crash,
             consistency_reason: None,
             autostart: None,
+            tpm_programs: None,
             run: run(seq),
             disks: disks.split(' ').map(disk).collect(),
             attachments: vec![],

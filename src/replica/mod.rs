@@ -179,6 +179,9 @@ pub struct PointView {
     /// Whether the domain started with its host. `None`: made by a program that did not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub autostart: Option<bool>,
+    /// What has written the state of the TPM. `None`: there is none, or its maker did not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tpm_programs: Option<TpmPrograms>,
     pub run: RunId,
     pub disks: Vec<PointDisk>,
     /// File names of the attachments, relative to the point's directory.
@@ -301,6 +304,25 @@ pub enum Consistency {
     Off,
 }
 
+/// Versions of the programs that emulate a TPM: only their like can read the state that they write.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TpmPrograms {
+    pub swtpm: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub libtpms: Option<String>,
+}
+
+impl TpmPrograms {
+    /// Longest version that is kept, in bytes.
+    const VERSION_MAX: usize = 24;
+
+    /// Without what a stranger may have put there in the place of a version.
+    pub fn bounded(&self) -> TpmPrograms {
+        let cut = |text: &String| crate::error::printable(text, Self::VERSION_MAX);
+        TpmPrograms { swtpm: cut(&self.swtpm), libtpms: self.libtpms.as_ref().map(cut) }
+    }
+}
+
 /// Files a point carries beside its disks. A closed list: the peer names nothing (I21).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -392,6 +414,9 @@ pub struct SealPoint {
     /// Whether the domain started with its host. `None`: made by a program that did not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub autostart: Option<bool>,
+    /// What has written the state of the TPM. `None`: there is none, or it is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tpm_programs: Option<TpmPrograms>,
     /// Exactly the disks of `begin`, each finished.
     pub disks: Vec<SealDisk>,
 }

@@ -21,7 +21,7 @@ use super::manifest::{
 use super::reserve::Reservation;
 use super::seed::{self, Seed};
 use super::store::{self, Clock};
-use super::{ATTACHMENT_MAX, Attachment, BeginPoint, Begun, DiskApplied, PointView, SealPoint};
+use super::{ATTACHMENT_MAX, Attachment, BeginPoint, Begun, DiskApplied, PointView, SealPoint, TpmPrograms};
 use crate::block::digest::{BLOCK_PIECES, BlockPieces, Digest, PieceDigest};
 use crate::block::{BlockIndex, FANOUT};
 use crate::error::{Context, Error, Kind, Result, printable};
@@ -237,6 +237,7 @@ impl OpenPoint {
             consistency: request.consistency,
             consistency_reason: request.consistency_reason.as_deref().map(|why| printable(why, REASON_MAX)),
             autostart: request.autostart,
+            tpm_programs: request.tpm_programs.as_ref().map(TpmPrograms::bounded),
             run: self.request.run.clone(),
             disks,
             attachments,

@@ -52,6 +52,9 @@ pub struct Carried {
     /// Whether the domain started with its host. Absent: made by a program that did not ask.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub autostart: Option<bool>,
+    /// What has written the state of the TPM. Absent: there is none, or its maker did not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tpm_programs: Option<super::TpmPrograms>,
     /// What it leads on from; absent: from nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<Since>,
@@ -100,6 +103,7 @@ impl Carried {
             consistency: point.consistency,
             consistency_reason: point.consistency_reason.clone(),
             autostart: point.autostart,
+            tpm_programs: point.tpm_programs.clone(),
             since: since.map(|since| Since { point: since.id.clone(), disks: carried(since) }),
             disks: carried(point),
             attachments: point.attachments.clone(),
@@ -460,6 +464,7 @@ fn fill(
         consistency: head.consistency,
         consistency_reason: head.consistency_reason.as_ref().map(|reason| printable(reason, REASON_MAX)),
         autostart: head.autostart,
+        tpm_programs: head.tpm_programs.clone(),
         disks,
     };
     Ok((replica.seal(&request)?, bytes_written))

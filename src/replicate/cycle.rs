@@ -145,6 +145,7 @@ pub fn run(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBoo
         alarms: Vec::new(),
         warnings: Vec::new(),
         target_seen: None,
+        target_lacks: Vec::new(),
         error: None,
         error_kind: None,
     };
@@ -441,6 +442,7 @@ impl<'a> Run<'a> {
             consistency: still.consistency,
             consistency_reason: still.consistency_reason.clone(),
             autostart: self.starts_with_host(domain),
+            tpm_programs: self.tpm_programs(domain),
             disks,
         })?;
         failpoint!("6f");
@@ -530,8 +532,7 @@ pub(super) fn stopped() -> Error {
     Error::new(Kind::Interrupted, "stopped by a signal")
 }
 
-/// Settles one domain from its open record, if it has one. Returns the record that was found, what was done, and what
-/// is left open.
+/// Settles one domain from its open record, if it has one. Returns that record, what was done, and what is left open.
 pub fn settle_domain(
     ports: &Ports,
     journal: &Journal,

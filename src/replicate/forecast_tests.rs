@@ -37,6 +37,7 @@ fn point(frozen_at: i64, disks: &[(&str, Mode, u64)]) -> PointView {
         consistency: Consistency::Crash,
         consistency_reason: None,
         autostart: None,
+        tpm_programs: None,
         run,
         disks: disks.iter().map(disk).collect(),
         attachments: Vec::new(),
@@ -63,6 +64,7 @@ fn run(frozen_at: i64, seconds: f64, mode: Mode, bytes: u64) -> Report {
         alarms: Vec::new(),
         warnings: Vec::new(),
         target_seen: None,
+        target_lacks: Vec::new(),
         error: None,
         error_kind: None,
     }

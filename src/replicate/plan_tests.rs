@@ -107,6 +107,7 @@ fn replica(disks: &str) -> ReplicaView {
         consistency: Consistency::Crash,
         consistency_reason: None,
         autostart: None,
+        tpm_programs: None,
         run,
         disks: disks.clone(),
         attachments: Vec::new(),

@@ -45,6 +45,9 @@ pub struct Report {
     /// How the target stood after the run; absent if it was not asked any more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_seen: Option<TargetSeen>,
+    /// What keeps the point from being brought up on its target, a sentence each; empty also where the target does not say.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub target_lacks: Vec<String>,
     pub error: Option<String>,
     /// What to do about it: whoever decides on a failure, decides on this.
     #[serde(default)]
@@ -108,6 +111,7 @@ pub(crate) mod tests {
             consistency: Consistency::Crash,
             consistency_reason: None,
             autostart: None,
+            tpm_programs: None,
             run: run.clone(),
             disks: vec![disk],
             attachments: Vec::new(),
@@ -130,6 +134,7 @@ pub(crate) mod tests {
             alarms: Vec::new(),
             warnings: Vec::new(),
             target_seen: None,
+            target_lacks: Vec::new(),
             error: None,
             error_kind: None,
         }

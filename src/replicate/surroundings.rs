@@ -8,9 +8,9 @@ use super::journal::to_json;
 use super::plan::{CaptureKind, Plan};
 use crate::error::{Error, Result};
 use crate::hypervisor::firmware::Firmware;
-use crate::hypervisor::{DomainView, Power, travel, xml};
+use crate::hypervisor::{DomainView, Power, swtpm, travel, xml};
 use crate::name::DiskName;
-use crate::replica::{Attachment, Replica};
+use crate::replica::{Attachment, Replica, TpmPrograms};
 
 /// The machine's description that travels with a point, as it was decided before the freeze.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -107,6 +107,12 @@ impl Run<'_> {
                 None
             }
         }
+    }
+
+    /// What has written the state of the domain's TPM. `None`: it has none, or the programs do not say: the point is as good without.
+    pub(super) fn tpm_programs(&self, domain: &DomainView) -> Option<TpmPrograms> {
+        domain.tpm.as_ref()?;
+        swtpm::programs().map(|swtpm::Programs { swtpm, libtpms }| TpmPrograms { swtpm, libtpms })
     }
 
     fn firmware(&self, domain: &DomainView) -> Result<Option<Firmware>> {

@@ -5,15 +5,16 @@ use crate::error::{Error, Kind, Result};
 use crate::hypervisor::Power;
 use crate::hypervisor::firmware::Firmware;
 use crate::hypervisor::libvirt::LibvirtHypervisor;
-use crate::hypervisor::machine::{HostView, Machines as _};
+use crate::hypervisor::machine::Machines as _;
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId};
-use crate::recovery::bringup::{Coming, Wanted, refuse_red};
-use crate::recovery::definition::{self, Definition, Macs, Nics, Wish};
+use crate::recovery::bringup::{Coming, Readiness, Wanted, refuse_red};
+use crate::recovery::definition::{Macs, Nics, Wish};
 use crate::recovery::failover::{self, FailoverRecord, FailoverState};
+use crate::recovery::fitting::{self, Fitted};
 use crate::recovery::mapping::{MacPolicy, Mapping};
 use crate::recovery::overlays::Overlays;
 use crate::recovery::ready::{self, Builds, Color, Finding, Question, Room};
-use crate::recovery::{definition_of, detach, drill, drills, overlays};
+use crate::recovery::{definition_of, detach, drill, drills, overlays, suggest};
 use crate::replica::root::StoreSeen;
 use crate::replica::store::{self, Store};
 use crate::replica::upkeep::Held;
@@ -106,44 +107,43 @@ impl Here {
 
     /// Whether the domain could be brought up here from this point. Touches nothing.
     pub fn ready(&self, found: &Found) -> Result<Vec<Finding>> {
-        let held = self.hold(found, "ready")?;
-        let read = self.definition_here(found, held.as_ref()).and_then(|d| Ok((self.builds(&d, held.as_ref())?, d)));
-        held.release();
-        let (builds, definition) = read.map_err(|e| e.domain(&found.name).point(&found.point.id))?;
-        self.judge(found, &definition, &self.hypervisor.host(&definition.machine)?, &builds)
+        Ok(self.readiness(found)?.findings)
     }
 
-    /// Every question about a failover, with what is known of the point.
-    fn judge(&self, found: &Found, definition: &Definition, host: &HostView, builds: &Builds) -> Result<Vec<Finding>> {
-        let mut host = host.clone();
+    /// The same, with what an operator may want to write into recovery.yaml.
+    pub fn readiness(&self, found: &Found) -> Result<Readiness> {
+        let held = self.hold(found, "ready")?;
+        let read = self.fitted_here(found, held.as_ref()).and_then(|fitted| {
+            let builds = self.builds(&fitted.definition, held.as_ref())?;
+            let findings = self.judge(found, &fitted, held.as_ref(), &builds)?;
+            Ok(Readiness { point: found.point.id.clone(), findings, suggestion: suggest::lines(&fitted) })
+        });
+        held.release();
+        read.map_err(|e| e.domain(&found.name).point(&found.point.id))
+    }
+
+    /// Every question about a failover, with what is known of the point. libvirt has read what would be defined.
+    fn judge(&self, found: &Found, fitted: &Fitted, held: &dyn Held, builds: &Builds) -> Result<Vec<Finding>> {
+        let mut fitted = fitted.clone();
         if failover::peek(&self.options.state, &found.uuid)?.is_some_and(|record| record.tpm) {
             // It is of a failover that was begun here, and has come from a point itself.
-            host.tpm_states.retain(|uuid| uuid != found.uuid.as_str());
+            fitted.host.tpm_states.retain(|uuid| uuid != found.uuid.as_str());
         }
+        let room = self.room();
         let mut findings = vec![ready::point(&found.view, &found.point)];
-        findings.extend(self.judge_definition(&found.uuid, &found.name, definition, &host, builds));
+        findings.extend(ready::chain(&fitted, overlays::to_copy(held, fitted.definition.images_max)?, &room));
+        findings.extend(ready::judge(&fitted, &found.name, &found.uuid, &room, builds));
+        findings.extend(ready::tpm_programs(&fitted, &found.point));
         Ok(findings)
-    }
-
-    /// Every question about a definition. Whoever wants to know whether a domain can come up here asks through this.
-    fn judge_definition(
-        &self,
-        uuid: &DomainUuid,
-        name: &DomainName,
-        definition: &Definition,
-        host: &HostView,
-        builds: &Builds,
-    ) -> Vec<Finding> {
-        ready::judge(definition, name, uuid, host, &self.room(), builds)
     }
 
     /// Whether a domain could be brought up here whose point is still to come; see [`BringUp::ready_for`](crate::recovery::bringup::BringUp::ready_for).
     pub fn ready_for(&self, uuid: &DomainUuid, coming: &Coming) -> Result<Vec<Finding>> {
         let overlays = overlays::to_come(coming, &self.failover_dir(uuid)?);
-        let definition = self.rendered(uuid, &coming.name, &coming.definition, &overlays)?;
-        let host = self.hypervisor.host(&definition.machine)?.without(uuid);
+        let mut fitted = self.fitted(uuid, &coming.name, &coming.definition, &overlays)?;
+        fitted.host = fitted.host.without(uuid);
         // The build of the source's firmware travels with the point: until then nothing is known of it.
-        let mut findings = self.judge_definition(uuid, &coming.name, &definition, &host, &Builds::default());
+        let mut findings = ready::judge(&fitted, &coming.name, uuid, &self.room(), &Builds::default());
         findings.retain(|f| f.question != Question::Firmware || f.color != Color::Yellow);
         Ok(findings)
     }
@@ -166,19 +166,13 @@ impl Here {
         Ok(Builds { source: known(source), here: known(here) })
     }
 
-    /// The definition of a failover.
-    fn definition_here(&self, found: &Found, held: &dyn Held) -> Result<Definition> {
+    /// The definition of a failover, as libvirt here takes it.
+    fn fitted_here(&self, found: &Found, held: &dyn Held) -> Result<Fitted> {
         let overlays = overlays::named(held, &self.failover_dir(&found.uuid)?);
-        self.rendered(&found.uuid, &found.name, &definition_of(held)?, &overlays)
+        self.fitted(&found.uuid, &found.name, &definition_of(held)?, &overlays)
     }
 
-    fn rendered(
-        &self,
-        uuid: &DomainUuid,
-        name: &DomainName,
-        definition: &str,
-        overlays: &Overlays,
-    ) -> Result<Definition> {
+    fn fitted(&self, uuid: &DomainUuid, name: &DomainName, definition: &str, overlays: &Overlays) -> Result<Fitted> {
         let mapping = &self.options.mapping;
         let wish = Wish {
             name: name.clone(),
@@ -194,7 +188,7 @@ impl Here {
             nvram: overlays.nvram.clone(),
             tpm: overlays.tpm,
         };
-        definition::render(definition, &wish, mapping)
+        fitting::fit(&self.hypervisor, definition, &wish, mapping)
     }
 
     /// Where the overlays of this domain's failover lie, or would.
@@ -246,17 +240,17 @@ impl Here {
         state: &FailoverState,
         say: &dyn Fn(&str),
     ) -> Result<FailoverRecord> {
-        let definition = self.definition_here(found, held)?;
-        let host = self.hypervisor.host(&definition.machine)?;
+        let fitted = self.fitted_here(found, held)?;
         // What was begun is found here by its own name.
         if state.record()?.is_none() {
             // Another build of the firmware is for `ready` to say: it keeps nobody from a failover.
-            refuse_red(&self.judge(found, &definition, &host, &Builds::default())?, "this host")?;
+            let findings = self.judge(found, &fitted, held, &Builds::default())?;
+            refuse_red(&findings, "this host")?;
         }
-        overlays::let_qemu_pass(held, host.qemu_uid)?;
+        overlays::let_qemu_pass(held, fitted.host.qemu_uid)?;
         let dir = self.failover_dir(&found.uuid)?;
         let (domain, uuid, wanted) = (&found.name, &found.uuid, wanted.clone());
-        let plan = failover::Plan { domain, uuid, dir, definition: &definition, wanted };
+        let plan = failover::Plan { domain, uuid, dir, definition: &fitted.definition, wanted };
         let store = self.store(uuid)?;
         failover::run(&self.failover_ports(&store, say), state, &plan, held)
     }

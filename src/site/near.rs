@@ -36,9 +36,7 @@ impl HereDomain<'_> {
 
 impl BringUp for HereDomain<'_> {
     fn ready(&self, point: Option<&PointId>) -> Result<Readiness> {
-        let found = self.find(point)?;
-        let findings = self.here.ready(&found)?;
-        Ok(Readiness { point: found.point.id, findings })
+        self.here.readiness(&self.find(point)?)
     }
 
     fn ready_for(&self, coming: &Coming) -> Result<Vec<Finding>> {

@@ -58,6 +58,7 @@ fn report(store: &StoreWithPoints, outcome: RunOutcome, target: &str) -> Report 
         alarms: Vec::new(),
         warnings: Vec::new(),
         target_seen: None,
+        target_lacks: Vec::new(),
         error: failed.then(|| "the target is on fire".to_owned()),
         error_kind: None,
     }

@@ -158,6 +158,7 @@ pub fn seal(disks: &[(&str, &[u8])]) -> SealPoint {
         consistency: Consistency::Crash,
         consistency_reason: None,
         autostart: None,
+        tpm_programs: None,
         disks: disks.iter().map(disk).collect(),
     }
 }

@@ -1,9 +1,10 @@
 //! The devices of a definition: those that touch the host are made anew, the others go by their rule.
 
 use super::remark::Verdict;
-use super::render::{Check, Out, is_word, shown};
+use super::render::{Check, Out, is_word, number, shown};
 use super::{Macs, Nics, Rendering, Tpm, rules};
 use crate::error::Result;
+use crate::hypervisor::releases;
 use crate::hypervisor::swtpm::TpmVersion;
 use crate::hypervisor::xml::{child, path_text};
 use crate::name::{DiskName, DomainUuid};
@@ -31,13 +32,15 @@ impl Rendering<'_> {
                 "graphics" => graphics = true,
                 "rng" => self.rng(node)?,
                 "tpm" => self.tpm(node)?,
+                "watchdog" => self.watchdog(node)?,
+                "video" => self.video(node)?,
                 _ => match rules::DEVICES.iter().find(|r| r.name == name) {
                     Some(rule) => self.out.copy(node, rule, &path)?,
                     None => self.omit(&path),
                 },
             }
         }
-        if graphics {
+        if graphics && !self.out.leaves_out("devices/graphics") {
             // Whoever may log in here may look; nobody else, and without the source's password.
             self.out.open("graphics", &[("type", "vnc"), ("port", "-1"), ("autoport", "yes")])?;
             self.out.leaf("listen", &[("type", "address"), ("address", "127.0.0.1")])?;
@@ -68,7 +71,13 @@ impl Rendering<'_> {
         let image = self.wish.disks.iter().find(|(d, _)| *d == name).map(|(_, image)| image.clone());
         let kind = node.attribute("device").unwrap_or("disk");
         match (image, kind) {
-            (Some(image), "disk") => {
+            (Some(image), "disk" | "lun") => {
+                if kind == "lun" {
+                    let why = format!(
+                        "'{name}' is a device of the source's that the guest spoke to itself: here it is a disk"
+                    );
+                    self.out.remark("devices/disk/@device", Verdict::Missing, why);
+                }
                 found.push(name);
                 self.replicated(node, image)
             }
@@ -97,7 +106,7 @@ impl Rendering<'_> {
             ("discard", Check::OneOf(&["ignore", "unmap"])),
             ("detect_zeroes", Check::OneOf(&["off", "on", "unmap"])),
             ("cache", Check::OneOf(&["none", "writeback", "writethrough", "directsync", "default"])),
-            ("queues", Check::Number),
+            ("queues", Check::Count(1, 256)),
         ];
         let mut driver = vec![("name", "qemu"), ("type", "qcow2")];
         if let Some(source) = child(node, "driver") {
@@ -111,7 +120,26 @@ impl Rendering<'_> {
         self.out.leaf("driver", &driver)?;
         self.out.leaf("source", &[("file", path_text(&image)?)])?;
         self.inside_of(node, rules::DISK, "devices/disk")?;
+        self.blockio(node)?;
         self.out.close("disk");
+        Ok(())
+    }
+
+    /// Sizes of blocks that QEMU takes: powers of two, no logical one larger than the physical one, and IDE knows but one.
+    fn blockio(&mut self, disk: Node) -> Result<()> {
+        let path = "devices/disk/blockio";
+        let Some(node) = child(disk, "blockio").filter(|_| !self.out.leaves_out(path)) else { return Ok(()) };
+        let attrs = self.out.attributes(node, path, rules::BLOCKIO);
+        let size = |name: &str| attrs.iter().find(|(n, _)| *n == name).and_then(|(_, v)| number(v));
+        let logical = size("logical_block_size").unwrap_or(512);
+        let physical = size("physical_block_size").unwrap_or(logical);
+        let bus = child(disk, "target").and_then(|t| t.attribute("bus")).unwrap_or("");
+        let plain = logical == 512 || !matches!(bus, "ide" | "sata");
+        if logical.is_power_of_two() && physical.is_power_of_two() && logical <= physical && plain {
+            self.out.written.push(path.to_owned());
+            return self.out.leaf("blockio", &attrs);
+        }
+        self.out.remark(path, Verdict::Missing, "is left out: QEMU takes no blocks of these sizes");
         Ok(())
     }
 
@@ -152,6 +180,7 @@ impl Rendering<'_> {
             self.out.leaf("mac", &[("address", mac)])?;
         }
         self.out.leaf("source", &[source])?;
+        self.nic_model(node)?;
         self.inside_of(node, rules::INTERFACE, "devices/interface")?;
         self.out.close("interface");
         self.macs.extend(mac);
@@ -159,6 +188,25 @@ impl Rendering<'_> {
             self.attached.push(attach);
         }
         Ok(())
+    }
+
+    /// libvirt takes any word for the model of a network card, and QEMU knows but these.
+    fn nic_model(&mut self, node: Node) -> Result<()> {
+        let Some(model) = child(node, "model").and_then(|m| m.attribute("type")) else { return Ok(()) };
+        let here = match model {
+            // It came with QEMU 8.0; before, its smaller sister.
+            "igb" => match self.limits.qemu {
+                Some(qemu) if qemu < releases::IGB_SINCE => "e1000e",
+                _ => model,
+            },
+            _ if rules::NIC_MODELS.contains(&model) => model,
+            _ => "virtio",
+        };
+        if here != model {
+            let why = format!("is {} at the source, which this host has not: it is '{here}' here", shown(model));
+            self.out.remark("devices/interface/model", Verdict::Missing, why);
+        }
+        self.out.leaf("model", &[("type", here)])
     }
 
     /// What an interface is attached to here; `None` if it is left out, or refused.
@@ -190,11 +238,68 @@ impl Rendering<'_> {
             }
             Some(attach) => Some(attach),
             None => {
-                let why = format!("is on {}, and `networks:` does not say what that is here", shown(&called));
+                let why = format!(
+                    "is on {}, and `networks:` in recovery.yaml does not say what that is here",
+                    shown(&called)
+                );
                 self.out.remark(path, Verdict::Refused, why);
+                if !self.unmapped.contains(&called) {
+                    self.unmapped.push(called);
+                }
                 None
             }
         }
+    }
+
+    /// libvirt of 9.1 and later writes one of its own into every q35 machine: it is in the chipset, with or without a word,
+    /// and an older libvirt does not know the word.
+    fn watchdog(&mut self, node: Node) -> Result<()> {
+        let path = "devices/watchdog";
+        let built_in = node.attribute("model") == Some("itco");
+        let ordinary = matches!(node.attribute("action"), None | Some("reset"));
+        let unknown = self.limits.libvirt.is_some_and(|v| v < releases::ITCO_SINCE);
+        match built_in {
+            true if ordinary => Ok(()),
+            true if unknown => {
+                let why = "is left out: libvirt here is older than 9.1, and does not know the chipset's own";
+                self.out.remark(path, Verdict::Missing, why);
+                Ok(())
+            }
+            _ => self.out.copy(node, &rules::WATCHDOG, path),
+        }
+    }
+
+    /// A screen of a model that this host's QEMU has.
+    fn video(&mut self, node: Node) -> Result<()> {
+        let path = "devices/video";
+        if self.out.leaves_out(path) {
+            return Ok(());
+        }
+        self.out.written.push(path.to_owned());
+        self.out.open("video", &[])?;
+        self.inside_of(node, rules::VIDEO, path)?;
+        if let Some(model) = child(node, "model") {
+            let mut attrs = self.out.attributes(model, &format!("{path}/model"), rules::VIDEO_MODEL);
+            let videos = &self.limits.videos;
+            let kind = attrs.iter().find(|(name, _)| *name == "type").map_or("", |(_, kind)| *kind);
+            let here = ["vga", "virtio"].into_iter().find(|m| videos.iter().any(|v| v == m));
+            if let (false, Some(here)) = (videos.iter().any(|v| v == kind), here) {
+                let why = format!("is {} at the source, which this host has not: it is '{here}' here", shown(kind));
+                self.out.remark(&format!("{path}/model"), Verdict::Missing, why);
+                attrs.retain(|(name, _)| *name == "primary");
+                attrs.insert(0, ("type", here));
+            }
+            match child(model, "resolution") {
+                None => self.out.leaf("model", &attrs)?,
+                Some(resolution) => {
+                    self.out.open("model", &attrs)?;
+                    self.out.copy(resolution, &rules::RESOLUTION, &format!("{path}/model/resolution"))?;
+                    self.out.close("model");
+                }
+            }
+        }
+        self.out.close("video");
+        Ok(())
     }
 
     /// A serial line, with an end of ours on the host.

@@ -2,7 +2,8 @@
 //! has to look like. What no rule names does not come through, and is told.
 
 use super::remark::{Remark, Verdict};
-use crate::error::Result;
+use super::rules;
+use crate::error::{Result, printable};
 use crate::hypervisor::xml::{escape, text_of};
 use roxmltree::Node;
 
@@ -11,43 +12,82 @@ use roxmltree::Node;
 pub(super) enum Check {
     /// Letters, digits and `_ . : + -`, at most 64, the first a letter or a digit: a name from a list, never a path.
     Word,
-    /// A decimal number.
-    Number,
-    /// A number, decimal or with `0x`.
-    Hex,
+    /// A word; these come through as others, which stand behind them.
+    WordBut(&'static [(&'static str, &'static str)]),
+    /// A decimal number within these bounds, both of them included.
+    Count(u64, u64),
+    /// The same, and it may be negative.
+    Signed(i64, i64),
+    /// A number up to this one, decimal or with `0x`.
+    Hex(u64),
     /// `yes`, `no`, `on`, `off`.
     Switch,
     OneOf(&'static [&'static str]),
+    /// One of the first words; or one of the pairs, whose second word takes the place of the first.
+    Replaced(&'static [&'static str], &'static [(&'static str, &'static str)]),
     /// Words for the guest: printable, at most 255 bytes.
     Text,
 }
 
+/// What becomes of a value.
+enum Taken<'a> {
+    AsItIs(&'a str),
+    Instead(&'static str),
+    Not,
+}
+
 impl Check {
+    fn take(self, value: &str) -> Taken<'_> {
+        let pairs = match self {
+            Check::WordBut(pairs) | Check::Replaced(_, pairs) => pairs,
+            _ => &[],
+        };
+        match pairs.iter().find(|(from, _)| *from == value) {
+            Some((_, to)) => Taken::Instead(to),
+            None if self.accepts(value) => Taken::AsItIs(value),
+            None => Taken::Not,
+        }
+    }
+
+    /// Whether a value comes through as it is.
     pub(super) fn accepts(self, value: &str) -> bool {
-        let is_number = |v: &str| (1..=20).contains(&v.len()) && v.bytes().all(|b| b.is_ascii_digit());
         match self {
             Check::Word => is_word(value),
-            Check::Number => is_number(value),
-            Check::Hex => match value.strip_prefix("0x") {
-                Some(digits) => (1..=16).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_hexdigit()),
-                None => is_number(value),
+            Check::WordBut(pairs) => is_word(value) && !pairs.iter().any(|(from, _)| *from == value),
+            Check::Count(min, max) => number(value).is_some_and(|n| (min..=max).contains(&n)),
+            Check::Signed(min, max) => {
+                let digits = value.strip_prefix('-').unwrap_or(value);
+                number(digits).is_some() && value.parse().is_ok_and(|n: i64| (min..=max).contains(&n))
+            }
+            Check::Hex(max) => match value.strip_prefix("0x") {
+                Some(digits) => {
+                    digits.bytes().all(|b| b.is_ascii_hexdigit())
+                        && u64::from_str_radix(digits, 16).is_ok_and(|n| n <= max)
+                }
+                None => number(value).is_some_and(|n| n <= max),
             },
             Check::Switch => matches!(value, "yes" | "no" | "on" | "off"),
-            Check::OneOf(words) => words.contains(&value),
+            Check::OneOf(words) | Check::Replaced(words, _) => words.contains(&value),
             Check::Text => value.len() <= 255 && !value.chars().any(char::is_control),
         }
     }
 
-    fn words(self) -> &'static str {
+    fn words(self) -> String {
         match self {
-            Check::Word => "a plain word",
-            Check::Number => "a number",
-            Check::Hex => "a number",
-            Check::Switch => "yes, no, on or off",
-            Check::OneOf(_) => "one of the words known for it",
-            Check::Text => "short, printable text",
+            Check::Word | Check::WordBut(_) => "a plain word".to_owned(),
+            Check::Count(min, max) => format!("a number from {min} to {max}"),
+            Check::Signed(min, max) => format!("a number from {min} to {max}"),
+            Check::Hex(max) => format!("a number up to {max:#x}"),
+            Check::Switch => "yes, no, on or off".to_owned(),
+            Check::OneOf(_) | Check::Replaced(..) => "one of the words known for it".to_owned(),
+            Check::Text => "short, printable text".to_owned(),
         }
     }
+}
+
+/// A decimal number: digits alone, no sign and no space.
+pub(super) fn number(value: &str) -> Option<u64> {
+    value.bytes().all(|b| b.is_ascii_digit()).then(|| value.parse().ok()).flatten()
 }
 
 pub(super) fn is_word(value: &str) -> bool {
@@ -62,16 +102,32 @@ pub(super) struct Rule {
     pub attrs: &'static [(&'static str, Check)],
     pub text: Option<Check>,
     pub children: &'static [Rule],
+    /// Attributes without which the element means nothing: it is left out where one of them is.
+    pub needed: &'static [&'static str],
 }
 
 /// An element of attributes and children.
 pub(super) const fn el(name: &'static str, attrs: &'static [(&'static str, Check)], children: &'static [Rule]) -> Rule {
-    Rule { name, attrs, text: None, children }
+    Rule { name, attrs, text: None, children, needed: &[] }
 }
 
 /// An element of text.
 pub(super) const fn text(name: &'static str, attrs: &'static [(&'static str, Check)], check: Check) -> Rule {
-    Rule { name, attrs, text: Some(check), children: &[] }
+    Rule { name, attrs, text: Some(check), children: &[], needed: &[] }
+}
+
+/// The same element; without these attributes it is left out.
+pub(super) const fn needs(needed: &'static [&'static str], rule: Rule) -> Rule {
+    Rule { needed, ..rule }
+}
+
+/// An element that does not come through although there is a rule for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct LeaveOut {
+    /// Its path; with `[NAME]` behind it only the one of this name: `cpu/feature[hle]`.
+    pub what: String,
+    /// A sentence part, as in a remark.
+    pub why: String,
 }
 
 /// XML that is being written, and what is to be said about it.
@@ -79,10 +135,19 @@ pub(super) const fn text(name: &'static str, attrs: &'static [(&'static str, Che
 pub(super) struct Out {
     pub xml: String,
     pub remarks: Vec<Remark>,
+    /// What is left out although it is known.
+    pub leave_out: Vec<LeaveOut>,
+    /// Paths of the elements that came through by their rule.
+    pub written: Vec<String>,
     depth: usize,
 }
 
 impl Out {
+    /// Nothing yet, and these elements never.
+    pub fn without(leave_out: Vec<LeaveOut>) -> Out {
+        Out { leave_out, ..Out::default() }
+    }
+
     pub fn open(&mut self, name: &str, attrs: &[(&str, &str)]) -> Result<()> {
         self.tag(name, attrs, ">\n")?;
         self.depth += 1;
@@ -120,14 +185,41 @@ impl Out {
         Ok(())
     }
 
+    /// What is refused and what the operator of this host has decided to do without is missing, and no more than that.
     pub fn remark(&mut self, what: &str, verdict: Verdict, why: impl Into<String>) {
-        let remark = Remark { what: what.to_owned(), verdict, why: why.into() };
+        let mut remark = Remark { what: what.to_owned(), verdict, why: why.into() };
+        if verdict == Verdict::Refused && self.why_left_out(what).is_some() {
+            remark.verdict = Verdict::Missing;
+            remark.why += ", and `leave_out:` in recovery.yaml says to do without";
+        }
         if !self.remarks.contains(&remark) {
             self.remarks.push(remark);
         }
     }
 
-    /// The attributes of `node` that `allowed` names; a value that is none is refused, an attribute nobody named is left out.
+    /// Why an element of this path is left out although there is a rule for it.
+    fn why_left_out(&self, path: &str) -> Option<&LeaveOut> {
+        let kind = path.split('[').next().unwrap_or(path);
+        self.leave_out.iter().find(|l| l.what == path || l.what == kind)
+    }
+
+    /// Whether an element of this path is left out; it is told then.
+    pub fn leaves_out(&mut self, path: &str) -> bool {
+        let Some(LeaveOut { why, .. }) = self.why_left_out(path).cloned() else { return false };
+        self.remark(path, Verdict::Missing, why);
+        true
+    }
+
+    /// What no rule names does not come through, for the reason that there is.
+    pub fn unknown(&mut self, path: &str) {
+        match rules::REASONS.iter().find(|(p, ..)| *p == path) {
+            Some((_, verdict, why)) => self.remark(path, *verdict, *why),
+            None => self.remark(&printable(path, 80), Verdict::LeftOut, "is not known to be harmless here"),
+        }
+    }
+
+    /// The attributes of `node` that `allowed` names. An unknown attribute is left out, and so is a value that this host
+    /// cannot use: nothing that is harmless keeps a guest from being started.
     pub fn attributes<'a>(
         &mut self,
         node: Node<'a, '_>,
@@ -135,37 +227,55 @@ impl Out {
         allowed: &[(&'static str, Check)],
     ) -> Vec<(&'static str, &'a str)> {
         for attribute in node.attributes().filter(|a| !allowed.iter().any(|(name, _)| *name == a.name())) {
-            self.remark(&format!("{path}/@{}", attribute.name()), Verdict::LeftOut, "is not known to be harmless here");
+            self.unknown(&format!("{path}/@{}", attribute.name()));
         }
         let mut kept = Vec::new();
         for (name, check) in allowed {
             let Some(value) = node.attribute(*name) else { continue };
-            match check.accepts(value) {
-                true => kept.push((*name, value)),
-                false => {
-                    let why = format!("{} is not {}", shown(value), check.words());
-                    self.remark(&format!("{path}/@{name}"), Verdict::Refused, why);
-                }
-            }
+            kept.extend(self.taken(&format!("{path}/@{name}"), *check, value).map(|value| (*name, value)));
         }
         kept
     }
 
+    /// The value that stands for this one here; `None` where there is none, which is told.
+    pub fn taken<'a>(&mut self, path: &str, check: Check, value: &'a str) -> Option<&'a str> {
+        match check.take(value) {
+            Taken::AsItIs(value) => Some(value),
+            Taken::Instead(other) => {
+                self.remark(path, Verdict::LeftOut, format!("is {} at the source, and '{other}' here", shown(value)));
+                Some(other)
+            }
+            Taken::Not => {
+                let why = format!("is left out: {} is not {}", shown(value), check.words());
+                self.remark(path, Verdict::Missing, why);
+                None
+            }
+        }
+    }
+
     /// Writes `node` as far as its rule goes. `path` is how it is called in remarks.
     pub fn copy(&mut self, node: Node, rule: &Rule, path: &str) -> Result<()> {
+        if self.leaves_out(path) {
+            return Ok(());
+        }
         let attrs = self.attributes(node, path, rule.attrs);
+        if let Some(needed) = rule.needed.iter().find(|name| !attrs.iter().any(|(kept, _)| kept == *name)) {
+            self.remark(path, Verdict::Missing, format!("is left out: it has no '{needed}' that can be used here"));
+            return Ok(());
+        }
         if let Some(check) = rule.text {
             let value = text_of(node);
-            let value = value.trim();
-            if !check.accepts(value) {
-                self.remark(path, Verdict::Refused, format!("{} is not {}", shown(value), check.words()));
-                return Ok(());
+            if let Some(value) = self.taken(path, check, value.trim()) {
+                self.text(rule.name, &attrs, value)?;
+                self.written.push(path.to_owned());
             }
-            return self.text(rule.name, &attrs, value);
+            return Ok(());
         }
-        let mut inner = Out { depth: self.depth + 1, ..Out::default() };
+        let mut inner = Out { depth: self.depth + 1, leave_out: self.leave_out.clone(), ..Out::default() };
         inner.children(node, rule.children, path)?;
         let xml = std::mem::take(&mut inner.xml);
+        self.written.push(path.to_owned());
+        self.written.append(&mut inner.written);
         inner.remarks.into_iter().for_each(|r| self.remark(&r.what, r.verdict, r.why));
         if xml.is_empty() {
             return self.leaf(rule.name, &attrs);
@@ -180,13 +290,22 @@ impl Out {
     pub fn children(&mut self, node: Node, rules: &[Rule], path: &str) -> Result<()> {
         for child in node.children().filter(Node::is_element) {
             let name = child.tag_name().name();
-            let path = format!("{path}/{name}");
+            let path = path_of(child, path);
             match rules.iter().find(|r| r.name == name && child.tag_name().namespace().is_none()) {
                 Some(rule) => self.copy(child, rule, &path)?,
-                None => self.remark(&path, Verdict::LeftOut, "is not known to be harmless here"),
+                None => self.unknown(&path),
             }
         }
         Ok(())
+    }
+}
+
+/// How an element is called in remarks and in `leave_out:`; those that are told apart by a name of their own have it behind.
+pub(super) fn path_of(node: Node, parent: &str) -> String {
+    let kind = node.tag_name().name();
+    match (kind, node.attribute("name").filter(|name| is_word(name))) {
+        ("feature" | "timer", Some(name)) => format!("{parent}/{kind}[{name}]"),
+        _ => format!("{parent}/{kind}"),
     }
 }
 
@@ -218,10 +337,39 @@ mod tests {
     }
 
     #[test]
+    fn a_value_out_of_bounds_is_left_out_and_one_that_has_another_word_here_is_replaced() {
+        const RULE: Rule = needs(
+            &["type"],
+            el("x", &[("type", Check::Replaced(&["a"], &[("b", "a")])), ("n", Check::Count(1, 9))], &[]),
+        );
+        let copied = |xml: &str| {
+            let doc = crate::hypervisor::xml::document(xml).unwrap();
+            let mut out = Out::default();
+            out.copy(doc.root_element(), &RULE, "x").unwrap();
+            assert!(out.remarks.iter().all(|r| r.verdict != Verdict::Refused), "{:?}", out.remarks);
+            (out.xml, out.remarks.len())
+        };
+        assert_eq!(copied("<x type='a' n='9'/>"), ("<x type='a' n='9'/>\n".to_owned(), 0));
+        assert_eq!(copied("<x type='b' n='10'/>"), ("<x type='a'/>\n".to_owned(), 2));
+        assert_eq!(copied("<x type='c'/>"), (String::new(), 2));
+        for (value, ok) in [("-1", true), ("7", true), ("8", false), ("-2", false), ("+1", false), ("--1", false)] {
+            assert_eq!(Check::Signed(-1, 7).accepts(value), ok, "{value}");
+        }
+        for (value, ok) in
+            [("0x1f", true), ("31", true), ("0x20", false), ("32", false), ("0x", false), ("0x+1", false)]
+        {
+            assert_eq!(Check::Hex(31).accepts(value), ok, "{value}");
+        }
+    }
+
+    #[test]
     fn no_path_and_no_markup_is_a_word() {
         for bad in ["", "/dev/sda", "../x", "a b", "a'b", "<x>", "a\nb", "-x", ".x", &"a".repeat(65), "ä"] {
             assert!(!is_word(bad), "{bad:?}");
-            assert!(!Check::Number.accepts(bad) && !Check::Hex.accepts(bad), "{bad:?}");
+            assert!(
+                !Check::Count(0, 9).accepts(bad) && !Check::Hex(9).accepts(bad) && number(bad).is_none(),
+                "{bad:?}"
+            );
         }
         for good in ["pc-q35-7.2", "Haswell-noTSX-IBRS", "52:54:00:00:00:01", "org.qemu.guest_agent.0"] {
             assert!(is_word(good), "{good}");
