@@ -77,7 +77,8 @@ pub fn named(held: &dyn Held, dir: &Path) -> Overlays {
 /// The same of a point that is still to come.
 pub fn to_come(coming: &Coming, dir: &Path) -> Overlays {
     let disks = coming.disks.iter().map(|disk| (disk.clone(), dir.join(format!("{disk}.qcow2")))).collect();
-    Overlays { disks, nvram: coming.nvram.then(|| dir.join(Attachment::Nvram.file_name())), tpm: coming.tpm }
+    let nvram = coming.nvram.then(|| dir.join(Attachment::Nvram.file_name()));
+    Overlays { disks, nvram, tpm: coming.tpm, images_max: None }
 }
 
 /// Makes `dir`, which must not exist, with an empty overlay for each disk. Its names are durable when this returns.

@@ -75,6 +75,7 @@ fn point() -> PointView {
         consistency: Consistency::Crash,
         consistency_reason: None,
         autostart: None,
+        tpm_programs: None,
         run,
         disks: Vec::new(),
         attachments: Vec::new(),
@@ -152,6 +153,7 @@ fn request() -> SealPoint {
         consistency: Consistency::Crash,
         consistency_reason: None,
         autostart: None,
+        tpm_programs: None,
         disks: Vec::new(),
     }
 }

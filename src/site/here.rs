@@ -8,7 +8,7 @@ use crate::hypervisor::libvirt::LibvirtHypervisor;
 use crate::hypervisor::machine::Machines as _;
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId};
 use crate::recovery::bringup::{Coming, Readiness, Wanted, refuse_red};
-use crate::recovery::definition::{Macs, Nics, Wish};
+use crate::recovery::definition::{Definition, Macs, Nics, Wish};
 use crate::recovery::failover::{self, FailoverRecord, FailoverState};
 use crate::recovery::fitting::{self, Fitted};
 use crate::recovery::mapping::{MacPolicy, Mapping};
