@@ -59,7 +59,7 @@ impl Run<'_> {
         }
         let plan = make_plan(self.ports, self.request, &domain, &view)?;
         self.ready_to_freeze(&plan)?;
-        let gate = TargetGate::new(replica, Patience::of(plan.capture));
+        let gate = TargetGate::new(replica, Patience::of(plan.capture, false));
         let mut guard = self.guard(&plan)?;
         let mut capture = self.capture(&mut guard, &plan, &domain);
         let still = capture.freeze()?;

@@ -246,7 +246,8 @@ impl<'a> Run<'a> {
         report.warnings.extend(described.notes.iter().cloned());
         let begun = replica.begin(&self.begin_request(&domain, &plan))?;
         // From here on nobody waits for the target but through this gate.
-        let gate = TargetGate::new(replica, Patience::of(plan.capture));
+        let patience = Patience::of(plan.capture, self.request.handover.is_some());
+        let gate = TargetGate::new(replica, patience);
         plan.start_from(&begun.seeds);
         failpoint!("3");
         let untracked = self.begin_bitmaps(&plan);

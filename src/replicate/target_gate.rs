@@ -41,7 +41,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// thin link takes a minute at worst; a seal that takes longer is waited for after the commit.
 const ANSWER_WITHIN: Duration = Duration::from_secs(5 * 60);
 
-/// The same where no guest is held.
+/// The same of a domain that is off, and not by our hand.
 const ANSWER_WITHIN_OFF: Duration = Duration::from_secs(30 * 60);
 
 /// How long the answer to a seal is waited for once the guest is back on its own images.
@@ -52,6 +52,9 @@ const SEAL_WITHIN_STOPPED: Duration = Duration::from_secs(30);
 
 /// How long a target may take to give up a point. The agent does so by itself when the session ends.
 const GIVE_UP_WITHIN: Duration = Duration::from_secs(30);
+
+/// The same after a signal.
+const GIVE_UP_WITHIN_STOPPED: Duration = Duration::from_secs(5);
 
 /// A wait that is worth a word in the report.
 const LONG: Duration = Duration::from_secs(1);
@@ -110,6 +113,21 @@ impl<T> Owed<T> {
     }
 }
 
+impl<T> Owed<T> {
+    /// The answer, if it comes within `time` from now; after a signal within the other one.
+    fn within_either(&mut self, time: Duration, stopped: Duration, stop: &AtomicBool) -> Option<Result<T>> {
+        let began = Instant::now();
+        loop {
+            if let Some(answer) = self.within(TICK) {
+                return Some(answer);
+            }
+            if began.elapsed() >= if stop.load(Ordering::Relaxed) { stopped } else { time } {
+                return None;
+            }
+        }
+    }
+}
+
 /// The time for each kind of wait. Tests have other ones.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Patience {
@@ -117,15 +135,19 @@ pub(super) struct Patience {
     pub seal: Duration,
     pub seal_stopped: Duration,
     pub give_up: Duration,
+    pub give_up_stopped: Duration,
 }
 
 impl Patience {
-    pub fn of(capture: CaptureKind) -> Self {
+    /// `handover`: the domain is off because we shut it down, and somebody waits for its service.
+    pub fn of(capture: CaptureKind, handover: bool) -> Self {
         let answer = match capture {
-            CaptureKind::Overlay | CaptureKind::Backup => ANSWER_WITHIN,
-            CaptureKind::Off => ANSWER_WITHIN_OFF,
+            CaptureKind::Off if !handover => ANSWER_WITHIN_OFF,
+            CaptureKind::Overlay | CaptureKind::Backup | CaptureKind::Off => ANSWER_WITHIN,
         };
-        Self { answer, seal: SEAL_WITHIN, seal_stopped: SEAL_WITHIN_STOPPED, give_up: GIVE_UP_WITHIN }
+        let (seal, seal_stopped) = (SEAL_WITHIN, SEAL_WITHIN_STOPPED);
+        let (give_up, give_up_stopped) = (GIVE_UP_WITHIN, GIVE_UP_WITHIN_STOPPED);
+        Self { answer, seal, seal_stopped, give_up, give_up_stopped }
     }
 }
 
@@ -209,16 +231,12 @@ impl TargetGate {
         stop: &AtomicBool,
     ) -> (Result<PointView>, Option<String>) {
         if let Some(owed) = given_up {
-            self.note_given_up(owed);
+            self.note_given_up(owed, stop);
         }
         let (Err(why), Some(mut owed)) = (&sealed, lock(&self.sealing).take()) else { return (sealed, None) };
-        let left = Instant::now();
-        let answer = loop {
-            if let Some(answer) = owed.within(TICK) {
-                break answer;
-            }
-            let within = if stop.load(Ordering::Relaxed) { self.patience.seal_stopped } else { self.patience.seal };
-            if left.elapsed() >= within {
+        let answer = match owed.within_either(self.patience.seal, self.patience.seal_stopped, stop) {
+            Some(answer) => answer,
+            None => {
                 let e = why.again().more("the target has not said whether it sealed the point");
                 return (
                     Err(e.hint("the next run asks the target for its newest point; look at the target's storage")),
@@ -235,8 +253,8 @@ impl TargetGate {
         }
     }
 
-    fn note_given_up(&self, mut owed: Owed<()>) {
-        match owed.within(self.patience.give_up) {
+    fn note_given_up(&self, mut owed: Owed<()>, stop: &AtomicBool) {
+        match owed.within_either(self.patience.give_up, self.patience.give_up_stopped, stop) {
             Some(Ok(())) => {}
             // It is rubbish by definition; the next run throws it away.
             Some(Err(e)) => tracing::debug!("cannot abandon the open point: {}", e.chain()),
@@ -309,7 +327,7 @@ impl Replica for TargetGate {
     /// Also of a run that was cut.
     fn abandon(&self) -> Result<()> {
         if let Some(owed) = self.give_up() {
-            self.note_given_up(owed);
+            self.note_given_up(owed, &AtomicBool::new(false));
         }
         Ok(())
     }

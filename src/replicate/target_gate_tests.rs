@@ -127,7 +127,13 @@ const LONG_ENOUGH: Duration = Duration::from_secs(60);
 const SHORT: Duration = Duration::from_millis(150);
 
 fn patient() -> Patience {
-    Patience { answer: LONG_ENOUGH, seal: LONG_ENOUGH, seal_stopped: SHORT, give_up: SHORT }
+    Patience {
+        answer: LONG_ENOUGH,
+        seal: LONG_ENOUGH,
+        seal_stopped: SHORT,
+        give_up: LONG_ENOUGH,
+        give_up_stopped: SHORT,
+    }
 }
 
 fn too_old() -> Error {
@@ -260,15 +266,33 @@ fn a_seal_that_is_never_answered_ends_in_time_and_says_that_nobody_knows() {
 /// A point is given up beside the commit, also of a run that was cut, and that is not waited for without end either.
 #[test]
 fn giving_up_a_point_is_asked_for_and_not_waited_for_without_end() {
-    for verb in ["abandon", "nothing"] {
-        let (hold, gate) = mute_at(verb, patient());
+    let short = Patience { give_up: SHORT, ..patient() };
+    for (verb, patience, stopped) in
+        [("abandon", short, false), ("abandon", patient(), true), ("nothing", patient(), false)]
+    {
+        let (hold, gate) = mute_at(verb, patience);
         gate.cut().because(too_old());
         let began = Instant::now();
         let given_up = gate.give_up();
-        let (sealed, word) = gate.last_word(Err(too_old()), given_up, &AtomicBool::new(false));
+        let (sealed, word) = gate.last_word(Err(too_old()), given_up, &AtomicBool::new(stopped));
         assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
         assert!(sealed.is_err() && word.is_none());
         assert_eq!(hold.0.given_up.load(Ordering::SeqCst), 1, "{verb}");
+    }
+}
+
+/// A guest that was shut down for a handover is waited for by those whom it serves.
+#[test]
+fn only_a_domain_that_was_off_anyway_lets_its_target_take_long() {
+    let answer = |capture, handover| Patience::of(capture, handover).answer;
+    for (capture, handover, long) in [
+        (CaptureKind::Overlay, false, false),
+        (CaptureKind::Overlay, true, false),
+        (CaptureKind::Backup, false, false),
+        (CaptureKind::Off, true, false),
+        (CaptureKind::Off, false, true),
+    ] {
+        assert_eq!(answer(capture, handover) > answer(CaptureKind::Overlay, false), long, "{capture:?} {handover}");
     }
 }
 
