@@ -108,6 +108,7 @@ fn point(seq: usize) -> PointView {
             stats: DiskStats { mode: Mode::Full, reason: "first run".into(), ..DiskStats::default() },
         }],
         attachments: vec![],
+        left_out: Default::default(),
     }
 }
 
@@ -364,6 +365,7 @@ fn seal_request() -> SealPoint {
         consistency_reason: None,
         autostart: None,
         disks: vec![],
+        left_out: Default::default(),
     }
 }
 

@@ -156,6 +156,7 @@ impl StoreWithPoints {
                 consistency_reason: None,
                 autostart: None,
                 disks,
+                left_out: Default::default(),
             })
             .unwrap();
     }

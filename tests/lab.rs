@@ -47,6 +47,8 @@ mod crash_handover;
 mod crash_hands;
 #[path = "lab/suite/crash_hooks.rs"]
 mod crash_hooks;
+#[path = "lab/suite/crash_live_only.rs"]
+mod crash_live_only;
 #[path = "lab/suite/crash_machine.rs"]
 mod crash_machine;
 #[path = "lab/suite/crash_power.rs"]
@@ -70,8 +72,6 @@ mod formats;
 mod handover;
 #[path = "lab/suite/limits.rs"]
 mod limits;
-#[path = "lab/suite/live_only.rs"]
-mod live_only;
 #[path = "lab/suite/migrate.rs"]
 mod migrate;
 #[path = "lab/suite/plain.rs"]
@@ -101,3 +101,5 @@ mod tpm;
 mod tracked;
 #[path = "lab/suite/verify.rs"]
 mod verify;
+#[path = "lab/suite/volumes.rs"]
+mod volumes;

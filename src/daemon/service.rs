@@ -365,7 +365,7 @@ fn learn(domain: SeenDomain, state: &Path, known: &Mutex<BTreeSet<DomainUuid>>) 
         tracing::warn!("{}", e.chain());
         Vec::new()
     });
-    let points = reports.into_iter().filter_map(|r| Some((r.target, r.started_at, r.point?.frozen_at))).collect();
+    let points = reports.into_iter().filter_map(|r| Some((r.target, r.started_at, r.point?.as_of()))).collect();
     let lives_on = worker::lives_on(state, &domain.uuid);
     Listed { domain, store: None, points, lives_on, promoted_since: None }
 }

@@ -13,11 +13,13 @@
 //!   /srv/kernels: /srv/kernels
 //! macs: keep                # or `new`; a drill always has new ones
 //! images: /var/lib/libvirt/images    # overlays of drills and failovers lie here
+//! without_disks: [vda]      # of a guest whose boot disk is in no point: start it without
 //! ```
 //!
 //! A key that is not known is an error, and so is one that stands twice.
 
 use crate::error::{Error, Kind, Result};
+use crate::name::DiskName;
 use crate::yaml;
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -41,6 +43,8 @@ pub struct Mapping {
     pub paths: BTreeMap<PathBuf, PathBuf>,
     pub macs: MacPolicy,
     pub images: Option<PathBuf>,
+    /// Disks that are in no point and that a guest is to be started without, though it boots from one of them.
+    pub without_disks: Vec<DiskName>,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]

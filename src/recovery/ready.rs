@@ -3,11 +3,12 @@
 
 use super::definition::Definition;
 use super::definition::remark::{Remark, Verdict};
-use super::mapping::Attach;
+use super::mapping::{Attach, Mapping};
 use crate::hypervisor::firmware::Firmware;
 use crate::hypervisor::machine::{Capabilities, HostView};
 use crate::hypervisor::swtpm;
 use crate::name::{DomainName, DomainUuid};
+use crate::replica::left_out::Cause;
 use crate::replica::{PointView, ReplicaView};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -126,6 +127,35 @@ pub fn point(view: &ReplicaView, point: &PointView) -> Finding {
             green(Question::Point, format!("point {}, frozen at {frozen}", point.id))
         }
     }
+}
+
+/// The disks of the domain that are not in the point: the guest has to do without them. It cannot boot without the disk that
+/// it boots from, so that is red until the mapping of this host says that it is to be started so.
+pub fn left_out(definition: &Definition, point: &PointView, mapping: &Mapping) -> Vec<Finding> {
+    let finding = |skipped: &crate::replica::left_out::Skipped| {
+        let name = &skipped.name;
+        let boots = definition.boot_disk.as_ref() == Some(name);
+        let what = match boots {
+            true => format!("disk '{name}', from which the guest boots, is not in the point: it {}", skipped.reason),
+            false => format!("disk '{name}' is not in the point: it {}", skipped.reason),
+        };
+        match (skipped.cause, boots && !mapping.without_disks.contains(name)) {
+            (Cause::Unprotected, true) => red(
+                Question::Point,
+                what,
+                format!(
+                    "take an older point that has it (--point), or write `without_disks: [{name}]` into the mapping here, start \
+                     the guest without it, and give it a disk to boot from by hand (`virsh attach-disk`)"
+                ),
+            ),
+            (Cause::Unprotected | Cause::NotSaid, _) => {
+                yellow(Question::Point, what, "bring a copy of it here by other means, or let the guest do without")
+            }
+            (Cause::Excluded | Cause::Removable, _) => green(Question::Point, what),
+        }
+    };
+    // A drive for media is there, and empty.
+    point.left_out.iter().filter(|s| s.cause != Cause::Removable).map(finding).collect()
 }
 
 /// The worst of them; green if there is none.

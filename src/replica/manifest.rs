@@ -18,6 +18,7 @@
 //! A reader ignores fields it does not know and refuses a version it does not know.
 //! Format: docs/formats/replica.md.
 
+use super::left_out::LeftOut;
 use super::upkeep::Promoted;
 use super::{Attachment, Consistency, DiskStats, PointDisk, PointView};
 use crate::block::DiskSize;
@@ -149,6 +150,9 @@ pub struct Point {
     pub disks: Vec<Disk>,
     #[serde(default)]
     pub attachments: Vec<Attached>,
+    /// Disks of the domain that are not in the point.
+    #[serde(default, skip_serializing_if = "LeftOut::is_empty")]
+    pub left_out: LeftOut,
     /// Not to be removed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pinned: Option<Pinned>,
@@ -452,6 +456,7 @@ impl Point {
                 })
                 .collect(),
             attachments: self.attachments.iter().map(|a| a.name).collect(),
+            left_out: self.left_out.clone(),
         }
     }
 
@@ -525,6 +530,7 @@ mod tests {
             run: run(seq),
             disks: disks.split(' ').map(disk).collect(),
             attachments: vec![],
+            left_out: LeftOut::default(),
             pinned: None,
         }
     }

@@ -235,6 +235,7 @@ impl OpenPoint {
             run: self.request.run.clone(),
             disks,
             attachments,
+            left_out: request.left_out.clone(),
             pinned: None,
         };
         let view = point.view(self.points.path());

@@ -19,6 +19,7 @@ pub mod freeze_hooks;
 pub mod generation;
 pub(crate) mod held_dir;
 pub mod journal;
+mod label;
 mod marks;
 pub mod observe;
 pub mod offline;

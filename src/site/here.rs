@@ -116,6 +116,7 @@ impl Here {
             host.tpm_states.retain(|uuid| uuid != found.uuid.as_str());
         }
         let mut findings = vec![ready::point(&found.view, &found.point)];
+        findings.extend(ready::left_out(definition, &found.point, &self.options.mapping));
         findings.extend(ready::judge(definition, &found.name, &found.uuid, &host, &self.room(), builds));
         Ok(findings)
     }

@@ -159,6 +159,7 @@ pub fn seal(disks: &[(&str, &[u8])]) -> SealPoint {
         consistency_reason: None,
         autostart: None,
         disks: disks.iter().map(disk).collect(),
+        left_out: Default::default(),
     }
 }
 
