@@ -114,6 +114,7 @@ fn point(seq: usize) -> PointView {
             stats: DiskStats { mode: Mode::Full, reason: "first run".into(), ..DiskStats::default() },
         }],
         attachments: vec![],
+        left_out: Default::default(),
     }
 }
 
@@ -375,6 +376,7 @@ fn seal_request() -> SealPoint {
         autostart: None,
         tpm_programs: None,
         disks: vec![],
+        left_out: Default::default(),
     }
 }
 

@@ -183,6 +183,7 @@ impl StoreWithPoints {
                 autostart: None,
                 tpm_programs: None,
                 disks,
+                left_out: Default::default(),
             })
             .unwrap();
     }

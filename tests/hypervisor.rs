@@ -138,7 +138,7 @@ fn disks_that_cannot_be_replicated_say_why() {
     let (h, guest) = (host.hypervisor(), host.define(&mixed.concat()));
     let view = h.observe(&guest.uuid).unwrap();
     let why = |disk: &str| match &view.disk(&name(disk)).unwrap().kind {
-        DiskKind::Unsupported(why) => why.clone(),
+        DiskKind::Unsupported(why) | DiskKind::Removable(why) => why.clone(),
         DiskKind::Image => "image".into(),
     };
     assert_eq!(why("hdc"), "is a cdrom");

@@ -49,6 +49,8 @@ mod crash_handover;
 mod crash_hands;
 #[path = "lab/suite/crash_hooks.rs"]
 mod crash_hooks;
+#[path = "lab/suite/crash_live_only.rs"]
+mod crash_live_only;
 #[path = "lab/suite/crash_machine.rs"]
 mod crash_machine;
 #[path = "lab/suite/crash_power.rs"]
@@ -111,3 +113,5 @@ mod tpm;
 mod tracked;
 #[path = "lab/suite/verify.rs"]
 mod verify;
+#[path = "lab/suite/volumes.rs"]
+mod volumes;

@@ -12,6 +12,8 @@ use virt_replica::daemon::control::{Ask, ask_daemon};
 use virt_replica::error::Result;
 use virt_replica::policy::Policy;
 use virt_replica::policy::select::{SeenDomain, SeenReplica};
+use virt_replica::replica::lag;
+use virt_replica::replica::left_out::Skipped;
 use virt_replica::site::{self, runtime_dir};
 
 #[derive(Debug, Args)]
@@ -107,7 +109,7 @@ fn describe(status: &Value) -> String {
             lines.push(render::wrap("PROBLEM: ", &format!("{what}: {why}")));
         }
     }
-    let age = |v: &Value| v.as_i64().map_or("-".to_owned(), render::short_age);
+    let lag = |v: &Value| v.as_i64().map_or("-".to_owned(), render::short_age);
     let rows = status["domains"].as_array().map_or(&[][..], Vec::as_slice).iter().map(|row| {
         let state = match () {
             _ if !row["lives_on"].is_null() => "demoted".to_owned(),
@@ -118,6 +120,8 @@ fn describe(status: &Value) -> String {
             _ if row["paused"] == true => "paused".to_owned(),
             _ if row["failures"].as_u64() > Some(0) => format!("failed {} times", row["failures"]),
             _ if row["frozen_at"].is_null() => "not yet".to_owned(),
+            _ if !row["clock_ahead_s"].is_null() => "CLOCK WRONG".to_owned(),
+            _ if unprotected(row).next().is_some() => "partly protected".to_owned(),
             _ => "ok".to_owned(),
         };
         let next = row["next_at"].as_str().and_then(|t| t.parse().ok()).map_or("-".to_owned(), render::minute);
@@ -125,15 +129,25 @@ fn describe(status: &Value) -> String {
             text(&row["domain"]),
             text(&row["target"]),
             state,
-            age(&row["lag_s"]),
-            age(&row["rpo_s"]),
+            lag(&row["lag_s"]),
+            lag(&row["rpo_s"]),
             next,
             text(&row["policy"]),
         ]
     });
     let header = ["Domain", "Target", "State", "Lag", "RPO", &format!("Next run ({})", render::zone_now()), "Policy"];
     lines.push(render::table(&header, &[3, 4], rows.collect()));
+    for row in status["domains"].as_array().map_or(&[][..], Vec::as_slice) {
+        let label = format!(" {}: ", text(&row["domain"]));
+        lines.extend(row["clock_ahead_s"].as_i64().map(|s| render::wrap(&label, &lag::told(s))));
+        lines.extend(unprotected(row).map(|s| render::wrap(&label, &s.told())));
+    }
     lines.join("\n")
+}
+
+/// The disks of a row that nobody protects.
+fn unprotected(row: &Value) -> impl Iterator<Item = Skipped> {
+    serde_json::from_value::<Vec<Skipped>>(row["unprotected"].clone()).unwrap_or_default().into_iter()
 }
 
 /// The replicas that policies of a target may mean.
@@ -192,7 +206,7 @@ mod service {
             list_store: Arc::new(|root| {
                 let seen = |(uuid, name, view): (_, _, ReplicaView)| SeenInStore {
                     domain: SeenDomain { name, uuid, tags: Vec::new() },
-                    head: view.head().map(|h| h.frozen_at),
+                    head: view.head().map(|h| h.as_of()),
                     promoted_since: view.promoted.map(|p| p.since),
                 };
                 Ok(site::replicas_of(root)?.into_iter().map(seen).collect())

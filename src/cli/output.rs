@@ -15,6 +15,9 @@ pub const COMMIT_PENDING: u8 = 3;
 /// Code for "a new point exists, and a dirty bitmap was caught lying on the way to it".
 pub const AUDIT_ALARM: u8 = 14;
 
+/// Code for "done, and a disk of the domain is in no point although nobody excluded it".
+pub const PARTLY_PROTECTED: u8 = 15;
+
 /// How a command ended, short of an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {

@@ -9,7 +9,7 @@ use serde_json::json;
 use virt_replica::error::Result;
 use virt_replica::name::{DomainName, DomainUuid};
 use virt_replica::replica::upkeep::{Holds, Upkeep as _};
-use virt_replica::replica::{PointView, Replica as _, ReplicaView};
+use virt_replica::replica::{PointView, Replica as _, ReplicaView, lag};
 use virt_replica::site::{self, Connection};
 use virt_replica::transport::target::TargetUrl;
 
@@ -61,7 +61,10 @@ fn describe(name: &DomainName, target: &TargetUrl, view: &ReplicaView, holds: &H
     });
     let used = holds.leases.iter().map(|l| format!(" In use: {} ({}, {})", l.point, l.purpose, l.owner));
     let damaged = holds.scrub.damage.iter().map(|d| format!(" Damaged: {}", render::damage(d)));
-    let held: Vec<String> = held.chain(used).chain(damaged).collect();
+    let missing = head.left_out.unprotected().map(|s| format!(" Not in the head: {}, it {}", s.name, s.reason));
+    let why = head.consistency_reason.iter().map(|why| format!(" State of the head: {why}"));
+    let clock = lag::ahead_s(head.frozen_at, head.sealed_at).map(|s| format!(" {}", lag::told(s)));
+    let held: Vec<String> = held.chain(used).chain(damaged).chain(missing).chain(why).chain(clock).collect();
     if !held.is_empty() {
         lines.push(String::new());
         lines.extend(held);

@@ -69,7 +69,8 @@ pub struct RunArgs {
     /// Keep this much free where overlays (or scratch files) lie, beside what they are expected to grow to
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = super::render::parse_bytes)]
     min_free_source: u64,
-    /// Leave this disk out (vdb); may be given more than once
+    /// Leave this disk out (vdb); may be given more than once. A disk that cannot be replicated, and that is not named so, makes
+    /// the domain partly protected: exit code 15
     #[arg(long = "exclude-disk", value_name = "DISK")]
     exclude_disks: Vec<DiskName>,
     /// Read every block and compare it, whatever a dirty bitmap says
@@ -119,7 +120,7 @@ pub use run::{plan, sync};
 mod run {
     use super::*;
     use crate::cli::foresee::lacks;
-    use crate::cli::output::{AUDIT_ALARM, COMMIT_PENDING, Message, print, print_json};
+    use crate::cli::output::{AUDIT_ALARM, COMMIT_PENDING, Message, PARTLY_PROTECTED, print, print_json};
     use crate::cli::shorten::keep_short;
     use crate::cli::target::{Target, hang_up};
     use crate::cli::watch::{DiskTime, Watcher};
@@ -127,6 +128,7 @@ mod run {
     use std::sync::atomic::AtomicBool;
     use virt_replica::replica::AuditStats;
     use virt_replica::replica::Replica;
+    use virt_replica::replica::left_out::Cause;
     use virt_replica::replicate::cycle::Request;
     use virt_replica::replicate::forecast::SpaceOptions;
     use virt_replica::replicate::plan::{CaptureKind, Plan, PlanOptions};
@@ -193,6 +195,7 @@ mod run {
             // The worse news: a pending commit ends by itself.
             None if !report.alarms.is_empty() => Ok(Exit::Code(AUDIT_ALARM)),
             None if report.outcome == RunOutcome::CommitPending => Ok(Exit::Code(COMMIT_PENDING)),
+            None if report.skipped.is_partly() => Ok(Exit::Code(PARTLY_PROTECTED)),
             None => Ok(Exit::Done),
         }
     }
@@ -247,7 +250,11 @@ mod run {
             }
         }
         // A script that asks whether a run would begin reads the answer from the exit code.
-        plan.refusal().map_or(Ok(Exit::Done), Err)
+        match plan.refusal() {
+            Some(refusal) => Err(refusal),
+            None if plan.skipped.is_partly() => Ok(Exit::Code(PARTLY_PROTECTED)),
+            None => Ok(Exit::Done),
+        }
     }
 
     /// How the disks stood still, where that is worth a line: not by the way that is always taken.
@@ -267,6 +274,7 @@ mod run {
                     render::time(point.frozen_at),
                     render::consistency(point.consistency)
                 ));
+                lines.extend(point.consistency_reason.iter().map(|why| render::wrap("  known     ", why)));
             }
             None => lines.push(format!("{} has no new point on {}", report.domain, report.target)),
         }
@@ -309,12 +317,9 @@ mod run {
                 lines.push(render::wrap(&format!(" {}: ", disk.name), &describe_audit(audit, disk.size.0)));
             }
         }
-        lines.extend(
-            report
-                .skipped
-                .iter()
-                .map(|s| render::wrap(&format!(" {}: ", s.name), &format!("skipped, it {}", s.reason))),
-        );
+        let skipped = report.skipped.iter().filter(|s| s.cause != Cause::Unprotected);
+        lines.extend(skipped.map(|s| render::wrap(&format!(" {}: ", s.name), &format!("skipped, it {}", s.reason))));
+        lines.extend(report.skipped.unprotected().map(|s| render::wrap("PARTLY PROTECTED: ", &s.told())));
         lines.extend(report.alarms.iter().map(|a| render::wrap("ALARM: ", a)));
         lines.extend(report.warnings.iter().chain(&report.target_lacks).map(|w| render::wrap("warning: ", w)));
         lines.join("\n")
@@ -374,9 +379,9 @@ mod run {
         if !plan.skipped.is_empty() {
             lines.push(String::new());
         }
-        lines.extend(
-            plan.skipped.iter().map(|s| render::wrap(&format!(" {}  ", s.name), &format!("skipped: it {}", s.reason))),
-        );
+        let skipped = plan.skipped.iter().filter(|s| s.cause != Cause::Unprotected);
+        lines.extend(skipped.map(|s| render::wrap(&format!(" {}  ", s.name), &format!("skipped: it {}", s.reason))));
+        lines.extend(plan.skipped.unprotected().map(|s| render::wrap("PARTLY PROTECTED: ", &s.told())));
         lines.extend(plan.notes.iter().map(|n| render::wrap("note: ", n)));
         lines.extend(plan.conflicts.iter().map(|c| match c.disk() {
             Some(disk) => format!("conflict: disk '{disk}': {c}\n  {}", c.advice()),

@@ -16,6 +16,7 @@ use crate::policy::admission::{self, BreachChange, Running, Waiting};
 use crate::policy::retry;
 use crate::policy::schedule::{Due, Shift};
 use crate::policy::select::{SeenDomain, SeenReplica, select, store_url};
+use crate::replica::left_out::Skipped;
 use jiff::{SignedDuration, Timestamp};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -198,7 +199,7 @@ impl Engine {
         for listed in &self.domains {
             for (url, begun, frozen_at) in &listed.points {
                 let key = Key { uuid: listed.domain.uuid.clone(), url: url.clone() };
-                if self.pairs.get_mut(&key).is_some_and(|p| p.learn(*begun, *frozen_at)) {
+                if self.pairs.get_mut(&key).is_some_and(|p| p.learn(*begun, *frozen_at, now.wall)) {
                     orders.push(Order::Save);
                 }
             }
@@ -250,7 +251,9 @@ impl Engine {
             self.handed.insert(key.uuid, to.clone());
             return;
         }
+        let before = pair.unprotected.clone();
         pair.ended(begun, now.wall, end.clone());
+        orders.extend(pair.unprotected.iter().filter(|s| !before.contains(s)).map(|s| partly(&job, s)));
         let (name, target) = (&job.domain.name, &job.target);
         match (end.result, &end.error) {
             (RunResult::Failed, error) => {
@@ -337,7 +340,9 @@ impl Engine {
             let lives_on = policy.and_then(|p| lives_on(&self.handed, key, p));
             let promoted = self.promoted.contains_key(key);
             let rpo = policy.and_then(|p| p.rpo).filter(|_| lives_on.is_none() && !promoted);
-            let deadline = rpo.map(|rpo| deadline(pair, rpo));
+            // What is seen as the future was seen by a clock that was ahead.
+            pair.since = pair.since.min(now.wall);
+            let deadline = rpo.map(|rpo| deadline(pair, rpo, now.wall));
             let since = pair.breach_since;
             let change = admission::breach(&mut pair.breach_since, deadline, now.wall);
             let (word, level) = match change {
@@ -430,7 +435,7 @@ impl Engine {
                 continue;
             }
             let (schedule, rpo) = (&self.setup.schedules[a.policy], self.rpo(key, a));
-            let deadline = schedule.deadline(shift(key), rpo, pair.frozen_at, &pair.past());
+            let deadline = schedule.deadline(shift(key), rpo, pair.as_of(now), &pair.past());
             waiting.push(Waiting {
                 key: key.clone(),
                 domain: key.uuid.to_string(),
@@ -485,7 +490,7 @@ impl Engine {
         for (key, a) in &self.assigned {
             let pair = &self.pairs[key];
             if let (Some(rpo), None) = (self.rpo(key, a), pair.breach_since) {
-                until(deadline(pair, rpo) + SignedDuration::from_millis(1));
+                until(deadline(pair, rpo, now.wall) + SignedDuration::from_millis(1));
             }
         }
         if self.stop_at.is_none() && self.checking.is_empty() {
@@ -549,7 +554,17 @@ pub(super) fn shift(key: &Key) -> Shift {
     Shift::of(key.uuid.as_str(), &key.url)
 }
 
-/// The last moment at which the RPO is kept.
-pub(super) fn deadline(pair: &Pair, rpo: Duration) -> Timestamp {
-    pair.frozen_at.unwrap_or(pair.since).checked_add(signed(rpo)).unwrap_or(Timestamp::MAX)
+/// A disk that a run could not replicate: said when it is news.
+fn partly(job: &StartRun, disk: &Skipped) -> Order {
+    Order::Say(Level::Warn, About::job(job), format!("domain '{}': {}", job.domain.name, disk.told()))
+}
+
+/// The last moment at which the RPO is kept. Of a point whose every time lies in the future nobody knows the age: an RPO that
+/// nothing shows to be kept is broken.
+pub(super) fn deadline(pair: &Pair, rpo: Duration, now: Timestamp) -> Timestamp {
+    let kept = |from: Timestamp| from.checked_add(signed(rpo)).unwrap_or(Timestamp::MAX);
+    match (pair.frozen_at, pair.as_of(now)) {
+        (Some(_), None) => pair.since.min(now - SignedDuration::from_millis(1)),
+        (_, as_of) => kept(as_of.unwrap_or(pair.since)),
+    }
 }

@@ -399,6 +399,65 @@ fn who_will_be_late_is_said_beforehand_and_once() {
     assert_eq!(warnings.matches("will be broken").count(), 1, "{warnings}");
 }
 
+/// The source's clock was far ahead when it made a point, and is right again: the point is as old as the target says, and
+/// a replication that is dead from then on is late like any other.
+#[test]
+fn a_clock_that_was_ahead_hides_no_dead_replication() {
+    let mut b = Bench::new(&[HOURLY]);
+    b.domains("a");
+    let ahead = End { clock_ahead_s: Some(9_000_000), ..sealed(b.now.wall) };
+    b.tell(Event::Ended { run: 1, end: ahead });
+    let row = |b: &Bench| b.engine.status(b.now).domains.remove(0);
+    assert_eq!((row(&b).clock_ahead_s, row(&b).lag_s), (Some(9_000_000), Some(0)), "it is told");
+    b.pass(2 * 3600 + 1);
+    let late = row(&b);
+    assert!(late.breach_since.is_some() && late.lag_s == Some(7201) && late.slack_s < Some(0), "{late:?}");
+
+    // Both clocks were ahead, by 70 years: nobody knows how old the point is, and no RPO is kept by that.
+    let mut b = Bench::new(&[HOURLY]);
+    b.domains("a");
+    let future = b.now.wall + SignedDuration::from_hours(24 * 365 * 70);
+    b.tell(Event::Ended { run: 1, end: sealed(future) });
+    b.pass(1);
+    let unknown = row(&b);
+    assert!(
+        unknown.lag_s.is_none() && unknown.breach_since.is_some() && unknown.clock_ahead_s > Some(1 << 30),
+        "{unknown:?}"
+    );
+    // The next point of now takes its place, though it is older on paper.
+    b.pass(3600);
+    b.seals(2);
+    b.pass(1);
+    let well = row(&b);
+    assert_eq!((well.lag_s, well.breach_since, well.clock_ahead_s), (Some(1), None, None));
+}
+
+/// Partly protected is a state and no failure: it is said once, shown until a run has planned without it, and outlives
+/// runs that fail.
+#[test]
+fn a_disk_that_is_not_protected_is_shown_and_is_no_failure() {
+    let mut b = Bench::new(&[HOURLY]);
+    b.domains("a");
+    let skipped = r#"{"name":"vdb","reason":"is encrypted by QEMU (luks)","cause":"unprotected"}"#;
+    let partly = vec![serde_json::from_str(skipped).unwrap()];
+    let end = |b: &Bench, unprotected| End { unprotected, ..sealed(b.now.wall) };
+    let first = end(&b, Some(partly.clone()));
+    let told = b.tell(Event::Ended { run: 1, end: first });
+    assert!(said(&told, Level::Warn).contains("NOT PROTECTED"), "{told:?}");
+    let row = |b: &Bench| b.engine.status(b.now).domains.remove(0);
+    assert_eq!((row(&b).unprotected, row(&b).failures), (partly.clone(), 0));
+    b.pass(3600);
+    let again = end(&b, Some(partly.clone()));
+    assert_eq!(said(&b.tell(Event::Ended { run: 2, end: again }), Level::Warn), "", "once is enough");
+    b.pass(3600);
+    b.fails(3, Kind::Unavailable);
+    assert_eq!(row(&b).unprotected, partly, "a run that planned nothing knows nothing");
+    b.pass(3600);
+    let named = end(&b, Some(Vec::new()));
+    b.tell(Event::Ended { run: 4, end: named });
+    assert_eq!(row(&b).unprotected, []);
+}
+
 #[test]
 fn one_pass_ends_when_nothing_is_due_and_counts_what_failed() {
     let mut b = Bench::with(&[HOURLY], Vec::new(), true);
@@ -413,7 +472,8 @@ fn one_pass_ends_when_nothing_is_due_and_counts_what_failed() {
 fn what_an_earlier_daemon_knew_is_gone_on_with() {
     let key = Key { uuid: uuid(97), url: "ssh://dr1".into() };
     let mut pair = Pair::new(key, DomainName::new("a").unwrap(), "2026-11-01T00:00:00Z".parse().unwrap());
-    pair.learn("2026-11-25T11:59:00Z".parse().unwrap(), "2026-11-25T11:59:01Z".parse().unwrap());
+    let now = "2026-11-25T12:00:00Z".parse().unwrap();
+    pair.learn("2026-11-25T11:59:00Z".parse().unwrap(), "2026-11-25T11:59:01Z".parse().unwrap(), now);
     let mut b = Bench::with(&[HOURLY], vec![pair], false);
     b.now.wall -= SignedDuration::from_secs(30);
     assert_eq!(words(&b.domains("a")), [""; 0], "not due before noon");

@@ -89,6 +89,20 @@ pub fn render(status: &Status) -> String {
         r.rpo_s.map(|_| flag(r.breach_since.is_some()))
     });
     page.each("rpo_breaches_total", Counter, "How often the RPO was broken.", rows, |r| Some(r.totals.breaches as f64));
+    page.each(
+        "unprotected_disks",
+        Gauge,
+        "Disks that the newest run could not replicate and nobody excluded.",
+        rows,
+        |r| Some(r.unprotected.len() as f64),
+    );
+    page.each(
+        "clock_ahead_seconds",
+        Gauge,
+        "How far a clock was ahead, at least, when the newest point was made.",
+        rows,
+        |r| r.frozen_at.map(|_| r.clock_ahead_s.unwrap_or(0) as f64),
+    );
     page.each("demoted", Gauge, "Whether it was handed over, and lives elsewhere.", rows, |r| {
         Some(flag(r.lives_on.is_some()))
     });
@@ -223,6 +237,8 @@ mod tests {
             totals: Totals { sealed: 7, failed: 2, bytes_sent: 1 << 40, ..Totals::default() },
             checks: [(Check::Verify, CheckState { error: Some("rot".into()), failed: 1, ..CheckState::default() })]
                 .into(),
+            unprotected: Vec::new(),
+            clock_ahead_s: lag.map(|_| 75),
         };
         Status {
             version: "1.2.3",
@@ -277,6 +293,8 @@ mod tests {
         assert_eq!(of(&format!("virt_replica_bytes_sent_total{web}")), Some((1u64 << 40) as f64));
         assert_eq!(of(&format!("virt_replica_points{web}")), Some(3.0));
         assert_eq!(of(r#"virt_replica_points{domain="new",target="ssh://dr1"}"#), None);
+        assert_eq!(of(&format!("virt_replica_clock_ahead_seconds{web}")), Some(75.0));
+        assert_eq!(of(&format!("virt_replica_unprotected_disks{web}")), Some(0.0));
         assert_eq!(of(&format!("virt_replica_demoted{web}")), Some(0.0));
         assert_eq!(of(r#"virt_replica_demoted{domain="new",target="ssh://dr1"}"#), Some(1.0));
         assert_eq!(of(&format!("virt_replica_promoted{web}")), Some(0.0));

@@ -4,6 +4,7 @@
 use super::pair::{Brief, RunResult};
 use super::status::{Row, Status};
 use crate::error::printable;
+use crate::replica::lag;
 use crate::units;
 use std::fmt::Write;
 use std::time::Duration;
@@ -66,6 +67,8 @@ pub fn render(status: &Status) -> String {
 fn needs_somebody(row: &Row) -> bool {
     row.breach_since.is_some()
         || row.failures > 0
+        || !row.unprotected.is_empty()
+        || row.clock_ahead_s.is_some()
         || row.checks.values().any(|s| s.error.is_some())
         || row.last_run.as_ref().is_some_and(|l| l.end.result != RunResult::Sealed || !l.end.alarms.is_empty())
 }
@@ -82,6 +85,8 @@ fn problems(status: &Status) -> Vec<String> {
         if let Some(since) = row.breach_since {
             all.push(format!("{whom}: its RPO is broken since {}", time(since)));
         }
+        all.extend(row.clock_ahead_s.map(|s| format!("{whom}: {}", lag::told(s))));
+        all.extend(row.unprotected.iter().map(|s| format!("{whom}: {}", s.told())));
         for (check, state) in &row.checks {
             all.extend(state.error.iter().map(|e| format!("{whom}: {}: {e}", check.word())));
         }
@@ -276,11 +281,17 @@ mod tests {
             recent: pair.recent.clone(),
             totals: pair.totals,
             checks: pair.checks.clone(),
+            unprotected: Vec::new(),
+            clock_ahead_s: None,
         }
     }
 
     fn page(rows: &[&str]) -> String {
-        render(&Status {
+        render(&status(rows))
+    }
+
+    fn status(rows: &[&str]) -> Status {
+        Status {
             version: "0.1.0",
             up_s: 3600,
             stopping: false,
@@ -290,7 +301,7 @@ mod tests {
             libvirt_error: None,
             config_error: None,
             domains: rows.iter().map(|r| row(r)).collect(),
-        })
+        }
     }
 
     #[test]
@@ -303,6 +314,20 @@ mod tests {
         let calm = page(&["calm 5/100", "new -/100", "free 5"]);
         assert!(calm.contains("Nothing needs anybody.") && !calm.contains("(!)"), "{calm}");
         assert!(calm.contains("no point yet") && calm.contains("no RPO"), "{calm}");
+    }
+
+    #[test]
+    fn a_disk_that_nobody_protects_and_a_clock_that_is_wrong_are_problems() {
+        let mut sad = row("partly 1/100");
+        let skipped = r#"{"name":"vdb","reason":"is encrypted by QEMU (luks)","cause":"unprotected"}"#;
+        sad.unprotected = vec![serde_json::from_str(skipped).unwrap()];
+        assert!(needs_somebody(&sad));
+        let mut ahead = row("ahead 1/100");
+        ahead.clock_ahead_s = Some(75);
+        assert!(needs_somebody(&ahead));
+        let status = Status { domains: vec![sad, ahead], ..status(&[]) };
+        let told = problems(&status).join("\n");
+        assert!(told.contains("partly to ssh://dr1: disk 'vdb' is NOT PROTECTED") && told.contains("75 s"), "{told}");
     }
 
     #[test]

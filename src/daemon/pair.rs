@@ -4,6 +4,8 @@ use super::checks::{Check, CheckState};
 use crate::error::Kind;
 use crate::name::{DomainName, DomainUuid};
 use crate::policy::schedule::Past;
+use crate::replica::lag::is_future;
+use crate::replica::left_out::Skipped;
 use crate::replicate::report::TargetSeen;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -44,7 +46,14 @@ impl RunResult {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct End {
     pub result: RunResult,
+    /// From when the age of its point counts.
     pub frozen_at: Option<Timestamp>,
+    /// So far, at least, the source's clock was ahead of the target's when the point was made.
+    #[serde(default)]
+    pub clock_ahead_s: Option<i64>,
+    /// Disks that it could not replicate. `None`: it did not come to plan them.
+    #[serde(default)]
+    pub unprotected: Option<Vec<Skipped>>,
     pub point: Option<String>,
     pub error_kind: Option<Kind>,
     pub error: Option<String>,
@@ -67,6 +76,8 @@ impl End {
         End {
             result: RunResult::Failed,
             frozen_at: None,
+            clock_ahead_s: None,
+            unprotected: None,
             point: None,
             error_kind: kind,
             error: Some(error.into()),
@@ -141,7 +152,7 @@ pub struct Pair {
     pub domain: DomainName,
     /// When this host began to look after it.
     pub since: Timestamp,
-    /// Begin of the newest run that made a point, and `frozen_at` of that point.
+    /// Begin of the newest run that made a point, and from when the age of that point counts.
     #[serde(default)]
     pub begun: Option<Timestamp>,
     #[serde(default)]
@@ -166,6 +177,12 @@ pub struct Pair {
     pub seen: Option<TargetSeen>,
     #[serde(default)]
     pub checks: BTreeMap<Check, CheckState>,
+    /// Disks that the newest run could not replicate: the domain is partly protected.
+    #[serde(default)]
+    pub unprotected: Vec<Skipped>,
+    /// So far, at least, the source's clock was ahead of the target's when the newest point was made.
+    #[serde(default)]
+    pub clock_ahead_s: Option<i64>,
 }
 
 impl Pair {
@@ -185,6 +202,8 @@ impl Pair {
             totals: Totals::default(),
             seen: None,
             checks: BTreeMap::new(),
+            unprotected: Vec::new(),
+            clock_ahead_s: None,
         }
     }
 
@@ -197,9 +216,22 @@ impl Pair {
         crate::policy::admission::expected(&recent)
     }
 
-    /// A point made by a run, ours or somebody else's, is news if it is newer than what we know.
-    pub fn learn(&mut self, begun: Timestamp, frozen_at: Timestamp) -> bool {
-        let is_news = self.frozen_at.is_none_or(|known| frozen_at > known);
+    /// From when the age of the newest point counts; `None` if there is none, or if nobody can know.
+    pub fn as_of(&self, now: Timestamp) -> Option<Timestamp> {
+        self.frozen_at.filter(|t| !is_future(*t, now))
+    }
+
+    /// So far, at least, a clock was ahead when the newest point was made, or is behind now.
+    pub fn ahead_s(&self, now: Timestamp) -> Option<i64> {
+        let future = self.frozen_at.filter(|t| is_future(*t, now)).map(|t| t.duration_since(now).as_secs());
+        self.clock_ahead_s.max(future)
+    }
+
+    /// A point made by a run, ours or somebody else's, is news if it is newer than what we know. What we know to lie in the
+    /// future came of a clock that was wrong: it is older than any point of now.
+    pub fn learn(&mut self, begun: Timestamp, frozen_at: Timestamp, now: Timestamp) -> bool {
+        let is_news =
+            self.frozen_at.is_none_or(|known| frozen_at > known || (is_future(known, now) && frozen_at != known));
         if is_news {
             self.begun = Some(begun);
             self.frozen_at = Some(frozen_at);
@@ -226,7 +258,8 @@ impl Pair {
         t.freeze_seconds += end.freeze_ms / 1e3;
         t.pause_seconds += end.pause_ms / 1e3;
         if let Some(frozen_at) = end.frozen_at {
-            self.learn(started_at, frozen_at);
+            self.learn(started_at, frozen_at, ended_at);
+            self.clock_ahead_s = end.clock_ahead_s;
             self.recent_s.push(seconds);
             let surplus = self.recent_s.len().saturating_sub(RECENT_MAX);
             self.recent_s.drain(..surplus);
@@ -234,6 +267,9 @@ impl Pair {
         self.recent.push(Brief { started_at, seconds, result: end.result });
         let surplus = self.recent.len().saturating_sub(BRIEFS_MAX);
         self.recent.drain(..surplus);
+        if let Some(unprotected) = &end.unprotected {
+            self.unprotected = unprotected.clone();
+        }
         self.seen = end.seen.or(self.seen);
         self.last = Some(LastRun { started_at, ended_at, end });
     }

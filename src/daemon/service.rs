@@ -366,7 +366,7 @@ fn learn(domain: SeenDomain, state: &Path, known: &Mutex<BTreeSet<DomainUuid>>) 
         tracing::warn!("{}", e.chain());
         Vec::new()
     });
-    let points = reports.into_iter().filter_map(|r| Some((r.target, r.started_at, r.point?.frozen_at)));
+    let points = reports.into_iter().filter_map(|r| Some((r.target, r.started_at, r.point?.as_of())));
     // A run by hand may have named the same store by another URL.
     let points = points.flat_map(|(target, started, frozen)| {
         stores::spellings(state, &target).into_iter().map(move |target| (target, started, frozen))

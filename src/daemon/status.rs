@@ -7,6 +7,7 @@ use super::pair::{Brief, LastRun, Totals};
 use super::run::Phase;
 use crate::name::{DomainName, DomainUuid};
 use crate::policy::schedule::Due;
+use crate::replica::left_out::Skipped;
 use crate::replicate::report::TargetSeen;
 use jiff::Timestamp;
 use serde::Serialize;
@@ -58,6 +59,10 @@ pub struct Row {
     pub totals: Totals,
     /// What the checks on the target found.
     pub checks: BTreeMap<Check, CheckState>,
+    /// Disks that the newest run could not replicate: the domain is partly protected.
+    pub unprotected: Vec<Skipped>,
+    /// So far, at least, a clock was ahead when the newest point was made; absent: nothing shows that.
+    pub clock_ahead_s: Option<i64>,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -89,9 +94,9 @@ impl Engine {
                 frozen_at: pair.frozen_at,
                 lives_on: lives_on.map(str::to_owned),
                 promoted_since,
-                lag_s: pair.frozen_at.filter(|_| counts).map(|f| now.wall.duration_since(f).as_secs()),
+                lag_s: pair.as_of(now.wall).filter(|_| counts).map(|f| now.wall.duration_since(f).as_secs().max(0)),
                 rpo_s: rpo.map(|r| r.as_secs()),
-                slack_s: rpo.map(|r| deadline(pair, r).duration_since(now.wall).as_secs()),
+                slack_s: rpo.map(|r| deadline(pair, r, now.wall).duration_since(now.wall).as_secs()),
                 breach_since: pair.breach_since,
                 // A target's replicas have no runs that could be due.
                 next_at: assigned.and_then(|_| match self.due(key, now.wall) {
@@ -114,6 +119,8 @@ impl Engine {
                 recent: pair.recent.clone(),
                 totals: pair.totals,
                 checks: pair.checks.clone(),
+                unprotected: pair.unprotected.clone(),
+                clock_ahead_s: pair.ahead_s(now.wall),
             }
         });
         let mut domains: Vec<Row> = rows.collect();

@@ -9,6 +9,7 @@ use super::service::Input;
 use crate::error::{Error, Kind, Result, printable};
 use crate::hook::{Env, Hook};
 use crate::name::DomainUuid;
+use crate::replica::lag;
 use crate::replicate::demoted::{self, Stage};
 use crate::replicate::report::{Report, RunOutcome};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -276,7 +277,9 @@ impl Heard {
                 RunOutcome::CommitPending => RunResult::CommitPending,
                 RunOutcome::Failed => RunResult::Failed,
             },
-            frozen_at: point.map(|p| p.frozen_at),
+            frozen_at: point.map(|p| p.as_of()),
+            clock_ahead_s: point.and_then(|p| lag::ahead_s(p.frozen_at, p.sealed_at)),
+            unprotected: report.capture.map(|_| report.skipped.unprotected().cloned().collect()),
             point: point.map(|p| p.id.to_string()),
             error_kind: report.error_kind.or(self.error.as_ref().map(|(kind, _)| *kind)),
             error: report.error.clone(),

@@ -15,8 +15,9 @@ use super::machine_libvirt::firmware_for;
 use super::releases::{Version, version_of};
 use super::swtpm;
 use super::sys;
+use super::volumes::{self, parsed};
 use super::xml::{self, DiskXml, DomainXml};
-use super::{BlockJob, BlockJobKind, DiskKind, DiskView, DomainView, FreezeDisk, Hypervisor, Power};
+use super::{BlockJob, BlockJobKind, DiskKind, DiskView, DomainView, Ended, FreezeDisk, Hypervisor, Power};
 use crate::block::DiskSize;
 use crate::error::{Error, Kind, Result};
 use crate::image::{Chain, Layer};
@@ -160,7 +161,7 @@ impl LibvirtHypervisor {
             match info {
                 Some(i) if i.kind != c::VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT => Ok(job_view(Some(i), None)),
                 _ => {
-                    let live = xml::parse(&domain.xml_desc(0)?)?;
+                    let live = parsed(conn, &domain, 0)?;
                     Ok(job_view(info, live.disk(&name)))
                 }
             }
@@ -245,12 +246,12 @@ impl Hypervisor for LibvirtHypervisor {
         let disks = disks.to_vec();
         self.on_domain("freeze the disks", self.deadlines.change, Repeat::Never, uuid, move |conn, uuid| {
             let domain = lookup(conn, uuid)?;
-            let live = running(&domain)?;
+            let live = running(conn, &domain)?;
             for (index, d) in disks.iter().enumerate() {
                 if disks[..index].iter().any(|other| other.name == d.name || other.overlay == d.overlay) {
                     return Err(Error::new(Kind::Usage, "disk or overlay is named twice").disk(&d.name).into());
                 }
-                if let DiskKind::Unsupported(why) = &live_disk(&live, &d.name)?.kind {
+                if let Some(why) = live_disk(&live, &d.name)?.kind.refusal() {
                     return Err(Error::new(Kind::Refused, format!("the disk {why}")).disk(&d.name).into());
                 }
             }
@@ -276,7 +277,7 @@ impl Hypervisor for LibvirtHypervisor {
         let (name, top, base) = (disk.clone(), top.to_owned(), base.to_owned());
         self.on_domain("start the commit", self.deadlines.change, Repeat::Never, uuid, move |conn, uuid| {
             let domain = lookup(conn, uuid)?;
-            let live = running(&domain)?;
+            let live = running(conn, &domain)?;
             check_commit(&live_disk(&live, &name)?.layers, &top, &base, active)?;
             let flags = if active { c::VIR_DOMAIN_BLOCK_COMMIT_ACTIVE } else { 0 };
             let (base, top) = (path_text(&base)?, path_text(&top)?);
@@ -390,10 +391,12 @@ impl Hypervisor for LibvirtHypervisor {
             }
             // With secrets: without them they would be lost.
             let flags = c::VIR_DOMAIN_XML_INACTIVE | c::VIR_DOMAIN_XML_SECURE;
-            let new = xml::set_layers(&domain.xml_desc(flags)?, &disks)?;
+            let old = domain.xml_desc(flags)?;
+            let volumes = volumes::of(conn, &old, domain.id().is_some())?;
+            let new = xml::set_layers_with(&old, &disks, &volumes)?;
             conn.about_to_change()?;
             conn.define_domain_xml(&new)?;
-            let stored = xml::parse(&domain.xml_desc(c::VIR_DOMAIN_XML_INACTIVE)?)?;
+            let stored = xml::parse_with(&domain.xml_desc(c::VIR_DOMAIN_XML_INACTIVE)?, &volumes)?;
             for (name, layer) in &disks {
                 let top = live_disk(&stored, name)?.layers.first();
                 if !top.is_some_and(|t| t.path == layer.path && t.format == layer.format) {
@@ -416,7 +419,11 @@ impl Hypervisor for LibvirtHypervisor {
     fn definition(&self, uuid: &DomainUuid, inactive: bool, secure: bool) -> Result<String> {
         let flags = if inactive { c::VIR_DOMAIN_XML_INACTIVE } else { 0 };
         let flags = flags | if secure { c::VIR_DOMAIN_XML_SECURE } else { 0 };
-        self.query("read the definition", uuid, move |conn, uuid| Ok(lookup(conn, uuid)?.xml_desc(flags)?))
+        self.query("read the definition", uuid, move |conn, uuid| {
+            let domain = lookup(conn, uuid)?;
+            let text = domain.xml_desc(flags)?;
+            Ok(volumes::as_files(&text, &volumes::of(conn, &text, domain.id().is_some())?)?)
+        })
     }
 }
 
@@ -445,8 +452,8 @@ fn look_everywhere(conn: &Connect, wanted: &str) -> Result<Option<Domain>, VirtE
 }
 
 /// The live XML of a domain that must run.
-pub(super) fn running(domain: &Domain) -> Result<DomainXml, Failure> {
-    let live = xml::parse(&domain.xml_desc(0)?)?;
+pub(super) fn running(conn: &Connect, domain: &Domain) -> Result<DomainXml, Failure> {
+    let live = parsed(conn, domain, 0)?;
     if live.id.is_none() {
         return Err(Error::new(Kind::Refused, "the domain does not run").into());
     }
@@ -487,7 +494,7 @@ enum Sizes {
 fn view(conn: &Connect, uuid: &str, sizes: Sizes) -> Result<DomainView, Failure> {
     for _ in 0..OBSERVE_TRIES_MAX {
         let domain = lookup(conn, uuid)?;
-        let view = view_once(&domain, swtpm::root_of(&conn.uri()?).as_deref(), sizes);
+        let view = view_once(conn, &domain, swtpm::root_of(&conn.uri()?).as_deref(), sizes);
         // The id is told by the lookup; it changes with every start.
         if lookup(conn, uuid)?.id() == domain.id() {
             return view;
@@ -496,11 +503,16 @@ fn view(conn: &Connect, uuid: &str, sizes: Sizes) -> Result<DomainView, Failure>
     Err(Error::new(Kind::Busy, "the domain was started and stopped all the while it was looked at").into())
 }
 
-fn view_once(domain: &Domain, tpm_root: Option<&Path>, sizes: Sizes) -> Result<DomainView, Failure> {
+fn view_once(
+    conn: &Connect,
+    domain: &Domain,
+    tpm_root: Option<&Path>,
+    sizes: Sizes,
+) -> Result<DomainView, Failure> {
     let runs = domain.id().is_some();
     let persistent = domain.is_persistent()?;
-    let live = if runs { Some(xml::parse(&domain.xml_desc(0)?)?) } else { None };
-    let inactive = if persistent { Some(xml::parse(&domain.xml_desc(c::VIR_DOMAIN_XML_INACTIVE)?)?) } else { None };
+    let live = if runs { Some(parsed(conn, domain, 0)?) } else { None };
+    let inactive = if persistent { Some(parsed(conn, domain, c::VIR_DOMAIN_XML_INACTIVE)?) } else { None };
     let shown = live.as_ref().or(inactive.as_ref()).ok_or_else(|| {
         // Neither runs nor is defined: it is going at this moment.
         Error::new(Kind::NotFound, "the domain is gone")
@@ -511,7 +523,7 @@ fn view_once(domain: &Domain, tpm_root: Option<&Path>, sizes: Sizes) -> Result<D
             DiskKind::Image if sizes == Sizes::Asked => known(sys::capacity_bytes(domain, disk.name.as_str()))?,
             _ => None,
         };
-        let disk_view = disk_view(domain, disk, runs, inactive.as_ref())?;
+        let disk_view = disk_view((conn, domain), disk, runs, inactive.as_ref())?;
         disks.push(DiskView { size: size.map(DiskSize), ..disk_view });
     }
     let record = live.as_ref().and_then(|l| l.record.clone());
@@ -520,6 +532,7 @@ fn view_once(domain: &Domain, tpm_root: Option<&Path>, sizes: Sizes) -> Result<D
         uuid: shown.uuid.clone(),
         id: domain.id(),
         power: power(domain)?,
+        ended: ended(domain)?,
         persistent,
         managed_save: domain.has_managed_save(0)?,
         domain_job: if runs { job_of_domain(domain)? } else { None },
@@ -543,9 +556,33 @@ pub(super) fn power(domain: &Domain) -> Result<Power, VirtError> {
     })
 }
 
-fn disk_view(domain: &Domain, disk: &DiskXml, runs: bool, inactive: Option<&DomainXml>) -> Result<DiskView, Failure> {
+/// What libvirt knows of how a domain came to be off.
+fn ended(domain: &Domain) -> Result<Ended, VirtError> {
+    let (state, reason) = sys::state(domain)?;
+    Ok(match (state, reason as u32) {
+        (c::VIR_DOMAIN_CRASHED, _) => Ended::Crashed,
+        (c::VIR_DOMAIN_SHUTOFF, c::VIR_DOMAIN_SHUTOFF_SHUTDOWN) => Ended::ShutDown,
+        (c::VIR_DOMAIN_SHUTOFF, c::VIR_DOMAIN_SHUTOFF_DESTROYED) => Ended::Destroyed,
+        // libvirt ends what it finds hollow when it comes back.
+        (c::VIR_DOMAIN_SHUTOFF, c::VIR_DOMAIN_SHUTOFF_CRASHED | c::VIR_DOMAIN_SHUTOFF_DAEMON) => Ended::Crashed,
+        (c::VIR_DOMAIN_SHUTOFF, c::VIR_DOMAIN_SHUTOFF_SAVED) => Ended::Saved,
+        _ => Ended::Unknown,
+    })
+}
+
+fn disk_view(
+    (conn, domain): (&Connect, &Domain),
+    disk: &DiskXml,
+    runs: bool,
+    inactive: Option<&DomainXml>,
+) -> Result<DiskView, Failure> {
     let name = disk.name.as_str();
     let image = disk.kind == DiskKind::Image;
+    let mut size = if image { known(sys::capacity_bytes(domain, name))?.map(DiskSize) } else { None };
+    if let (None, Some(top), false) = (size, disk.layers.first(), runs) {
+        // Of a volume of a domain that is off only the pool knows.
+        size = volumes::capacity(conn, &top.path)?.map(DiskSize);
+    }
     let info = if runs { known(sys::block_job_info(domain, name))?.flatten() } else { None };
     Ok(DiskView {
         name: disk.name.clone(),

@@ -39,6 +39,7 @@ mod sys;
 #[cfg(feature = "libvirt")]
 mod tracking;
 pub mod travel;
+pub mod volumes;
 pub mod xml;
 
 use self::backup::{Backup, BackupJob};
@@ -108,7 +109,8 @@ pub trait Hypervisor: Send + Sync {
     /// `Refused` if QEMU uses it; no error if it is not open.
     fn close_unused(&self, uuid: &DomainUuid, image: &Path) -> Result<()>;
 
-    /// The definition to keep with a point; `secure` includes secrets (graphics passwords).
+    /// The definition to keep with a point; `secure` includes secrets (graphics passwords). A disk that is named as a volume of a
+    /// pool names its file: no other host has that pool.
     fn definition(&self, uuid: &DomainUuid, inactive: bool, secure: bool) -> Result<String>;
 }
 
@@ -196,6 +198,8 @@ pub struct DomainView {
     /// libvirt's id of the running instance; changes with every start.
     pub id: Option<u32>,
     pub power: Power,
+    /// Of a domain that is off.
+    pub ended: Ended,
     pub persistent: bool,
     /// A saved memory image that refers to the disks as they were.
     pub managed_save: bool,
@@ -249,8 +253,35 @@ pub struct DiskView {
 pub enum DiskKind {
     /// A file or block device that can be frozen.
     Image,
-    /// Something we do not replicate, and what it is, as a sentence part ("is a cdrom", "lies on the network (rbd)").
+    /// Something we do not replicate, and what it is, as a sentence part ("is a LUN", "lies on the network (rbd)").
     Unsupported(String),
+    /// A drive for a medium that comes and goes, likewise ("is a cdrom").
+    Removable(String),
+}
+
+impl DiskKind {
+    /// Why it cannot be frozen, as a sentence part.
+    pub fn refusal(&self) -> Option<&str> {
+        match self {
+            DiskKind::Image => None,
+            DiskKind::Unsupported(why) | DiskKind::Removable(why) => Some(why),
+        }
+    }
+}
+
+/// How libvirt says that a domain came to be off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Ended {
+    /// The guest shut down, or was asked to.
+    ShutDown,
+    /// Somebody ended it as a power cut does.
+    Destroyed,
+    /// Its QEMU died.
+    Crashed,
+    /// Its memory was saved: the guest is in the middle of its work.
+    Saved,
+    /// libvirt does not know: it was restarted since, or the last start failed, or the domain never ran.
+    Unknown,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -11,7 +11,7 @@ use super::gate::{Failure, Repeat};
 use super::libvirt::{LibvirtHypervisor, is_lost, live_disk, lookup, running};
 use super::sys;
 use super::tracking::node_name;
-use super::{Backups, Confinement, DiskKind, Tracking, xml};
+use super::{Backups, Confinement, Tracking, xml};
 use crate::block::ByteRange;
 use crate::error::{Error, Kind, Result};
 use crate::image::nbd::{NbdImage, bitmap_context};
@@ -36,9 +36,9 @@ impl Backups for LibvirtHypervisor {
         let backup = backup.clone();
         self.on_domain("begin the backup", self.deadlines.change, Repeat::Never, uuid, move |conn, uuid| {
             let domain = lookup(conn, uuid)?;
-            let live = running(&domain)?;
+            let live = running(conn, &domain)?;
             for d in &backup.disks {
-                if let DiskKind::Unsupported(why) = &live_disk(&live, &d.name)?.kind {
+                if let Some(why) = live_disk(&live, &d.name)?.kind.refusal() {
                     return Err(Error::new(Kind::Refused, format!("the disk {why}")).disk(&d.name).into());
                 }
             }

@@ -68,7 +68,7 @@ mod on_libvirt {
                 let domain = lookup(conn, uuid)?;
                 let power = crate::hypervisor::libvirt::power(&domain)?;
                 let of = |flags| -> Result<xml::DiskXml, crate::hypervisor::gate::Failure> {
-                    let xml = xml::parse(&domain.xml_desc(flags)?)?;
+                    let xml = crate::hypervisor::volumes::parsed(conn, &domain, flags)?;
                     Ok(crate::hypervisor::libvirt::live_disk(&xml, &name)?.clone())
                 };
                 let live = if power == Power::Off { None } else { Some(of(0)?) };

@@ -11,6 +11,7 @@
 //! Format: <https://libvirt.org/formatdomain.html#hard-drives-floppy-disks-cdroms>.
 
 use super::swtpm::{self, TpmXml};
+use super::volumes::Volumes;
 use super::{DiskKind, FreezeDisk};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Format, Layer};
@@ -94,8 +95,13 @@ impl DomainXml {
     }
 }
 
-/// Reads a domain's XML, live or inactive.
+/// Reads a domain's XML, live or inactive. A disk that is named as a volume of a pool is unsupported: [`parse_with`].
 pub fn parse(xml: &str) -> Result<DomainXml> {
+    parse_with(xml, &Volumes::default())
+}
+
+/// The same, where it is known where the volumes lie that it names.
+pub fn parse_with(xml: &str, volumes: &Volumes) -> Result<DomainXml> {
     let doc = document(xml)?;
     let root = domain_element(&doc)?;
     let id = match root.attribute("id") {
@@ -107,7 +113,7 @@ pub fn parse(xml: &str) -> Result<DomainXml> {
     let devices = child(root, "devices");
     let mut disks: Vec<DiskXml> = Vec::new();
     for node in devices.into_iter().flat_map(|d| children(d, "disk")) {
-        let disk = disk(node, id.is_some())?;
+        let disk = disk(node, id.is_some(), volumes)?;
         if disks.iter().any(|d| d.name == disk.name) {
             return Err(bad_xml("two disks have the same target").disk(&disk.name));
         }
@@ -178,6 +184,11 @@ pub fn lives_xml(words: &str) -> Result<String> {
 /// about that layer, including what its owner wrote there (security labels, the chain below). Otherwise only path, type
 /// and format change and the recorded chain goes: libvirt then takes it from the image's header.
 pub fn set_layers(xml: &str, disks: &[(DiskName, Layer)]) -> Result<String> {
+    set_layers_with(xml, disks, &Volumes::default())
+}
+
+/// The same of a definition that names volumes of pools: it goes back to naming the volume that lies there.
+pub fn set_layers_with(xml: &str, disks: &[(DiskName, Layer)], volumes: &Volumes) -> Result<String> {
     let doc = document(xml)?;
     let devices = child(domain_element(&doc)?, "devices").ok_or_else(|| bad_xml("the domain has no devices"))?;
     let mut edits: Vec<(Range<usize>, String)> = Vec::new();
@@ -188,7 +199,7 @@ pub fn set_layers(xml: &str, disks: &[(DiskName, Layer)]) -> Result<String> {
         let node = children(devices, "disk")
             .find(|d| target(*d) == Some(name.as_str()))
             .ok_or_else(|| Error::new(Kind::Conflict, "the definition has no such disk").disk(name))?;
-        edit_disk(xml, node, layer, &mut edits).map_err(|e| e.disk(name))?;
+        edit_disk(xml, node, layer, volumes, &mut edits).map_err(|e| e.disk(name))?;
     }
     Ok(splice(xml, edits))
 }
@@ -291,17 +302,20 @@ fn agent_connected(devices: Node) -> bool {
     })
 }
 
-fn disk(node: Node, live: bool) -> Result<DiskXml> {
+fn disk(node: Node, live: bool, volumes: &Volumes) -> Result<DiskXml> {
     let name = target(node).ok_or_else(|| bad_xml("a disk has no target"))?;
     let name = DiskName::new(name).map_err(|e| bad_xml("a disk's target is not usable as a name").source(e))?;
     let (read_only, shareable) = (child(node, "readonly").is_some(), child(node, "shareable").is_some());
     let layers = match refusal(node) {
         Some(why) => Err(why),
-        None if live => live_chain(node),
-        None => layer(node, format_attr(node, "driver")).map(|l| vec![l]),
+        None if live => live_chain(node, volumes),
+        None => layer(node, format_attr(node, "driver"), volumes).map(|l| vec![l]),
     };
     let (kind, layers) = match layers {
         Ok(layers) => (DiskKind::Image, layers),
+        Err(why) if matches!(node.attribute("device"), Some("cdrom" | "floppy")) => {
+            (DiskKind::Removable(why), Vec::new())
+        }
         Err(why) => (DiskKind::Unsupported(why), Vec::new()),
     };
     let mirror = child(node, "mirror").map(|m| Mirror {
@@ -337,8 +351,8 @@ fn encryption(node: Node) -> Option<String> {
     Some(format!("is encrypted by QEMU ({})", found.attribute("format").unwrap_or("unknown format")))
 }
 
-fn live_chain(disk: Node) -> Result<Vec<Layer>, String> {
-    let mut layers = vec![layer(disk, format_attr(disk, "driver"))?];
+fn live_chain(disk: Node, volumes: &Volumes) -> Result<Vec<Layer>, String> {
+    let mut layers = vec![layer(disk, format_attr(disk, "driver"), volumes)?];
     let mut above = disk;
     loop {
         let Some(below) = child(above, "backingStore") else {
@@ -350,7 +364,7 @@ fn live_chain(disk: Node) -> Result<Vec<Layer>, String> {
         if layers.len() == CHAIN_LEN_MAX {
             return Err(format!("has a backing chain of more than {CHAIN_LEN_MAX} layers"));
         }
-        let backing = encryption(below).map_or_else(|| layer(below, format_attr(below, "format")), Err);
+        let backing = encryption(below).map_or_else(|| layer(below, format_attr(below, "format"), volumes), Err);
         layers.push(backing.map_err(|why| format!("has a backing image that {why}"))?);
         above = below;
     }
@@ -361,18 +375,18 @@ fn format_attr<'a>(node: Node<'a, '_>, element: &'static str) -> Option<&'a str>
 }
 
 /// The layer that a `<disk>` or `<backingStore>` describes by its own `type` and `<source>`.
-fn layer(node: Node, format: Option<&str>) -> Result<Layer, String> {
+fn layer(node: Node, format: Option<&str>, volumes: &Volumes) -> Result<Layer, String> {
     let source = child(node, "source").ok_or("has no image")?;
-    let (attr, block_device) = match node.attribute("type").unwrap_or("file") {
-        "file" => ("file", false),
-        "block" => ("dev", true),
+    let (path, block_device) = match node.attribute("type").unwrap_or("file") {
+        "file" => (source.attribute("file"), false),
+        "block" => (source.attribute("dev"), true),
+        "volume" => {
+            let place = volumes.place(source)?;
+            (place.path.to_str(), place.block_device)
+        }
         "network" => {
             let protocol = source.attribute("protocol").unwrap_or("unknown protocol");
             return Err(format!("lies on the network ({protocol})"));
-        }
-        "volume" => {
-            let pool = source.attribute("pool").unwrap_or("unknown");
-            return Err(format!("is named as a volume of the storage pool '{pool}' (name its path instead)"));
         }
         "nvme" => return Err("is a passed-through NVMe device".into()),
         "vhostuser" | "vhostvdpa" => return Err("is served by a vhost back end outside QEMU".into()),
@@ -382,7 +396,7 @@ fn layer(node: Node, format: Option<&str>) -> Result<Layer, String> {
     if child(source, "slices").is_some() {
         return Err("is a slice of an image".into());
     }
-    let path = source.attribute(attr).ok_or("has no image")?;
+    let path = path.ok_or("has no image")?;
     if !path.starts_with('/') {
         return Err("has an image with a relative path".into());
     }
@@ -407,11 +421,21 @@ fn data_file(node: Node, source: Node) -> Result<Option<PathBuf>, String> {
 
 // --- editing ---------------------------------------------------------------------------------------------------------
 
-fn edit_disk(xml: &str, disk: Node, layer: &Layer, edits: &mut Vec<(Range<usize>, String)>) -> Result<()> {
+fn edit_disk(
+    xml: &str,
+    disk: Node,
+    layer: &Layer,
+    volumes: &Volumes,
+    edits: &mut Vec<(Range<usize>, String)>,
+) -> Result<()> {
     let source = child(disk, "source").ok_or_else(|| Error::new(Kind::Refused, "the disk has no image"))?;
     let (type_name, attr) = if layer.block_device { ("block", "dev") } else { ("file", "file") };
     let path = path_text(&layer.path)?;
-    set_attribute(disk, "type", type_name, edits)?;
+    let here = source.attribute(attr) == Some(path) || volumes.is_at(disk, &layer.path);
+    let own = if here { None } else { own_layer(disk, attr, path, volumes) };
+    // What its owner named by a pool and a volume stays named so.
+    let by_volume = volumes.is_at(own.unwrap_or(disk), &layer.path);
+    set_attribute(disk, "type", if by_volume { "volume" } else { type_name }, edits)?;
     match child(disk, "driver") {
         Some(driver) => set_attribute(driver, "type", layer.format.as_str(), edits)?,
         None => {
@@ -419,10 +443,10 @@ fn edit_disk(xml: &str, disk: Node, layer: &Layer, edits: &mut Vec<(Range<usize>
             edits.push((at..at, format!("<driver name='qemu' type='{}'/>", layer.format.as_str())));
         }
     }
-    if source.attribute(attr) == Some(path) {
+    if here {
         return Ok(());
     }
-    if let Some(own) = own_layer(disk, attr, path) {
+    if let Some(own) = own {
         let own_source = child(own, "source").expect("found by its source");
         edits.push((source.range(), xml[own_source.range()].to_owned()));
         let backing = child(disk, "backingStore").expect("a layer below was found in it");
@@ -444,11 +468,11 @@ fn edit_disk(xml: &str, disk: Node, layer: &Layer, edits: &mut Vec<(Range<usize>
 }
 
 /// The `<backingStore>` below `disk` that describes this path.
-fn own_layer<'a, 'i: 'a>(disk: Node<'a, 'i>, attr: &str, path: &str) -> Option<Node<'a, 'i>> {
+fn own_layer<'a, 'i: 'a>(disk: Node<'a, 'i>, attr: &str, path: &str, volumes: &Volumes) -> Option<Node<'a, 'i>> {
     let mut below = child(disk, "backingStore");
     for _ in 0..CHAIN_LEN_MAX {
         let node = below?;
-        if child(node, "source")?.attribute(attr) == Some(path) {
+        if child(node, "source")?.attribute(attr) == Some(path) || volumes.is_at(node, Path::new(path)) {
             return Some(node);
         }
         below = child(node, "backingStore");

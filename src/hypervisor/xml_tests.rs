@@ -52,7 +52,7 @@ fn only_disk(xml: &str) -> DiskXml {
 
 fn why(disk: &str) -> String {
     match only_disk(&live(disk)).kind {
-        DiskKind::Unsupported(why) => why,
+        DiskKind::Unsupported(why) | DiskKind::Removable(why) => why,
         DiskKind::Image => panic!("taken as an image: {disk}"),
     }
 }
@@ -101,7 +101,7 @@ fn what_cannot_be_frozen_says_what_it_is() {
     };
     assert_eq!(source("network", "<source protocol='rbd' name='p/i'/>"), "lies on the network (rbd)");
     let volume = source("volume", "<source pool='p' volume='v'/>");
-    assert_eq!(volume, "is named as a volume of the storage pool 'p' (name its path instead)");
+    assert_eq!(volume, "is the volume 'v' of the storage pool 'p', and libvirt was not asked where that lies");
     assert_eq!(source("nvme", "<source type='pci'/>"), "is a passed-through NVMe device");
     assert_eq!(source("vhostuser", "<source type='unix' path='/s'/>"), "is served by a vhost back end outside QEMU");
     assert_eq!(source("file", ""), "has no image");
@@ -116,6 +116,16 @@ fn what_cannot_be_frozen_says_what_it_is() {
         "type='network'><format type='raw'/><source protocol='nbd'/>"
     });
     assert_eq!(why(&nbd), "has a backing image that lies on the network (nbd)");
+}
+
+/// A drive without a medium is nothing that anybody has to protect; a LUN is.
+#[test]
+fn a_drive_for_media_is_no_disk_that_is_missing() {
+    let kind = |device: &str| {
+        only_disk(&live(&chain("vda", "raw:/f").replace("device='disk'", &format!("device='{device}'")))).kind
+    };
+    assert!(matches!(kind("cdrom"), DiskKind::Removable(_)) && matches!(kind("floppy"), DiskKind::Removable(_)));
+    assert!(matches!(kind("lun"), DiskKind::Unsupported(_)) && kind("disk") == DiskKind::Image);
 }
 
 #[test]

@@ -20,7 +20,7 @@ mod size;
 use crate::error::{Error, Kind, Result, printable};
 use crate::hypervisor::machine::Machine;
 use crate::hypervisor::swtpm::TpmVersion;
-use crate::hypervisor::xml::{child, document, domain_element, path_text, text_of};
+use crate::hypervisor::xml::{child, children, document, domain_element, path_text, text_of};
 use crate::name::{DiskName, DomainName, DomainUuid};
 use crate::recovery::mapping::{Attach, Mapping};
 use limits::Limits;
@@ -91,6 +91,8 @@ pub struct Definition {
     pub images_max: Option<u64>,
     /// Sources of interfaces that nobody has said of what they are here.
     pub unmapped: Vec<String>,
+    /// The disk that the guest boots from, if it boots from a disk. It may be in no point.
+    pub boot_disk: Option<DiskName>,
     pub remarks: Vec<Remark>,
     /// Paths of the elements that came through by their rule: what could be left out, if libvirt refuses it.
     written: Vec<String>,
@@ -193,6 +195,7 @@ pub fn render_for(xml: &str, wish: &Wish, mapping: &Mapping, limits: &Limits) ->
         tpm: state.tpm,
         guest_agent: state.guest_agent,
         serial: state.serial,
+        boot_disk: boot_disk(root),
         xml: state.out.xml,
         remarks: state.out.remarks,
     })
@@ -210,6 +213,26 @@ fn left_out(root: Node, mapping: &Mapping, limits: &Limits) -> Vec<LeaveOut> {
         why: "is left out: only KVM can offer it to a guest".to_owned(),
     });
     by_hand.chain(limits.without.iter().cloned()).chain(emulated).collect()
+}
+
+/// The disk that a guest boots from: the first by its own order, or the first of all where `<os>` says `hd`, or nothing. A guest
+/// that is booted by its kernel needs none to begin.
+fn boot_disk(root: Node) -> Option<DiskName> {
+    let os = child(root, "os")?;
+    if child(os, "kernel").is_some() {
+        return None;
+    }
+    let devices = child(root, "devices")?;
+    let disks = || children(devices, "disk").filter(|d| d.attribute("device").is_none_or(|kind| kind == "disk"));
+    let order = |d: Node| child(d, "boot")?.attribute("order")?.parse::<u32>().ok();
+    let says = || children(os, "boot").filter_map(|b| b.attribute("dev"));
+    let any_order = devices.children().any(|d| child(d, "boot").is_some());
+    let first = match any_order {
+        true => disks().filter(|d| order(*d).is_some()).min_by_key(|d| order(*d)),
+        false if says().next().is_none() || says().any(|dev| dev == "hd") => disks().next(),
+        false => None,
+    };
+    DiskName::new(child(first?, "target")?.attribute("dev")?).ok()
 }
 
 /// How the guest boots.

@@ -16,11 +16,13 @@
 //!   - launchSecurity
 //! images_max: 25            # images that a disk may consist of here; without it libvirt's release decides
 //! images: /var/lib/libvirt/images    # overlays of drills and failovers lie here
+//! without_disks: [vda]      # of a guest whose boot disk is in no point: start it without
 //! ```
 //!
 //! A key that is not known is an error, and so is one that stands twice.
 
 use crate::error::{Error, Kind, Result, printable};
+use crate::name::DiskName;
 use crate::trust;
 use crate::yaml;
 use serde::Deserialize;
@@ -49,6 +51,8 @@ pub struct Mapping {
     /// Images that a disk may consist of here; `None`: as libvirt's release says.
     pub images_max: Option<u64>,
     pub images: Option<PathBuf>,
+    /// Disks that are in no point and that a guest is to be started without, though it boots from one of them.
+    pub without_disks: Vec<DiskName>,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]

@@ -37,6 +37,7 @@ impl Point {
             run,
             disks,
             attachments: definition.map(|_| Attachment::InactiveXml).into_iter().collect(),
+            left_out: Default::default(),
         };
         Point { view, definition, tpm: None }
     }

@@ -4,13 +4,14 @@
 use super::definition::Definition;
 use super::definition::remark::{Remark, Verdict};
 use super::fitting::Fitted;
-use super::mapping::Attach;
+use super::mapping::{Attach, Mapping};
 use super::overlays::Copied;
 use crate::hypervisor::firmware::Firmware;
 use crate::hypervisor::machine::{Capabilities, HostView};
 use crate::hypervisor::releases;
 use crate::hypervisor::swtpm::{self, Programs};
 use crate::name::{DomainName, DomainUuid};
+use crate::replica::left_out::Cause;
 use crate::replica::{PointView, ReplicaView};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -172,16 +173,33 @@ pub fn point(view: &ReplicaView, point: &PointView) -> Finding {
     }
 }
 
-/// The first red finding that stays when the domain of this UUID gives way on the host that was asked: before that, its own
-/// definition and the state of its TPM are there still, and go with it.
-pub fn red_after_giving_way<'a>(findings: &'a [Finding], uuid: &DomainUuid) -> Option<&'a Finding> {
-    let goes = |f: &Finding| match f.question {
-        Question::Name => f.what.contains(uuid.as_str()),
-        Question::Uuid => true,
-        Question::Tpm => f.what.contains(TPM_IS_HERE),
-        _ => false,
+/// The disks of the domain that are not in the point: the guest has to do without them. It cannot boot without the disk that
+/// it boots from, so that is red until the mapping of this host says that it is to be started so.
+pub fn left_out(definition: &Definition, point: &PointView, mapping: &Mapping) -> Vec<Finding> {
+    let finding = |skipped: &crate::replica::left_out::Skipped| {
+        let name = &skipped.name;
+        let boots = definition.boot_disk.as_ref() == Some(name);
+        let what = match boots {
+            true => format!("disk '{name}', from which the guest boots, is not in the point: it {}", skipped.reason),
+            false => format!("disk '{name}' is not in the point: it {}", skipped.reason),
+        };
+        match (skipped.cause, boots && !mapping.without_disks.contains(name)) {
+            (Cause::Unprotected, true) => red(
+                Question::Point,
+                what,
+                format!(
+                    "take an older point that has it (--point), or write `without_disks: [{name}]` into the mapping here, start \
+                     the guest without it, and give it a disk to boot from by hand (`virsh attach-disk`)"
+                ),
+            ),
+            (Cause::Unprotected | Cause::NotSaid, _) => {
+                yellow(Question::Point, what, "bring a copy of it here by other means, or let the guest do without")
+            }
+            (Cause::Excluded | Cause::Removable, _) => green(Question::Point, what),
+        }
     };
-    findings.iter().find(|f| f.color == Color::Red && !goes(f))
+    // A drive for media is there, and empty.
+    point.left_out.iter().filter(|s| s.cause != Cause::Removable).map(finding).collect()
 }
 
 /// The worst of them; green if there is none.

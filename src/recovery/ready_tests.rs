@@ -258,6 +258,49 @@ fn another_build_of_the_firmware_is_yellow_and_so_is_one_that_nobody_knows() {
     assert!(color == Color::Yellow && what.contains("does not say which"), "{what}");
 }
 
+/// `"vda"`, and what the point says of disks that are not in it: `"vdb unprotected"`.
+fn left(os: &str, disks: &str, skipped: &str, mapping: &str) -> Vec<(Color, String)> {
+    let disk = |word: &str| {
+        let (dev, order) =
+            word.split_once('^').map_or((word, String::new()), |(d, n)| (d, format!("<boot order='{n}'/>")));
+        format!("<disk type='file' device='disk'><target dev='{dev}' bus='virtio'/>{order}</disk>")
+    };
+    let xml = GUEST
+        .replace("<devices>", &format!("<devices>{}", disks.split(' ').map(disk).collect::<String>()))
+        .replace("hvm</type>", &format!("hvm</type>{os}"));
+    let mapping = Mapping::parse(mapping, Path::new("recovery.yaml")).unwrap();
+    let (name, uuid) = names();
+    let wish =
+        Wish { name, uuid, disks: &[], nics: Nics::Mapped, macs: Macs::Keep, console: None, nvram: None, tpm: false };
+    let definition = render(&xml, &wish, &mapping).unwrap();
+    let (disk, cause) = skipped.split_once(' ').unwrap();
+    let json = format!(r#"[{{"name":"{disk}","reason":"is encrypted by QEMU (luks)","cause":"{cause}"}}]"#);
+    let mut point = crate::replicate::report::tests::report(true).point.unwrap();
+    point.left_out = serde_json::from_str(&json).unwrap();
+    let found = left_out(&definition, &point, &mapping);
+    reds(&found);
+    found.into_iter().map(|f| (f.color, f.what)).collect()
+}
+
+/// Yellow where the source could not protect a disk; red where the guest boots from it, until this host's operator says so.
+#[test]
+fn a_disk_that_the_source_could_not_protect_is_told_and_a_boot_disk_is_red() {
+    let color = |os: &str, disks: &str, skipped: &str, mapping: &str| left(os, disks, skipped, mapping)[0].0;
+    assert_eq!(color("", "vda vdb", "vdb unprotected", ""), Color::Yellow);
+    assert_eq!(color("", "vda vdb", "vda unprotected", ""), Color::Red);
+    assert_eq!(color("<boot dev='network'/>", "vda vdb", "vda unprotected", ""), Color::Yellow);
+    assert_eq!(color("<boot dev='cdrom'/><boot dev='hd'/>", "vda vdb", "vda unprotected", ""), Color::Red);
+    assert_eq!(color("", "vda^2 vdb^1", "vda unprotected", ""), Color::Yellow);
+    assert_eq!(color("", "vda^2 vdb^1", "vdb unprotected", ""), Color::Red);
+    assert_eq!(color("<kernel>/srv/kernels/x</kernel>", "vda", "vda unprotected", ""), Color::Yellow);
+    // The way out needs no source.
+    assert_eq!(color("", "vda vdb", "vda unprotected", "without_disks: [vda]"), Color::Yellow);
+    assert_eq!(color("", "vda vdb", "vda excluded", ""), Color::Green, "its operator knows");
+    assert_eq!(left("", "vda", "sda removable", ""), []);
+    let (_, what) = left("", "vda", "vda unprotected", "").remove(0);
+    assert!(what.contains("from which the guest boots") && what.contains("luks"), "{what}");
+}
+
 #[test]
 fn a_directory_that_is_not_there_is_red_and_a_small_one_yellow() {
     let room = |free_bytes| room_for(&Room { dir: "/images".into(), free_bytes }).color;

@@ -19,6 +19,7 @@
 //! Format: docs/formats/replica.md.
 
 use super::generation;
+use super::left_out::LeftOut;
 use super::source::Owner;
 use super::upkeep::Promoted;
 use super::{Attachment, Consistency, DiskStats, PointDisk, PointView};
@@ -165,6 +166,9 @@ pub struct Point {
     pub disks: Vec<Disk>,
     #[serde(default)]
     pub attachments: Vec<Attached>,
+    /// Disks of the domain that are not in the point.
+    #[serde(default, skip_serializing_if = "LeftOut::is_empty")]
+    pub left_out: LeftOut,
     /// Not to be removed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pinned: Option<Pinned>,
@@ -492,6 +496,7 @@ impl Point {
                 })
                 .collect(),
             attachments: self.attachments.iter().map(|a| a.name).collect(),
+            left_out: self.left_out.clone(),
         }
     }
 
@@ -571,6 +576,7 @@ mod tests {
             run: run(seq),
             disks: disks.split(' ').map(disk).collect(),
             attachments: vec![],
+            left_out: LeftOut::default(),
             pinned: None,
             sealed_clock_s: None,
         }

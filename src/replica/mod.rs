@@ -15,7 +15,9 @@ mod files;
 mod fold;
 pub mod generation;
 mod head;
+pub mod lag;
 mod lease;
+pub mod left_out;
 mod lock;
 pub mod manifest;
 pub mod nodefile;
@@ -35,6 +37,7 @@ pub mod store;
 pub mod upkeep;
 mod verify;
 
+use self::left_out::LeftOut;
 use crate::block::digest::{BlockPieces, Digest};
 use crate::block::{BlockIndex, DiskSize};
 use crate::error::{Error, Kind, Result};
@@ -168,12 +171,12 @@ impl ReplicaView {
 pub struct PointView {
     pub id: PointId,
     pub generation: Generation,
-    /// When the source's disks stood still, by the source's clock. The age of a point counts from here.
+    /// When the source's disks stood still, by the source's clock.
     pub frozen_at: Timestamp,
     /// When it began to exist, by the target's clock.
     pub sealed_at: Timestamp,
     pub consistency: Consistency,
-    /// Why it is not `file_system` although that was asked for; absent otherwise.
+    /// What is known beside that: why it is no more than this, or how a domain that is off came to be so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub consistency_reason: Option<String>,
     /// Whether the domain started with its host. `None`: made by a program that did not say.
@@ -187,9 +190,17 @@ pub struct PointView {
     /// File names of the attachments, relative to the point's directory.
     #[serde(default)]
     pub attachments: Vec<Attachment>,
+    /// Disks of the domain that are not in the point.
+    #[serde(default, skip_serializing_if = "LeftOut::is_empty")]
+    pub left_out: LeftOut,
 }
 
 impl PointView {
+    /// From when its age counts: no clock that was ahead makes it younger.
+    pub fn as_of(&self) -> Timestamp {
+        lag::as_of(self.frozen_at, self.sealed_at)
+    }
+
     pub fn disk(&self, name: &DiskName) -> Option<&PointDisk> {
         self.disks.iter().find(|d| &d.name == name)
     }
@@ -300,7 +311,7 @@ pub enum Consistency {
     Crash,
     /// The guest agent had flushed and held the file systems.
     FileSystem,
-    /// The domain was shut off.
+    /// The domain was off, and nothing says that its guest did not shut down in order.
     Off,
 }
 
@@ -419,6 +430,9 @@ pub struct SealPoint {
     pub tpm_programs: Option<TpmPrograms>,
     /// Exactly the disks of `begin`, each finished.
     pub disks: Vec<SealDisk>,
+    /// Disks of the domain that are not in the point.
+    #[serde(default, skip_serializing_if = "LeftOut::is_empty")]
+    pub left_out: LeftOut,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -241,6 +241,7 @@ impl OpenPoint {
             run: self.request.run.clone(),
             disks,
             attachments,
+            left_out: request.left_out.clone(),
             pinned: None,
             sealed_clock_s: Some(sealed_clock_s),
         };

@@ -10,6 +10,7 @@
 //!
 //! Format: docs/formats/point.md.
 
+use super::left_out::LeftOut;
 use super::manifest::DISKS_MAX;
 use super::upkeep::{PatchStream, Upkeep};
 use super::{
@@ -63,6 +64,9 @@ pub struct Carried {
     /// In their order.
     #[serde(default)]
     pub attachments: Vec<Attachment>,
+    /// Disks of the domain that are not in the point.
+    #[serde(default, skip_serializing_if = "LeftOut::is_empty")]
+    pub left_out: LeftOut,
 }
 
 /// A point that a stream leads on from.
@@ -107,6 +111,7 @@ impl Carried {
             since: since.map(|since| Since { point: since.id.clone(), disks: carried(since) }),
             disks: carried(point),
             attachments: point.attachments.clone(),
+            left_out: point.left_out.clone(),
         }
     }
 
@@ -466,6 +471,7 @@ fn fill(
         autostart: head.autostart,
         tpm_programs: head.tpm_programs.clone(),
         disks,
+        left_out: head.left_out.clone(),
     };
     Ok((replica.seal(&request)?, bytes_written))
 }

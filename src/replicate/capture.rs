@@ -5,6 +5,7 @@
 use super::cycle::Ports;
 use super::decide::{Job, Phase, Stand};
 use super::journal::{DiskRecord, Journal, Record, Stamp, boot_id};
+use super::label;
 use super::observe::observe;
 use super::plan::{DiskPlan, Plan};
 use super::quiesce::Quiescer;
@@ -309,6 +310,8 @@ pub struct OffCapture<'a> {
     hypervisor: &'a dyn Hypervisor,
     uuid: DomainUuid,
     chains: Vec<(DiskName, Chain)>,
+    /// What its point may be called.
+    label: (Consistency, Option<String>),
     stamps: Vec<(PathBuf, Option<Stamp>)>,
     clock: &'a (dyn Fn() -> Timestamp + Sync),
     asked: std::sync::Mutex<Instant>,
@@ -318,10 +321,16 @@ pub struct OffCapture<'a> {
 const ASK_EVERY: Duration = Duration::from_millis(500);
 
 impl<'a> OffCapture<'a> {
-    pub fn new(hypervisor: &'a dyn Hypervisor, clock: &'a (dyn Fn() -> Timestamp + Sync), plan: &Plan) -> Self {
+    pub fn new(
+        hypervisor: &'a dyn Hypervisor,
+        clock: &'a (dyn Fn() -> Timestamp + Sync),
+        plan: &Plan,
+        domain: &DomainView,
+    ) -> Self {
         let chains = plan.replicated().map(|d| (d.name.clone(), d.chain.clone())).collect();
         let asked = std::sync::Mutex::new(Instant::now());
-        Self { hypervisor, uuid: plan.uuid.clone(), chains, stamps: Vec::new(), clock, asked }
+        let label = label::of_off(domain);
+        Self { hypervisor, uuid: plan.uuid.clone(), chains, label, stamps: Vec::new(), clock, asked }
     }
 
     fn ensure_off(&self) -> Result<()> {
@@ -346,8 +355,8 @@ impl Capture for OffCapture<'_> {
         Ok(Still {
             disks: self.chains.iter().map(|(name, chain)| (name.clone(), Source::Chain(chain.clone()))).collect(),
             frozen_at,
-            consistency: Consistency::Off,
-            consistency_reason: None,
+            consistency: self.label.0,
+            consistency_reason: self.label.1.clone(),
             held: None,
             freeze: None,
             may_start: true,

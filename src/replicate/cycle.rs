@@ -26,8 +26,10 @@ use super::demoted::{self, HandoverRecord};
 use super::freeze_hooks::{self, FreezeHooks};
 use super::held::Standing;
 use super::journal::{Journal, Record};
+use super::label;
 use super::marks::{Marked, doubted_again, unless_cut};
 use super::observe;
+pub use super::observe::record_in_domain;
 use super::plan::{CaptureKind, DiskPlan, Plan, PlanOptions};
 use super::pump::{self, Progress};
 use super::quiesce::{self, Quiescer, Settled};
@@ -46,6 +48,7 @@ use crate::image::Chain;
 use crate::image::open::{OpenOptions, Opened};
 use crate::name::{DiskName, DomainUuid, RunId};
 use crate::patch::Compression;
+use crate::replica::left_out::LeftOut;
 use crate::replica::{BeginDisk, BeginPoint, DiskStats, Mode, PointView, Replica, SealDisk, SealPoint};
 use jiff::Timestamp;
 use std::cell::RefCell;
@@ -141,7 +144,7 @@ pub fn run(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBoo
         held_ms: None,
         pause_ms: 0.0,
         duration_ms: 0.0,
-        skipped: Vec::new(),
+        skipped: LeftOut::default(),
         alarms: Vec::new(),
         warnings: Vec::new(),
         target_seen: None,
@@ -239,11 +242,9 @@ impl<'a> Run<'a> {
 
         self.watch.step(3, "plan, reserve space");
         let mut plan = make_plan(self.ports, self.request, &domain, &view)?;
-        report.skipped = plan.skipped.clone();
-        (report.capture, report.capture_reason) = (Some(plan.capture), Some(plan.capture_reason.clone()));
+        report.planned(&plan);
         self.ready_to_freeze(&plan)?;
-        let described = describe(self.ports, self.request, &domain, &plan)?;
-        report.warnings.extend(described.notes.iter().cloned());
+        let described = describe(self.ports, self.request, &domain, &plan, &mut report.warnings)?;
         let begun = replica.begin(&self.begin_request(&domain, &plan))?;
         // From here on nobody waits for the target but through this gate.
         let patience = Patience::of(plan.capture, self.request.handover.is_some());
@@ -278,8 +279,7 @@ impl<'a> Run<'a> {
         };
         report.freeze_ms = still.freeze.map_or(0.0, millis);
         report.held_ms = still.held.map(millis);
-        let unheld = still.consistency_reason.iter().map(|why| format!("the point is as after a power cut: {why}"));
-        report.warnings.extend(unheld);
+        report.warnings.extend(label::told(&still));
         let dirty = self.marked(&mut plan, &still);
         report.warnings.extend(untracked);
 
@@ -354,7 +354,7 @@ impl<'a> Run<'a> {
                 let more = (&self.request.run, guard, quiescer);
                 Box::new(BackupCapture::new(self.ports, self.journal, plan, domain, more))
             }
-            (CaptureKind::Off, _) => Box::new(OffCapture::new(self.ports.hypervisor, self.ports.clock, plan)),
+            (CaptureKind::Off, _) => Box::new(OffCapture::new(self.ports.hypervisor, self.ports.clock, plan, domain)),
         }
     }
 
@@ -445,6 +445,7 @@ impl<'a> Run<'a> {
             autostart: self.starts_with_host(domain),
             tpm_programs: self.tpm_programs(domain),
             disks,
+            left_out: plan.skipped.clone(),
         })?;
         failpoint!("6f");
         self.name_in_record(&point);
@@ -563,26 +564,4 @@ pub fn settle_domain(
     account.steps.append(&mut settler.account.steps);
     account.alarms.append(&mut settler.account.alarms);
     Ok((Some(record), Account { steps: account.steps, alarms: account.alarms, ..settler.account }, left_open))
-}
-
-/// The copy of the record in the domain's own metadata: the one that survives the loss of our state directory.
-pub fn record_in_domain(hypervisor: &dyn Hypervisor, uuid: &DomainUuid) -> Result<Option<Record>> {
-    let domain = match hypervisor.observe(uuid) {
-        Ok(domain) => domain,
-        Err(e) if e.kind() == Kind::NotFound => return Ok(None),
-        Err(e) => return Err(e),
-    };
-    let Some(text) = domain.record else { return Ok(None) };
-    let record: Record = serde_json::from_str(&text).map_err(|e| {
-        Error::new(Kind::Corrupt, "the record in the domain's metadata cannot be understood")
-            .source(e)
-            .domain(&domain.name)
-            .hint("it may be a newer virt-replica's; `virsh metadata DOMAIN https://virt-replica.org/xmlns/record/1` shows it")
-    })?;
-    if record.uuid != *uuid || record.format != 1 {
-        return Err(Error::new(Kind::Corrupt, "the record in the domain's metadata is another domain's or version's")
-            .domain(&domain.name)
-            .hint("a clone made of this domain's XML carries it along: remove it with `virsh metadata DOMAIN URI --remove`"));
-    }
-    Ok(Some(record))
 }

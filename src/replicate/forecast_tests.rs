@@ -41,6 +41,7 @@ fn point(frozen_at: i64, disks: &[(&str, Mode, u64)]) -> PointView {
         run,
         disks: disks.iter().map(disk).collect(),
         attachments: Vec::new(),
+        left_out: Default::default(),
     }
 }
 
@@ -60,7 +61,7 @@ fn run(frozen_at: i64, seconds: f64, mode: Mode, bytes: u64) -> Report {
         held_ms: None,
         pause_ms: 1.0,
         duration_ms: seconds * 1000.0,
-        skipped: Vec::new(),
+        skipped: Default::default(),
         alarms: Vec::new(),
         warnings: Vec::new(),
         target_seen: None,
@@ -122,7 +123,7 @@ fn plan(disks: Vec<DiskPlan>) -> Plan {
         head_run: None,
         hold_s: None,
         disks,
-        skipped: Vec::new(),
+        skipped: Default::default(),
         conflicts: Vec::new(),
         notes: Vec::new(),
     }

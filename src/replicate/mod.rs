@@ -22,6 +22,7 @@ mod held;
 pub(crate) mod held_dir;
 mod history;
 pub mod journal;
+mod label;
 mod marks;
 pub mod observe;
 pub mod offline;

@@ -9,7 +9,7 @@ use crate::block::{BLOCK_LEN, DiskSize};
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::hypervisor::{BlockJobKind, DiskView, DomainView, Hypervisor, Power};
 use crate::image::{Chain, Layer};
-use crate::name::DiskName;
+use crate::name::{DiskName, DomainUuid};
 use std::path::Path;
 
 /// What was seen of a domain with an open record.
@@ -182,6 +182,28 @@ pub fn find(hypervisor: &dyn Hypervisor, name: &str) -> Result<DomainView> {
             .hint("`virsh list --all` shows the domains; -c URI chooses another hypervisor"),
         _ => e,
     })
+}
+
+/// The copy of the record in the domain's own metadata: the one that survives the loss of our state directory.
+pub fn record_in_domain(hypervisor: &dyn Hypervisor, uuid: &DomainUuid) -> Result<Option<Record>> {
+    let domain = match hypervisor.observe(uuid) {
+        Ok(domain) => domain,
+        Err(e) if e.kind() == Kind::NotFound => return Ok(None),
+        Err(e) => return Err(e),
+    };
+    let Some(text) = domain.record else { return Ok(None) };
+    let record: Record = serde_json::from_str(&text).map_err(|e| {
+        Error::new(Kind::Corrupt, "the record in the domain's metadata cannot be understood")
+            .source(e)
+            .domain(&domain.name)
+            .hint("it may be a newer virt-replica's; `virsh metadata DOMAIN https://virt-replica.org/xmlns/record/1` shows it")
+    })?;
+    if record.uuid != *uuid || record.format != 1 {
+        return Err(Error::new(Kind::Corrupt, "the record in the domain's metadata is another domain's or version's")
+            .domain(&domain.name)
+            .hint("a clone made of this domain's XML carries it along: remove it with `virsh metadata DOMAIN URI --remove`"));
+    }
+    Ok(Some(record))
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use crate::error::{Error, Kind};
 use crate::hypervisor::{DiskKind, DiskView, DomainView, Power};
 use crate::image::{Chain, Layer};
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
+use crate::replica::left_out::{Cause, LeftOut, Skipped};
 use crate::replica::upkeep::Promoted;
 use crate::replica::{DiskStats, HeadDamage, Mode, ReplicaView, SeedView};
 use serde::Serialize;
@@ -42,7 +43,7 @@ pub struct Plan {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hold_s: Option<u64>,
     pub disks: Vec<DiskPlan>,
-    pub skipped: Vec<Skipped>,
+    pub skipped: LeftOut,
     /// Why the run would not begin. Empty: it would.
     pub conflicts: Vec<Conflict>,
     /// What an operator should know beforehand.
@@ -151,12 +152,6 @@ impl DiskPlan {
     pub fn doubted_again(&self) -> Option<String> {
         turnover::doubted_again(&self.name, &self.head_stats, &self.reason).filter(|_| self.tracking_doubt)
     }
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, serde::Deserialize)]
-pub struct Skipped {
-    pub name: DiskName,
-    pub reason: String,
 }
 
 /// Why a run must not begin; the facts, not a sentence.
@@ -362,7 +357,7 @@ pub fn plan(
         head_run: replica.head().map(|p| p.run.clone()),
         hold_s: None,
         disks: Vec::new(),
-        skipped: Vec::new(),
+        skipped: LeftOut::default(),
         conflicts: Vec::new(),
         notes: Vec::new(),
     };
@@ -390,7 +385,7 @@ pub fn plan(
     }
     for disk in &domain.disks {
         match skip_reason(disk, options) {
-            Some(reason) => plan.skipped.push(Skipped { name: disk.name.clone(), reason }),
+            Some((cause, reason)) => plan.skipped.push(Skipped { name: disk.name.clone(), reason, cause }),
             None => plan_disk(&mut plan, domain, disk, facts, replica, options),
         }
     }
@@ -405,16 +400,19 @@ pub fn plan(
 }
 
 /// Why a disk is left out of every point; `None`: it is replicated.
-pub fn skip_reason(disk: &DiskView, options: &PlanOptions) -> Option<String> {
+pub fn skip_reason(disk: &DiskView, options: &PlanOptions) -> Option<(Cause, String)> {
     if options.exclude_disks.contains(&disk.name) {
-        return Some("is excluded by the operator".into());
+        return Some((Cause::Excluded, "is excluded by the operator".into()));
     }
-    match &disk.kind {
-        DiskKind::Unsupported(why) => Some(why.clone()),
-        DiskKind::Image if disk.read_only => Some("is read-only".into()),
-        DiskKind::Image if disk.shareable => Some("is shareable: another domain may write to it at any time".into()),
-        DiskKind::Image => None,
-    }
+    Some(match &disk.kind {
+        DiskKind::Removable(why) => (Cause::Removable, why.clone()),
+        DiskKind::Unsupported(why) => (Cause::Unprotected, why.clone()),
+        DiskKind::Image if disk.read_only => (Cause::Unprotected, "is read-only".into()),
+        DiskKind::Image if disk.shareable => {
+            (Cause::Unprotected, "is shareable: another domain may write to it at any time".into())
+        }
+        DiskKind::Image => return None,
+    })
 }
 
 fn plan_disk(

@@ -1,7 +1,7 @@
 //! A domain in a tiny notation, and what is planned for it.
 
 use super::*;
-use crate::hypervisor::{BlockJob, BlockJobKind};
+use crate::hypervisor::{BlockJob, BlockJobKind, Ended};
 use crate::image::Format;
 use crate::name::RunId;
 use crate::replica::{Consistency, DiskStats, PointDisk, PointView};
@@ -34,7 +34,11 @@ fn domain(notation: &str) -> DomainView {
         let job = BlockJob { kind: BlockJobKind::Other, ready: false, done_bytes: 0, total_bytes: 1 };
         DiskView {
             name: name(disk),
-            kind: if trait_ == "cdrom" { DiskKind::Unsupported("is a cdrom".into()) } else { DiskKind::Image },
+            kind: match trait_ {
+                "cdrom" => DiskKind::Removable("is a cdrom".into()),
+                "luks" => DiskKind::Unsupported("is encrypted by QEMU (luks)".into()),
+                _ => DiskKind::Image,
+            },
             live: Some(Chain(vec![layer(&path)])),
             inactive: Some(layer(&defined)),
             size: (trait_ != "nosize").then_some(DiskSize(1 << 30)),
@@ -48,6 +52,7 @@ fn domain(notation: &str) -> DomainView {
         uuid: DomainUuid::new(UUID).unwrap(),
         id: Some(1),
         power: Power::Running,
+        ended: Ended::Unknown,
         persistent: true,
         managed_save: false,
         domain_job: None,
@@ -111,6 +116,7 @@ fn replica(disks: &str) -> ReplicaView {
         run,
         disks: disks.clone(),
         attachments: Vec::new(),
+        left_out: Default::default(),
     };
     ReplicaView {
         generation: Generation(1),
@@ -288,6 +294,24 @@ fn what_cannot_be_frozen_is_skipped_with_its_reason() {
     assert_eq!(shown(&plan), "vda=full -vdb -vdc -vdd");
     assert!(plan.skipped.iter().all(|s| !s.reason.is_empty()));
     assert_eq!(planned("vda:cdrom", "").conflicts, [Conflict::NoDisks]);
+}
+
+/// What we cannot do makes the domain partly protected until the operator names the disk; a drive for media never does.
+#[test]
+fn a_disk_that_we_skip_is_not_one_that_the_operator_left_out() {
+    for (notation, excluded, unprotected) in [
+        ("vda vdb:luks vdc:ro vdd:share vde:cdrom", "", "vdb vdc vdd"),
+        ("vda vdb:luks vdc:ro vdd:share vde:cdrom", "vdb vdd", "vdc"),
+        ("vda vdb", "vdb", ""),
+    ] {
+        let domain = domain(notation);
+        let exclude_disks = excluded.split_whitespace().map(name).collect();
+        let options = PlanOptions { exclude_disks, ..PlanOptions::default() };
+        let plan = plan(&domain, &facts(&domain), &replica(""), Generation(1), &options);
+        let found: Vec<&str> = plan.skipped.unprotected().map(|s| s.name.as_str()).collect();
+        assert_eq!(found.join(" "), unprotected, "{notation} without {excluded}");
+        assert_eq!(plan.conflicts, [], "it is no reason not to protect the rest");
+    }
 }
 
 #[test]

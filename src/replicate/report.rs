@@ -1,10 +1,11 @@
 //! What a run did, as data: printed by the command line, kept by the journal, read by scripts.
 
 use super::choice::CaptureKind;
-use super::plan::Skipped;
+use super::plan::Plan;
 use crate::error::{Error, Kind};
 use crate::name::{DomainName, DomainUuid, RunId};
 use crate::replica::PointView;
+use crate::replica::left_out::LeftOut;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -36,7 +37,8 @@ pub struct Report {
     /// Longest time the guest's vCPUs stood still at the end of the commit, in milliseconds; 0 if they did not.
     pub pause_ms: f64,
     pub duration_ms: f64,
-    pub skipped: Vec<Skipped>,
+    /// Disks that are in no point, and whose decision that is.
+    pub skipped: LeftOut,
     /// A dirty bitmap that lied: what to look into, although the run put it right.
     #[serde(default)]
     pub alarms: Vec<String>,
@@ -75,6 +77,12 @@ pub enum RunOutcome {
 }
 
 impl Report {
+    /// Takes down what is known once the run is planned, whatever becomes of it.
+    pub(super) fn planned(&mut self, plan: &Plan) {
+        self.skipped = plan.skipped.clone();
+        (self.capture, self.capture_reason) = (Some(plan.capture), Some(plan.capture_reason.clone()));
+    }
+
     pub fn failed(mut self, error: &Error) -> Self {
         self.outcome = RunOutcome::Failed;
         self.error = Some(error.chain());
@@ -115,6 +123,7 @@ pub(crate) mod tests {
             run: run.clone(),
             disks: vec![disk],
             attachments: Vec::new(),
+            left_out: Default::default(),
         };
         Report {
             domain: DomainName::new("db01").unwrap(),
@@ -130,7 +139,7 @@ pub(crate) mod tests {
             held_ms: None,
             pause_ms: 2.25,
             duration_ms: 1000.0,
-            skipped: Vec::new(),
+            skipped: LeftOut::default(),
             alarms: Vec::new(),
             warnings: Vec::new(),
             target_seen: None,

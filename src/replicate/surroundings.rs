@@ -19,32 +19,42 @@ pub(super) struct Described {
     stored: Option<String>,
     /// The running instance's, if it runs.
     live: Option<String>,
-    /// How the definition that travels differs from what runs, or would be started, here.
-    pub(super) notes: Vec<String>,
 }
 
 /// Step 3: reads the definitions and decides which one travels. Before the freeze, as it may show that the point could not
-/// be brought up; and while both documents name the domain's own images.
-pub(super) fn describe(ports: &Ports, request: &Request, domain: &DomainView, plan: &Plan) -> Result<Described> {
+/// be brought up; and while both documents name the domain's own images. `notes` gets how the definition that travels differs
+/// from what runs, or would be started, here.
+pub(super) fn describe(
+    ports: &Ports,
+    request: &Request,
+    domain: &DomainView,
+    plan: &Plan,
+    notes: &mut Vec<String>,
+) -> Result<Described> {
     let read = |inactive| ports.hypervisor.definition(&domain.uuid, inactive, request.with_secrets);
     let stored = if domain.persistent { Some(read(true)?) } else { None };
     let live = if domain.power == Power::Off { None } else { Some(read(false)?) };
     let disks: Vec<DiskName> = plan.replicated().map(|d| d.name.clone()).collect();
-    decided(stored, live, &disks).map_err(|e| e.domain(&domain.name))
+    decided(stored, live, &disks, notes).map_err(|e| e.domain(&domain.name))
 }
 
 /// Pure. Nobody who defines a domain from what travels inherits a run that was under way here.
-fn decided(stored: Option<String>, live: Option<String>, disks: &[DiskName]) -> Result<Described> {
-    let travelling = match (&stored, &live) {
-        (Some(stored), Some(live)) => Some(travel::definition(stored, live, disks)?),
-        _ => None,
-    };
-    let (stored, notes) = match travelling {
-        Some(travelling) => (Some(travelling.xml), travelling.notes),
-        None => (stored, Vec::new()),
+fn decided(
+    stored: Option<String>,
+    live: Option<String>,
+    disks: &[DiskName],
+    notes: &mut Vec<String>,
+) -> Result<Described> {
+    let stored = match (stored, &live) {
+        (Some(stored), Some(live)) => {
+            let travelling = travel::definition(&stored, live, disks)?;
+            notes.extend(travelling.notes);
+            Some(travelling.xml)
+        }
+        (stored, _) => stored,
     };
     let bare = |xml: Option<String>| xml.map(|xml| xml::without_record(&xml)).transpose();
-    Ok(Described { stored: bare(stored)?, live: bare(live)?, notes })
+    Ok(Described { stored: bare(stored)?, live: bare(live)? })
 }
 
 impl Run<'_> {

@@ -54,7 +54,9 @@ pub fn plan_only(ports: &Ports, request: &Request) -> Result<Plan> {
         plan.conflicts.retain(|c| !matches!(c, Conflict::StrayOverlay { .. }));
         plan.notes.push(what);
     } else if plan.conflicts.is_empty() {
-        plan.notes.extend(describe(ports, request, &domain, &plan)?.notes);
+        let mut notes = Vec::new();
+        describe(ports, request, &domain, &plan, &mut notes)?;
+        plan.notes.extend(notes);
     }
     Ok(plan)
 }

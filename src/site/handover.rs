@@ -121,7 +121,7 @@ impl Site {
         let run = |handover: Option<&RunId>| self.run_once(means, handover).and_then(sent);
         let head = || -> Result<Option<Timestamp>> {
             let view = means.target.client_again()?.open(uuid)?.describe()?;
-            Ok(view.head().map(|point| point.frozen_at))
+            Ok(view.head().map(|point| point.as_of()))
         };
         let there = || -> Result<Box<dyn BringUp>> { Ok(Box::new(means.target.client_again()?.bring_up(uuid))) };
         let preflight = |there: &dyn BringUp| self.preflight(means, uuid, there);

@@ -131,6 +131,7 @@ impl Here {
         }
         let room = self.room();
         let mut findings = vec![ready::point(&found.view, &found.point)];
+        findings.extend(ready::left_out(&fitted.definition, &found.point, &self.options.mapping));
         findings.extend(ready::chain(&fitted, overlays::to_copy(held, fitted.definition.images_max)?, &room));
         findings.extend(ready::judge(&fitted, &found.name, &found.uuid, &room, builds));
         findings.extend(ready::tpm_programs(&fitted, &found.point));

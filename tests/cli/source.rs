@@ -54,7 +54,7 @@ fn report(store: &StoreWithPoints, outcome: RunOutcome, target: &str) -> Report 
         freeze_ms: 1.0,
         pause_ms: 2.0,
         duration_ms: 3.0,
-        skipped: Vec::new(),
+        skipped: Default::default(),
         alarms: Vec::new(),
         warnings: Vec::new(),
         target_seen: None,

@@ -160,6 +160,7 @@ pub fn seal(disks: &[(&str, &[u8])]) -> SealPoint {
         autostart: None,
         tpm_programs: None,
         disks: disks.iter().map(disk).collect(),
+        left_out: Default::default(),
     }
 }
 

@@ -20,7 +20,9 @@ use virt_replica::hypervisor::{DomainView, Hypervisor as _, Power};
 use virt_replica::name::{DomainName, DomainUuid};
 use virt_replica::policy::select::select;
 use virt_replica::recovery::bringup::BringUp as _;
-use virt_replica::replica::{Replica as _, ReplicaView};
+use virt_replica::replica::lag::Age;
+use virt_replica::replica::left_out::Skipped;
+use virt_replica::replica::{Replica as _, ReplicaView, lag};
 use virt_replica::replicate::cycle::record_in_domain;
 use virt_replica::replicate::decide::{Action, decide};
 use virt_replica::replicate::demoted;
@@ -347,28 +349,32 @@ fn row(
     if site.is_some() && domain.view.is_none() {
         notes.push("libvirt does not know it (any more)".to_owned());
     }
-    let promoted = replica.and_then(|view| view.promoted.as_ref());
+    let lied = reports().next_back().is_some_and(|r| !r.alarms.is_empty());
     let damaged = replica.map_or(&[][..], |view| &view.damaged);
     notes.extend(replica.into_iter().flat_map(of_target));
+    let age = head.as_ref().map(|h| lag::age(h.frozen_at, h.sealed_at, now));
+    notes.extend(head.iter().flat_map(|head| of_head(head, age)));
     let seen = Seen {
         open: record.map(|r| r.phase),
         backup: journal::peek_backup(&globals.state_dir, &domain.uuid)?.is_some(),
         stuck: stuck || both.is_some(),
         handed: handed.as_ref().map(|record| record.stage),
-        promoted: promoted.is_some(),
+        promoted: replica.is_some_and(|view| view.promoted.is_some()),
         observed: domain.view.is_some(),
         replicated: head.is_some(),
-        alarmed: !damaged.is_empty() || reports().next_back().is_some_and(|r| !r.alarms.is_empty()),
+        partly: head.as_ref().is_some_and(|h| h.left_out.is_partly()),
+        alarmed: !damaged.is_empty() || age.is_some_and(|a| a.ahead_s.is_some()) || lied,
     };
     let alarms = reports().flat_map(|r| r.alarms.iter().map(|a| Alarm { at: r.started_at, message: a.clone() }));
-    let age = |t: Timestamp| now.duration_since(t).as_secs();
+    let since = |t: Timestamp| now.duration_since(t).as_secs();
     Ok(Row {
         domain: domain.name(record),
         uuid: domain.uuid.clone(),
         state: state(seen),
         notes,
         target: target.map(str::to_owned),
-        lag_s: head.as_ref().map(|h| age(h.frozen_at)),
+        lag_s: age.and_then(|a| a.lag_s),
+        clock_ahead_s: age.and_then(|a| a.ahead_s),
         head,
         last_run: reports().next_back().map(|r| LastRun {
             run_id: r.run_id.clone(),
@@ -378,10 +384,16 @@ fn row(
             error: r.error.clone().filter(|_| r.outcome == RunOutcome::Failed),
         }),
         running: running.map(|h| format!("{} (pid {})", h.what, h.pid)),
-        overlays: record.map_or_else(Vec::new, |r| overlays(r, age)),
+        overlays: record.map_or_else(Vec::new, |r| overlays(r, since)),
         alarms: alarms.collect(),
         ready: None,
     })
+}
+
+/// What of the newest point a person should know.
+fn of_head(head: &Head, age: Option<Age>) -> Vec<String> {
+    let clock = age.and_then(|a| a.ahead_s).map(lag::told);
+    clock.into_iter().chain(head.left_out.unprotected().map(Skipped::told)).collect()
 }
 
 /// What the target says that a person should know.

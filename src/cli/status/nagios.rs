@@ -78,6 +78,9 @@ fn judge(row: &Row, limits: Limits) -> (Verdict, Option<String>) {
             (Verdict::Warning, "not replicated yet".to_owned())
         }
         (_, None, Some(limit)) => (Verdict::Warning, late(limit)),
+        (State::PartlyProtected, _, _) => {
+            (Verdict::Warning, row.notes.first().cloned().unwrap_or_else(|| "partly protected".to_owned()))
+        }
         (State::Unknown, _, _) => (Verdict::Unknown, "libvirt does not know it, or was not asked".to_owned()),
         _ => match failed.and_then(|r| r.error.clone()) {
             Some(error) => (Verdict::Warning, format!("the newest run failed: {error}")),
@@ -152,6 +155,7 @@ mod tests {
             target: Some("ssh://dr1".to_owned()),
             head: None,
             lag_s,
+            clock_ahead_s: None,
             last_run: None,
             running: None,
             overlays: Vec::new(),
@@ -205,6 +209,7 @@ mod tests {
             (State::ByBackup, 0),
             (State::CommitPending, 1),
             (State::NeverReplicated, 1),
+            (State::PartlyProtected, 1),
             (State::NeedsAttention, 2),
             (State::Unknown, 3),
         ] {

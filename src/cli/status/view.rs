@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use virt_replica::name::{DiskName, DomainUuid, Generation, PointId, RunId};
 use virt_replica::recovery::bringup::Readiness;
 use virt_replica::recovery::ready::{Color, Finding};
+use virt_replica::replica::left_out::LeftOut;
 use virt_replica::replica::{Consistency, PointView};
 use virt_replica::replicate::decide::Phase;
 use virt_replica::replicate::demoted::Stage;
@@ -29,6 +30,8 @@ pub enum State {
     /// It was brought up on the target from this replica: no run is accepted there.
     Promoted,
     NeverReplicated,
+    /// The newest point lacks a disk that could not be replicated and that nobody excluded.
+    PartlyProtected,
     Unknown,
 }
 
@@ -44,6 +47,7 @@ impl State {
             State::HandingOver => "handing over",
             State::Promoted => "promoted",
             State::NeverReplicated => "never replicated",
+            State::PartlyProtected => "partly protected",
             State::Unknown => "unknown",
         }
     }
@@ -66,8 +70,10 @@ pub struct Seen {
     pub observed: bool,
     /// A point was sealed, ever.
     pub replicated: bool,
-    /// The newest run found that a dirty bitmap had lied, or a scrub that the newest point is damaged.
+    /// The newest run found that a dirty bitmap had lied, a scrub that the newest point is damaged, or a clock was wrong.
     pub alarmed: bool,
+    /// The newest point lacks a disk that nobody excluded.
+    pub partly: bool,
 }
 
 /// Pure. The worse news wins.
@@ -83,6 +89,7 @@ pub fn state(seen: Seen) -> State {
         Seen { promoted: true, .. } => State::Promoted,
         Seen { observed: false, .. } => State::Unknown,
         Seen { replicated: false, .. } => State::NeverReplicated,
+        Seen { partly: true, .. } => State::PartlyProtected,
         Seen { .. } => State::Ok,
     }
 }
@@ -97,8 +104,11 @@ pub struct Row {
     pub notes: Vec<String>,
     pub target: Option<String>,
     pub head: Option<Head>,
-    /// Age of the head's content in seconds.
+    /// Age of the head's content in seconds; `None` with a head: nobody can know, as a clock was wrong.
     pub lag_s: Option<i64>,
+    /// So far, at least, a clock was ahead when the head was made.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clock_ahead_s: Option<i64>,
     pub last_run: Option<LastRun>,
     /// What works on the domain right now.
     pub running: Option<String>,
@@ -142,6 +152,9 @@ pub struct Head {
     pub frozen_at: Timestamp,
     pub sealed_at: Timestamp,
     pub consistency: Consistency,
+    /// Disks of the domain that are not in it.
+    #[serde(skip_serializing_if = "LeftOut::is_empty")]
+    pub left_out: LeftOut,
 }
 
 impl From<&PointView> for Head {
@@ -152,6 +165,7 @@ impl From<&PointView> for Head {
             frozen_at: p.frozen_at,
             sealed_at: p.sealed_at,
             consistency: p.consistency,
+            left_out: p.left_out.clone(),
         }
     }
 }
@@ -192,6 +206,7 @@ impl Row {
             target: Some(target),
             head: None,
             lag_s: None,
+            clock_ahead_s: None,
             last_run: None,
             running: None,
             overlays: Vec::new(),
@@ -275,7 +290,7 @@ pub fn describe(rows: &[Row], from: HeadFrom) -> String {
 mod tests {
     use super::*;
 
-    /// A letter each: phase (- f F c p, b by backup, m moved, h being handed over, P promoted), stuck, observed, replicated, alarmed.
+    /// A letter each; the last may be `d` for a disk that is not protected. Phase (- f F c p, b by backup, m moved, h being handed over, P promoted), stuck, observed, replicated, alarmed.
     fn of(text: &str) -> State {
         let c: Vec<char> = text.chars().collect();
         let open = match c[0] {
@@ -298,6 +313,7 @@ mod tests {
             observed: c[2] == 'o',
             replicated: c[3] == 'r',
             alarmed: c.get(4) == Some(&'a'),
+            partly: c.get(4) == Some(&'d'),
         })
     }
 
@@ -323,6 +339,10 @@ mod tests {
             ("msor", State::NeedsAttention),
             ("P--r", State::Promoted),
             ("P-or", State::Promoted),
+            ("--ord", State::PartlyProtected),
+            ("--o-d", State::NeverReplicated),
+            ("P-ord", State::Promoted),
+            ("c-ord", State::CommitPending),
             // The guest reads through what is damaged.
             ("P-ora", State::NeedsAttention),
         ] {

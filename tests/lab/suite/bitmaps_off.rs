@@ -13,7 +13,8 @@ fn off_by_bitmap() {
     tracked.write();
     tracked.shut_down();
     let result = tracked.sealed_by(&["bitmap", "digest"]);
-    assert_eq!(result.report["consistency"], "off");
+    assert_eq!(result.report["capture"], "off");
+    assert_eq!(result.report["consistency"], "crash", "it was ended by hand, and no guest shut down");
     says(&result, "vdb", "a raw image keeps no dirty bitmap");
     assert!(result.bytes("vda", "blocks_changed") > 0);
     let written = result.bytes("vda", "bytes_read");

@@ -2,6 +2,7 @@
 
 use super::domain::{Disk, Domain, by_backup};
 use super::support::{Host, Lab, PATIENCE, SyncResult};
+use serde_json::Value;
 
 fn small() -> Disk {
     Disk::qcow2("32M").then("write -P 0x11 1M 3M")
@@ -156,10 +157,18 @@ fn saved_memory_does_not_travel_and_is_told_of() {
     assert_eq!(vm.state(), "shut off");
     let plan = vm.plan();
     assert!(plan["notes"].to_string().contains("saved memory"), "{plan:#}");
-    vm.sync().sealed();
+    let sealed = vm.sync().sealed().says(&["memory is saved"]);
+    assert_eq!(sealed.report["consistency"], "crash", "{:#}", sealed.report);
     vm.compare_with_head();
     vm.assert_home();
     assert!(Host::A.output(&["virsh", "dominfo", &vm.name]).contains("Managed save:   yes"), "it was left alone");
+    // Ended by hand it is off as well, and no more shut down than that; after a shutdown the label is what it says.
+    vm.virsh(&["managedsave-remove"]);
+    vm.start_paused();
+    vm.virsh(&["destroy"]);
+    let ended = vm.sync().sealed().report;
+    assert_eq!(ended["consistency"], "crash", "{ended:#}");
+    assert!(ended["consistency_reason"].as_str().unwrap().contains("virsh destroy"), "{ended:#}");
 }
 
 #[test]
@@ -303,8 +312,20 @@ fn what_cannot_be_frozen_is_skipped_with_a_reason() {
     }
     let expected =
         [("vdb", "excluded"), ("sda", "cdrom"), ("vdc", "read-only"), ("vdd", "shareable"), ("vde", "network")];
-    let plan = Host::A.json(&["plan", &vm.name, "--to", &vm.to, "--exclude-disk", "vdb", "--json"]);
-    let report = vm.sync_with("", &["--exclude-disk", "vdb"]).sealed().report;
+    // Partly protected, until each of them is named; a CD drive never has to be.
+    let planned = |exclude: &[&str]| {
+        let mut words = vec!["plan", &vm.name, "--to", &vm.to, "--json"];
+        exclude.iter().for_each(|disk| words.extend(["--exclude-disk", disk]));
+        Host::A.virt_replica(&words)
+    };
+    let plan: Value = serde_json::from_str(&planned(&["vdb"]).exit(15).stdout).unwrap();
+    planned(&["vdb", "vdc", "vdd", "vde"]).success();
+    let report = vm.sync_with("", &["--exclude-disk", "vdb"]).exit(15).report;
+    assert_eq!(report["outcome"], "sealed", "{report:#}");
+    let causes: Vec<&str> =
+        report["skipped"].as_array().unwrap().iter().map(|s| s["cause"].as_str().unwrap()).collect();
+    assert_eq!(causes.iter().filter(|c| **c == "unprotected").count(), 3, "{causes:?}");
+    partly_protected(&vm);
     for skipped in [&plan["skipped"], &report["skipped"]] {
         let found = skipped.as_array().unwrap();
         assert_eq!(found.len(), expected.len(), "{skipped:#}");
@@ -322,8 +343,27 @@ fn what_cannot_be_frozen_is_skipped_with_a_reason() {
         format!("{}{}", &xml[..network], &xml[end..])
     });
     vm.start_paused();
-    vm.sync_with("", &["--exclude-disk", "vdb"]).sealed();
+    vm.sync_with("", &["--exclude-disk", "vdb"]).exit(15);
     vm.assert_home();
+    vm.sync_with("", &["--exclude-disk", "vdb", "--exclude-disk", "vdc", "--exclude-disk", "vdd"]).sealed();
+    let row = Host::A.json(&["status", &vm.name, "--json"])["domains"][0].clone();
+    assert_eq!(row["state"], "ok", "its operator has named them: {row:#}");
+}
+
+/// Every outlet says so, at the source and at the target.
+fn partly_protected(vm: &Domain) {
+    let row = Host::A.json(&["status", &vm.name, "--json"])["domains"][0].clone();
+    assert!(
+        row["state"] == "partly_protected" && row["notes"].to_string().contains("'vde' is NOT PROTECTED"),
+        "{row:#}"
+    );
+    Host::A.virt_replica(&["status", &vm.name, "--nagios"]).exit(1).says(&["WARNING", "NOT PROTECTED"]);
+    Host::A.virt_replica(&["points", &vm.name, "--to", &vm.to]).success().says(&["Not in the head: vde"]);
+    let ready = Host::B.virt_replica(&["ready", &vm.name, "--json"]).success();
+    let findings = serde_json::from_str::<Value>(&ready.stdout).unwrap()["findings"].clone();
+    let yellow =
+        |f: &&Value| f["color"] == "yellow" && f["question"] == "point" && f["what"].as_str().unwrap().contains("vde");
+    assert!(findings.as_array().unwrap().iter().any(|f| yellow(&f)), "{findings:#}");
 }
 
 #[test]

@@ -36,7 +36,7 @@ fn plug(vm: &Domain, file: &str) {
 #[track_caller]
 fn holds(host: Host, image: &str, byte: &str) {
     let read = format!("read -P {byte} 0 64k");
-    let said = host.output(&["qemu-io", "-U", "-f", "qcow2", "-c", &read, image]);
+    let said = host.output(&["qemu-io", "-r", "-U", "-f", "qcow2", "-c", &read, image]);
     assert!(!said.contains("verification failed"), "{image}: {said}");
 }
 
