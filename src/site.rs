@@ -13,11 +13,11 @@ use crate::plain::target::{LocalOptions, LocalTarget};
 use crate::plain::{PlainTarget, Wish};
 #[cfg(feature = "libvirt")]
 use crate::recovery::bringup::BringUp;
+use crate::replica::ReplicaView;
 #[cfg(feature = "libvirt")]
 use crate::replica::root::{StoreSeen, StoreWish};
 use crate::replica::store::{self, Limits, Store};
 use crate::replica::upkeep::Held as _;
-use crate::replica::ReplicaView;
 use crate::replicate::offline;
 use crate::transport::local::LocalTransport;
 use crate::transport::ssh::{SshOptions, SshTransport};

@@ -78,8 +78,6 @@ mod handover;
 mod identity;
 #[path = "lab/suite/limits.rs"]
 mod limits;
-#[path = "lab/suite/live_only.rs"]
-mod live_only;
 #[path = "lab/suite/many_disks.rs"]
 mod many_disks;
 #[path = "lab/suite/migrate.rs"]

@@ -503,12 +503,7 @@ fn view(conn: &Connect, uuid: &str, sizes: Sizes) -> Result<DomainView, Failure>
     Err(Error::new(Kind::Busy, "the domain was started and stopped all the while it was looked at").into())
 }
 
-fn view_once(
-    conn: &Connect,
-    domain: &Domain,
-    tpm_root: Option<&Path>,
-    sizes: Sizes,
-) -> Result<DomainView, Failure> {
+fn view_once(conn: &Connect, domain: &Domain, tpm_root: Option<&Path>, sizes: Sizes) -> Result<DomainView, Failure> {
     let runs = domain.id().is_some();
     let persistent = domain.is_persistent()?;
     let live = if runs { Some(parsed(conn, domain, 0)?) } else { None };
@@ -520,11 +515,10 @@ fn view_once(
     let mut disks = Vec::with_capacity(shown.disks.len());
     for disk in &shown.disks {
         let size = match disk.kind {
-            DiskKind::Image if sizes == Sizes::Asked => known(sys::capacity_bytes(domain, disk.name.as_str()))?,
+            DiskKind::Image if sizes == Sizes::Asked => size_of((conn, domain), disk, runs)?,
             _ => None,
         };
-        let disk_view = disk_view((conn, domain), disk, runs, inactive.as_ref())?;
-        disks.push(DiskView { size: size.map(DiskSize), ..disk_view });
+        disks.push(DiskView { size, ..disk_view(domain, disk, runs, inactive.as_ref())? });
     }
     let record = live.as_ref().and_then(|l| l.record.clone());
     Ok(DomainView {
@@ -570,19 +564,19 @@ fn ended(domain: &Domain) -> Result<Ended, VirtError> {
     })
 }
 
-fn disk_view(
-    (conn, domain): (&Connect, &Domain),
-    disk: &DiskXml,
-    runs: bool,
-    inactive: Option<&DomainXml>,
-) -> Result<DiskView, Failure> {
-    let name = disk.name.as_str();
-    let image = disk.kind == DiskKind::Image;
-    let mut size = if image { known(sys::capacity_bytes(domain, name))?.map(DiskSize) } else { None };
+fn size_of((conn, domain): (&Connect, &Domain), disk: &DiskXml, runs: bool) -> Result<Option<DiskSize>, Failure> {
+    let mut size = known(sys::capacity_bytes(domain, disk.name.as_str()))?;
     if let (None, Some(top), false) = (size, disk.layers.first(), runs) {
         // Of a volume of a domain that is off only the pool knows.
-        size = volumes::capacity(conn, &top.path)?.map(DiskSize);
+        size = volumes::capacity(conn, &top.path)?;
     }
+    Ok(size.map(DiskSize))
+}
+
+/// The disk, without its size.
+fn disk_view(domain: &Domain, disk: &DiskXml, runs: bool, inactive: Option<&DomainXml>) -> Result<DiskView, Failure> {
+    let name = disk.name.as_str();
+    let image = disk.kind == DiskKind::Image;
     let info = if runs { known(sys::block_job_info(domain, name))?.flatten() } else { None };
     Ok(DiskView {
         name: disk.name.clone(),

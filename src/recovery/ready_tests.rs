@@ -198,22 +198,6 @@ fn no_network_is_said_of_no_guest_whose_interfaces_nobody_has_mapped() {
 }
 
 #[test]
-fn what_a_home_has_of_the_domain_itself_is_not_in_its_own_way() {
-    let (_, uuid) = names();
-    let mut host = able();
-    host.domains[0] = Neighbour { name: "web01".into(), uuid: UUID.into(), running: false, macs: Vec::new() };
-    host.tpm_states.push(UUID.into());
-    let findings = judged(MAPPED, &host);
-    assert_eq!(reds(&findings), [Question::Tpm, Question::Name]);
-    assert_eq!(red_after_giving_way(&findings, &uuid), None);
-    host.domains[0].uuid = "another".into();
-    assert_eq!(red_after_giving_way(&judged(MAPPED, &host), &uuid).map(|f| f.question), Some(Question::Name));
-    host = able();
-    host.networks.clear();
-    assert_eq!(red_after_giving_way(&judged(MAPPED, &host), &uuid).map(|f| f.question), Some(Question::Network));
-}
-
-#[test]
 fn nothing_red_needs_the_source() {
     let mut all = vec![];
     for mapping in [MAPPED, "networks: {}"] {

@@ -2,7 +2,9 @@
 //! while the overlay of a pivoted disk has its name (I3).
 
 use super::*;
-use crate::hypervisor::{BlockJob, BlockJobKind, DiskKind, DiskView, DomainView, FreezeDisk, Power as DomainPower};
+use crate::hypervisor::{
+    BlockJob, BlockJobKind, DiskKind, DiskView, DomainView, Ended, FreezeDisk, Power as DomainPower,
+};
 use crate::name::DomainUuid;
 use crate::replicate::journal::{DiskRecord, boot_id, tests::record};
 use jiff::Timestamp;
@@ -75,6 +77,7 @@ impl Fake {
             power: if s.paused { DomainPower::Paused } else { DomainPower::Running },
             persistent: true,
             managed_save: false,
+            ended: Ended::Unknown,
             domain_job: None,
             disks: self.record.disks.iter().zip(&s.disks).map(disk).collect(),
             record: None,

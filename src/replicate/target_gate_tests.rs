@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::name::{Generation, RunId};
+use crate::replica::left_out::LeftOut;
 use crate::replica::{Consistency, VerifyReport};
 use crate::replicate::pump::tests::{Disk, Fault, Memory, pattern, shipment};
 use crate::replicate::pump::{self, Progress};
@@ -76,6 +77,7 @@ fn point() -> PointView {
         consistency_reason: None,
         autostart: None,
         tpm_programs: None,
+        left_out: LeftOut::default(),
         run,
         disks: Vec::new(),
         attachments: Vec::new(),
@@ -160,6 +162,7 @@ fn request() -> SealPoint {
         consistency_reason: None,
         autostart: None,
         tpm_programs: None,
+        left_out: LeftOut::default(),
         disks: Vec::new(),
     }
 }
