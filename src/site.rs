@@ -112,9 +112,14 @@ impl Connection {
         Connection { target, ssh, create_store: false, state: None, session: Mutex::new(None) }
     }
 
-    /// For a source, that keeps its own state in `state`. `create_store`: make a store where there is none.
-    pub fn of_source(self, state: &Path, create_store: bool) -> Connection {
-        Connection { state: Some(state.to_owned()), create_store, ..self }
+    /// Makes a store where there is none, if that is wished.
+    pub fn creating(self, create_store: bool) -> Connection {
+        Connection { create_store, ..self }
+    }
+
+    /// For a source, that keeps its own state in `state`.
+    pub fn of_source(self, state: &Path) -> Connection {
+        Connection { state: Some(state.to_owned()), ..self }
     }
 
     /// The session with the target's agent. The first call connects: it blocks, at most the connect timeout.
@@ -451,6 +456,10 @@ mod source {
                 let (target, run) = target.ok_or_else(|| Error::new(Kind::Usage, "this needs a target"))?;
                 let replica = target.client()?.open(uuid)?;
                 // A host that gives way claims nothing.
+                if let (Some(Run::Real(run) | Run::Thought(run)), Some(store)) = (run, target.store()?) {
+                    // It is the same for the whole run, whatever others find under this URL meanwhile.
+                    let _ = run.store.set(store);
+                }
                 match run {
                     None => {}
                     Some(Run::Real(run) | Run::Thought(run)) if run.gives_way => {}
@@ -490,7 +499,7 @@ mod source {
     impl Site {
         /// The request in the words of a handover that is on record, if that went to the same store by another URL.
         fn respelled(&self, request: &Request) -> Request {
-            let mut respelled = request.clone();
+            let mut respelled = Request { store: Arc::default(), ..request.clone() };
             let spellings = stores::spellings(&self.options.state, &request.target);
             let same = |record: &demoted::HandoverRecord| {
                 let named = [record.domain.as_str(), record.uuid.as_str()].contains(&request.domain.as_str());

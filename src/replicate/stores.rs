@@ -55,15 +55,20 @@ pub fn learn(state: &Path, url: &str, store: &StoreId) -> Result<()> {
 
 /// All URLs that mean what this one means, as far as is known: itself first.
 pub fn spellings(state: &Path, url: &str) -> Vec<String> {
-    let others = known(state, url).map_or_else(Vec::new, |store| urls(state, &store));
+    spellings_of(state, url, known(state, url).as_ref())
+}
+
+/// The same for one that leads to this store today.
+pub fn spellings_of(state: &Path, url: &str, store: Option<&StoreId>) -> Vec<String> {
+    let others = store.map_or_else(Vec::new, |store| urls(state, store));
     std::iter::once(url.to_owned()).chain(others.into_iter().filter(|other| other != url)).collect()
 }
 
 /// What the dirty bitmaps of a target are named after, newest custom first: its store, then the URLs that lead to it,
 /// which is what version 0.1 did, and what is done where the store is not known.
-pub fn keys(state: &Path, url: &str) -> Vec<String> {
-    let store = known(state, url).map(|store| format!("store:{store}"));
-    store.into_iter().chain(spellings(state, url)).collect()
+pub fn keys(state: &Path, url: &str, store: Option<&StoreId>) -> Vec<String> {
+    let own = store.map(|store| format!("store:{store}"));
+    own.into_iter().chain(spellings_of(state, url, store)).collect()
 }
 
 #[cfg(test)]
@@ -83,8 +88,8 @@ mod tests {
         assert_eq!(spellings(temp.path(), "ssh://root@b"), ["ssh://root@b", "ssh://b"]);
         assert_eq!(spellings(temp.path(), "ssh://new"), ["ssh://new"]);
         let store = format!("store:{one}");
-        assert_eq!(keys(temp.path(), "ssh://b"), [store.as_str(), "ssh://b", "ssh://root@b"]);
-        assert_eq!(keys(temp.path(), "ssh://new"), ["ssh://new"]);
+        assert_eq!(keys(temp.path(), "ssh://b", Some(&one)), [store.as_str(), "ssh://b", "ssh://root@b"]);
+        assert_eq!(keys(temp.path(), "ssh://new", None), ["ssh://new"]);
         fs::write(dir(temp.path()).join(file("ssh://c")), "{").unwrap();
         assert_eq!(known(temp.path(), "ssh://c"), None, "what cannot be read is not known");
     }

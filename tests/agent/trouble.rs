@@ -282,9 +282,8 @@ impl ReplicaOpener for OldOpener {
 
 #[test]
 fn an_agent_that_knows_no_stores_is_used_without_an_id() {
-    let transport = PipeTransport::new(|input, output| {
-        serve(input, output, &OldOpener(FakeOpener(Arc::default())), quick_serve())
-    });
+    let transport =
+        PipeTransport::new(|input, output| serve(input, output, &OldOpener(FakeOpener(Arc::default())), quick_serve()));
     let client = Arc::new(AgentClient::connect_with(&transport, quick_client()).unwrap());
     assert_eq!(client.store(&StoreWish::default()).unwrap(), None);
     client.open(&uuid()).unwrap().describe().unwrap();

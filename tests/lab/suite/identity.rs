@@ -24,9 +24,9 @@ fn sync(vm: &Domain, to: &str, more: &[&str]) -> SyncResult {
 #[test]
 fn a_directory_becomes_a_store_only_on_purpose() {
     let lab = Lab::get();
-    let mut vm = lab.domain("store").disk(small()).paused();
-    let root = vm.own_store();
-    let to = vm.to.clone();
+    let vm = lab.domain("store").disk(small()).paused();
+    let root = format!("/srv/{}", vm.name);
+    let to = format!("{TARGET}{root}");
     let refusal = ["there is no store here", &root, "virt-replica store init", "--create-store"];
 
     for command in ["plan", "sync", "points"] {
@@ -37,8 +37,9 @@ fn a_directory_becomes_a_store_only_on_purpose() {
     sync(&vm, &to, &[]).exit(4).says(&refusal);
     let seed = ["seed", &vm.uuid, "--from", "/etc/hostname", "--format", "raw", "--root", &root];
     plainly(Host::B, &seed).exit(4).says(&refusal);
-    for command in ["ready", "drill"] {
-        plainly(Host::B, &[command, &vm.name, "--root", &root]).exit(4).says(&["there is no store here"]);
+    for command in [&["ready"][..], &["drill", "--probe", "agent"], &["detach"]] {
+        let words = [command, &[&vm.name, "--root", &root]].concat();
+        plainly(Host::B, &words).exit(4).says(&["there is no store here"]);
     }
     assert_eq!(Host::B.output(&["ls", "-A", &root]), "", "what is refused stays as it was");
     vm.assert_home();
@@ -92,8 +93,9 @@ fn a_forced_command_and_a_url_have_to_agree_on_the_store() {
     sync(&vm, &other, &with).exit(1).says(&words);
     vm.assert_home();
     sync(&vm, &vm.to.clone(), &with).sealed();
-    // Without a directory the URL means the store that is served.
-    let served = sync(&vm, TARGET, &with).sealed();
+    // Without a directory the URL means the store that is served. Host a shall not take that for its default one.
+    let state = format!("{}/state", vm.dir);
+    let served = sync(&vm, TARGET, &[&with[..], &["--state-dir", &state, "--take-over"]].concat()).sealed();
     let image = served.disk("vda")["image"].as_str().expect("an image has a path").to_owned();
     assert!(image.starts_with(&root), "{image}");
 }
@@ -177,9 +179,11 @@ fn libvirt_of_another_host_is_refused_before_anything_is_touched() {
     let to = format!("local:{store}");
     let words = ["runs on lab-a", "this is lab-b", "run virt-replica on lab-a"];
     Host::B.virt_replica(&["-c", uri, "sync", &vm.name, "--to", &to]).exit(1).says(&words);
-    for command in
-        [&["plan", &vm.name, "--to", &to][..], &["doctor", &vm.name], &["verify", &vm.name, "--to", &to, "--source"]]
-    {
+    for command in [
+        &["plan", &vm.name, "--to", &to][..],
+        &["doctor", &vm.name],
+        &["verify", &vm.name, "--to", &to, "--against-source"],
+    ] {
         Host::B
             .run(&[&["env", "LIBVIRT_DEFAULT_URI=qemu+ssh://root@192.0.2.1/system", "virt-replica"], command].concat())
             .exit(1)
