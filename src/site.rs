@@ -521,6 +521,9 @@ mod source {
             replica: &dyn Replica,
         ) -> Result<()> {
             let (state, Some(store)) = (&self.options.state, target.store()?) else { return Ok(()) };
+            // It was remembered when the session began.
+            let found = stores::found(state, &run.target).into_iter().find(|found| found.id == store);
+            let Some(found) = found else { return Ok(()) };
             let reports = journal::recent_reports::<Report>(state, uuid).unwrap_or_default();
             let others = reports.iter().filter(|r| r.target != run.target && stores::known(state, &r.target).is_none());
             let others: Vec<_> =
@@ -530,7 +533,7 @@ mod source {
             }
             let points = replica.describe()?.points;
             for (url, _) in others.iter().filter(|(_, run)| points.iter().any(|point| point.run == *run)) {
-                if stores::known(state, url).is_none() && stores::learn(state, url, &store).is_ok() {
+                if stores::known(state, url).is_none() && stores::learn(state, url, &found).is_ok() {
                     let target = &run.target;
                     tracing::warn!(
                         "{url} and {target} are the same store, {store}: its dirty bitmaps and reports are put together"
