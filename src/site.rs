@@ -113,9 +113,14 @@ impl Connection {
         Connection { target, ssh, create_store: false, state: None, session: Mutex::new(None) }
     }
 
-    /// For a source, that keeps its own state in `state`. `create_store`: make a store where there is none.
-    pub fn of_source(self, state: &Path, create_store: bool) -> Connection {
-        Connection { state: Some(state.to_owned()), create_store, ..self }
+    /// Makes a store where there is none, if that is wished.
+    pub fn creating(self, create_store: bool) -> Connection {
+        Connection { create_store, ..self }
+    }
+
+    /// For a source, that keeps its own state in `state`.
+    pub fn of_source(self, state: &Path) -> Connection {
+        Connection { state: Some(state.to_owned()), ..self }
     }
 
     /// The session with the target's agent. The first call connects: it blocks, at most the connect timeout.
@@ -471,6 +476,10 @@ mod source {
                 let (target, run) = target.ok_or_else(|| Error::new(Kind::Usage, "this needs a target"))?;
                 let replica = target.client()?.open(uuid)?;
                 // A host that gives way claims nothing.
+                if let (Some(Run::Real(run) | Run::Thought(run)), Some(store)) = (run, target.store()?) {
+                    // It is the same for the whole run, whatever others find under this URL meanwhile.
+                    let _ = run.store.set(store);
+                }
                 match run {
                     None => {}
                     Some(Run::Real(run) | Run::Thought(run)) if run.gives_way => {}
@@ -510,7 +519,7 @@ mod source {
     impl Site {
         /// The request in the words of a handover that is on record, if that went to the same store by another URL.
         fn respelled(&self, request: &Request) -> Request {
-            let mut respelled = request.clone();
+            let mut respelled = Request { store: Arc::default(), ..request.clone() };
             let spellings = stores::spellings(&self.options.state, &request.target);
             let same = |record: &demoted::HandoverRecord| {
                 let named = [record.domain.as_str(), record.uuid.as_str()].contains(&request.domain.as_str());
@@ -532,6 +541,9 @@ mod source {
             replica: &dyn Replica,
         ) -> Result<()> {
             let (state, Some(store)) = (&self.options.state, target.store()?) else { return Ok(()) };
+            // It was remembered when the session began.
+            let found = stores::found(state, &run.target).into_iter().find(|found| found.id == store);
+            let Some(found) = found else { return Ok(()) };
             let reports = journal::recent_reports::<Report>(state, uuid).unwrap_or_default();
             let others = reports.iter().filter(|r| r.target != run.target && stores::known(state, &r.target).is_none());
             let others: Vec<_> =
@@ -541,7 +553,7 @@ mod source {
             }
             let points = replica.describe()?.points;
             for (url, _) in others.iter().filter(|(_, run)| points.iter().any(|point| point.run == *run)) {
-                if stores::known(state, url).is_none() && stores::learn(state, url, &store).is_ok() {
+                if stores::known(state, url).is_none() && stores::learn(state, url, &found).is_ok() {
                     let target = &run.target;
                     tracing::warn!(
                         "{url} and {target} are the same store, {store}: its dirty bitmaps and reports are put together"

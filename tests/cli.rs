@@ -356,6 +356,7 @@ fn a_point_is_brought_only_if_it_was_signed() {
     expect_code(&run(&[&from[..], &["--encrypt-to", &recipient, "--sign-with", &key]].concat()), 0);
     tool("minisign", &["-V", "-p", &public, "-m", &file]);
     let other = format!("local:{}", in_dir("other"));
+    expect_code(&run(&["store", "init", &in_dir("other")]), 0);
     let with = ["--to", &other, "--decrypt-with", &identity, "--verify-with", &public];
     let points = || stdout(&run(&["points", "web01", "--to", &other, "--json"]));
     // Through a pipe it is known at the end only.

@@ -219,7 +219,7 @@ pub fn apply(args: &ApplyArgs, globals: &Globals, output: Output) -> Result<Exit
             file,
             &args.unwrap,
             &Target::resolve(to, &args.ssh, &globals.config()?)?,
-            (globals, args.create_store),
+            args.create_store,
             output,
         );
     }

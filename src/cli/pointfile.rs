@@ -82,12 +82,12 @@ pub fn apply(
     file: &Path,
     unwrap: &UnwrapArgs,
     target: &Target,
-    (globals, create_store): (&Globals, CreateStore),
+    create_store: CreateStore,
     output: Output,
 ) -> Result<Exit> {
     let stop = listen()?;
     let input = unwrap.open(file)?.input;
-    let connection = target.connection_for_runs(globals, create_store);
+    let connection = target.connection_creating(create_store);
     let progress = Progress::default();
     let size = std::fs::metadata(file).map_or(0, |m| m.len());
     let name = file.file_name().map_or("point".to_owned(), |name| name.to_string_lossy().into_owned());

@@ -47,6 +47,7 @@ pub fn request(
     Ok(Request {
         domain: domain.to_owned(),
         target: target.url.to_string(),
+        store: Default::default(),
         run: new_run()?,
         state: globals.state_dir.clone(),
         plan: PlanOptions { overlay_dir, block_overlay_dir, capture, ..wish },

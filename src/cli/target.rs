@@ -95,9 +95,15 @@ impl Target {
         Connection::new(self.url.clone(), self.ssh.clone())
     }
 
-    /// The same, for what a source writes there.
+    /// The same, for what is written there.
+    pub fn connection_creating(&self, wish: CreateStore) -> Connection {
+        self.connection().creating(wish.create_store || self.create_store)
+    }
+
+    /// The same, for a source: it remembers which store it has found there.
+    #[cfg(feature = "libvirt")]
     pub fn connection_for_runs(&self, globals: &Globals, wish: CreateStore) -> Connection {
-        self.connection().of_source(&globals.state_dir, wish.create_store || self.create_store)
+        self.connection_creating(wish).of_source(&globals.state_dir)
     }
 }
 

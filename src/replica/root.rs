@@ -40,9 +40,21 @@ pub struct StoreWish {
     /// Make the directory a store if it is none.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub create: bool,
-    /// The store that the source found there before: where another is missing, none is created in its place.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub known: Option<StoreId>,
+    /// The stores that the source has found under this URL: where one of them is missing, none is created in its place.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub known: Vec<KnownStore>,
+}
+
+/// A store that was found at a directory. One URL leads to several where keys with forced commands do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KnownStore {
+    pub root: PathBuf,
+    pub id: StoreId,
+}
+
+/// The store among them that was found at this directory.
+pub fn known_at<'a>(known: &'a [KnownStore], root: &Path) -> Option<&'a StoreId> {
+    known.iter().find(|known| known.root == root).map(|known| &known.id)
 }
 
 /// The store that was opened.

@@ -46,15 +46,15 @@ use crate::hypervisor::guest::GuestAgent;
 use crate::hypervisor::{Backups, DomainView, Hypervisor, Power, Tracking};
 use crate::image::Chain;
 use crate::image::open::{OpenOptions, Opened};
-use crate::name::{DiskName, DomainUuid, RunId};
+use crate::name::{DiskName, DomainUuid, RunId, StoreId};
 use crate::patch::Compression;
 use crate::replica::left_out::LeftOut;
 use crate::replica::{BeginDisk, BeginPoint, DiskStats, Mode, PointView, Replica, SealDisk, SealPoint};
 use jiff::Timestamp;
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 /// The world as a run sees it: ports only. Adapters are chosen in `site`.
@@ -88,8 +88,10 @@ pub struct Ports<'a> {
 pub struct Request {
     /// Name, UUID or id of the domain.
     pub domain: String,
-    /// The target's canonical URL: in reports, and the key of its dirty bitmaps.
+    /// The target's canonical URL.
     pub target: String,
+    /// The store that the target was found to be, once it is connected: the key of its dirty bitmaps from then on.
+    pub store: Arc<OnceLock<StoreId>>,
     pub run: RunId,
     pub state: PathBuf,
     pub plan: PlanOptions,
@@ -155,13 +157,11 @@ pub fn run(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBoo
     let run = Run::new(ports, request, watch, stop, &journal);
     let mut result = run.eight_steps(&found.uuid, &mut report);
     for _ in 1..STARTS_MAX {
-        match &result {
-            Err(Retry::StartedMeanwhile) => {
-                watch.warn("the domain was started while it was read as shut off: starting over as for a running one");
-                result = run.eight_steps(&found.uuid, &mut report);
-            }
-            _ => break,
+        if !matches!(result, Err(Retry::StartedMeanwhile)) {
+            break;
         }
+        watch.warn("the domain was started while it was read as shut off: starting over as for a running one");
+        result = run.eight_steps(&found.uuid, &mut report);
     }
     report.duration_ms = millis(started.elapsed());
     report.alarms = run.alarms.take();

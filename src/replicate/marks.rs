@@ -87,7 +87,7 @@ impl Run<'_> {
 
     /// What this target's bitmaps may be named after: see [`stores::keys`].
     fn keys(&self) -> Vec<String> {
-        stores::keys(&self.request.state, &self.request.target)
+        stores::keys(&self.request.state, &self.request.target, self.request.store.get())
     }
 
     /// What the dirty bitmaps mark, of the disks planned by bitmap, asked while everything stands still. A disk whose

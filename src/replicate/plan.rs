@@ -342,10 +342,6 @@ pub fn plan(
     options: &PlanOptions,
     capture: Choice,
 ) -> Plan {
-    let our_generation = match options.take_over {
-        true => our_generation.max(replica.generation),
-        false => our_generation,
-    };
     let mut plan = Plan {
         domain: domain.name.clone(),
         uuid: domain.uuid.clone(),

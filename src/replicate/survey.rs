@@ -71,7 +71,8 @@ pub fn make_plan(ports: &Ports, request: &Request, domain: &DomainView, replica:
         .filter(|d| d.kind == DiskKind::Image)
         .map(|disk| disk_facts(ports, request, domain, disk, replica.head(), capture.kind))
         .collect();
-    let generation = generation(&request.state, &domain.uuid)?;
+    let own = generation(&request.state, &domain.uuid)?;
+    let generation = if request.plan.take_over { own.max(replica.generation) } else { own };
     let mut plan = plan(domain, &facts, replica, generation, &request.plan, capture);
     forecast::foresee(&mut plan, &facts, replica, &past, (ports.clock)(), &request.plan.space);
     Ok(plan)
@@ -98,7 +99,7 @@ fn commit_facts(ports: &Ports, request: &Request, domain: &DomainView, past: &[R
 /// The last runs of this domain to this target. They are a help to guess, and no more: without them there is a default.
 fn past(request: &Request, domain: &DomainView) -> Vec<Report> {
     let mut past = journal::recent_reports::<Report>(&request.state, &domain.uuid).unwrap_or_default();
-    let spellings = stores::spellings(&request.state, &request.target);
+    let spellings = stores::spellings_of(&request.state, &request.target, request.store.get());
     past.retain(|report| spellings.contains(&report.target));
     past
 }
@@ -157,7 +158,7 @@ fn tracked(
         return Tracked::Untracked(why);
     }
     let image = turnover::identity(chain.top());
-    let keys = stores::keys(&request.state, &request.target);
+    let keys = stores::keys(&request.state, &request.target, request.store.get());
     let names = || keys.iter().map(|key| turnover::bitmap_name(key, &head.run, &image)).collect();
     let root = head.disk(disk).map(|d| &d.root);
     let tracking = if off { ports.stored } else { ports.tracking };

@@ -72,6 +72,7 @@ impl Here {
         Ok(Request {
             domain: uuid.as_str().to_owned(),
             target: TargetUrl::Local { root: self.options.root.clone() }.to_string(),
+            store: Default::default(),
             run: new_run()?,
             state: self.options.state.clone(),
             plan: PlanOptions {

@@ -6,7 +6,7 @@ use crate::agent::{ReplicaOpener, Served};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DomainName, DomainUuid, Generation, StoreId};
 use crate::replica::generation;
-use crate::replica::root::{self, StoreSeen, StoreWish};
+use crate::replica::root::{self, KnownStore, StoreSeen, StoreWish};
 use crate::replica::store::{self, Limits, Store};
 use crate::replicate::stores;
 use crate::transport::target::{ROOT_DEFAULT, TargetUrl};
@@ -80,7 +80,7 @@ impl ReplicaOpener for LocalStores {
         root::check_root(&root, wish)?;
         let fresh = StoreId::from_bits(long_id()?);
         let seen = match wish.create {
-            true => root::create(&root, &fresh, wish.known.as_ref())?,
+            true => root::create(&root, &fresh, root::known_at(&wish.known, &root))?,
             false => root::open(&root, &fresh)?,
         };
         *self.seen.borrow_mut() = Some(seen.clone());
@@ -114,14 +114,15 @@ pub(super) fn greet(
     let url = target.to_string();
     // The default root stands for "the store of that host", also where a forced command keeps it elsewhere.
     let root = (target.root() != Path::new(ROOT_DEFAULT)).then(|| target.root().to_owned());
-    let known = state.and_then(|state| stores::known(state, &url));
+    let known = state.map_or_else(Vec::new, |state| stores::found(state, &url));
     let Some(seen) = client.store(&StoreWish { root, create, known: known.clone() })? else { return Ok(None) };
     said(&seen);
     let Some(id) = seen.id else { return Ok(None) };
-    if let Some(known) = known.filter(|known| *known != id) {
+    if let Some(known) = root::known_at(&known, &seen.root).filter(|known| **known != id) {
         tracing::warn!("under {url} there is the store {id}, where the store {known} was before");
     }
-    if let Some(Err(e)) = state.map(|state| stores::learn(state, &url, &id)) {
+    if let Some(Err(e)) = state.map(|state| stores::learn(state, &url, &KnownStore { root: seen.root, id: id.clone() }))
+    {
         tracing::debug!(error = e.chain(), "the store will not be recognised the next time");
     }
     Ok(Some(id))

@@ -5,6 +5,7 @@ use super::WAY;
 use super::support::{Host, Job, PATIENCE, STORE, SyncResult, TARGET, eventually};
 use serde_json::Value;
 use std::path::Path;
+use std::time::Duration;
 
 /// Whether the runs of this module are by backup, not by overlay.
 pub fn by_backup() -> bool {
@@ -174,6 +175,9 @@ impl Builder {
             to: TARGET.to_owned(),
         };
         Host::A.ok(&["mkdir", "-p", &domain.dir, &domain.shared()]);
+        if !Host::B.file(format!("{STORE}/store.json")).exists() {
+            Host::B.ok(&["virt-replica", "store", "init"]);
+        }
         let mut words = vec!["/lab/tools/guest".to_owned(), "xml".to_owned(), domain.name.clone()];
         for (at, disk) in self.disks.iter().enumerate() {
             let file = format!("{}/{}.{}", domain.dir, disk_name(at), disk.format);
@@ -234,6 +238,7 @@ impl Domain {
     pub fn own_store(&mut self) -> String {
         let root = format!("/srv/{}", self.name);
         self.to = format!("{TARGET}{root}");
+        Host::B.ok(&["virt-replica", "store", "init", &root]);
         root
     }
 

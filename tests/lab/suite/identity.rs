@@ -24,9 +24,9 @@ fn sync(vm: &Domain, to: &str, more: &[&str]) -> SyncResult {
 #[test]
 fn a_directory_becomes_a_store_only_on_purpose() {
     let lab = Lab::get();
-    let mut vm = lab.domain("store").disk(small()).paused();
-    let root = vm.own_store();
-    let to = vm.to.clone();
+    let vm = lab.domain("store").disk(small()).paused();
+    let root = format!("/srv/{}", vm.name);
+    let to = format!("{TARGET}{root}");
     let refusal = ["there is no store here", &root, "virt-replica store init", "--create-store"];
 
     for command in ["plan", "sync", "points"] {
@@ -37,8 +37,9 @@ fn a_directory_becomes_a_store_only_on_purpose() {
     sync(&vm, &to, &[]).exit(4).says(&refusal);
     let seed = ["seed", &vm.uuid, "--from", "/etc/hostname", "--format", "raw", "--root", &root];
     plainly(Host::B, &seed).exit(4).says(&refusal);
-    for command in ["ready", "drill"] {
-        plainly(Host::B, &[command, &vm.name, "--root", &root]).exit(4).says(&["there is no store here"]);
+    for command in [&["ready"][..], &["drill", "--probe", "agent"], &["detach"]] {
+        let words = [command, &[&vm.name, "--root", &root]].concat();
+        plainly(Host::B, &words).exit(4).says(&["there is no store here"]);
     }
     assert_eq!(Host::B.output(&["ls", "-A", &root]), "", "what is refused stays as it was");
     vm.assert_home();
@@ -56,7 +57,7 @@ fn a_directory_becomes_a_store_only_on_purpose() {
     // A store of version 0.1 is adopted once, with a word.
     Host::B.ok(&["rm", &format!("{root}/store.json")]);
     let adopted = sync(&vm, &to, &[]).sealed().says(&["made by an earlier version"]);
-    assert_eq!(adopted.mode("vda"), "bitmap", "the replica is the one that it was");
+    assert_eq!(adopted.mode("vda"), "digest", "the replica is the one that it was, under an id that no bitmap has");
     let said = sync(&vm, &to, &[]).sealed().done;
     assert!(!said.stderr.contains("earlier version"), "{}", said.stderr);
 
@@ -92,8 +93,9 @@ fn a_forced_command_and_a_url_have_to_agree_on_the_store() {
     sync(&vm, &other, &with).exit(1).says(&words);
     vm.assert_home();
     sync(&vm, &vm.to.clone(), &with).sealed();
-    // Without a directory the URL means the store that is served.
-    let served = sync(&vm, TARGET, &with).sealed();
+    // Without a directory the URL means the store that is served. Host a shall not take that for its default one.
+    let state = format!("{}/state", vm.dir);
+    let served = sync(&vm, TARGET, &[&with[..], &["--state-dir", &state, "--take-over"]].concat()).sealed();
     let image = served.disk("vda")["image"].as_str().expect("an image has a path").to_owned();
     assert!(image.starts_with(&root), "{image}");
 }
@@ -171,23 +173,31 @@ fn libvirt_of_another_host_is_refused_before_anything_is_touched() {
     Host::B.script("mkdir -p \"$1\"; qemu-img create -q -f qcow2 \"$2\" 32M", &[&vm.dir, &vm.images[0]]);
     let store = format!("/srv/{}", vm.name);
     let _here = super::support::Undo(|| {
-        Host::B.run(&["rm", "-rf", &vm.dir, &store, "/root/.config/libvirt/libvirt.conf"]);
+        Host::B.run(&["rm", "-rf", &vm.dir, &store]);
     });
     let uri = "qemu+ssh://root@192.0.2.1/system";
     let to = format!("local:{store}");
     let words = ["runs on lab-a", "this is lab-b", "run virt-replica on lab-a"];
     Host::B.virt_replica(&["-c", uri, "sync", &vm.name, "--to", &to]).exit(1).says(&words);
-    for command in
-        [&["plan", &vm.name, "--to", &to][..], &["doctor", &vm.name], &["verify", &vm.name, "--to", &to, "--source"]]
-    {
+    for command in [
+        &["plan", &vm.name, "--to", &to][..],
+        &["doctor", &vm.name],
+        &["verify", &vm.name, "--to", &to, "--against-source"],
+    ] {
         Host::B
             .run(&[&["env", "LIBVIRT_DEFAULT_URI=qemu+ssh://root@192.0.2.1/system", "virt-replica"], command].concat())
             .exit(1)
             .says(&words);
     }
-    let conf = "mkdir -p /root/.config/libvirt; echo \"uri_default = '$1'\" >/root/.config/libvirt/libvirt.conf";
-    Host::B.script(conf, &[uri]);
-    Host::B.virt_replica(&["sync", &vm.name, "--to", &to]).exit(1).says(&words).says(&["uri_default"]);
+    // In a mount namespace of its own: the other tests' virsh reads the same file.
+    let by_default = r#"echo "uri_default = '$1'" >"$4/libvirt.conf"; mkdir -p /etc/libvirt; touch /etc/libvirt/libvirt.conf
+        exec unshare -m bash -c 'mount --bind "$1/libvirt.conf" /etc/libvirt/libvirt.conf; shift; exec virt-replica "$@"' \
+            x "$4" sync "$2" --to "$3""#;
+    Host::B
+        .run(&["bash", "-c", by_default, "x", uri, &vm.name, &to, &vm.dir])
+        .exit(1)
+        .says(&words)
+        .says(&["uri_default"]);
     // What names this host's own libvirt works all the same.
     let own = ["-c", "qemu:///system", "sync", &vm.name, "--to", &to];
     Host::B.virt_replica(&own).exit(4).says(&[&vm.name]);
