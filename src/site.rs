@@ -126,7 +126,7 @@ impl Connection {
 
 /// Runs the agent for the store at `root` on this process's stdin and stdout, until the client's end or its silence.
 /// `limits` are what this host demands, whoever asks.
-/// `operator`: whoever asks is the operator of this host, and no source.
+/// `operator`: the client is the operator of this host, and no source.
 pub fn serve_agent(root: &Path, limits: Limits, operator: bool) -> Result<()> {
     serve_stdio(&LocalStores { root: root.to_owned(), limits, operator }, ServeOptions::default())
 }
