@@ -223,7 +223,7 @@ pub fn policy_files(path: &Path) -> Result<Vec<PathBuf>> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(e) => return Err(fail(e)),
     };
-    // Who may put a file there gives orders, whoever owns the file.
+    // A user who may put a file there gives orders, too.
     trust::check(&dir)?;
     let mut files = Vec::new();
     for entry in entries {

@@ -214,7 +214,9 @@ impl fmt::Display for Error {
         }
         f.write_str(&self.0.what)?;
         if let Some(path) = &c.path {
-            write!(f, " ({})", path.display())?;
+            // Headers of images and peers name files, too, and a name may have any character.
+            let shown: String = path.to_string_lossy().chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+            write!(f, " ({shown})")?;
         }
         if let Some(offset) = c.offset_bytes {
             write!(f, " at byte {offset}")?;
@@ -268,6 +270,12 @@ mod tests {
         assert_eq!(e.kind(), Kind::Space);
         assert_eq!(e.to_string(), "domain 'db01': disk 'vda': cannot write (/pool/a.qcow2) at byte 65536");
         assert!(e.chain().ends_with("No space left on device (os error 28)"), "{}", e.chain());
+    }
+
+    #[test]
+    fn a_path_is_harmless_on_a_terminal() {
+        let e = Error::new(Kind::Io, "cannot read").path("/pool/\x1b[2Ja");
+        assert_eq!(e.to_string(), "cannot read (/pool/ [2Ja)");
     }
 
     #[test]

@@ -181,7 +181,7 @@ pub fn depth_max() -> u64 {
 
 /// Runs the agent for the store at `root` on this process's stdin and stdout, until the client's end or its silence.
 /// `limits` are what this host demands, whoever asks.
-/// `operator`: the operator of this host asks, and no source.
+/// `operator`: the client is the operator of this host, and no source.
 pub fn serve_agent(root: &Path, limits: Limits, operator: bool) -> Result<()> {
     serve_stdio(&LocalStores::new(root, limits, operator), ServeOptions::default())
 }

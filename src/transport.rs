@@ -29,7 +29,7 @@ impl Service {
         std::iter::once("agent".to_owned()).chain(self.flags(root)).collect()
     }
 
-    /// The same, for whoever sits at the host of the store.
+    /// The same, for the operator of the host of the store.
     pub fn words_of_operator(self, root: &Path) -> Vec<String> {
         let operator = (self != Service::Images).then(|| "--operator".to_owned());
         std::iter::once("agent".to_owned()).chain(operator).chain(self.flags(root)).collect()

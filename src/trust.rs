@@ -8,8 +8,8 @@ use std::fs::{self, Metadata};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-/// [`Kind::Config`] if somebody else could change what is read here; the hint has the command that ends it. What is not there
-/// is another's to report.
+/// [`Kind::Config`] if somebody else could change what is read here; the hint has the command that ends it. A missing file
+/// is no error here: opening it gives one.
 pub fn check(path: &Path) -> Result<()> {
     let us = rustix::process::geteuid().as_raw();
     let Ok(real) = fs::canonicalize(path) else { return Ok(()) };

@@ -85,7 +85,7 @@ impl Walk<'_> {
         Some(*first)
     }
 
-    /// The rest of a string, its closing quote included. What is no JSON is passed on: the parser has the word for it.
+    /// The rest of a string, its closing quote included. Broken JSON is passed on: the parser reports it.
     fn string(&mut self) {
         self.out.push(b'"');
         let start = self.out.len();
@@ -165,7 +165,7 @@ mod tests {
     #[test]
     fn every_way_to_write_a_control_character_becomes_a_space() {
         let text = b"{\"a\":\"x\\u001b[2J\\n\\r\\t\\b\\f\\u0007\\u007F\\u009b\x7f\xc2\x9by\"}";
-        assert_eq!(read(text)["a"], json!("x [2J         y"));
+        assert_eq!(read(text)["a"], json!("x [2J          y"));
     }
 
     #[test]
@@ -178,7 +178,7 @@ mod tests {
             assert_eq!(read(value.to_string().as_bytes()), value);
         }
         assert_eq!(read(br#""\ud83d\ude00\u00e4\\n""#), json!("😀ä\\n"));
-        // What is no JSON stays none.
+        // Broken JSON stays broken.
         for broken in [&b"\"abc"[..], b"\"\\u12", b"{\"a\":\\}", b"\"\\"] {
             assert!(serde_json::from_slice::<Value>(&of_message(broken).unwrap()).is_err());
         }
@@ -217,7 +217,7 @@ mod tests {
         let long = json!({"reason": "x".repeat(200_000), "more": "a\u{1b}"}).to_string();
         let record: Record = serde_json::from_str(&long).unwrap();
         assert!(record.reason.len() <= SENTENCE_MAX && record.reason.contains(" [...] "));
-        assert_eq!(record.more.as_deref(), Some("a"));
+        assert_eq!(record.more.as_deref(), Some("a "));
         let none: Record = serde_json::from_str("{\"reason\":\"\"}").unwrap();
         assert_eq!(none.more, None);
     }

@@ -105,7 +105,7 @@ fn assert_tidy(lab: &Lab, what: &str) {
         names.sort();
         names
     };
-    assert_eq!(names(&store.path()), ["digests", "leases", "lock", "manifest.json", "points"], "{what}");
+    assert_eq!(names(&store.path()), ["clock.json", "digests", "leases", "lock", "manifest.json", "points"], "{what}");
     assert_eq!(names(&store.path().join("digests")), ["vda.tree", "vdb.tree"], "{what}");
     let points = names(&store.path().join("points"));
     assert_eq!(points, view.points.iter().map(|p| p.id.to_string()).collect::<Vec<_>>(), "{what}");

@@ -109,7 +109,7 @@ fn assert_tidy(lab: &Lab, what: &str) {
         let files = ["vda.changes", "vda.qcow2", "vdb.changes", "vdb.qcow2"];
         assert_eq!(names(&view.path.join("points").join(point)), files, "{what}");
     }
-    assert_eq!(names(&view.path), ["digests", "leases", "lock", "manifest.json", "points"], "{what}");
+    assert_eq!(names(&view.path), ["clock.json", "digests", "leases", "lock", "manifest.json", "points"], "{what}");
     assert!(lab.store().holds().unwrap().links.is_empty(), "{what}");
 }
 

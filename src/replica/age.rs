@@ -1,7 +1,7 @@
 //! How long ago a point was sealed, by a clock that nobody sets (I17).
 //!
 //! The clock of a replica counts the seconds that this host was up, as far as the replica was looked at: `CLOCK_BOOTTIME` within
-//! one boot; over a boot, the time since that boot. A wall clock set forward ages no point, whoever set it. Time while the
+//! one boot; over a boot, the time since that boot. A wall clock that is set forward ages no point. Time while the
 //! host was off does not count: a point may seem younger than it is, and never older.
 //!
 //! Invariants
@@ -22,7 +22,7 @@ const FILE: &str = "clock.json";
 const FILE_MAX: usize = 4096;
 const FORMAT: &str = "virt-replica clock";
 
-/// What a host knows of time that nobody sets.
+/// Time of a host that nobody sets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BootTime {
     /// Names the boot.

@@ -12,7 +12,7 @@ use super::manifest::{MANIFEST_FILE, MANIFEST_MAX, Manifest, REPLICAS_DIR};
 use super::store::{Store, publish};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DomainName, DomainUuid, Generation};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use std::path::Path;
 
 /// The advice that goes with every error about generations.
@@ -50,16 +50,16 @@ fn set(json: &[u8], generation: Generation) -> Result<Manifest> {
     if json.len() > MANIFEST_MAX {
         return Err(Error::new(Kind::Corrupt, "the manifest is too large"));
     }
-    let mut document: Value = serde_json::from_slice(json).map_err(not_json)?;
+    let mut document: Map<String, Value> = serde_json::from_slice(json).map_err(not_json)?;
     for list in ["points", "links"] {
         let points = document.get_mut(list).and_then(Value::as_array_mut);
-        for point in points.into_iter().flatten() {
-            if point["generation"].as_u64().is_none_or(|of| of > generation.0) {
-                point["generation"] = generation.0.into();
+        for point in points.into_iter().flatten().filter_map(Value::as_object_mut) {
+            if point.get("generation").and_then(Value::as_u64).is_none_or(|of| of > generation.0) {
+                point.insert("generation".to_owned(), generation.0.into());
             }
         }
     }
-    document["generation"] = generation.0.into();
+    document.insert("generation".to_owned(), generation.0.into());
     let json = serde_json::to_vec(&document).map_err(not_json)?;
     Manifest::parse_sound(&json)
 }

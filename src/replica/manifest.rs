@@ -56,7 +56,7 @@ const VERSION_MORE_ATTACHED: u32 = 5;
 /// Largest manifest read or written, in bytes: tens of thousands of points.
 pub const MANIFEST_MAX: usize = 64 << 20;
 
-/// What a source may fill of it, by seals and by pins. The rest is for the records of recovery, which this host writes itself:
+/// A source may fill so much of it, by seals and by pins. The rest is for the records of recovery, which this host writes itself:
 /// a promotion, an operator's pin.
 pub const SOURCE_MAX: usize = MANIFEST_MAX - (1 << 20);
 

@@ -22,6 +22,7 @@ use crate::block::digest::Digest;
 use crate::block::layout::Banner;
 use crate::error::{Error, Kind, Result, printable};
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
+use crate::words;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::io::{BufReader, Read, Write};
@@ -259,6 +260,8 @@ impl<R: Read> Reading<R> {
         let banner = self.line(Banner::LEN_MAX, || BANNER.not_this())?;
         BANNER.check(&[&banner[..], b"\n"].concat())?;
         let line = self.line(HEAD_MAX, || corrupt("this is no point in a stream"))?;
+        // A file with a point is bounded as a message is.
+        let line = words::of_message(&line).map_err(corrupt)?;
         let head: Carried =
             serde_json::from_slice(&line).map_err(|e| corrupt("the stream does not say what it carries").source(e))?;
         let mut names: Vec<Attachment> = head.attachments.clone();

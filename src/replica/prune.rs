@@ -28,7 +28,7 @@ use jiff::Timestamp;
 /// Longest reason of a pin, in bytes.
 const REASON_MAX: usize = 200;
 
-/// What a source is told that may not unpin a point.
+/// The advice to a source that may not unpin a point.
 const UNPIN_THERE: &str =
     "on the target's host: `virt-replica unpin DOMAIN POINT --to ROOT`, with the directory of its store";
 

@@ -69,7 +69,7 @@ pub struct Store {
     claim: Mutex<Option<Claim>>,
     pub(super) clock: Clock,
     pub(super) limits: Limits,
-    /// What this host knows of time that nobody sets.
+    /// Time of this host that nobody sets.
     pub(super) boot: age::BootClock,
     /// A source asks: this host's own holds are not its to lift.
     pub(super) for_source: bool,
@@ -114,7 +114,7 @@ impl Store {
         Store { limits, ..self }
     }
 
-    /// Asked by a source, over whatever wire. Without it whoever calls is the operator of this host.
+    /// The caller serves a source. Without this the caller is the operator of this host.
     pub fn for_source(self) -> Store {
         Store { for_source: true, ..self }
     }
@@ -547,7 +547,7 @@ fn check_request(request: &BeginPoint, uuid: &DomainUuid) -> Result<()> {
             return usage(format!("disk '{}' has {} bytes, more than any disk", disk.name, disk.size));
         }
     }
-    // What is kept in memory of an open point goes by the size of its disks.
+    // The memory of an open point grows with the size of its disks.
     let all = request.disks.iter().fold(0u64, |sum, disk| sum.saturating_add(disk.size.0));
     if all > manifest::POINT_SIZE_MAX {
         return usage(format!("the disks have {all} bytes together, at most {} are taken", manifest::POINT_SIZE_MAX));

@@ -33,7 +33,7 @@ impl FreezeHooks {
     /// Step 3d. `env`: what both are told, by the event's name. An error: `after_freeze` was run too, or is still owed.
     pub(super) fn before(&self, journal: &Journal, env: &dyn Fn(&str) -> Env) -> Result<()> {
         if let Some(after) = &self.after {
-            // Who is told to wait must be told to go on: found out now, not then.
+            // The program that is told to wait must be told to go on: check that now, not after the freeze.
             after.check()?;
             journal.owe_hook(&OwedHook {
                 command: after.command.clone(),

@@ -1,7 +1,7 @@
 //! What is done to images of a domain that no QEMU runs: resolving chains, and holding QEMU's own locks.
 
 use super::journal::Stamp;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, printable};
 use crate::image::locks::QemuLock;
 use crate::image::qemu_img::ImageInfo;
 use crate::image::{Chain, Format, Layer, qemu_img};
@@ -44,7 +44,7 @@ pub fn resolve_chain_where(top: &Layer, may: &dyn Fn(&Path) -> Result<()>) -> Re
 }
 
 /// For [`resolve_chain_where`], of an image from anywhere: the files that it names lie in its own directory, or below one of
-/// `more`. Whoever made the image would otherwise choose which file of this host is read.
+/// `more`. Otherwise the maker of the image would choose which file of this host is read.
 pub fn named_beside(image: &Path, more: &[PathBuf]) -> impl Fn(&Path) -> Result<()> {
     let real = |path: &Path| std::fs::canonicalize(path).ok();
     // QEMU looks for relative names beside the name that it was given; a link's file may lie elsewhere.
@@ -53,16 +53,17 @@ pub fn named_beside(image: &Path, more: &[PathBuf]) -> impl Fn(&Path) -> Result<
     let dirs: Vec<PathBuf> = own.chain(more.iter().filter_map(|dir| real(dir))).collect();
     let image = image.to_owned();
     move |file: &Path| {
-        // What is not there has nothing to be read; whoever opens it says so.
+        // A missing file has no content; opening it gives the error.
         let Ok(there) = std::fs::canonicalize(file) else { return Ok(()) };
         if file == image || dirs.iter().any(|dir| there.starts_with(dir)) {
             return Ok(());
         }
-        let what = format!("the image names {}, which lies outside of the image's directory", file.display());
-        let dir = there.parent().unwrap_or(Path::new("/"));
-        Err(Error::new(Kind::Refused, what)
-            .path(&image)
-            .hint(format!("if the image may read there, say so: --backing {}", dir.display())))
+        // The name is a stranger's words.
+        let shown = |path: &Path| printable(&path.to_string_lossy(), 1000);
+        let what = format!("the image names {}, which lies outside of the image's directory", shown(file));
+        let dir = shown(there.parent().unwrap_or(Path::new("/")));
+        let hint = format!("if the image may read there, say so: --backing {dir}");
+        Err(Error::new(Kind::Refused, what).path(&image).hint(hint))
     }
 }
 
@@ -128,9 +129,8 @@ pub fn keeps_no_bitmap(layer: &Layer) -> Option<String> {
 /// A file named in an image's header, as QEMU finds it: relative to the image.
 fn beside(image: &Path, name: &str) -> Result<PathBuf> {
     if name.starts_with("json:") || name.contains("://") {
-        return Err(
-            Error::new(Kind::Refused, format!("the image refers to {name}, which is not a plain file")).path(image)
-        );
+        let what = format!("the image refers to {}, which is not a plain file", printable(name, 1000));
+        return Err(Error::new(Kind::Refused, what).path(image));
     }
     let name = name.strip_prefix("file:").unwrap_or(name);
     Ok(image.parent().unwrap_or(Path::new("/")).join(name))

@@ -1,4 +1,4 @@
-//! What a target's operator types when a source went wrong, and files that others may write.
+//! Commands of a target's operator after a source went wrong, and files that others may write.
 
 use super::*;
 use std::os::unix::fs::PermissionsExt;

@@ -53,7 +53,7 @@ fn an_image_does_not_choose_which_file_of_the_host_is_read() {
         for allowed in [dir, &t.path("private")] {
             assert!(open(&t, image, &[allowed]).unwrap().iter().all(|b| *b == b's'));
         }
-        // What a patch leads from is read, too.
+        // The base of a patch is read, too.
         let wish = Wish {
             path: image.clone(),
             format: Qcow2.into(),
