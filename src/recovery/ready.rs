@@ -113,7 +113,8 @@ pub fn judge(fitted: &Fitted, name: &DomainName, uuid: &DomainUuid, room: &Room,
     findings
 }
 
-/// What a chain that is too long for this host's libvirt costs: the uppermost images are copied before the guest starts.
+/// What a chain that is too long for this host's libvirt costs: the uppermost images are copied before the guest
+/// starts.
 pub fn chain(fitted: &Fitted, copied: Copied, room: &Room) -> Option<Finding> {
     let max = fitted.definition.images_max.filter(|_| copied.bytes > 0 || copied.images > 0)?;
     let libvirt = match fitted.host.libvirt {
@@ -172,8 +173,8 @@ pub fn point(view: &ReplicaView, point: &PointView) -> Finding {
     }
 }
 
-/// The first red finding that stays when the domain of this UUID gives way on the host that was asked: before that, its own
-/// definition and the state of its TPM are there still, and go with it.
+/// The first red finding that stays when the domain of this UUID gives way on the host that was asked: before that,
+/// its own definition and the state of its TPM are there still, and go with it.
 pub fn red_after_giving_way<'a>(findings: &'a [Finding], uuid: &DomainUuid) -> Option<&'a Finding> {
     let goes = |f: &Finding| match f.question {
         Question::Name => f.what.contains(uuid.as_str()),
