@@ -168,8 +168,8 @@ impl Connection {
     }
 }
 
-/// How many images a disk of the newest point may consist of in a store on this host, unless somebody says otherwise: as many as
-/// its libvirt starts below an overlay. No connection is made for it.
+/// How many images a disk of the newest point may consist of in a store on this host, unless somebody says otherwise:
+/// as many as its libvirt starts below an overlay. No connection is made for it.
 pub fn depth_max() -> u64 {
     let most = Limits::default().depth_max;
     #[cfg(feature = "libvirt")]

@@ -235,12 +235,14 @@ pub fn stand_alone(chain: &Chain) -> Result<()> {
     }
 }
 
-/// Has an overlay of our own making lie on `below`, an image further down its chain, and copies what the images in between hold into
-/// it: it reads the same afterwards. Reads no more than those. Nobody else may have it open. No deadline: it takes as long as
-/// there is data. Durable when it returns; one that failed or was killed is to be made anew.
+/// Has an overlay of our own making lie on `below`, an image further down its chain, and copies what the images in
+/// between hold into it: it reads the same afterwards. Reads no more than those. Nobody else may have it open. No
+/// deadline: it takes as long as there is data. Durable when it returns; one that failed or was killed is to be made
+/// anew.
 pub fn take_over(overlay: &Path, below: &Layer) -> Result<()> {
     let mut command = qemu_img("rebase");
-    // By their names, not described: only so qemu-img sees that `below` is part of the chain, and skips what lies in it.
+    // By their names, not described: only so qemu-img sees that `below` is part of the chain, and skips what lies in
+    // it.
     command.args(["-q", "-f", "qcow2", "-F", below.format.as_str(), "-b"]).arg(&below.path).arg("--").arg(overlay);
     succeeded(&program::run(command, None)?, "qemu-img cannot copy the images in between", overlay)?;
     let now = header_of(&layer_at(overlay, Format::Qcow2)?)?.expect("a qcow2 layer has a header");

@@ -201,8 +201,8 @@ pub fn render_for(xml: &str, wish: &Wish, mapping: &Mapping, limits: &Limits) ->
     })
 }
 
-/// What is left out although it is known: what the operator of this host says, what libvirt here refuses, and what a processor
-/// that is emulated cannot do.
+/// What is left out although it is known: what the operator of this host says, what libvirt here refuses, and what a
+/// processor that is emulated cannot do.
 fn left_out(root: Node, mapping: &Mapping, limits: &Limits) -> Vec<LeaveOut> {
     let by_hand = mapping.leave_out.iter().map(|what| LeaveOut {
         what: what.clone(),
@@ -449,7 +449,14 @@ impl Rendering<'_> {
     }
 
     fn smbios(&mut self, node: Node) -> Result<()> {
+        let root = node.ancestors().find(|n| n.has_tag_name("domain"));
+        let mut infos = root.into_iter().flat_map(|root| children(root, "sysinfo"));
+        let has_info = infos.any(|info| info.attribute("type") == Some("smbios"));
         match node.attribute("mode") {
+            Some("sysinfo") if !has_info => {
+                self.out.remark("os/smbios", Verdict::LeftOut, "shows the guest a table that is not there");
+                Ok(())
+            }
             Some(mode @ ("emulate" | "sysinfo")) => self.out.leaf("smbios", &[("mode", mode)]),
             _ => {
                 self.out.remark(

@@ -86,8 +86,9 @@ pub fn make(held: &dyn Held, dir: &Path) -> Result<Overlays> {
     make_within(held, dir, None)
 }
 
-/// The same, and no disk consists of more images than these: what the uppermost ones below it hold is copied into an overlay
-/// until it does not. That takes as long as it takes to copy it; what dies meanwhile is to be removed and made anew.
+/// The same, and no disk consists of more images than these: what the uppermost ones below it hold is copied into an
+/// overlay until it does not. That takes as long as it takes to copy it; what dies meanwhile is to be removed and
+/// made anew.
 pub fn make_within(held: &dyn Held, dir: &Path, images_max: Option<u64>) -> Result<Overlays> {
     // QEMU may run as a user of its own: it may enter, and does not get to know what else is there.
     let made = fs::DirBuilder::new().mode(0o711).create(dir);

@@ -114,7 +114,8 @@ pub fn judge(fitted: &Fitted, name: &DomainName, uuid: &DomainUuid, room: &Room,
     findings
 }
 
-/// What a chain that is too long for this host's libvirt costs: the uppermost images are copied before the guest starts.
+/// What a chain that is too long for this host's libvirt costs: the uppermost images are copied before the guest
+/// starts.
 pub fn chain(fitted: &Fitted, copied: Copied, room: &Room) -> Option<Finding> {
     let max = fitted.definition.images_max.filter(|_| copied.bytes > 0 || copied.images > 0)?;
     let libvirt = match fitted.host.libvirt {

@@ -47,7 +47,8 @@ pub struct Report {
     /// How the target stood after the run; absent if it was not asked any more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_seen: Option<TargetSeen>,
-    /// What keeps the point from being brought up on its target, a sentence each; empty also where the target does not say.
+    /// What keeps the point from being brought up on its target, a sentence each; empty also where the target does
+    /// not say.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub target_lacks: Vec<String>,
     pub error: Option<String>,

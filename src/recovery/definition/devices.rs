@@ -125,7 +125,8 @@ impl Rendering<'_> {
         Ok(())
     }
 
-    /// Sizes of blocks that QEMU takes: powers of two, no logical one larger than the physical one, and IDE knows but one.
+    /// Sizes of blocks that QEMU takes: powers of two, no logical one larger than the physical one, and IDE knows but
+    /// one.
     fn blockio(&mut self, disk: Node) -> Result<()> {
         let path = "devices/disk/blockio";
         let Some(node) = child(disk, "blockio").filter(|_| !self.out.leaves_out(path)) else { return Ok(()) };
@@ -251,8 +252,8 @@ impl Rendering<'_> {
         }
     }
 
-    /// libvirt of 9.1 and later writes one of its own into every q35 machine: it is in the chipset, with or without a word,
-    /// and an older libvirt does not know the word.
+    /// libvirt of 9.1 and later writes one of its own into every q35 machine: it is in the chipset, with or without a
+    /// word, and an older libvirt does not know the word.
     fn watchdog(&mut self, node: Node) -> Result<()> {
         let path = "devices/watchdog";
         let built_in = node.attribute("model") == Some("itco");

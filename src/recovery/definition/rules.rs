@@ -306,7 +306,14 @@ pub(super) const DISK: &[Rule] = &[
     text("product", &[], Text),
     BOOT,
     ADDRESS,
-    el("geometry", &[("cyls", Count(1, 65535)), ("heads", Count(1, 16)), ("secs", Count(1, 63)), ("trans", Word)], &[]),
+    needs(
+        &["cyls", "heads", "secs"],
+        el(
+            "geometry",
+            &[("cyls", Count(1, 65535)), ("heads", Count(1, 16)), ("secs", Count(1, 63)), ("trans", Word)],
+            &[],
+        ),
+    ),
     needs(
         &["dev"],
         el(
@@ -375,8 +382,8 @@ pub(super) const INTERFACE: &[Rule] = &[
     el(
         "driver",
         &[
-            // What carries the packets (`name`) is for this host to choose. QEMU has more than 256 slots to send from only
-            // where another process carries them.
+            // What carries the packets (`name`) is for this host to choose. QEMU has more than 256 slots to send from
+            // only where another process carries them.
             ("queues", Count(1, 256)),
             ("rx_queue_size", OneOf(&["256", "512", "1024"])),
             ("tx_queue_size", OneOf(&["256"])),

@@ -399,17 +399,19 @@ fn what_is_said_to_be_ready_starts_whatever_its_definition_looks_like() {
 fn harmless_words_of_the_source_come_up_on_the_target() {
     let lab = Lab::get();
     let words = |xml: String, _: &str| {
-        let xml = xml.replace(
-            "<devices>",
-            "<iothreads>1</iothreads><iothreadids><iothread id='4'/></iothreadids>\
-            <on_crash>coredump-destroy</on_crash><clock offset='absolute' start='1234567890'/><devices>\
+        let more = "<iothreads>1</iothreads><iothreadids><iothread id='4'/></iothreadids>\
+            <clock offset='absolute' start='1234567890'/><devices>\
             <controller type='scsi' index='0' model='virtio-scsi'><driver iothread='4'/></controller>\
-            <watchdog model='i6300esb' action='dump'/>\
-            <input type='evdev'><source dev='/dev/input/event0'/></input>",
-        );
+            <watchdog model='i6300esb' action='dump'/><interface type='user'><model type='virtio'/></interface>\
+            <input type='evdev'><source dev='/dev/input/event0'/></input>";
+        let xml = xml.replace("<devices>", more).replace("<on_crash>destroy<", "<on_crash>coredump-destroy<");
         xml.replace("<vcpu>", "<vcpu placement='auto'>")
     };
     let vm = lab.domain("words").disk(Disk::qcow2("16M").then("write -P 0x11 1M 3M")).xml(words).off();
+    // The target says at the source what it lacks, while the source lives: by its own mapping, which has no networks.
+    let first = vm.sync().sealed();
+    let lacks = first.report["target_lacks"].to_string();
+    assert!(lacks.contains("devices/interface is on 'user'") && lacks.contains("recovery.yaml"), "{:#}", first.report);
     // More points than the target's libvirt is said to start.
     let disks = vm.virsh(&["domblklist"]);
     let image = disks.lines().find_map(|l| l.trim().strip_prefix("vda")).expect("its disk").trim().to_owned();

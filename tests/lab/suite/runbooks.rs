@@ -80,7 +80,7 @@ fn a_domain_is_drilled_moved_and_brought_home_as_the_runbooks_say_and_nothing_is
     map_paths();
     vm.wait_acked(5);
     vm.sync().sealed();
-    assert_eq!(play(&vm, "drill.md", "--probe 'serial:ack '").len(), 3);
+    assert_eq!(play(&vm, "drill.md", "--probe 'serial:ack '").len(), 4);
 
     // Moved: every line that was acknowledged to the very end is on b.
     let done = play(&vm, "planned-move.md", "");
