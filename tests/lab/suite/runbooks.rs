@@ -93,8 +93,8 @@ fn a_domain_is_drilled_moved_and_brought_home_as_the_runbooks_say_and_nothing_is
 
     // Brought home: what the guest wrote on b too.
     let done = play(&vm, "failback.md", "");
-    assert_eq!(done.len(), 4);
-    assert!(done[1].stdout.contains("down for") && done[1].stdout.contains("pinned"), "{}", done[1].stdout);
+    assert_eq!(done.len(), 5);
+    assert!(done[2].stdout.contains("down for") && done[2].stdout.contains("pinned"), "{}", done[2].stdout);
     std::thread::sleep(Duration::from_secs(5));
     assert_eq!(vm.state(), "running");
     vm.virsh(&["destroy"]);
