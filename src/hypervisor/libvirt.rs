@@ -18,7 +18,7 @@ use super::xml::{self, DiskXml, DomainXml};
 use super::{BlockJob, BlockJobKind, DiskKind, DiskView, DomainView, FreezeDisk, Hypervisor, Power};
 use crate::block::DiskSize;
 use crate::error::{Error, Kind, Result};
-use crate::image::{Chain, Layer};
+use crate::image::{Chain, Format, Layer};
 use crate::name::{DiskName, DomainName, DomainUuid};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -487,7 +487,13 @@ pub(super) fn power(domain: &Domain) -> Result<Power, VirtError> {
 fn disk_view(domain: &Domain, disk: &DiskXml, runs: bool, inactive: Option<&DomainXml>) -> Result<DiskView, Failure> {
     let name = disk.name.as_str();
     let image = disk.kind == DiskKind::Image;
-    let size = if image { known(sys::capacity_bytes(domain, name))?.map(DiskSize) } else { None };
+    // Of a raw image of a domain that is off libvirt tells the length of the file; of one that runs, what the guest
+    // sees.
+    let seen = |bytes| match disk.layers.first() {
+        Some(top) if top.format == Format::Raw => DiskSize(bytes).whole_sectors(),
+        _ => DiskSize(bytes),
+    };
+    let size = if image { known(sys::capacity_bytes(domain, name))?.map(seen) } else { None };
     let info = if runs { known(sys::block_job_info(domain, name))?.flatten() } else { None };
     Ok(DiskView {
         name: disk.name.clone(),
