@@ -13,6 +13,7 @@ use super::observe;
 use super::offline;
 use super::plan::{Conflict, DiskFacts, Plan, overlay_dir, plan};
 use super::report::Report;
+use super::rights;
 use super::room::free_bytes;
 use super::turnover::{self, Tracked};
 use crate::error::Result;
@@ -68,6 +69,8 @@ pub fn make_plan(ports: &Ports, request: &Request, domain: &DomainView, replica:
     let generation = generation(&request.state, &domain.uuid)?;
     let mut plan = plan(domain, &facts, replica, generation, &request.plan, capture);
     forecast::foresee(&mut plan, &facts, replica, &past, (ports.clock)(), &request.plan.space);
+    let hindrances = rights::hindrances(ports.backups, &plan, &request.run);
+    plan.conflicts.extend(hindrances.into_iter().map(Conflict::Hindered));
     Ok(plan)
 }
 
@@ -118,7 +121,7 @@ fn disk_facts(
     });
     let (reader, chain) = match reader {
         Some(Ok(reader)) => (reader, chain),
-        Some(Err(e)) => (String::new(), Err(e.chain())),
+        Some(Err(e)) => (String::new(), Err(rights::told(&e))),
         None => (String::new(), chain),
     };
     let (allocated_bytes, overlay_room) = match &chain {

@@ -19,7 +19,7 @@ use crate::replica::upkeep::Held;
 use crate::replica::{Attachment, PointView, ReplicaView};
 use crate::replicate::demoted::{self, DiskFormat};
 use crate::replicate::generation;
-use crate::replicate::room::free_bytes;
+use crate::replicate::room::{free_bytes, may_make_files};
 use jiff::Timestamp;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -130,10 +130,14 @@ impl Here {
         host: &HostView,
         builds: &Builds,
     ) -> Vec<Finding> {
-        ready::judge(definition, name, uuid, host, &self.room(), builds)
+        let mut findings = ready::judge(definition, name, uuid, host, &self.room(), builds);
+        let dir = self.options.mapping.images_dir();
+        findings.extend(may_make_files(dir).err().map(|e| ready::no_right(dir, &e)));
+        findings
     }
 
-    /// Whether a domain could be brought up here whose point is still to come; see [`BringUp::ready_for`](crate::recovery::bringup::BringUp::ready_for).
+    /// Whether a domain could be brought up here whose point is still to come; see
+    /// [`BringUp::ready_for`](crate::recovery::bringup::BringUp::ready_for).
     pub fn ready_for(&self, uuid: &DomainUuid, coming: &Coming) -> Result<Vec<Finding>> {
         let overlays = overlays::to_come(coming, &self.failover_dir(uuid)?);
         let definition = self.rendered(uuid, &coming.name, &coming.definition, &overlays)?;
