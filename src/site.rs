@@ -9,6 +9,7 @@ use crate::image::open::{self, OpenOptions};
 use crate::image::qemu_nbd::QemuNbd;
 use crate::name::{DiskName, DomainName, DomainUuid, PointId, RunId};
 use crate::plain::target::{LocalOptions, LocalTarget};
+use crate::plain::tree::{self, Make};
 use crate::plain::{PlainTarget, Wish};
 #[cfg(feature = "libvirt")]
 use crate::recovery::bringup::BringUp;
@@ -190,6 +191,10 @@ impl ReplicaOpener for LocalImages {
     fn image(&self, wish: &Wish) -> Result<Box<dyn PlainTarget>> {
         let within = Some(self.root.clone());
         Ok(Box::new(LocalTarget::open(wish, &LocalOptions { within, ..plain::local_options(&self.state, None) })?))
+    }
+
+    fn make(&self, make: &Make) -> Result<()> {
+        tree::make(make, Some(&self.root))
     }
 }
 

@@ -4,6 +4,7 @@
 //! steps, progress, warnings and errors go to stderr.
 
 mod copy;
+mod copy_tree;
 mod daemon;
 mod detach;
 mod digest;
