@@ -31,6 +31,7 @@ mod logging;
 mod migrate;
 // A build without libvirt prints less than it could.
 #[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
+mod named;
 mod output;
 mod patch;
 mod pin;
