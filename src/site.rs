@@ -10,6 +10,7 @@ use crate::image::open::{self, OpenOptions};
 use crate::image::qemu_nbd::QemuNbd;
 use crate::name::{DiskName, DomainName, DomainUuid, PointId, RunId, StoreId};
 use crate::plain::target::{LocalOptions, LocalTarget};
+use crate::plain::tree::{self, Make};
 use crate::plain::{PlainTarget, Wish};
 #[cfg(feature = "libvirt")]
 use crate::recovery::bringup::BringUp;
@@ -256,6 +257,10 @@ impl ReplicaOpener for LocalImages {
         let within = Some(self.root.clone());
         Ok(Box::new(LocalTarget::open(wish, &LocalOptions { within, ..plain::local_options(&self.state, None) })?))
     }
+
+    fn make(&self, make: &Make) -> Result<()> {
+        tree::make(make, Some(&self.root))
+    }
 }
 
 /// Serves a disk of a point in the store at `root` on this host over NBD, read-only, on a unix socket, until `stop` is
@@ -315,12 +320,48 @@ pub fn replicas_of(root: &Path) -> Result<Vec<(DomainUuid, DomainName, ReplicaVi
     store::list(root)
 }
 
-/// The UUID of a replica by its domain's name or UUID, for a target whose source may be gone.
-pub fn find_replica(client: &AgentClient, name_or_uuid: &str) -> Result<(DomainUuid, DomainName)> {
-    one_of(client.find("")?.into_iter(), name_or_uuid, client.host()).map_err(|e| match e.kind() {
-        Kind::NotFound => e.hint("`virt-replica sync DOMAIN --to TARGET` makes the first point"),
-        _ => e,
-    })
+/// A replica of the target by its domain's name or UUID; its source may be gone. `here`: asked for the UUID of this
+/// host's domain of that name. Also what the name alone would not have told, in words.
+pub fn find_replica(
+    client: &AgentClient,
+    name_or_uuid: &str,
+    here: &dyn Fn() -> Option<DomainUuid>,
+) -> Result<((DomainUuid, DomainName), Option<String>)> {
+    meant(&client.find("")?, name_or_uuid, client.host(), here)
+}
+
+/// Which of `all` that `host` has is meant.
+fn meant(
+    all: &[(DomainUuid, DomainName)],
+    name_or_uuid: &str,
+    host: &str,
+    here: &dyn Fn() -> Option<DomainUuid>,
+) -> Result<((DomainUuid, DomainName), Option<String>)> {
+    let by_name: Vec<_> = all.iter().filter(|(_, name)| name.as_str() == name_or_uuid).collect();
+    let here = if by_name.is_empty() { None } else { here() };
+    let others = |of: &DomainUuid| -> Vec<String> {
+        by_name.iter().filter(|(uuid, _)| uuid != of).map(|(uuid, _)| uuid.to_string()).collect()
+    };
+    match here {
+        Some(here) if by_name.iter().any(|(uuid, _)| *uuid == here) => {
+            let others = others(&here).join(", ");
+            let note = (!others.is_empty()).then(|| {
+                format!("{host} has more than one replica named '{name_or_uuid}': this is that of the domain here, {here}; name another by its UUID: {others}")
+            });
+            let name = by_name.into_iter().find(|(uuid, _)| *uuid == here).expect("it was looked for").1.clone();
+            Ok(((here, name), note))
+        }
+        other => {
+            let found = one_of(all.iter().cloned(), name_or_uuid, host).map_err(|e| match e.kind() {
+                Kind::NotFound => e.hint("`virt-replica sync DOMAIN --to TARGET` makes the first point"),
+                _ => e,
+            })?;
+            let note = other.map(|here| {
+                format!("the domain '{name_or_uuid}' here is another one, {here}, without a replica on {host}: this is that of {}", found.0)
+            });
+            Ok((found, note))
+        }
+    }
 }
 
 /// The one replica of this name or UUID among `all` that `holder` has.
@@ -329,14 +370,14 @@ fn one_of(
     name_or_uuid: &str,
     holder: &str,
 ) -> Result<(DomainUuid, DomainName)> {
-    let mut found = all.filter(|(u, n)| u.as_str() == name_or_uuid || n.as_str() == name_or_uuid);
-    let missing = || Error::new(Kind::NotFound, format!("{holder} has no replica of a domain '{name_or_uuid}'"));
-    let first = found.next().ok_or_else(missing)?;
-    match found.next() {
-        None => Ok(first),
-        Some(second) => {
+    let mut found: Vec<_> = all.filter(|(u, n)| u.as_str() == name_or_uuid || n.as_str() == name_or_uuid).collect();
+    match found.len() {
+        0 => Err(Error::new(Kind::NotFound, format!("{holder} has no replica of a domain '{name_or_uuid}'"))),
+        1 => Ok(found.remove(0)),
+        count => {
+            let uuids: Vec<_> = found.iter().map(|(uuid, _)| uuid.to_string()).collect();
             let what =
-                format!("{holder} has replicas of two domains named '{name_or_uuid}': {} and {}", first.0, second.0);
+                format!("{holder} has replicas of {count} domains named '{name_or_uuid}': {}", uuids.join(" and "));
             Err(Error::new(Kind::Usage, what).hint("name one of them by its UUID"))
         }
     }
@@ -586,5 +627,35 @@ mod source {
         }
         command.arg("--state-dir").arg(&options.state).arg("deadman").arg(uuid.as_str());
         Ok(Box::new(Deadman::start(command)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A guest was deleted and made again under its name: the store has a replica of each.
+    #[test]
+    fn the_domain_here_says_which_replica_of_its_name_is_meant() {
+        let uuid = |n: u8| DomainUuid::new(format!("00000000-0000-4000-8000-0000000000{n:02}")).unwrap();
+        let of = |n: u8, name: &str| (uuid(n), DomainName::new(name).unwrap());
+        let all = [of(1, "web"), of(2, "web"), of(3, "db")];
+        let meant = |name: &str, here: Option<u8>| meant(&all, name, "b", &|| here.map(uuid));
+        let (found, note) = meant("web", Some(2)).unwrap();
+        assert_eq!(found, all[1]);
+        assert!(note.unwrap().ends_with(&uuid(1).to_string()), "how to name the other");
+        // By its UUID any of them is meant, whatever is here.
+        assert_eq!(meant(uuid(1).as_str(), Some(2)).unwrap(), (all[0].clone(), None));
+        // Nobody here tells them apart.
+        for here in [None, Some(9)] {
+            let e = meant("web", here).unwrap_err();
+            assert_eq!(e.kind(), Kind::Usage);
+            assert!(e.what().contains(uuid(1).as_str()) && e.what().contains(uuid(2).as_str()), "{e}");
+        }
+        assert_eq!(meant("db", Some(3)).unwrap(), (all[2].clone(), None));
+        let (found, note) = meant("db", Some(9)).unwrap();
+        assert!(found == all[2] && note.unwrap().contains("is another one"));
+        assert_eq!(meant("db", None).unwrap().1, None);
+        assert_eq!(meant("none", Some(1)).unwrap_err().kind(), Kind::NotFound);
     }
 }

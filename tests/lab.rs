@@ -70,6 +70,8 @@ mod definitions;
 #[path = "lab/suite/domain.rs"]
 #[allow(dead_code, reason = "the vocabulary of the tests, whichever of them are compiled")]
 mod domain;
+#[path = "lab/suite/edges.rs"]
+mod edges;
 #[path = "lab/suite/formats.rs"]
 mod formats;
 #[path = "lab/suite/handover.rs"]

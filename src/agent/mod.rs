@@ -21,6 +21,7 @@ mod upkeep;
 use crate::block::BlockIndex;
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, DomainName, DomainUuid};
+use crate::plain::tree::Make;
 use crate::plain::{PlainTarget, Wish};
 use crate::recovery::bringup::BringUp;
 use crate::replica::root::{StoreSeen, StoreWish};
@@ -63,6 +64,11 @@ pub trait ReplicaOpener {
         Err(Error::new(Kind::Refused, "this agent serves a store, and no images beside it")
             .path(&wish.path)
             .hint("its host has to allow `virt-replica agent --images --root DIR`"))
+    }
+
+    /// Makes a directory or a link beside such images.
+    fn make(&self, make: &Make) -> Result<()> {
+        Err(Error::new(Kind::Refused, "this agent serves a store, and no images beside it").path(&make.path))
     }
 
     /// How a domain is brought up on this host, where such is done.

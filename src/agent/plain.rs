@@ -61,6 +61,10 @@ impl<W: Write> Session<'_, W> {
                 };
                 Told::Read { whole: self.open_image(image)?.target.read(&mut progress)? }
             }
+            Ask::Make { make } => {
+                self.opener.make(&make)?;
+                Told::Make {}
+            }
             Ask::Commit { image, finish } => {
                 let image = self.open_image(image)?;
                 image.sound()?;

@@ -4,9 +4,10 @@ use super::client::AgentClient;
 use super::remote::RemoteReplica;
 use crate::block::BlockIndex;
 use crate::block::digest::{BlockPieces, Digest};
-use crate::error::Result;
+use crate::error::{Kind, Result};
 use crate::name::DiskName;
 use crate::patch::plain_names;
+use crate::plain::tree::Make;
 use crate::plain::{Committed, Finish, ImageView, PlainTarget, Whole, Wish};
 use crate::replica::{DiskApplied, DiskTarget};
 use crate::wire::plain::{Ask, Told};
@@ -32,6 +33,18 @@ impl AgentClient {
                 Ok(RemoteImage { end, handle: image, view })
             }
             other => Err(self.shared.other_reply("open", &Reply::Plain { told: other })),
+        }
+    }
+
+    /// Makes a directory or a link on the other host.
+    pub fn make(&self, make: &Make) -> Result<()> {
+        match self.ask_plain(Ask::Make { make: make.clone() }, &mut |_, _| {}) {
+            Ok(Told::Make {}) => Ok(()),
+            Ok(other) => Err(self.shared.other_reply("make", &Reply::Plain { told: other })),
+            Err(e) if e.kind() == Kind::Protocol => {
+                Err(e.hint("its virt-replica is older and makes no directories: update it first"))
+            }
+            Err(e) => Err(e),
         }
     }
 

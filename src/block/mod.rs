@@ -47,6 +47,9 @@ pub struct BlockIndex(pub u64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GroupIndex(pub u64);
 
+/// QEMU's sector: the guest sees whole ones.
+pub const SECTOR_LEN: u64 = 512;
+
 impl TryFrom<u64> for DiskSize {
     type Error = String;
     fn try_from(bytes: u64) -> Result<Self, String> {
@@ -60,6 +63,11 @@ impl TryFrom<u64> for DiskSize {
 impl DiskSize {
     /// 1 PiB: bounds every length that is derived from a size which a peer sent.
     pub const MAX: DiskSize = DiskSize(1 << 50);
+
+    /// The size that QEMU shows a guest of an image of so many bytes: the last sector counts whole.
+    pub fn whole_sectors(self) -> DiskSize {
+        DiskSize(self.0.checked_next_multiple_of(SECTOR_LEN).unwrap_or(self.0))
+    }
 
     /// Blocks, the last one possibly short.
     pub fn blocks(self) -> u64 {
@@ -135,6 +143,13 @@ impl ByteRange {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_sector_counts_whole() {
+        let whole = |bytes: u64| DiskSize(bytes).whole_sectors().0;
+        assert_eq!([whole(0), whole(1), whole(512), whole(1_000_001)], [0, 512, 512, 1_000_448]);
+        assert_eq!(whole(u64::MAX), u64::MAX, "no image is that large");
+    }
 
     #[test]
     fn the_last_block_may_be_short() {

@@ -1,6 +1,7 @@
 //! `copy`: images brought into step, here or over ssh.
 
 use super::Globals;
+use super::copy_tree::{Job, Pair, job};
 use super::limits::LinkArgs;
 use super::output::{Exit, Message, Output, print};
 use super::plain::{BackingArgs, FORMATS, WayArgs, absolute, format, listen, open_source, unless_stopped, watched};
@@ -18,6 +19,7 @@ use virt_replica::image::Format;
 use virt_replica::plain::copy::{self as story, Copied, Copy, Sending};
 use virt_replica::plain::source::ReadOptions;
 use virt_replica::plain::target::LocalOptions;
+use virt_replica::plain::tree::Make;
 use virt_replica::plain::{Finish, Wish, changed, meta_of};
 use virt_replica::replicate::pump::Progress;
 use virt_replica::site::plain::{self as site, Place};
@@ -48,7 +50,12 @@ pub struct CopyArgs {
     /// How large a block of the dm-era device is: `era_invalidate` does not print it
     #[arg(long, value_name = "SIZE", requires = "changed", value_parser = super::render::parse_bytes)]
     changed_block: Option<u64>,
-    /// Give the target the owner, mode and time of the source, too
+    /// Copy directories with all that is in them: subdirectories, hidden files and links, as rsync does. A directory
+    /// goes along under its own name, unless a slash stands at its end. Directories that are missing at the target are
+    /// made
+    #[arg(short = 'r', long)]
+    recursive: bool,
+    /// Give the target the owner, mode and time of the source, too; with -r also its directories
     #[arg(short = 'a', long)]
     archive: bool,
     /// Say what would be sent, and change nothing
@@ -68,18 +75,11 @@ pub struct CopyArgs {
     pub json: bool,
 }
 
-/// One image, and where it goes.
-#[derive(Debug, PartialEq, Eq)]
-struct Pair {
-    source: PathBuf,
-    target: PathBuf,
-}
-
 pub fn copy(args: &CopyArgs, globals: &Globals, output: Output) -> Result<Exit> {
     let (to, sources) = args.paths.split_last().expect("the grammar demands two");
     let place = Place::parse(to)?;
-    let pairs = pairs(sources, to, place.path(), place.host().is_none())?;
-    if args.changed.is_some() && pairs.len() != 1 {
+    let job = job(sources, to, place.path(), place.host().is_none(), args.recursive)?;
+    if args.changed.is_some() && job.images.len() != 1 {
         return Err(Error::new(Kind::Usage, "a list of changes is of one image"));
     }
     if place.host().is_some() && args.digests.as_ref().is_some_and(|dir| dir.is_relative()) {
@@ -87,64 +87,39 @@ pub fn copy(args: &CopyArgs, globals: &Globals, output: Output) -> Result<Exit> 
     }
     let stop = listen()?;
     let connection = place.host().map(|host| site::images_on(host, &args.ssh.options()));
-    let done = pairs.iter().try_for_each(|pair| one(args, globals, output, pair, &place, connection.as_ref(), stop));
+    let done = all(args, &job, globals, output, &place, connection.as_ref(), stop);
     if let Some(connection) = connection {
         hang_up(connection);
     }
-    done.map(|()| Exit::Done)
+    done?;
+    match (job.of_directories, output.json) {
+        (false, _) => {}
+        (true, true) => Message { message_type: "copy_summary", body: job.summary() }.print()?,
+        (true, false) => print(&job.summary().describe())?,
+    }
+    Ok(Exit::Done)
 }
 
-/// Which image goes where: a directory stands for the files in it, several go into a directory.
-fn pairs(sources: &[String], to: &str, target: &Path, here: bool) -> Result<Vec<Pair>> {
-    let into_directory = sources.len() > 1 || to.ends_with('/') || (here && target.is_dir());
-    let mut pairs = Vec::new();
-    for source in sources {
-        if source.starts_with("ssh://") {
-            return Err(Error::new(Kind::Usage, format!("the source of a copy is on this host, and {source} is not"))
-                .hint("start the copy on that host, with this one as its target; or let a patch come through a pipe (docs/plain.md)"));
-        }
-        let source = absolute(Path::new(source))?;
-        let files = match source.is_dir() {
-            true if !into_directory => {
-                return Err(Error::new(Kind::Usage, "a directory is copied into a directory")
-                    .path(source)
-                    .hint("put a slash at the end of the target"));
-            }
-            true => images_in(&source)?,
-            false => vec![source],
-        };
-        for file in files {
-            // Names travel as text.
-            let name = file.file_name().and_then(|name| name.to_str());
-            let name = name.ok_or_else(|| Error::new(Kind::Usage, "an image has a name of text").path(&file))?;
-            let target = if into_directory { target.join(name) } else { target.to_owned() };
-            pairs.push(Pair { source: file, target });
-        }
+/// Directories first, so that the images have a place; what they look like last, because each entry changes their
+/// times.
+fn all(
+    args: &CopyArgs,
+    job: &Job,
+    globals: &Globals,
+    output: Output,
+    place: &Place,
+    connection: Option<&Connection>,
+    stop: &AtomicBool,
+) -> Result<()> {
+    let make = |make: Make| if args.dry_run { Ok(()) } else { site::make(&make, connection) };
+    job.dirs.iter().try_for_each(|dir| make(Make::dir(dir.target.clone())))?;
+    job.images.iter().try_for_each(|pair| one(args, globals, output, pair, place, connection, stop))?;
+    job.links.iter().try_for_each(|(at, to)| make(Make::link(at.clone(), to.clone())))?;
+    let dressed = job.dirs.iter().rev().filter(|dir| args.archive && !dir.source.as_os_str().is_empty());
+    for dir in dressed {
+        make(Make::dir_as(dir.target.clone(), &dir.source)?)?;
     }
-    let mut targets: Vec<&Path> = pairs.iter().map(|p| p.target.as_path()).collect();
-    targets.sort();
-    match targets.windows(2).find(|two| two[0] == two[1]) {
-        Some(two) => Err(Error::new(Kind::Usage, "two images would become one").path(two[0])),
-        None => Ok(pairs),
-    }
-}
-
-/// The regular files of a directory, by name; hidden ones are not images.
-fn images_in(dir: &Path) -> Result<Vec<PathBuf>> {
-    let cannot = |e| Error::io("cannot list the directory", dir, e);
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(cannot)? {
-        let entry = entry.map_err(cannot)?;
-        let hidden = entry.file_name().as_encoded_bytes().first() == Some(&b'.');
-        if !hidden && entry.file_type().map_err(cannot)?.is_file() {
-            files.push(entry.path());
-        }
-    }
-    files.sort();
-    match files.is_empty() {
-        true => Err(Error::new(Kind::NotFound, "there is no image in the directory").path(dir)),
-        false => Ok(files),
-    }
+    Ok(())
 }
 
 fn one(
@@ -268,33 +243,4 @@ fn describe(copied: &Copied, at: &str, dry_run: bool, took: Duration) -> String 
         render::bytes(copied.bytes_sent),
         render::millis(took.as_secs_f64() * 1000.0),
     )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn several_images_go_into_a_directory_and_none_onto_another() {
-        let dir = tempfile::tempdir().unwrap();
-        let images = dir.path().join("images");
-        std::fs::create_dir(&images).unwrap();
-        for name in ["b.raw", "a.qcow2", ".hidden"] {
-            std::fs::write(images.join(name), b"").unwrap();
-        }
-        std::fs::create_dir(images.join("sub")).unwrap();
-        let of = |sources: &[&Path], to: &str| {
-            let sources: Vec<String> = sources.iter().map(|s| s.to_str().unwrap().to_owned()).collect();
-            pairs(&sources, to, Path::new(to), false)
-        };
-        let pair = |source: &str, target: &str| Pair { source: images.join(source), target: target.into() };
-        let one = images.join("b.raw");
-        assert_eq!(of(&[&one], "/to/x.raw").unwrap(), [pair("b.raw", "/to/x.raw")]);
-        assert_eq!(of(&[&one], "/to/").unwrap(), [pair("b.raw", "/to/b.raw")]);
-        let both = [pair("a.qcow2", "/to/a.qcow2"), pair("b.raw", "/to/b.raw")];
-        assert_eq!(of(&[&images], "/to/").unwrap(), both);
-        assert_eq!(of(&[&images], "/to").unwrap_err().kind(), Kind::Usage);
-        assert_eq!(of(&[&images, &one], "/to").unwrap_err().kind(), Kind::Usage, "b.raw twice");
-        assert_eq!(of(&[&images.join("sub")], "/to/").unwrap_err().kind(), Kind::NotFound);
-    }
 }

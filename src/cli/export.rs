@@ -69,11 +69,11 @@ struct Found {
 pub fn export(args: &ExportArgs, globals: &Globals, output: Output) -> Result<Exit> {
     let target = args.target.resolve(globals)?;
     let Some(path) = &args.output else {
-        return serve(args, &target, output);
+        return serve(args, &target, globals, output);
     };
     let connection = target.connection();
     let exported = connection.client().and_then(|client| {
-        let found = find(&client, args)?;
+        let found = find(&client, args, globals)?;
         let bytes = to_file(&client, &found, path, args, output).map_err(|e| e.domain(&found.name))?;
         Ok((found, bytes))
     });
@@ -92,14 +92,14 @@ pub fn export(args: &ExportArgs, globals: &Globals, output: Output) -> Result<Ex
     Ok(Exit::Done)
 }
 
-fn serve(args: &ExportArgs, target: &Target, output: Output) -> Result<Exit> {
+fn serve(args: &ExportArgs, target: &Target, globals: &Globals, output: Output) -> Result<Exit> {
     let socket = args.nbd.as_deref().expect("one of the two is there, says the grammar");
     let TargetUrl::Local { root } = &target.url else {
         return Err(Error::new(Kind::Usage, "NBD is served on the host of the store only")
             .hint("run this on the target with `--to ROOT`, or export into a file with --output"));
     };
     let connection = target.connection();
-    let found = connection.client().and_then(|client| find(&client, args));
+    let found = connection.client().and_then(|client| find(&client, args, globals));
     hang_up(connection);
     let found = found?;
     let stop = super::signals::listen_saying("ending the server (again: at once)", "ended at once")?;
@@ -136,8 +136,8 @@ fn describe(found: &Found, path: &Path, bytes: u64) -> String {
     )
 }
 
-fn find(client: &Arc<AgentClient>, args: &ExportArgs) -> Result<Found> {
-    let (uuid, name) = site::find_replica(client, &args.domain)?;
+fn find(client: &Arc<AgentClient>, args: &ExportArgs, globals: &Globals) -> Result<Found> {
+    let (uuid, name) = super::named::find(client, &args.domain, globals)?;
     let view = client.open(&uuid)?.describe()?;
     let point = match &args.point {
         Some(id) => view.points.iter().find(|p| p.id == *id),

@@ -4,6 +4,7 @@
 //! steps, progress, warnings and errors go to stderr.
 
 mod copy;
+mod copy_tree;
 mod daemon;
 mod detach;
 mod digest;
@@ -32,6 +33,7 @@ mod logging;
 mod migrate;
 // A build without libvirt prints less than it could.
 #[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
+mod named;
 mod output;
 mod patch;
 mod pin;

@@ -8,7 +8,6 @@ use serde_json::json;
 use virt_replica::error::Result;
 use virt_replica::name::PointId;
 use virt_replica::replica::upkeep::Upkeep as _;
-use virt_replica::site;
 
 #[derive(Debug, Args)]
 pub struct PinArgs {
@@ -58,7 +57,7 @@ fn set(
     let target = target.resolve(globals)?;
     let connection = target.connection();
     let done = connection.client().and_then(|client| {
-        let (uuid, name) = site::find_replica(&client, domain)?;
+        let (uuid, name) = super::named::find(&client, domain, globals)?;
         client.open(&uuid)?.pin(point, reason).map_err(|e| e.domain(&name))?;
         Ok((uuid, name))
     });

@@ -13,7 +13,6 @@ use virt_replica::error::Result;
 use virt_replica::name::PointId;
 use virt_replica::replica::pointfile::{self, Brought, Written};
 use virt_replica::replicate::pump::Progress;
-use virt_replica::site;
 
 /// `DOMAIN@POINT`, or a domain alone, which may have an `@` in its name.
 fn domain_and_point(text: &str) -> (&str, Option<PointId>) {
@@ -35,7 +34,7 @@ pub fn diff(args: &DiffArgs, of: &str, globals: &Globals, output: Output) -> Res
     let connection = target.connection();
     let progress = Progress::default();
     let written = connection.client().and_then(|client| {
-        let (uuid, name) = site::find_replica(&client, domain)?;
+        let (uuid, name) = super::named::find(&client, domain, globals)?;
         let replica = client.open(&uuid)?;
         let mut told = |bytes| {
             progress.sent.store(bytes, Ordering::Relaxed);

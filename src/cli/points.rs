@@ -10,7 +10,7 @@ use virt_replica::error::Result;
 use virt_replica::name::{DomainName, DomainUuid};
 use virt_replica::replica::upkeep::{Holds, Upkeep as _};
 use virt_replica::replica::{PointView, Replica as _, ReplicaView, lag};
-use virt_replica::site::{self, Connection};
+use virt_replica::site::Connection;
 use virt_replica::transport::target::TargetUrl;
 
 #[derive(Debug, Args)]
@@ -28,7 +28,7 @@ pub struct PointsArgs {
 pub fn points(args: &PointsArgs, globals: &Globals, output: Output) -> Result<Exit> {
     let target = args.target.resolve(globals)?;
     let connection = target.connection();
-    let found = find(&connection, &args.domain);
+    let found = find(&connection, &args.domain, globals);
     hang_up(connection);
     let (uuid, name, view, holds) = found?;
     match output.json {
@@ -42,9 +42,13 @@ pub fn points(args: &PointsArgs, globals: &Globals, output: Output) -> Result<Ex
     Ok(Exit::Done)
 }
 
-fn find(connection: &Connection, domain: &str) -> Result<(DomainUuid, DomainName, ReplicaView, Holds)> {
+fn find(
+    connection: &Connection,
+    domain: &str,
+    globals: &Globals,
+) -> Result<(DomainUuid, DomainName, ReplicaView, Holds)> {
     let client = connection.client()?;
-    let (uuid, name) = site::find_replica(&client, domain)?;
+    let (uuid, name) = super::named::find(&client, domain, globals)?;
     let replica = client.open(&uuid)?;
     Ok((uuid, name, replica.describe()?, replica.holds()?))
 }

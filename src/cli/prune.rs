@@ -15,7 +15,6 @@ use virt_replica::name::{DomainName, DomainUuid, PointId};
 use virt_replica::replica::upkeep::{Holds, Kept, PruneReport, Upkeep as _};
 use virt_replica::replica::{PointView, Replica as _, ReplicaView};
 use virt_replica::retention::{self, Candidate, Floor, Keep, Verdict};
-use virt_replica::site;
 
 /// Points removed by one request: its message stays well below what the wire allows.
 const BATCH: usize = 4096;
@@ -73,7 +72,7 @@ pub fn prune(args: &PruneArgs, globals: &Globals, output: Output) -> Result<Exit
         "ended at once; the next prune, or the next run, goes on from there",
     )?;
     let pruned = connection.client().and_then(|client| {
-        let (uuid, name) = site::find_replica(&client, &args.domain)?;
+        let (uuid, name) = super::named::find(&client, &args.domain, globals)?;
         let pruned = run(&client, uuid, name, &wish, args.dry_run)?;
         let shortened = match args.dry_run {
             true => Shortened::default(),

@@ -11,7 +11,6 @@ use virt_replica::error::{Result, printable};
 use virt_replica::name::{DomainName, DomainUuid, PointId};
 use virt_replica::recovery::bringup::{BringUp as _, Readiness};
 use virt_replica::recovery::ready::{Color, Finding, Question};
-use virt_replica::site;
 use virt_replica::transport::Service;
 
 #[derive(Debug, Args)]
@@ -72,7 +71,7 @@ fn there(to: &str, args: &ReadyArgs, globals: &Globals) -> Result<Answer> {
     let connection = target.connection();
     let asked = || {
         let client = connection.client()?;
-        let (uuid, name) = site::find_replica(&client, &args.domain)?;
+        let (uuid, name) = super::named::find(&client, &args.domain, globals)?;
         let readiness = client.bring_up(&uuid).ready(args.point.as_ref())?;
         Ok(Answer { name, uuid, target: Some(target.url.to_string()), readiness })
     };

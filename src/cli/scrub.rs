@@ -16,7 +16,6 @@ use virt_replica::error::{Error, Kind, Result};
 use virt_replica::name::{DomainName, DomainUuid};
 use virt_replica::replica::pace::Pace;
 use virt_replica::replica::upkeep::{Damage, SCRUB_STEP_MAX, ScrubStart, Scrubbing, Upkeep as _};
-use virt_replica::site;
 
 /// A script hears of progress at most this often.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
@@ -63,7 +62,7 @@ pub fn scrub(args: &ScrubArgs, globals: &Globals, output: Output) -> Result<Exit
         "ended at once; the next scrub goes on from here",
     )?;
     let connection = target.connection();
-    let scrubbed = connection.client().and_then(|client| run(&client, args, output, stop));
+    let scrubbed = connection.client().and_then(|client| run(&client, args, globals, output, stop));
     hang_up(connection);
     let (uuid, name, scrubbed, known) = scrubbed?;
     if output.json {
@@ -90,10 +89,11 @@ pub fn scrub(args: &ScrubArgs, globals: &Globals, output: Output) -> Result<Exit
 fn run(
     client: &Arc<AgentClient>,
     args: &ScrubArgs,
+    globals: &Globals,
     output: Output,
     stop: &AtomicBool,
 ) -> Result<(DomainUuid, DomainName, Scrubbed, Vec<Damage>)> {
-    let (uuid, name) = site::find_replica(client, &args.domain)?;
+    let (uuid, name) = super::named::find(client, &args.domain, globals)?;
     let replica = client.open(&uuid)?;
     let mut scrubbing = replica.scrub(args.restart).map_err(|e| e.domain(&name))?;
     let scrubbed = read_all(scrubbing.as_mut(), args.rate, output, stop);

@@ -16,7 +16,6 @@ use virt_replica::name::{DomainName, DomainUuid, PointId};
 use virt_replica::replica::upkeep::{Damage, Upkeep as _};
 use virt_replica::replica::{Replica as _, VerifyReport};
 use virt_replica::replicate::choice::CaptureWish;
-use virt_replica::site;
 use virt_replica::transport::target::TargetUrl;
 
 /// A script hears of progress at most this often.
@@ -52,7 +51,7 @@ pub fn verify(args: &VerifyArgs, globals: &Globals, output: Output) -> Result<Ex
         return against_source(args, globals, &config, &target, output);
     }
     let connection = target.connection();
-    let verified = connection.client().and_then(|client| against_digests(args, &client, output));
+    let verified = connection.client().and_then(|client| against_digests(args, &client, globals, output));
     hang_up(connection);
     let (uuid, name, report, known) = verified?;
     let equal = report.is_whole();
@@ -79,9 +78,10 @@ pub fn verify(args: &VerifyArgs, globals: &Globals, output: Output) -> Result<Ex
 fn against_digests(
     args: &VerifyArgs,
     client: &Arc<AgentClient>,
+    globals: &Globals,
     output: Output,
 ) -> Result<(DomainUuid, DomainName, VerifyReport, Vec<Damage>)> {
-    let (uuid, name) = site::find_replica(client, &args.domain)?;
+    let (uuid, name) = super::named::find(client, &args.domain, globals)?;
     let replica = client.open(&uuid)?;
     let view = replica.describe()?;
     let newest = || view.head().map(|p| p.id.clone());

@@ -16,7 +16,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 use std::borrow::Cow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Bytes per bit of our bitmaps: a block.
 pub const GRANULARITY: u32 = crate::block::BLOCK_LEN as u32;
@@ -110,6 +110,29 @@ pub fn remove_node(node: &str) -> String {
 /// Has a node written out, by way of the human monitor: its answer is text.
 pub fn flush(node: &str) -> String {
     serialise(qmp::human_monitor_command { command_line: format!("qemu-io {node} flush"), cpu_index: None })
+}
+
+pub fn query_chardevs() -> String {
+    serialise(qmp::query_chardev {})
+}
+
+/// The directory of the monitor's socket, which is the domain's private one: libvirt asks QEMU through it, so QEMU
+/// knows where it is. `None`: this QEMU does not say.
+pub fn private_dir(chardevs: &str) -> Result<Option<PathBuf>> {
+    let all: Vec<Chardev> = reply(chardevs)?;
+    let monitor = all.into_iter().find(|c| c.label == "charmonitor");
+    let socket = monitor.as_ref().and_then(|c| c.filename.strip_prefix("disconnected:").or(Some(&c.filename)));
+    let path =
+        socket.and_then(|name| name.strip_prefix("unix:")).map(|name| name.split(",server").next().unwrap_or(name));
+    Ok(path.map(Path::new).filter(|path| path.is_absolute()).and_then(Path::parent).map(Path::to_owned))
+}
+
+#[derive(Debug, Deserialize)]
+struct Chardev {
+    #[serde(default)]
+    label: String,
+    #[serde(default)]
+    filename: String,
 }
 
 pub fn query_nodes() -> String {
@@ -234,6 +257,25 @@ pub fn done(text: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// As QEMU 7.2 answers under libvirt 9.0, of the system and of a session.
+    #[test]
+    fn the_monitors_socket_says_where_the_private_directory_is() {
+        let answer = |monitor: &str| {
+            format!(
+                "{{\"return\":[{{\"frontend-open\":true,\"filename\":\"pty:/dev/pts/3\",\"label\":\"charserial0\"}},\
+                 {{\"frontend-open\":true,\"filename\":\"{monitor}\",\"label\":\"charmonitor\"}}],\"id\":\"libvirt-20\"}}"
+            )
+        };
+        let dir = |monitor: &str| private_dir(&answer(monitor)).unwrap();
+        let system = "/var/lib/libvirt/qemu/domain-1-web";
+        assert_eq!(dir(&format!("unix:{system}/monitor.sock,server=on")), Some(system.into()));
+        assert_eq!(dir(&format!("disconnected:unix:{system}/monitor.sock,server")), Some(system.into()));
+        let session = "/home/op/.config/libvirt/qemu/lib/domain-1-web";
+        assert_eq!(dir(&format!("unix:{session}/monitor.sock,server=on")), Some(session.into()));
+        assert_eq!(dir("fd:23"), None);
+        assert_eq!(private_dir("{\"return\":[],\"id\":\"libvirt-20\"}").unwrap(), None);
+    }
 
     const NODES: &str = r#"{"return":[
         {"node-name":"libvirt-2-format","drv":"qcow2","file":"/pool/a.qcow2","new-in-qemu-99":{"x":1},

@@ -20,7 +20,7 @@ use super::xml::{self, DiskXml, DomainXml};
 use super::{BlockJob, BlockJobKind, DiskKind, DiskView, DomainView, Ended, FreezeDisk, Hypervisor, Power};
 use crate::block::DiskSize;
 use crate::error::{Error, Kind, Result};
-use crate::image::{Chain, Layer};
+use crate::image::{Chain, Format, Layer};
 use crate::name::{DiskName, DomainName, DomainUuid};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -570,7 +570,13 @@ fn size_of((conn, domain): (&Connect, &Domain), disk: &DiskXml, runs: bool) -> R
         // Of a volume of a domain that is off only the pool knows.
         size = volumes::capacity(conn, &top.path)?;
     }
-    Ok(size.map(DiskSize))
+    // Of a raw image of a domain that is off libvirt tells the length of the file; of one that runs, what the guest
+    // sees.
+    let seen = |bytes| match disk.layers.first() {
+        Some(top) if top.format == Format::Raw => DiskSize(bytes).whole_sectors(),
+        _ => DiskSize(bytes),
+    };
+    Ok(size.map(seen))
 }
 
 /// The disk, without its size.

@@ -107,7 +107,8 @@ pub struct HostView {
 }
 
 impl HostView {
-    /// The host as it will be once its own domain of this UUID, which is off, has given way. That of a domain which runs stays.
+    /// The host as it will be once its own domain of this UUID, which is off, has given way. That of a domain which
+    /// runs stays.
     pub fn without(mut self, uuid: &DomainUuid) -> HostView {
         let ours = |n: &Neighbour| n.uuid == uuid.as_str() && !n.running;
         if self.domains.iter().any(ours) {

@@ -11,7 +11,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::nbd::{NbdImage, bitmap_context};
 use crate::image::{Format, Image, Layer, qemu_img};
 use crate::name::DomainUuid;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Name of our socket in the domain's private directory; seen there, a server left behind by a run of ours is known.
 const SOCKET: &str = "virt-replica.sock";
@@ -79,12 +79,7 @@ impl LibvirtHypervisor {
         bitmap::reply(&self.qmp("ask for the block nodes", uuid, bitmap::query_nodes())?)
     }
 
-    fn exported(
-        &self,
-        uuid: &DomainUuid,
-        wanted: &[(Layer, String)],
-        socket: &std::path::Path,
-    ) -> Result<Vec<Vec<ByteRange>>> {
+    fn exported(&self, uuid: &DomainUuid, wanted: &[(Layer, String)], socket: &Path) -> Result<Vec<Vec<ByteRange>>> {
         let nodes = self.nodes(uuid)?;
         let mut answers = Vec::with_capacity(wanted.len());
         for (at, (layer, name)) in wanted.iter().enumerate() {
@@ -98,26 +93,47 @@ impl LibvirtHypervisor {
         Ok(answers)
     }
 
-    /// The running domain's private directory. `NotFound` if libvirt keeps it elsewhere or runs on another host.
+    /// The running domain's private directory, by the word of its QEMU; of one that does not say, where libvirt of the
+    /// system keeps it. `NotFound` if there is none on this host.
     pub(super) fn private_dir(&self, uuid: &DomainUuid) -> Result<PathBuf> {
-        let domain = self.observe(uuid)?;
-        let id = domain.id.ok_or_else(|| Error::new(Kind::NotFound, "the domain does not run"))?;
-        let prefix = format!("domain-{id}-");
-        let found = std::fs::read_dir(PRIVATE_DIRS)
-            .ok()
-            .into_iter()
-            .flatten()
-            .filter_map(|e| e.ok())
-            .find(|e| e.file_name().to_str().is_some_and(|n| n.starts_with(&prefix)));
-        found.map(|e| e.path()).ok_or_else(|| {
-            Error::new(Kind::NotFound, format!("there is no directory {prefix}* of the running domain"))
-                .path(PRIVATE_DIRS)
-        })
+        let told = bitmap::private_dir(&self.qmp("ask for the monitor's socket", uuid, bitmap::query_chardevs())?)?;
+        let dir = match told {
+            Some(dir) => dir,
+            None => {
+                let domain = self.observe(uuid)?;
+                let id = domain.id.ok_or_else(|| Error::new(Kind::NotFound, "the domain does not run"))?;
+                Path::new(PRIVATE_DIRS).join(private_name(id, domain.name.as_str()))
+            }
+        };
+        match std::fs::metadata(&dir) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                let what = "the running domain's private directory is not on this host";
+                Err(Error::new(Kind::NotFound, what).path(dir).hint("run virt-replica on the host of that libvirt"))
+            }
+            // Whoever may not look at it may be told where it is.
+            _ => Ok(dir),
+        }
     }
+}
+
+/// As libvirt names it: by the id and the first 20 characters of the name.
+fn private_name(id: u32, name: &str) -> String {
+    format!("domain-{id}-{}", name.chars().take(20).collect::<String>())
 }
 
 pub(super) fn node_name<'a>(nodes: &'a [Node], layer: &Layer) -> Result<&'a str> {
     bitmap::node_of(nodes, layer)
         .and_then(|n| n.node_name.as_deref())
         .ok_or_else(|| Error::new(Kind::Conflict, "the running QEMU has no node for this image").path(&layer.path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_private_directory_bears_id_and_name() {
+        assert_eq!(private_name(7, "web"), "domain-7-web");
+        assert_eq!(private_name(7, "a-name-of-more-than-twenty"), "domain-7-a-name-of-more-than-");
+    }
 }

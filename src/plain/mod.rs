@@ -29,6 +29,7 @@ mod place;
 pub mod redo;
 pub mod source;
 pub mod target;
+pub mod tree;
 mod undo;
 
 pub use place::meta_of;

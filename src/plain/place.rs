@@ -6,8 +6,9 @@
 use super::{FileMeta, WayWish, file_name};
 use crate::error::{Error, Kind, Result};
 use crate::flock::Flock;
-use rustix::fs::{Mode, SeekFrom};
+use rustix::fs::{Access, AtFlags, CWD, Mode, SeekFrom, accessat};
 use rustix::io::Errno;
+use std::borrow::Cow;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -32,7 +33,7 @@ pub(super) fn real_path(path: &Path) -> Result<PathBuf> {
 }
 
 /// Whether this is the name of a file that we keep beside an image.
-fn is_beside_an_image(path: &Path) -> bool {
+pub(super) fn is_beside_an_image(path: &Path) -> bool {
     let name = path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
     name.starts_with('.') && (name.ends_with(".vr-part") || name.ends_with(".vr-redo"))
 }
@@ -76,7 +77,22 @@ fn leads_out(path: &Path, root: &Path) -> bool {
 }
 
 pub(super) fn part_of(image: &Path) -> Result<PathBuf> {
-    Ok(image.with_file_name(format!(".{}.vr-part", file_name(image)?)))
+    Ok(image.with_file_name(format!(".{}.vr-part", fitting(&file_name(image)?, NAME_MAX - "..vr-part".len()))))
+}
+
+/// Longest name of a file, in bytes.
+pub(super) const NAME_MAX: usize = 255;
+
+/// The name of an image in that of a file beside it, at most `room` bytes long. Of a long one the beginning and a hash
+/// are kept: two images of one directory never meet, and every run finds the same name.
+pub(super) fn fitting(name: &str, room: usize) -> Cow<'_, str> {
+    if name.len() <= room {
+        return name.into();
+    }
+    let hash = &blake3::hash(name.as_bytes()).to_hex()[..16];
+    let most = room.saturating_sub(hash.len() + "-".len());
+    let kept = (0..=most).rev().find(|at| name.is_char_boundary(*at)).unwrap_or(0);
+    format!("{}-{hash}", &name[..kept]).into()
 }
 
 pub(super) fn dir_of(path: &Path) -> &Path {
@@ -91,6 +107,23 @@ pub(super) fn make_durable(image: &Path) -> Result<()> {
     synced.map_err(|e| Error::io("cannot make the file durable", image, e))?;
     crate::traced_step!("sync", image);
     sync_dir(dir_of(image))
+}
+
+/// Whether this process may make, rename and remove files beside an image.
+pub(super) fn check_may_put(image: &Path) -> Result<()> {
+    let dir = dir_of(image);
+    match accessat(CWD, dir, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS) {
+        Err(e @ (Errno::ACCESS | Errno::PERM | Errno::ROFS)) => {
+            let whose = fs::metadata(dir)
+                .map_or(String::new(), |m| format!(" (owner {}, mode {:04o})", m.uid(), m.mode() & 0o7777));
+            let what =
+                format!("user {} may not make files in its directory{whose}", rustix::process::geteuid().as_raw());
+            Err(Error::io(what, dir, e.into())
+                .hint("give that user the right, run it as another one, or use --in-place on an image that is there"))
+        }
+        // Whatever else is wrong with it is told by what comes next.
+        _ => Ok(()),
+    }
 }
 
 /// Removes a file, or finds it gone.
@@ -292,6 +325,20 @@ mod tests {
             assert_eq!(duplicate(&image, &part, WayWish::Reflink).unwrap_err().kind(), Kind::Refused);
             assert!(!part.exists());
         }
+    }
+
+    #[test]
+    fn a_long_name_has_room_for_what_lies_beside_its_image() {
+        assert_eq!(fitting("a.raw", 246), "a.raw");
+        let (one, other) = (format!("{}1.raw", "ö".repeat(120)), format!("{}2.raw", "ö".repeat(120)));
+        let fits = |name: &str| part_of(&Path::new("/srv").join(name)).unwrap();
+        for name in [&one, &other] {
+            let part = fits(name);
+            let len = part.file_name().unwrap().len();
+            assert!((200..=NAME_MAX).contains(&len) && is_beside_an_image(&part), "{}", part.display());
+            assert_eq!(fits(name), part, "every run finds it");
+        }
+        assert_ne!(fits(&one), fits(&other));
     }
 
     #[test]

@@ -11,7 +11,7 @@
 //! ```
 
 use super::identity::Identity;
-use super::place::{dir_of, remove, sync_dir};
+use super::place::{NAME_MAX, dir_of, fitting, remove, sync_dir};
 use super::{file_name, source};
 use crate::block::{BlockIndex, ByteRange, DiskSize};
 use crate::error::{Error, Kind, Result};
@@ -88,7 +88,9 @@ impl std::fmt::Display for Of {
 pub fn path_of(image: &Path, block_device: bool, device_dir: &Path) -> Result<PathBuf> {
     let name = file_name(image)?;
     Ok(match block_device {
-        false => image.with_file_name(format!(".{name}.vr-redo")),
+        false => {
+            image.with_file_name(format!(".{}.vr-redo", fitting(&name, NAME_MAX - "..vr-redo".len() - PART.len())))
+        }
         true => {
             let hash = blake3::hash(image.as_os_str().as_encoded_bytes()).to_hex();
             device_dir.join(format!("{name}-{}.vr-redo", &hash[..16]))
@@ -96,9 +98,12 @@ pub fn path_of(image: &Path, block_device: bool, device_dir: &Path) -> Result<Pa
     })
 }
 
+/// Behind the name of a redo file that is not whole yet.
+const PART: &str = ".part";
+
 fn part_of(redo: &Path) -> PathBuf {
     let mut name = redo.as_os_str().to_owned();
-    name.push(".part");
+    name.push(PART);
     PathBuf::from(name)
 }
 

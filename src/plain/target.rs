@@ -126,6 +126,10 @@ impl LocalTarget {
             false => Layer { path: real.clone(), format: wish.format.of_layer(), block_device: false, data_file: None },
         };
         check_way(wish, &layer)?;
+        // Asked before hours of comparing, and not when the result is to take its place.
+        if !layer.block_device && !(exists && wish.way == WayWish::InPlace) {
+            place::check_may_put(&layer.path)?;
+        }
         let mut target = Self::assemble(wish, options, layer, exists, Base::default());
         if exists {
             target.whole = Some(lock_whole(&real)?);

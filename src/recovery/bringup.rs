@@ -22,8 +22,8 @@ pub trait BringUp {
     /// [`NotFound`](crate::error::Kind::NotFound) where there is no replica, or no such point.
     fn ready(&self, point: Option<&PointId>) -> Result<Readiness>;
 
-    /// What [`ready`](BringUp::ready) would find of a domain that is about to come, before any point of it is there. What that
-    /// host itself has of the domain counts as gone: it is about to give way. Touches nothing.
+    /// What [`ready`](BringUp::ready) would find of a domain that is about to come, before any point of it is there.
+    /// What that host itself has of the domain counts as gone: it is about to give way. Touches nothing.
     fn ready_for(&self, coming: &Coming) -> Result<Vec<Finding>>;
 
     /// How it stands there. Waits for nobody, also not for a verb that is at work.

@@ -4,7 +4,8 @@
 //!
 //! Invariants
 //! - Who loses is said beforehand: the home's old content. It stays as a pinned point of the home's store (k1 to k3).
-//! - Home is asked first whether it could bring up the domain as it is here now: a home that is not ready keeps what it has.
+//! - Home is asked first whether it could bring up the domain as it is here now: a home that is not ready keeps what it
+//!   has.
 //! - Nothing here is thrown away before the home has committed (k4 before k5): until then the handover can be called off.
 //! - Every step may be done twice. Whatever dies, the same command goes on from what the home says, and from the records.
 //!

@@ -43,8 +43,8 @@ pub struct Ports<'a> {
     pub look: &'a dyn Fn() -> Result<Look>,
     /// One run to the target; with a handover, as a part of it.
     pub run: &'a dyn Fn(Option<&RunId>) -> Result<Sent>,
-    /// What would keep the last run from its end, or the domain as it is now from coming up there, found out while the guest works.
-    /// Touches nothing.
+    /// What would keep the last run from its end, or the domain as it is now from coming up there, found out while the
+    /// guest works. Touches nothing.
     pub preflight: &'a dyn Fn(&dyn BringUp) -> Result<()>,
     /// When the newest point there stood still.
     pub head: &'a dyn Fn() -> Result<Option<Timestamp>>,

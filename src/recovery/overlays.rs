@@ -3,7 +3,6 @@
 
 use super::bringup::Coming;
 use super::definition::Definition;
-use crate::block::DiskSize;
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::machine::Machines;
 use crate::image::{Format, Layer, qemu_img};
@@ -15,9 +14,6 @@ use crate::replicate::journal::{Stamp, sync_dir};
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-
-/// QEMU's sector: an image's size is a multiple of this.
-const SECTOR_LEN: u64 = 512;
 
 /// The overlays of a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,7 +115,7 @@ pub fn make_within(held: &dyn Held, dir: &Path, images_max: Option<u64>) -> Resu
 fn create(held: &dyn Held, disk: &DiskName, path: &Path, images_max: Option<u64>) -> Result<()> {
     let images = held.images(disk)?;
     let size = held.point().disk(disk).expect("it is named after it").size;
-    let size = DiskSize(size.0.next_multiple_of(SECTOR_LEN));
+    let size = size.whole_sectors();
     qemu_img::create_overlay(path, images.top(), size).map_err(|e| e.disk(disk))?;
     match too_many(images.0.len() as u64, images_max) as usize {
         0 => Ok(()),

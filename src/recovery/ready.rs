@@ -14,7 +14,7 @@ use crate::name::{DomainName, DomainUuid};
 use crate::replica::left_out::Cause;
 use crate::replica::{PointView, ReplicaView};
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Memory that this host's own programs keep, on top of what the guest is given.
 const MEMORY_SPARE: u64 = 64 << 20;
@@ -201,6 +201,12 @@ pub fn left_out(definition: &Definition, point: &PointView, mapping: &Mapping) -
     };
     // A drive for media is there, and empty.
     point.left_out.iter().filter(|s| s.cause != Cause::Removable).map(finding).collect()
+}
+
+/// The directory for the overlays is there, and this process may make no files in it.
+pub fn no_right(dir: &Path, why: &std::io::Error) -> Finding {
+    let what = format!("no overlays can be made in {}: {why}", dir.display());
+    red(Question::Room, what, "run the agent, or this command, as root; or name another directory as `images:`")
 }
 
 /// The worst of them; green if there is none.

@@ -33,9 +33,6 @@ use std::sync::mpsc::{self, Receiver};
 /// Blocks zeroed at once (256 MiB, one node of level 2): bounds what the walk of the tree hands out in one go.
 const ZERO_STEP: u64 = 4096;
 
-/// Sectors of QEMU: an image's size is a multiple of this, a disk's need not be.
-const SECTOR_LEN: u64 = 512;
-
 type Nodes = Box<dyn FnMut(u8, Range<u64>) -> Result<Vec<Digest>> + Send>;
 type Emit = Box<dyn FnMut(ChangedNode) -> Result<()> + Send>;
 
@@ -396,5 +393,5 @@ fn create_image(dir: &Dir, disk: &BeginDisk, backing: Option<&str>) -> Result<Qc
 
 /// Of the image of a disk of this size.
 pub(super) fn image_size(disk: DiskSize) -> DiskSize {
-    DiskSize(disk.0.next_multiple_of(SECTOR_LEN))
+    disk.whole_sectors()
 }

@@ -7,8 +7,8 @@
 
 use super::PointDisk;
 use super::upkeep::PatchStream;
+use crate::block::BLOCK_LEN;
 use crate::block::tree::RootBuilder;
-use crate::block::{BLOCK_LEN, DiskSize};
 use crate::error::{Error, Kind, Result};
 use crate::image::raw::RawWriter;
 use crate::image::{Format, ImageMut, qcow2};
@@ -16,9 +16,6 @@ use crate::name::DomainUuid;
 use crate::patch::{self, Decoder, Item, Limits};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-
-/// QEMU's sectors: an image's size is a multiple of this, a disk's need not be.
-const SECTOR_LEN: u64 = 512;
 
 /// Where an export goes.
 #[derive(Debug, Clone)]
@@ -99,7 +96,7 @@ fn write(
     format: Format,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<u64> {
-    let size = DiskSize(disk.size.0.next_multiple_of(SECTOR_LEN));
+    let size = disk.size.whole_sectors();
     let image: Box<dyn ImageMut> = match format {
         Format::Raw => Box::new(RawWriter::create(part, size)?),
         Format::Qcow2 => Box::new(qcow2::create(part, size, None)?),

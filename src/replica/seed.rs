@@ -12,13 +12,14 @@
 //! Format: docs/formats/replica.md.
 
 use super::digests::{Binding, DigestFile};
+use super::disk::image_size;
 use super::files::Dir;
 use super::manifest::{Manifest, SEEDS_DIR, image_file, seed_list_file};
 use super::verify::runs_of;
 use super::{BeginDisk, SeedView};
 use crate::block::changes::{ChangesHeader, ChangesReader, ChangesWriter, Run, root_of_runs};
 use crate::block::digest::Digest;
-use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, GROUP_LEN};
+use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, GROUP_LEN, SECTOR_LEN};
 use crate::error::{Error, Kind, Result};
 use crate::image::qcow2::{self, Qcow2Writer, check::check_plain};
 use crate::image::{Chain, Format, Image, ImageMut, Layer};
@@ -27,9 +28,6 @@ use std::fs::File;
 use std::io::{BufReader, BufWriter};
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
-
-/// QEMU's sector: an image's size is a multiple of this.
-const SECTOR_LEN: u64 = 512;
 
 /// A seed that was read and is about to be built on.
 pub(super) struct Seed {
@@ -200,10 +198,6 @@ fn copy(image: &dyn Image, writer: &Qcow2Writer, size: DiskSize, progress: &mut 
         progress(start, size.0);
     }
     Ok(copied)
-}
-
-fn image_size(disk: DiskSize) -> DiskSize {
-    DiskSize(disk.0.next_multiple_of(SECTOR_LEN))
 }
 
 /// The change list of a first point that was built on a seed: all that is not zero, from the seed's own list and what the

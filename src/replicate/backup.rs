@@ -9,7 +9,7 @@
 //! - The bitmap that leads on was begun before the job (3c), and what the old one marks is asked after it (5): too much is
 //!   safe, and too little cannot be.
 
-use super::capture::{Capture, OVERLAY_MARK, Release, Source, Still};
+use super::capture::{Capture, Release, Source, Still, run_file};
 use super::cycle::Ports;
 use super::journal::{Journal, Stamp, boot_id, sync_dir};
 use super::plan::{DiskPlan, Plan};
@@ -223,8 +223,7 @@ impl Capture for BackupCapture<'_> {
 
 /// `DIR/STEM.vr-RUN.scratch.qcow2`, where the disk's overlay would lie.
 pub(super) fn scratch_path(disk: &DiskPlan, run: &RunId) -> PathBuf {
-    let stem = disk.chain.top().path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
-    disk.overlay_dir.join(format!("{stem}.{}{OVERLAY_MARK}{}.scratch.qcow2", disk.name, &run.as_str()[..8]))
+    run_file(disk, run, "scratch.qcow2")
 }
 
 /// What to do about a recorded backup.

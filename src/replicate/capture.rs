@@ -17,7 +17,7 @@ use crate::image::{Chain, qemu_img};
 use crate::name::{DiskName, DomainUuid, RunId};
 use crate::replica::Consistency;
 use jiff::Timestamp;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Makes disks stand still and lets them go again.
@@ -294,12 +294,35 @@ fn new_disk_record(disk: &DiskPlan, run: &RunId, domain: &DomainView) -> DiskRec
     }
 }
 
-/// `DIR/STEM.vr-RUN.qcow2`: a human sees whose it is, AppArmor sees an image's suffix, and no two runs meet.
+/// `DIR/STEM.DISK.vr-RUN.qcow2`: a human sees whose it is, AppArmor sees an image's suffix, and no two runs meet.
 pub(super) fn overlay_path(disk: &DiskPlan, run: &RunId) -> PathBuf {
+    run_file(disk, run, "qcow2")
+}
+
+/// Longest name of a file, in bytes. File systems that take less are asked in step 3: see [`rights`](super::rights).
+const NAME_MAX: usize = 255;
+/// Longest path that the kernel takes, its end included.
+const PATH_MAX: usize = 4096;
+/// What is put behind the name of an overlay that is put away: `.retired`, or `.kept`.
+const PUT_AWAY_LEN: usize = ".retired".len();
+
+/// A file of a run for a disk, where its overlays lie. Of an image's long name only the beginning is kept: disk and run
+/// tell it apart.
+pub(super) fn run_file(disk: &DiskPlan, run: &RunId, suffix: &str) -> PathBuf {
     let stem = disk.chain.top().path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
     // Block devices of different domains share names like "dm-3"; the disk's own name keeps two of one domain apart.
-    let name = format!("{stem}.{}{OVERLAY_MARK}{}.qcow2", disk.name, &run.as_str()[..8]);
-    disk.overlay_dir.join(name)
+    let rest = format!(".{}{OVERLAY_MARK}{}.{suffix}", disk.name, &run.as_str()[..8]);
+    let dir_len = disk.overlay_dir.as_os_str().len() + "/".len() + "\0".len();
+    let room = NAME_MAX.min(PATH_MAX.saturating_sub(dir_len)).saturating_sub(rest.len() + PUT_AWAY_LEN);
+    let kept = (0..=stem.len().min(room)).rev().find(|at| stem.is_char_boundary(*at)).unwrap_or(0);
+    disk.overlay_dir.join(format!("{}{rest}", &stem[..kept]))
+}
+
+/// Whether a file's name says that it is an overlay of ours.
+pub fn is_our_overlay(path: &Path) -> bool {
+    let Some(name) = path.file_name().and_then(|n| n.to_str()) else { return false };
+    let Some((_, rest)) = name.rsplit_once(OVERLAY_MARK) else { return false };
+    rest.strip_suffix(".qcow2").is_some_and(|run| run.len() == 8 && run.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
 /// In the file name of every overlay of ours.

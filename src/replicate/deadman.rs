@@ -24,6 +24,7 @@ use super::journal::{self, DEADMAN, Journal, Record};
 use super::quiesce::{self, Settled};
 use super::settle::{Goal, Outcome, PauseGuard, SettleOptions, Settler, Unguarded};
 use crate::error::{Error, Kind, Result};
+use crate::hypervisor::backup::BackupJob;
 use crate::hypervisor::guest::GuestAgent;
 use crate::hypervisor::{Backups, Hypervisor};
 use crate::name::DomainUuid;
@@ -220,7 +221,19 @@ fn end_backup(charge: &Charge) -> Result<()> {
     }
     tracing::error!(domain = %charge.uuid, "the driver is gone and its backup is not: ending it");
     let journal = Journal::open(charge.state, &charge.uuid, DEADMAN, Timestamp::now())?;
-    backup::settle(charge.backups, &journal, &charge.uuid).map(drop)
+    match backup::settle(charge.backups, &journal, &charge.uuid) {
+        // What is left is files: the next run, or doctor, removes them. Only a job that goes on fills the host.
+        Err(e) if !may_go_on(charge.backups.running_backup(&charge.uuid)) => {
+            tracing::error!(domain = %charge.uuid, "no backup runs; what it left stays for the next run: {}", e.chain());
+            Ok(())
+        }
+        done => done.map(drop),
+    }
+}
+
+/// Whether a job fills scratch files, as far as libvirt knows; one that does not answer may hide one.
+fn may_go_on(running: Result<BackupJob>) -> bool {
+    !matches!(running, Ok(BackupJob::None))
 }
 
 fn run_owed_hook(charge: &Charge) -> Result<()> {
@@ -280,4 +293,17 @@ pub fn parent() -> Option<OwnedFd> {
         return None;
     }
     rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An error that no waiting mends is told once, and not for ten minutes.
+    #[test]
+    fn only_a_backup_that_may_go_on_is_tried_again() {
+        assert!(!may_go_on(Ok(BackupJob::None)));
+        assert!(may_go_on(Ok(BackupJob::Hollow)));
+        assert!(may_go_on(Err(Error::new(Kind::Unavailable, "libvirt is down"))));
+    }
 }

@@ -5,7 +5,7 @@
 
 use crate::error::{Error, Result};
 use crate::flock::Flock;
-use crate::replicate::journal::sync_dir;
+use crate::replicate::journal::{denied, sync_dir};
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
@@ -15,7 +15,7 @@ const LOCK: &str = "lock";
 /// Makes `dir` if it is not there, for nobody else to look into.
 pub(crate) fn make(dir: &Path) -> Result<()> {
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
-    made.map_err(|e| Error::io("cannot make the directory of the state", dir, e))
+    made.map_err(|e| denied(Error::io("cannot make the directory of the state", dir, e)))
 }
 
 /// Takes the lock of `dir`, which is there; held until dropped. Does not wait; `None`: another hand has it. What is seen in it
@@ -24,7 +24,7 @@ pub(crate) fn lock(dir: &Path) -> Result<Option<Flock>> {
     let path = dir.join(LOCK);
     let mut options = fs::OpenOptions::new();
     let file = options.write(true).create(true).truncate(false).mode(0o600).open(&path);
-    let file = file.map_err(|e| Error::io("cannot open the lock", &path, e))?;
+    let file = file.map_err(|e| denied(Error::io("cannot open the lock", &path, e)))?;
     let lock = Flock::exclusive(file).map_err(|e| Error::io("cannot take the lock", path, e))?.ok();
     if lock.is_some() {
         sync_dir(dir)?;

@@ -173,7 +173,7 @@ impl Journal {
             .recursive(true)
             .mode(0o700)
             .create(&dir)
-            .map_err(|e| Error::io("cannot create the directory of the domain's state", &dir, e))?;
+            .map_err(|e| denied(Error::io("cannot create the directory of the domain's state", &dir, e)))?;
         let path = dir.join("lock");
         let file = OpenOptions::new()
             .read(true)
@@ -182,7 +182,7 @@ impl Journal {
             .truncate(false)
             .mode(0o600)
             .open(&path)
-            .map_err(|e| Error::io("cannot open the domain's lock", &path, e))?;
+            .map_err(|e| denied(Error::io("cannot open the domain's lock", &path, e)))?;
         let locked = Flock::exclusive(file).map_err(|e| Error::io("cannot lock the domain", &path, e))?;
         let lock = locked.map_err(|mut file| busy(&mut file, &path))?;
         let holder = Holder { pid: std::process::id(), what: what.to_owned(), since: now };
@@ -399,12 +399,23 @@ fn known_version(format: u32, path: &Path) -> Result<()> {
         .hint("it was written by a newer virt-replica: use that one to settle the domain"))
 }
 
+/// An error about this host's own state; where a right is missing, with the way out.
+pub(crate) fn denied(error: Error) -> Error {
+    let cause = std::error::Error::source(&error).and_then(|cause| cause.downcast_ref::<std::io::Error>());
+    match cause.map(std::io::Error::kind) {
+        Some(std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem) => {
+            error.hint("run it as root (sudo), or name a directory of your own for the state: --state-dir DIR")
+        }
+        _ => error,
+    }
+}
+
 pub(crate) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     let mut text = Vec::new();
     match File::open(path).and_then(|f| f.take(DOCUMENT_MAX).read_to_end(&mut text)) {
         Ok(_) => {}
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(Error::io("cannot read", path, e)),
+        Err(e) => return Err(denied(Error::io("cannot read", path, e))),
     }
     serde_json::from_slice(&text).map(Some).map_err(|e| {
         Error::new(Kind::Corrupt, "this document of our own cannot be understood")

@@ -30,6 +30,7 @@ pub mod plan;
 pub mod pump;
 pub mod quiesce;
 pub mod report;
+pub mod rights;
 pub(crate) mod room;
 pub mod settle;
 pub mod source;

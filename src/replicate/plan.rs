@@ -2,11 +2,12 @@
 
 use super::audit::{self, AuditOptions, AuditPlan};
 use super::birth;
-use super::capture::OVERLAY_MARK;
+pub use super::capture::is_our_overlay;
 pub use super::choice::CaptureKind;
 use super::choice::{CaptureWish, Choice};
 use super::forecast::{Room, SpaceOptions};
 use super::quiesce::{self, Quiesce, QuiesceOptions};
+use super::rights::Hindrance;
 use super::turnover::{self, Tracked};
 use crate::block::DiskSize;
 use crate::block::digest::Digest;
@@ -184,6 +185,8 @@ pub enum Conflict {
     NoTargetSpace { free_bytes: u64, needed_bytes: u64 },
     /// The guest's file systems are to be held, and cannot be.
     CannotQuiesce { why: String },
+    /// This process may not do what the run needs, or a name is too long.
+    Hindered(Hindrance),
     /// An image cannot be read, and why.
     Unreadable { disk: DiskName, why: String },
 }
@@ -197,6 +200,7 @@ impl Conflict {
             | Conflict::SizeUnknown { disk }
             | Conflict::NoOverlaySpace { disk, .. }
             | Conflict::NoOverlayDir { disk, .. }
+            | Conflict::Hindered(Hindrance { disk, .. })
             | Conflict::Unreadable { disk, .. } => Some(disk),
             _ => None,
         }
@@ -244,6 +248,7 @@ impl Conflict {
                  the run go on without it: --quiesce try"
                     .into()
             }
+            Conflict::Hindered(hindrance) => hindrance.advice.into(),
             Conflict::Unreadable { .. } => "put the image right, or exclude the disk with --exclude-disk".into(),
         }
     }
@@ -290,6 +295,7 @@ impl std::fmt::Display for Conflict {
                 free_bytes >> 20
             ),
             Conflict::CannotQuiesce { why } => write!(f, "the guest's file systems cannot be held: {why}"),
+            Conflict::Hindered(hindrance) => f.write_str(&hindrance.why),
             Conflict::Unreadable { why, .. } => write!(f, "its image cannot be read: {why}"),
         }
     }
@@ -445,10 +451,9 @@ fn plan_disk(
     }
     let in_head = replica.head().and_then(|p| p.disk(name));
     let damage = replica.damaged.iter().find(|d| d.disk == *name);
-    let (mode, mut reason, tracking_doubt) = match repair_mode(damage, in_head.map(|d| d.size), options) {
-        Some((mode, reason)) => (mode, reason, false),
-        None => choose_mode(in_head.map(|d| d.size), size, replica, &facts.tracked, options),
-    };
+    let repaired = repair_mode(damage, in_head.map(|d| d.size), options).map(|(mode, reason)| (mode, reason, false));
+    let (mode, mut reason, tracking_doubt) =
+        repaired.unwrap_or_else(|| choose_mode(in_head.map(|d| d.size), size, replica, &facts.tracked, options));
     let seed_bytes = seed_bytes(name, mode, replica, options);
     if seed_bytes > 0 {
         reason += &format!("; {} MiB of a copy are there to start from", seed_bytes >> 20);
@@ -588,13 +593,6 @@ pub fn overlay_dir(top: &Layer, options: &PlanOptions) -> PathBuf {
         None if top.block_device => options.block_overlay_dir.clone(),
         None => top.path.parent().unwrap_or(Path::new("/")).to_owned(),
     }
-}
-
-/// Whether a file's name says that it is an overlay of ours.
-pub fn is_our_overlay(path: &Path) -> bool {
-    let Some(name) = path.file_name().and_then(|n| n.to_str()) else { return false };
-    let Some((_, rest)) = name.rsplit_once(OVERLAY_MARK) else { return false };
-    rest.strip_suffix(".qcow2").is_some_and(|run| run.len() == 8 && run.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
 #[cfg(test)]

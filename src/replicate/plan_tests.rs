@@ -389,6 +389,30 @@ fn overlays_lie_beside_files_and_in_their_own_directory_for_devices() {
 }
 
 #[test]
+fn a_long_name_of_an_image_leaves_room_for_those_of_its_overlay() {
+    use crate::replicate::capture::run_file;
+    let run = RunId::from_bits(0x1234_5678_9abc_def0);
+    let domain = domain("vda");
+    let mut disk = plan(&domain, &facts(&domain), &replica(""), Generation(1), &PlanOptions::default()).disks.remove(0);
+    let mut named = |stem: &str, dir: &str| {
+        disk.chain.0[0].path = Path::new(dir).join(format!("{stem}.qcow2"));
+        disk.overlay_dir = dir.into();
+        run_file(&disk, &run, "qcow2")
+    };
+    assert_eq!(named("web", "/pool"), Path::new("/pool/web.vda.vr-12345678.qcow2"));
+    for (stem, dir) in [
+        ("l".repeat(249), "/pool".to_owned()),
+        ("ö".repeat(124), "/pool".to_owned()),
+        ("x".repeat(99), format!("/{}", "d/".repeat(2000))),
+    ] {
+        let path = named(&stem, &dir);
+        let name = path.file_name().unwrap().to_str().unwrap();
+        assert!(name.len() + ".retired".len() <= 255 && path.as_os_str().len() + ".retired".len() < 4096, "{name}");
+        assert!(is_our_overlay(&path) && name.contains(".vda.vr-"), "{name}");
+    }
+}
+
+#[test]
 fn our_overlays_are_known_by_name() {
     for (path, ours) in [
         ("/pool/a.vda.vr-0123abcd.qcow2", true),

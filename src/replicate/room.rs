@@ -24,6 +24,15 @@ const CRITICAL_PART: u64 = 4;
 /// Least of it: a floor set to nothing still leaves the guest a moment.
 const CRITICAL_MIN: u64 = 8 << 20;
 
+/// Whether this process may make and remove files in a directory; one that is not there is somebody else's question.
+pub(crate) fn may_make_files(dir: &Path) -> std::io::Result<()> {
+    use rustix::fs::{Access, AtFlags, CWD, accessat};
+    match accessat(CWD, dir, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS) {
+        Err(e) if e != rustix::io::Errno::NOENT => Err(e.into()),
+        _ => Ok(()),
+    }
+}
+
 /// The room of one run's overlays.
 pub(super) struct RoomWatch {
     overlays: Vec<Overlay>,

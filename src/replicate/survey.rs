@@ -13,6 +13,7 @@ use super::observe;
 use super::offline;
 use super::plan::{Conflict, DiskFacts, Plan, overlay_dir, plan};
 use super::report::Report;
+use super::rights;
 use super::room::free_bytes;
 use super::stores;
 use super::surroundings::describe;
@@ -75,6 +76,8 @@ pub fn make_plan(ports: &Ports, request: &Request, domain: &DomainView, replica:
     let generation = if request.plan.take_over { own.max(replica.generation) } else { own };
     let mut plan = plan(domain, &facts, replica, generation, &request.plan, capture);
     forecast::foresee(&mut plan, &facts, replica, &past, (ports.clock)(), &request.plan.space);
+    let hindrances = rights::hindrances(ports.backups, &plan, &request.run);
+    plan.conflicts.extend(hindrances.into_iter().map(Conflict::Hindered));
     Ok(plan)
 }
 
@@ -126,7 +129,7 @@ fn disk_facts(
     });
     let (reader, chain) = match reader {
         Some(Ok(reader)) => (reader, chain),
-        Some(Err(e)) => (String::new(), Err(e.chain())),
+        Some(Err(e)) => (String::new(), Err(rights::told(&e))),
         None => (String::new(), chain),
     };
     let (allocated_bytes, overlay_room) = match &chain {

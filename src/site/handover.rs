@@ -193,6 +193,7 @@ fn stays_when_off(conflict: &Conflict) -> bool {
             | Conflict::NoOverlaySpace { .. }
             | Conflict::NoOverlayDir { .. }
             | Conflict::CannotQuiesce { .. }
+            | Conflict::Hindered(_)
     )
 }
 

@@ -21,7 +21,7 @@ use crate::replica::upkeep::Held;
 use crate::replica::{Attachment, PointView, ReplicaView};
 use crate::replicate::demoted::{self, DiskFormat};
 use crate::replicate::generation;
-use crate::replicate::room::free_bytes;
+use crate::replicate::room::{free_bytes, may_make_files};
 use jiff::Timestamp;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -133,18 +133,28 @@ impl Here {
         let mut findings = vec![ready::point(&found.view, &found.point)];
         findings.extend(ready::left_out(&fitted.definition, &found.point, &self.options.mapping));
         findings.extend(ready::chain(&fitted, overlays::to_copy(held, fitted.definition.images_max)?, &room));
-        findings.extend(ready::judge(&fitted, &found.name, &found.uuid, &room, builds));
+        findings.extend(self.judge_fitted(&found.uuid, &found.name, &fitted, builds));
         findings.extend(ready::tpm_programs(&fitted, &found.point));
         Ok(findings)
     }
 
-    /// Whether a domain could be brought up here whose point is still to come; see [`BringUp::ready_for`](crate::recovery::bringup::BringUp::ready_for).
+    /// Every question about a definition that was fitted to this host. Whoever wants to know whether a domain can come up here
+    /// asks through this.
+    fn judge_fitted(&self, uuid: &DomainUuid, name: &DomainName, fitted: &Fitted, builds: &Builds) -> Vec<Finding> {
+        let mut findings = ready::judge(fitted, name, uuid, &self.room(), builds);
+        let dir = self.options.mapping.images_dir();
+        findings.extend(may_make_files(dir).err().map(|e| ready::no_right(dir, &e)));
+        findings
+    }
+
+    /// Whether a domain could be brought up here whose point is still to come; see
+    /// [`BringUp::ready_for`](crate::recovery::bringup::BringUp::ready_for).
     pub fn ready_for(&self, uuid: &DomainUuid, coming: &Coming) -> Result<Vec<Finding>> {
         let overlays = overlays::to_come(coming, &self.failover_dir(uuid)?);
         let mut fitted = self.fitted(uuid, &coming.name, &coming.definition, &overlays)?;
         fitted.host = fitted.host.without(uuid);
         // The build of the source's firmware travels with the point: until then nothing is known of it.
-        let mut findings = ready::judge(&fitted, &coming.name, uuid, &self.room(), &Builds::default());
+        let mut findings = self.judge_fitted(uuid, &coming.name, &fitted, &Builds::default());
         findings.retain(|f| f.question != Question::Firmware || f.color != Color::Yellow);
         Ok(findings)
     }

@@ -5,6 +5,7 @@ use crate::error::Result;
 use crate::image::open::OpenOptions;
 use crate::plain::source::ReadOptions;
 use crate::plain::target::{LocalOptions, LocalTarget};
+use crate::plain::tree::{self, Make};
 use crate::plain::{PlainTarget, Wish};
 use crate::transport::Service;
 use crate::transport::ssh::SshOptions;
@@ -79,6 +80,14 @@ pub fn read_options(state: &Path, force_share: bool, backing: &[PathBuf]) -> Rea
 /// Where redo files of block devices lie.
 pub fn redo_dir(state: &Path) -> PathBuf {
     state.join("redo")
+}
+
+/// Makes a directory or a link on this host, or on that of the connection.
+pub fn make(what: &Make, connection: Option<&Connection>) -> Result<()> {
+    match connection {
+        None => tree::make(what, None),
+        Some(connection) => connection.client()?.make(what),
+    }
 }
 
 /// Opens an image on this host, or on that of the connection.

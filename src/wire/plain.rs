@@ -2,6 +2,7 @@
 //! a replica's disk.
 
 use super::Handle;
+use crate::plain::tree::Make;
 use crate::plain::{Committed, Finish, ImageView, Whole, Wish};
 use serde::{Deserialize, Serialize};
 
@@ -9,9 +10,20 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Ask {
-    Open { wish: Wish },
-    Read { image: Handle },
-    Commit { image: Handle, finish: Finish },
+    Open {
+        wish: Wish,
+    },
+    Read {
+        image: Handle,
+    },
+    Commit {
+        image: Handle,
+        finish: Finish,
+    },
+    /// A directory or a link beside the images.
+    Make {
+        make: Make,
+    },
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -28,4 +40,5 @@ pub enum Told {
     Commit {
         committed: Committed,
     },
+    Make {},
 }

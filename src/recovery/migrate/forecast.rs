@@ -1,7 +1,8 @@
 //! How long the guest would be down if it went down now, from the rounds so far. Pure.
 //!
 //! Invariants
-//! - A rate comes from a sample that is large enough to show it. Without one the forecast uses an assumption, and says so.
+//! - A rate comes from a sample that is large enough to show it. Without one the forecast uses an assumption, and says
+//!   so.
 //! - Each term of the sum is shown ([`Forecast::terms`]), so that a person sees which one to doubt.
 
 use crate::block::BLOCK_LEN;
@@ -37,9 +38,11 @@ pub struct Ran {
     pub frozen_at: Timestamp,
     /// How long after the freeze the next figure was asked for.
     pub since_freeze: Duration,
-    /// Bytes of blocks that the guest has written to since the freeze; `None`: not all its disks have a bitmap that tells.
+    /// Bytes of blocks that the guest has written to since the freeze; `None`: not all its disks have a bitmap that
+    /// tells.
     pub written_bytes: Option<u64>,
-    /// Data of the disks whose bitmap goes with their QEMU: the last run has to read it from end to end. Holes cost nothing.
+    /// Data of the disks whose bitmap goes with their QEMU: the last run has to read it from end to end. Holes cost
+    /// nothing.
     pub unmapped_bytes: u64,
 }
 
@@ -184,15 +187,16 @@ fn written(rounds: &[Ran]) -> Option<(f64, f64)> {
     }
 }
 
-/// Of a block that was written to, only the pieces that differ travel, compressed: so much of it did. Where too little was seen
-/// to tell, all of it is assumed to.
+/// Of a block that was written to, only the pieces that differ travel, compressed: so much of it did. Where too little
+/// was seen to tell, all of it is assumed to.
 fn shrunk(rounds: &[Ran]) -> f64 {
     let sum = |of: &dyn Fn(&Ran) -> u64| rounds.iter().skip(1).map(of).sum::<u64>();
     let (sent, changed) = (sum(&|r| r.bytes_sent), sum(&|r| r.changed_bytes));
     if changed >= TELLING_BYTES { (sent as f64 / changed as f64).min(1.0) } else { 1.0 }
 }
 
-/// By the last round that sent enough. A round's own cost is counted for itself, so far as much smaller rounds have shown it.
+/// By the last round that sent enough. A round's own cost is counted for itself, so far as much smaller rounds have
+/// shown it.
 fn link_rate(rounds: &[Ran]) -> Option<f64> {
     let telling = rounds.iter().rev().find(|r| r.bytes_sent >= TELLING_BYTES)?;
     let smaller = rounds.iter().filter(|r| r.bytes_sent < telling.bytes_sent / 4).map(Ran::took_s);
@@ -201,8 +205,8 @@ fn link_rate(rounds: &[Ran]) -> Option<f64> {
     Some(telling.bytes_sent as f64 / (telling.took_s() - cost))
 }
 
-/// How fast the disks are read, and whether that is assumed. A round that read much may have waited for the link: it shows what the
-/// storage does at the least.
+/// How fast the disks are read, and whether that is assumed. A round that read much may have waited for the link: it
+/// shows what the storage does at the least.
 fn read_rate(rounds: &[Ran]) -> (f64, bool) {
     let telling = rounds.iter().filter(|r| r.bytes_read >= TELLING_READ_BYTES);
     let seen = telling.map(|r| r.bytes_read as f64 / r.took_s()).fold(0.0, f64::max);

@@ -41,7 +41,8 @@ fn a_forecast_is_the_shutdown_the_transfer_and_what_every_run_costs() {
     assert_eq!((f.shutdown_ms, f.fixed_ms), (15_000.0, 11_000.0));
 }
 
-/// A first copy that was mostly zeros says nothing of the link: what is left is taken to need long until a round has shown it.
+/// A first copy that was mostly zeros says nothing of the link: what is left is taken to need long until a round has
+/// shown it.
 #[test]
 fn a_link_that_nobody_has_seen_is_not_taken_to_be_fast() {
     let f = forecast(&[ran(0, 1, 10, Some(100))], &known()).unwrap();
@@ -66,8 +67,8 @@ fn a_disk_whose_bitmap_goes_with_its_qemu_is_read_from_end_to_end() {
     assert_eq!((f.transfer_ms, f.read_ms), (10_182.0, 10_000.0), "18 MiB are sent, and 100 MiB/s were read at best");
 }
 
-/// A raw disk of 1 GiB, 40 MiB of it data, written at 3 KiB/s: each round reads and sends next to nothing, and none of them says how
-/// fast the disk is read. With the rate of such a round the guest would be down for a quarter of an hour.
+/// A raw disk of 1 GiB, 40 MiB of it data, written at 3 KiB/s: each round reads and sends next to nothing, and none of
+/// them says how fast the disk is read. With the rate of such a round the guest would be down for a quarter of an hour.
 #[test]
 fn a_raw_disk_that_is_hardly_written_converges() {
     let quiet = |second: i64| Ran {
