@@ -14,6 +14,8 @@ pub const COMMIT_PENDING: u8 = 3;
 
 /// Code for "a new point exists, and a dirty bitmap was caught lying on the way to it".
 pub const AUDIT_ALARM: u8 = 14;
+/// Exit code of `sync` for "a point, and an I/O error has stopped the guest".
+pub const GUEST_STOPPED: u8 = 16;
 
 /// How a command ended, short of an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

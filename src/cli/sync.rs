@@ -112,7 +112,7 @@ pub use run::{plan, sync};
 #[cfg(feature = "libvirt")]
 mod run {
     use super::*;
-    use crate::cli::output::{AUDIT_ALARM, COMMIT_PENDING, Message, print, print_json};
+    use crate::cli::output::{AUDIT_ALARM, COMMIT_PENDING, GUEST_STOPPED, Message, print, print_json};
     use crate::cli::shorten::keep_short;
     use crate::cli::target::{Target, hang_up};
     use crate::cli::watch::{DiskTime, Watcher};
@@ -179,6 +179,8 @@ mod run {
         }
         match error {
             Some(e) => Err(e),
+            // The worst news: a guest that is down.
+            None if report.guest_stopped.as_ref().is_some_and(|g| !g.resumed) => Ok(Exit::Code(GUEST_STOPPED)),
             // The worse news: a pending commit ends by itself.
             None if !report.alarms.is_empty() => Ok(Exit::Code(AUDIT_ALARM)),
             None if report.outcome == RunOutcome::CommitPending => Ok(Exit::Code(COMMIT_PENDING)),

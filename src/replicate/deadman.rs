@@ -23,6 +23,7 @@ use super::freeze_hooks;
 use super::journal::{self, DEADMAN, Journal, Record};
 use super::quiesce::{self, Settled};
 use super::settle::{Goal, Outcome, PauseGuard, SettleOptions, Settler, Unguarded};
+use super::stopped;
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::guest::GuestAgent;
 use crate::hypervisor::{Backups, Hypervisor};
@@ -220,7 +221,11 @@ fn end_backup(charge: &Charge) -> Result<()> {
     }
     tracing::error!(domain = %charge.uuid, "the driver is gone and its backup is not: ending it");
     let journal = Journal::open(charge.state, &charge.uuid, DEADMAN, Timestamp::now())?;
-    backup::settle(charge.backups, &journal, &charge.uuid).map(drop)
+    backup::settle(charge.hypervisor, charge.backups, &journal, &charge.uuid)?;
+    // The scratch files are gone: a guest that found no room in them need not wait for the next run.
+    let stopped = stopped::settle(charge.hypervisor, &journal, &charge.uuid)?;
+    stopped.iter().for_each(|stopped| tracing::error!(domain = %charge.uuid, "{}", stopped.why));
+    Ok(())
 }
 
 fn run_owed_hook(charge: &Charge) -> Result<()> {

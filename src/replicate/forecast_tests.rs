@@ -61,6 +61,7 @@ fn run(frozen_at: i64, seconds: f64, mode: Mode, bytes: u64) -> Report {
         duration_ms: seconds * 1000.0,
         skipped: Vec::new(),
         alarms: Vec::new(),
+        guest_stopped: None,
         warnings: Vec::new(),
         target_seen: None,
         error: None,

@@ -48,6 +48,7 @@ fn domain(notation: &str) -> DomainView {
         uuid: DomainUuid::new(UUID).unwrap(),
         id: Some(1),
         power: Power::Running,
+        paused: None,
         persistent: true,
         managed_save: false,
         domain_job: None,

@@ -5,13 +5,14 @@
 //!
 //! Step numbers are those of docs/replication.md; a failpoint stands behind each.
 
-use super::decide::{Action, DiskSeen, Halt, HaltReason, Phase, PowerState, Stand, decide};
+use super::decide::{Action, DiskSeen, Halt, HaltReason, Job, Phase, PowerState, Stand, decide};
 use super::journal::{self, Journal, Record, Stamp, sync_dir};
 use super::observe::{Observation, observe};
 use super::offline;
+use super::stopped::{self, GuestStopped};
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::failpoint;
-use crate::hypervisor::Hypervisor;
+use crate::hypervisor::{Hypervisor, is_denied};
 use crate::image::locks::QemuLock;
 use crate::image::{Chain, Format, Layer, qemu_img};
 use crate::name::DiskName;
@@ -85,6 +86,8 @@ pub struct Account {
     pub steps: Vec<String>,
     /// What was unusual enough to tell an operator.
     pub alarms: Vec<String>,
+    /// The guest that an I/O error had stopped, and what became of it.
+    pub stopped: Option<GuestStopped>,
 }
 
 pub struct Settler<'a> {
@@ -95,12 +98,18 @@ pub struct Settler<'a> {
     pub options: SettleOptions,
     pub account: Account,
     paused_at: Option<Instant>,
+    pauses: u32,
     /// What acting has found out and deciding cannot know.
     lost: Option<Halt>,
 }
 
 /// Failed steps in a row after which the loop gives up with the last error.
 const FAILURES_MAX: u32 = 20;
+/// Pauses of the guest after which the loop leaves the pivot to the next run, beside one for each disk. Nothing resets their
+/// count: a pivot that is refused again and again must not hold the guest again and again.
+const PAUSES_MAX: u32 = 10;
+/// How long the guest runs at least between two pauses; more each time, up to the second.
+const BETWEEN_PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 /// Actions after which the loop gives up: no sound history needs as many.
 const ACTIONS_MAX: u32 = 10_000;
 
@@ -112,7 +121,8 @@ impl<'a> Settler<'a> {
         guard: &'a mut dyn PauseGuard,
         options: SettleOptions,
     ) -> Self {
-        Self { hypervisor, journal, record, guard, options, account: Account::default(), paused_at: None, lost: None }
+        let account = Account::default();
+        Self { hypervisor, journal, record, guard, options, account, paused_at: None, pauses: 0, lost: None }
     }
 
     /// Runs the loop. Blocks: a commit takes as long as it takes, at most [`SettleOptions::ready_within`]. An error
@@ -120,12 +130,15 @@ impl<'a> Settler<'a> {
     pub fn run(&mut self, goal: Goal) -> Result<Outcome> {
         let give_up_at = Instant::now() + self.options.ready_within;
         let mut failures = 0;
+        // A person may have changed the rules meanwhile: each run asks once.
+        self.record.commit_denied = None;
         for _ in 0..ACTIONS_MAX {
             let step = self.step(goal, give_up_at);
             match step {
                 Ok(Some(outcome)) => return Ok(outcome),
                 Ok(None) => failures = 0,
-                Err(e) if e.kind() == Kind::Interrupted => {
+                // What QEMU may not open, it may not open a moment later.
+                Err(e) if e.kind() == Kind::Interrupted || is_denied(&e) => {
                     self.release_after_failure();
                     return Err(e.domain(&self.record.domain));
                 }
@@ -160,10 +173,14 @@ impl<'a> Settler<'a> {
         tracing::debug!(domain = %self.record.domain, phase = ?self.record.phase, power = ?seen.power, ?action, "decided");
         match action {
             Action::Done => {
+                self.keep_stopped(&seen)?;
                 self.finish()?;
                 return Ok(Some(Outcome::Reached));
             }
             Action::Halt(halt) => return Ok(Some(Outcome::Halted(halt))),
+            Action::Pause if self.pauses >= PAUSES_MAX + self.record.disks.len() as u32 => {
+                return Ok(Some(self.pauses_spent(&seen)));
+            }
             // Whoever only lets the guest go does not begin a pivot; nothing is pivoted and unretired here, or decide
             // would have said so.
             Action::Pivot(_) if goal == Goal::Released => self.resume()?,
@@ -195,16 +212,17 @@ impl<'a> Settler<'a> {
 
     fn perform(&mut self, action: Action, seen: &Observation) -> Result<()> {
         match action {
-            Action::StartCommit(disk) => self.start_commit(&disk, true),
+            Action::Adopt(disk) => self.adopt(&disk, seen),
+            Action::StartCommit(disk) => self.start_commit(&disk, true, seen),
             Action::StartCommitBelow(disk) => {
                 self.alarm(format!(
                     "disk '{disk}': somebody put a snapshot above our overlay; it is kept, ours is committed below it"
                 ));
-                self.start_commit(&disk, false)
+                self.start_commit(&disk, false, seen)
             }
             Action::Pause => self.pause(seen),
             Action::Pivot(disk) => self.pivot(&disk),
-            Action::Redefine(disk) => self.redefine(&disk),
+            Action::Redefine(disk) => self.redefine(&disk, seen),
             Action::MarkComplete(disk) => self.mark_complete(&disk, seen),
             Action::Retire(disk) => self.rename_away(&disk, seen, Away::Retired),
             Action::SetAside(disk) => self.rename_away(&disk, seen, Away::Kept),
@@ -215,7 +233,22 @@ impl<'a> Settler<'a> {
         }
     }
 
-    fn start_commit(&mut self, disk: &DiskName, active: bool) -> Result<()> {
+    /// Somebody's snapshot came between the plan and our freeze, or the chain below us was changed: the image that our
+    /// overlay completes is the one right below it. Of its times nothing is known.
+    fn adopt(&mut self, disk: &DiskName, seen: &Observation) -> Result<()> {
+        let Some(base) = seen.under[self.at(disk)].clone() else { return Ok(()) };
+        let was = self.disk(disk).base.path.clone();
+        self.alarm(format!(
+            "disk '{disk}': our overlay lies over {}, and not over {} as planned; it is committed into the image below it",
+            base.path.display(),
+            was.display()
+        ));
+        let recorded = self.disk_mut(disk);
+        (recorded.base, recorded.base_stamp) = (base, None);
+        self.journal.write(&self.record)
+    }
+
+    fn start_commit(&mut self, disk: &DiskName, active: bool, seen: &Observation) -> Result<()> {
         // Step 7a: from here on the base alone is a mixture, and nobody may read it as a point (I5).
         if self.record.phase < Phase::CommitIntent {
             self.record.phase = Phase::CommitIntent;
@@ -226,14 +259,47 @@ impl<'a> Settler<'a> {
             let d = self.disk(disk);
             (d.base.path.clone(), d.overlay.clone())
         };
-        self.hypervisor.start_commit(&self.record.uuid, disk, &overlay, &base, active).on_disk(disk)?;
+        let started = self.hypervisor.start_commit(&self.record.uuid, disk, &overlay, &base, active).on_disk(disk);
+        if let Err(e) = started {
+            return self.if_denied(e, &base, seen);
+        }
         self.note(format!("7b commit of {disk} started"));
         failpoint!("7b");
         Ok(())
     }
 
+    /// A commit that QEMU may not begin. Under AppArmor its end is the only way out: that is recorded, and decides.
+    fn if_denied(&mut self, e: Error, base: &Path, seen: &Observation) -> Result<()> {
+        if !is_denied(&e) {
+            return Err(e);
+        }
+        if !self.hypervisor.confinement(&self.record.uuid)?.denies_commits() {
+            return Err(e.path(base).hint(
+                "QEMU may not write to the disk's own image: compare its owner, mode and label with those of the domain's \
+                 other images, then run `virt-replica doctor --repair`",
+            ));
+        }
+        tracing::error!(domain = %self.record.domain, "{}", e.chain());
+        self.record.commit_denied = seen.domain.as_ref().and_then(|domain| domain.id);
+        self.journal.write(&self.record)
+    }
+
+    /// The guest was paused often enough: it runs on its overlays, and the next run goes on from there.
+    fn pauses_spent(&mut self, seen: &Observation) -> Outcome {
+        self.alarm(format!(
+            "the guest was paused {} times for a pivot that QEMU refused each time; the next run tries it again",
+            self.pauses
+        ));
+        let ready = seen.disks.iter().find(|(_, _, disk)| disk.job == Job::Ready);
+        Outcome::Pending(ready.map_or_else(|| self.record.disks[0].name.clone(), |(name, ..)| name.clone()))
+    }
+
     fn pause(&mut self, seen: &Observation) -> Result<()> {
         failpoint!("7c");
+        if self.pauses > 0 {
+            std::thread::sleep((BETWEEN_PAUSES.0 * self.pauses).min(BETWEEN_PAUSES.1));
+        }
+        self.pauses += 1;
         // Step 7d: whoever comes after us must know that the pause is ours, and that a pivot may have happened.
         self.record.phase = Phase::PivotIntent;
         self.record.resume_after = seen.power == PowerState::Running;
@@ -264,10 +330,12 @@ impl<'a> Settler<'a> {
         Ok(())
     }
 
-    fn redefine(&mut self, disk: &DiskName) -> Result<()> {
-        let base = self.disk(disk).base.clone();
-        self.hypervisor.redefine(&self.record.uuid, &[(disk.clone(), base)]).on_disk(disk)?;
-        self.note(format!("definition of {disk} put back to its base"));
+    fn redefine(&mut self, disk: &DiskName, seen: &Observation) -> Result<()> {
+        // A snapshot that somebody put above the base since is part of the disk.
+        let live = seen.domain.as_ref().and_then(|d| d.disk(disk)?.live.as_ref());
+        let image = live.map_or(&self.disk(disk).base, |chain| chain.top()).clone();
+        self.hypervisor.redefine(&self.record.uuid, &[(disk.clone(), image)]).on_disk(disk)?;
+        self.note(format!("definition of {disk} put back to its image"));
         Ok(())
     }
 
@@ -317,14 +385,16 @@ impl<'a> Settler<'a> {
     }
 
     fn commit_offline(&mut self, disk: &DiskName) -> Result<()> {
-        if self.record.phase < Phase::CommitIntent {
-            self.record.phase = Phase::CommitIntent;
-            self.journal.write(&self.record)?;
-        }
         let (overlay, base) = {
             let d = self.disk(disk);
             (d.overlay.clone(), d.base.clone())
         };
+        offline::commits_into(&overlay, &base).on_disk(disk)?;
+        if self.record.phase < Phase::CommitIntent || !self.disk(disk).off_commit {
+            self.record.phase = self.record.phase.max(Phase::CommitIntent);
+            self.disk_mut(disk).off_commit = true;
+            self.journal.write(&self.record)?;
+        }
         // qemu-img takes QEMU's locks itself: a domain that was started meanwhile makes this fail, and is observed next.
         let mut layers =
             vec![Layer { path: overlay.clone(), format: Format::Qcow2, block_device: false, data_file: None }];
@@ -334,15 +404,16 @@ impl<'a> Settler<'a> {
         let committed = Stamp::of(&overlay)?;
         let _overlay_lock = offline::lock_as_seen(&overlay, committed)?;
         let again = observe(self.hypervisor, &self.record)?;
-        if !matches!(again.power, PowerState::Off | PowerState::Gone) {
+        let (_, _, now) = again.disks[self.at(disk)];
+        if now.live != Stand::Absent {
             return Err(Error::new(Kind::Busy, "the domain was started while its overlay was committed").disk(disk));
         }
         rename_durably(&overlay, &self.disk(disk).retired())?;
         failpoint!("7l");
-        if again.power == PowerState::Off && again.domain.is_some_and(|d| d.persistent) {
+        if now.inactive == Stand::Ours {
             self.hypervisor.redefine(&self.record.uuid, &[(disk.clone(), base)]).on_disk(disk)?;
         }
-        self.note(format!("overlay of {disk} committed while the domain was off"));
+        self.note(format!("overlay of {disk} committed while no QEMU had it"));
         failpoint!("7m");
         Ok(())
     }
@@ -410,6 +481,16 @@ impl<'a> Settler<'a> {
         Ok(())
     }
 
+    /// Step 7n.owed: once the record is closed, nobody else knows that the guest's pause is ours to end.
+    fn keep_stopped(&self, seen: &Observation) -> Result<()> {
+        let Some(domain) = &seen.domain else { return Ok(()) };
+        let (run, ran) = (&self.record.run, self.record.ran);
+        if stopped::owe(self.journal, run, ran, self.record.instance, domain)? {
+            failpoint!("7n.owed");
+        }
+        Ok(())
+    }
+
     /// Step 7n: nothing refers to the retired overlays any more; then the record itself.
     fn finish(&mut self) -> Result<()> {
         for disk in &self.record.disks {
@@ -444,9 +525,12 @@ impl<'a> Settler<'a> {
         self.record.disks.iter_mut().find(|d| &d.name == name).expect("decide names disks of the record")
     }
 
+    fn at(&self, name: &DiskName) -> usize {
+        self.record.disks.iter().position(|d| &d.name == name).expect("decide names disks of the record")
+    }
+
     fn stamp_seen(&self, name: &DiskName, seen: &Observation) -> Option<Stamp> {
-        let at = self.record.disks.iter().position(|d| &d.name == name).expect("decide names disks of the record");
-        seen.overlay_stamps[at]
+        seen.overlay_stamps[self.at(name)]
     }
 
     fn note(&mut self, step: String) {
@@ -504,3 +588,7 @@ fn remove_if_there(path: &Path) -> Result<()> {
 fn parent(path: &Path) -> &Path {
     path.parent().unwrap_or(Path::new("/"))
 }
+
+#[cfg(test)]
+#[path = "settle_tests.rs"]
+mod tests;
