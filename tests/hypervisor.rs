@@ -12,7 +12,7 @@ use virt_replica::block::DiskSize;
 use virt_replica::error::Kind;
 use virt_replica::hypervisor::gate::{Call, Gate, Repeat, Wake};
 use virt_replica::hypervisor::libvirt::{Deadlines, LibvirtHypervisor};
-use virt_replica::hypervisor::{BlockJobKind, DiskKind, Hypervisor, Power};
+use virt_replica::hypervisor::{BlockJobKind, DiskKind, FreezeDisk, Hypervisor, Power};
 
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -216,6 +216,8 @@ fn a_refused_freeze_leaves_nothing() {
         (guest.freeze_disk("vdx", "vx.qcow2"), Kind::Conflict),
         (guest.freeze_disk("vda", "other.qcow2"), Kind::Usage),
         (guest.freeze_disk("vdb", "va.qcow2"), Kind::Usage),
+        // Somebody's snapshot came first: the guest does not write to the image that was planned.
+        (FreezeDisk { over: guest.path("a.qcow2"), ..guest.freeze_disk("vdb", "vb.qcow2") }, Kind::Busy),
     ];
     for (bad, kind) in bad {
         let e = h.freeze(&guest.uuid, &[good.clone(), bad]).unwrap_err();
@@ -247,7 +249,8 @@ fn a_commit_that_is_not_ready_is_busy_and_can_be_cancelled() {
     assert_eq!(e.kind(), Kind::Busy, "{}", e.chain());
     let e = h.start_commit(&guest.uuid, &name("vdb"), &guest.path("o.qcow2"), &guest.path("b.raw"), true).unwrap_err();
     assert_eq!(e.kind(), Kind::Busy, "{}", e.chain());
-    let e = h.freeze(&guest.uuid, &[guest.freeze_disk("vdb", "second.qcow2")]).unwrap_err();
+    let second = FreezeDisk { over: guest.path("o.qcow2"), ..guest.freeze_disk("vdb", "second.qcow2") };
+    let e = h.freeze(&guest.uuid, &[second]).unwrap_err();
     assert!(matches!(e.kind(), Kind::Busy | Kind::Refused), "{}", e.chain());
     for _ in 0..2 {
         h.cancel_job(&guest.uuid, &name("vdb")).unwrap();

@@ -61,6 +61,8 @@ mod crash_qmp;
 mod crash_quiesce;
 #[path = "lab/suite/crash_raw.rs"]
 mod crash_raw;
+#[path = "lab/suite/crash_stopped.rs"]
+mod crash_stopped;
 #[path = "lab/suite/daemon.rs"]
 mod daemon;
 #[path = "lab/suite/daemon_soak.rs"]

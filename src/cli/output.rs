@@ -14,6 +14,8 @@ pub const COMMIT_PENDING: u8 = 3;
 
 /// Code for "a new point exists, and a dirty bitmap was caught lying on the way to it".
 pub const AUDIT_ALARM: u8 = 14;
+/// Exit code of `sync` for "a point, and an I/O error has stopped the guest".
+pub const GUEST_STOPPED: u8 = 16;
 
 /// Code for "done, and a disk of the domain is in no point although nobody excluded it".
 pub const PARTLY_PROTECTED: u8 = 15;

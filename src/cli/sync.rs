@@ -120,7 +120,9 @@ pub use run::{plan, sync};
 mod run {
     use super::*;
     use crate::cli::foresee::lacks;
-    use crate::cli::output::{AUDIT_ALARM, COMMIT_PENDING, Message, PARTLY_PROTECTED, print, print_json};
+    use crate::cli::output::{
+        AUDIT_ALARM, COMMIT_PENDING, GUEST_STOPPED, Message, PARTLY_PROTECTED, print, print_json,
+    };
     use crate::cli::shorten::keep_short;
     use crate::cli::target::{Target, hang_up};
     use crate::cli::watch::{DiskTime, Watcher};
@@ -192,6 +194,8 @@ mod run {
         }
         match error {
             Some(e) => Err(e),
+            // The worst news: a guest that is down.
+            None if report.guest_stopped.as_ref().is_some_and(|g| !g.resumed) => Ok(Exit::Code(GUEST_STOPPED)),
             // The worse news: a pending commit ends by itself.
             None if !report.alarms.is_empty() => Ok(Exit::Code(AUDIT_ALARM)),
             None if report.outcome == RunOutcome::CommitPending => Ok(Exit::Code(COMMIT_PENDING)),

@@ -273,7 +273,7 @@ impl Engine {
             }
         }
         let alarm = |a| Order::Say(Level::Error, About::job(&job), format!("domain '{name}': ALARM: {a}"));
-        orders.extend(end.alarms.iter().map(alarm));
+        orders.extend(end.alarms.iter().chain(end.guest_stopped.iter().map(|g| &g.why)).map(alarm));
         orders.push(Order::Save);
         let failed = end.result == RunResult::Failed;
         let hooks = &job.policy.hooks;

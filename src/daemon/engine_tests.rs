@@ -8,6 +8,7 @@ use crate::config::Config;
 use crate::error::Kind;
 use crate::name::{DomainName, DomainUuid};
 use crate::policy::select::SeenDomain;
+use crate::replicate::stopped::GuestStopped;
 use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp};
 use std::collections::BTreeSet;
@@ -287,6 +288,20 @@ fn of_a_domain_that_was_handed_over_nothing_is_promised_and_nobody_is_alarmed() 
     // It is this host's again: what was promised of it is broken by now.
     let listed = here(&b);
     assert_eq!(words(&b.tell(Event::Domains(listed))), ["hook on_breachentered"]);
+}
+
+/// A guest that is down is an alarm, whether or not its point was made.
+#[test]
+fn a_guest_that_an_io_error_has_stopped_is_an_alarm() {
+    let mut b = Bench::new(&[HOURLY]);
+    b.domains("a");
+    let stopped = GuestStopped { resumed: false, why: "QEMU has stopped the guest".into() };
+    let end = End { guest_stopped: Some(stopped), ..sealed(b.now.wall) };
+    let orders = b.tell(Event::Ended { run: 1, end });
+    assert!(said(&orders, Level::Error).contains("ALARM: QEMU has stopped the guest"), "{orders:?}");
+    let status = b.engine.status(b.now);
+    assert!(crate::daemon::metrics::render(&status).contains("guest_stopped{domain=\"a\",target=\"ssh://dr1\"} 1"));
+    assert!(crate::daemon::page::render(&status).contains("QEMU has stopped the guest"));
 }
 
 #[test]

@@ -163,6 +163,9 @@ fn runs(page: &mut Page, rows: &[Row]) {
         Some(r.totals.bytes_written as f64)
     });
     page.each("audit_failures_total", Counter, "Dirty bitmaps that lied.", rows, |r| Some(r.totals.alarms as f64));
+    page.each("guest_stopped", Gauge, "Whether the newest run left the guest stopped by an I/O error.", rows, |r| {
+        last(r, |e| flag(e.guest_stopped.as_ref().is_some_and(|g| !g.resumed)))
+    });
     page.each("commit_pending", Gauge, "Whether the newest run left a disk on an overlay.", rows, |r| {
         last(r, |e| flag(e.result == RunResult::CommitPending))
     });

@@ -71,6 +71,7 @@ fn needs_somebody(row: &Row) -> bool {
         || row.clock_ahead_s.is_some()
         || row.checks.values().any(|s| s.error.is_some())
         || row.last_run.as_ref().is_some_and(|l| l.end.result != RunResult::Sealed || !l.end.alarms.is_empty())
+        || row.last_run.as_ref().is_some_and(|l| l.end.guest_stopped.is_some())
 }
 
 /// What somebody should look at, as sentences.
@@ -99,7 +100,8 @@ fn problems(status: &Status) -> Vec<String> {
         if last.end.result == RunResult::CommitPending {
             all.push(format!("{whom}: a disk is still on an overlay; the next run ends that"));
         }
-        all.extend(last.end.alarms.iter().map(|a| format!("{whom}: {a}")));
+        let alarms = last.end.alarms.iter().chain(last.end.guest_stopped.iter().map(|g| &g.why));
+        all.extend(alarms.map(|a| format!("{whom}: {a}")));
     }
     all
 }

@@ -7,6 +7,7 @@ use crate::policy::schedule::Past;
 use crate::replica::lag::is_future;
 use crate::replica::left_out::Skipped;
 use crate::replicate::report::TargetSeen;
+use crate::replicate::stopped::GuestStopped;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -58,6 +59,9 @@ pub struct End {
     pub error_kind: Option<Kind>,
     pub error: Option<String>,
     pub alarms: Vec<String>,
+    /// QEMU stopped the guest after an I/O error.
+    #[serde(default)]
+    pub guest_stopped: Option<GuestStopped>,
     pub freeze_ms: f64,
     pub pause_ms: f64,
     pub bytes_read: u64,
@@ -82,6 +86,7 @@ impl End {
             error_kind: kind,
             error: Some(error.into()),
             alarms: Vec::new(),
+            guest_stopped: None,
             freeze_ms: 0.0,
             pause_ms: 0.0,
             bytes_read: 0,

@@ -284,6 +284,7 @@ impl Heard {
             error_kind: report.error_kind.or(self.error.as_ref().map(|(kind, _)| *kind)),
             error: report.error.clone(),
             alarms,
+            guest_stopped: report.guest_stopped.clone(),
             freeze_ms: report.freeze_ms,
             pause_ms: report.pause_ms,
             bytes_read: sum(|s| s.bytes_read),

@@ -13,11 +13,13 @@ use super::bitmap;
 use super::gate::{Call, Failure, Gate, Line, Repeat};
 use super::machine_libvirt::firmware_for;
 use super::releases::{Version, version_of};
+use super::state::{ended, job_of_domain, power_and_reason};
+pub(super) use super::state::{is_lost, power};
 use super::swtpm;
 use super::sys;
 use super::volumes::{self, parsed};
 use super::xml::{self, DiskXml, DomainXml};
-use super::{BlockJob, BlockJobKind, DiskKind, DiskView, DomainView, Ended, FreezeDisk, Hypervisor, Power};
+use super::{BlockJob, BlockJobKind, Confinement, DiskKind, DiskView, DomainView, FreezeDisk, Hypervisor, PauseReason};
 use crate::block::DiskSize;
 use crate::error::{Error, Kind, Result};
 use crate::image::{Chain, Format, Layer};
@@ -251,8 +253,15 @@ impl Hypervisor for LibvirtHypervisor {
                 if disks[..index].iter().any(|other| other.name == d.name || other.overlay == d.overlay) {
                     return Err(Error::new(Kind::Usage, "disk or overlay is named twice").disk(&d.name).into());
                 }
-                if let Some(why) = live_disk(&live, &d.name)?.kind.refusal() {
+                let disk = live_disk(&live, &d.name)?;
+                if let Some(why) = disk.kind.refusal() {
                     return Err(Error::new(Kind::Refused, format!("the disk {why}")).disk(&d.name).into());
+                }
+                // libvirt cannot be told what is expected, so this is looked at as late as can be.
+                if disk.layers.first().is_none_or(|top| top.path != d.over) {
+                    let what =
+                        "the disk's chain changed while the run was planned: somebody made or removed a snapshot";
+                    return Err(Error::new(Kind::Busy, what).disk(&d.name).hint("run again").into());
                 }
             }
             let all: Vec<DiskName> = live.disks.iter().map(|d| d.name.clone()).collect();
@@ -408,12 +417,24 @@ impl Hypervisor for LibvirtHypervisor {
         })
     }
 
+    fn paused(&self, uuid: &DomainUuid) -> Result<Option<PauseReason>> {
+        self.query("ask why the domain is paused", uuid, |conn, uuid| Ok(power_and_reason(&lookup(conn, uuid)?)?.1))
+    }
+
     fn close_unused(&self, uuid: &DomainUuid, image: &Path) -> Result<()> {
         for node in bitmap::nodes_on(&self.nodes(uuid)?, image) {
             bitmap::done(&self.qmp("close an unused image", uuid, bitmap::remove_node(&node))?)
                 .map_err(|e| e.path(image))?;
         }
         Ok(())
+    }
+
+    fn confinement(&self, uuid: &DomainUuid) -> Result<Confinement> {
+        self.query("ask how the domain is confined", uuid, |conn, uuid| {
+            let version = conn.lib_version()?;
+            let apparmor = xml::confined_by(&lookup(conn, uuid)?.xml_desc(0)?, "apparmor")?;
+            Ok(Confinement { libvirt: (version / 1_000_000, version / 1000 % 1000, version % 1000), apparmor })
+        })
     }
 
     fn definition(&self, uuid: &DomainUuid, inactive: bool, secure: bool) -> Result<String> {
@@ -521,11 +542,13 @@ fn view_once(conn: &Connect, domain: &Domain, tpm_root: Option<&Path>, sizes: Si
         disks.push(DiskView { size, ..disk_view(domain, disk, runs, inactive.as_ref())? });
     }
     let record = live.as_ref().and_then(|l| l.record.clone());
+    let (power, paused) = power_and_reason(domain)?;
     Ok(DomainView {
         name: shown.name.clone(),
         uuid: shown.uuid.clone(),
         id: domain.id(),
-        power: power(domain)?,
+        power,
+        paused,
         ended: ended(domain)?,
         persistent,
         managed_save: domain.has_managed_save(0)?,
@@ -535,32 +558,6 @@ fn view_once(conn: &Connect, domain: &Domain, tpm_root: Option<&Path>, sizes: Si
         tpm: shown.tpm.as_ref().and_then(|tpm| tpm.state_file(tpm_root, &shown.uuid)),
         guest_agent: shown.guest_agent,
         disks,
-    })
-}
-
-pub(super) fn power(domain: &Domain) -> Result<Power, VirtError> {
-    let (state, _reason) = sys::state(domain)?;
-    Ok(match state {
-        _ if domain.id().is_none() => Power::Off,
-        c::VIR_DOMAIN_SHUTOFF => Power::Off,
-        // A crashed domain that still has its QEMU stands.
-        c::VIR_DOMAIN_PAUSED | c::VIR_DOMAIN_PMSUSPENDED | c::VIR_DOMAIN_CRASHED => Power::Paused,
-        // Shutting down included: it runs until it is off.
-        _ => Power::Running,
-    })
-}
-
-/// What libvirt knows of how a domain came to be off.
-fn ended(domain: &Domain) -> Result<Ended, VirtError> {
-    let (state, reason) = sys::state(domain)?;
-    Ok(match (state, reason as u32) {
-        (c::VIR_DOMAIN_CRASHED, _) => Ended::Crashed,
-        (c::VIR_DOMAIN_SHUTOFF, c::VIR_DOMAIN_SHUTOFF_SHUTDOWN) => Ended::ShutDown,
-        (c::VIR_DOMAIN_SHUTOFF, c::VIR_DOMAIN_SHUTOFF_DESTROYED) => Ended::Destroyed,
-        // libvirt ends what it finds hollow when it comes back.
-        (c::VIR_DOMAIN_SHUTOFF, c::VIR_DOMAIN_SHUTOFF_CRASHED | c::VIR_DOMAIN_SHUTOFF_DAEMON) => Ended::Crashed,
-        (c::VIR_DOMAIN_SHUTOFF, c::VIR_DOMAIN_SHUTOFF_SAVED) => Ended::Saved,
-        _ => Ended::Unknown,
     })
 }
 
@@ -624,36 +621,4 @@ fn job_view(info: Option<sys::BlockJobInfo>, disk: Option<&DiskXml>) -> Option<B
     let ready = kind == BlockJobKind::ActiveCommit && info.is_some() && active_mirror.is_some_and(|m| m.ready);
     let (done_bytes, total_bytes) = info.map_or((0, 0), |i| (i.done_bytes, i.total_bytes));
     Some(BlockJob { kind, ready, done_bytes, total_bytes })
-}
-
-fn job_of_domain(domain: &Domain) -> Result<Option<String>, VirtError> {
-    match sys::domain_job(domain) {
-        // Everything else about the domain can be said all the same.
-        Err(e) if is_lost(&e) => {
-            Ok(Some("a job that libvirt has lost (it goes when the domain is shut off and libvirtd restarted)".into()))
-        }
-        other => Ok(other?.map(job_words)),
-    }
-}
-
-/// libvirt's answer to the question for a domain's job when it holds one and has lost what it was ("backup job data
-/// missing"): seen of libvirt 9.0 when libvirtd was killed inside the begin of a backup.
-pub(super) fn is_lost(e: &VirtError) -> bool {
-    e.code().is(ErrorNumber::InternalError)
-}
-
-fn job_words(operation: u32) -> String {
-    match operation {
-        c::VIR_DOMAIN_JOB_OPERATION_START => "start".into(),
-        c::VIR_DOMAIN_JOB_OPERATION_SAVE => "save".into(),
-        c::VIR_DOMAIN_JOB_OPERATION_RESTORE => "restore".into(),
-        c::VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN => "incoming migration".into(),
-        c::VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT => "outgoing migration".into(),
-        c::VIR_DOMAIN_JOB_OPERATION_SNAPSHOT => "snapshot".into(),
-        c::VIR_DOMAIN_JOB_OPERATION_SNAPSHOT_REVERT => "return to a snapshot".into(),
-        c::VIR_DOMAIN_JOB_OPERATION_SNAPSHOT_DELETE => "deletion of a snapshot".into(),
-        c::VIR_DOMAIN_JOB_OPERATION_DUMP => "memory dump".into(),
-        c::VIR_DOMAIN_JOB_OPERATION_BACKUP => "backup".into(),
-        other => format!("job of a kind we do not know ({other})"),
-    }
 }

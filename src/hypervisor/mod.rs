@@ -32,6 +32,8 @@ pub mod names;
 mod pull;
 pub mod releases;
 pub mod relocate;
+#[cfg(feature = "libvirt")]
+mod state;
 pub mod stored;
 pub mod swtpm;
 #[cfg(feature = "libvirt")]
@@ -44,7 +46,7 @@ pub mod xml;
 
 use self::backup::{Backup, BackupJob};
 use crate::block::{ByteRange, DiskSize};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::image::{Chain, Layer};
 use crate::name::{DiskName, DomainName, DomainUuid};
 use serde::{Deserialize, Serialize};
@@ -105,9 +107,18 @@ pub trait Hypervisor: Send + Sync {
     /// Points the persistent definition of these disks at these layers. Live definition and running QEMU are untouched.
     fn redefine(&self, uuid: &DomainUuid, disks: &[(DiskName, Layer)]) -> Result<()>;
 
+    /// Why the vCPUs of a running domain stand; `None` if they run, or no QEMU has the domain. Cheaper than
+    /// [`Hypervisor::observe`], so that it can be asked every second.
+    fn paused(&self, uuid: &DomainUuid) -> Result<Option<PauseReason>> {
+        Ok(self.observe(uuid)?.paused)
+    }
+
     /// Closes an image that the running QEMU has open for nothing: what a libvirtd leaves that dies inside a freeze.
     /// `Refused` if QEMU uses it; no error if it is not open.
     fn close_unused(&self, uuid: &DomainUuid, image: &Path) -> Result<()>;
+
+    /// What may keep a running domain's overlay from being committed.
+    fn confinement(&self, uuid: &DomainUuid) -> Result<Confinement>;
 
     /// The definition to keep with a point; `secure` includes secrets (graphics passwords). A disk that is named as a volume of a
     /// pool names its file: no other host has that pool.
@@ -153,9 +164,6 @@ pub trait Backups: Send + Sync {
     /// What a bitmap marks as changed, within the layer's size, asked through the server of the running backup. The bitmap
     /// goes on recording: what was written since the begin is marked too.
     fn marked(&self, uuid: &DomainUuid, socket: &Path, layer: &Layer, bitmap: &str) -> Result<Vec<ByteRange>>;
-
-    /// What may keep a running domain's overlay from being committed.
-    fn confinement(&self, uuid: &DomainUuid) -> Result<Confinement>;
 }
 
 /// How a running domain's QEMU is confined, as far as it decides about commits.
@@ -165,6 +173,22 @@ pub struct Confinement {
     pub libvirt: (u32, u32, u32),
     /// By a profile of AppArmor that libvirt made.
     pub apparmor: bool,
+}
+
+impl Confinement {
+    /// The first libvirt whose AppArmor profiles let a backing image be written to again.
+    const COMMITS_UNDER_APPARMOR: (u32, u32, u32) = (12, 1, 0);
+
+    /// Whether a domain that is started while a disk is on an overlay may not write to the image below it: its profile
+    /// denies that, and a denial goes before whatever libvirt allows for the commit.
+    pub fn denies_commits(&self) -> bool {
+        self.apparmor && self.libvirt < Self::COMMITS_UNDER_APPARMOR
+    }
+}
+
+/// Whether QEMU, or libvirt for it, was not allowed to open a file. Their words are all that tells.
+pub fn is_denied(e: &Error) -> bool {
+    e.chain().contains("Permission denied")
 }
 
 /// One bitmap as it was seen.
@@ -187,6 +211,8 @@ pub struct FreezeDisk {
     pub name: DiskName,
     /// Where the overlay is to lie. Absolute; ends in `.qcow2`.
     pub overlay: PathBuf,
+    /// The image that the guest is to be writing to: `Busy`, and nothing is done, if it is another one by now.
+    pub over: PathBuf,
     /// It is there already, empty, on the image that the guest writes to now. All disks of a freeze are alike in this.
     pub prepared: bool,
 }
@@ -200,6 +226,8 @@ pub struct DomainView {
     pub power: Power,
     /// Of a domain that is off.
     pub ended: Ended,
+    /// Why it is paused; `None` unless it is.
+    pub paused: Option<PauseReason>,
     pub persistent: bool,
     /// A saved memory image that refers to the disks as they were.
     pub managed_save: bool,
@@ -230,6 +258,18 @@ pub enum Power {
     /// vCPUs stand: by a user, by us, or after an I/O error. The domain has a QEMU.
     Paused,
     Off,
+}
+
+/// Why the vCPUs of a domain stand, by libvirt's word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PauseReason {
+    /// QEMU stopped the guest, as it could not read or write an image.
+    IoError,
+    /// Somebody paused it: an operator, another program, or a run of ours.
+    Asked,
+    /// A save, a dump, a crash, sleep, or a reason that we do not know.
+    Other,
 }
 
 #[derive(Debug, Clone, PartialEq)]

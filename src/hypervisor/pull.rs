@@ -11,7 +11,7 @@ use super::gate::{Failure, Repeat};
 use super::libvirt::{LibvirtHypervisor, is_lost, live_disk, lookup, running};
 use super::sys;
 use super::tracking::node_name;
-use super::{Backups, Confinement, Tracking, xml};
+use super::{Backups, Tracking};
 use crate::block::ByteRange;
 use crate::error::{Error, Kind, Result};
 use crate::image::nbd::{NbdImage, bitmap_context};
@@ -93,14 +93,6 @@ impl Backups for LibvirtHypervisor {
             tracing::debug!("the copy of a dirty bitmap stays: {}", e.chain());
         }
         answer.map_err(|e| e.path(&layer.path))
-    }
-
-    fn confinement(&self, uuid: &DomainUuid) -> Result<Confinement> {
-        self.query("ask how the domain is confined", uuid, |conn, uuid| {
-            let version = conn.lib_version()?;
-            let apparmor = xml::confined_by(&lookup(conn, uuid)?.xml_desc(0)?, "apparmor")?;
-            Ok(Confinement { libvirt: (version / 1_000_000, version / 1000 % 1000, version % 1000), apparmor })
-        })
     }
 }
 

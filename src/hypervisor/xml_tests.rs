@@ -209,7 +209,8 @@ fn firmware_variables_and_guest_agent() {
 
 #[test]
 fn the_snapshot_names_every_disk_and_escapes() {
-    let freeze = [FreezeDisk { name: name("vdb"), overlay: "/p/a'b<&>\n.qcow2".into(), prepared: false }];
+    let freeze =
+        [FreezeDisk { name: name("vdb"), overlay: "/p/a'b<&>\n.qcow2".into(), over: "/p/b".into(), prepared: false }];
     let xml = snapshot_xml(&freeze, &[name("vda"), name("vdb"), name("hdc")]).unwrap();
     let doc = Document::parse(&xml).unwrap();
     let disks: Vec<_> = doc.descendants().filter(|n| n.has_tag_name("disk")).collect();
@@ -217,7 +218,7 @@ fn the_snapshot_names_every_disk_and_escapes() {
     assert_eq!(seen, [("vda", "no"), ("vdb", "external"), ("hdc", "no")]);
     let source = child(disks[1], "source").unwrap();
     assert_eq!(source.attribute("file"), Some("/p/a'b<&>\n.qcow2"));
-    let relative = [FreezeDisk { name: name("vda"), overlay: "o.qcow2".into(), prepared: false }];
+    let relative = [FreezeDisk { name: name("vda"), overlay: "o.qcow2".into(), over: "/p/a".into(), prepared: false }];
     assert_eq!(snapshot_xml(&relative, &[name("vda")]).unwrap_err().kind(), Kind::Usage);
 }
 

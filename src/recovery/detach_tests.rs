@@ -54,6 +54,9 @@ struct Inner {
     /// Looks until the copy is ready.
     copy: Option<u32>,
     held: bool,
+    /// So many moves are refused: the copy is not ready after all.
+    refused: u32,
+    moves: u32,
     /// libvirt moves the guest, and dies before it has written that down.
     forgetful: bool,
     verbs_left: Option<usize>,
@@ -150,8 +153,14 @@ impl Relocating for World {
     fn move_over(&self, _: &DomainUuid, _: &DiskName) -> Result<()> {
         self.does(|w| {
             assert!(w.held && w.copy == Some(0));
+            w.moves += 1;
+            if w.refused > 0 {
+                w.refused -= 1;
+                return Err(Error::new(Kind::Busy, "the copy is not ready"));
+            }
             (w.copy, w.live_raw, w.defined_raw) = (None, true, !w.forgetful);
-        })
+            Ok(())
+        })?
     }
     fn define_on(&self, _: &DomainUuid, _: &DiskName, image: &Layer) -> Result<()> {
         assert_eq!(image.path, self.raw());
@@ -384,6 +393,22 @@ fn to_raw_with_a_qemu_that_dies_after_any_verb_no_old_image_comes_back() {
         bench.run_raw(None).unwrap();
         bench.is_raw();
     }
+}
+
+#[test]
+fn to_raw_with_a_qemu_that_refuses_to_move_the_guest_is_not_paused_for_ever() {
+    let bench = Bench::new(Some(3));
+    bench.world.inner.lock().unwrap().refused = u32::MAX;
+    let e = bench.run_raw(None).unwrap_err();
+    assert!(e.kind() == Kind::Busy && e.chain().contains("refused 10 times"), "{}", e.chain());
+    {
+        let mut inner = bench.world.inner.lock().unwrap();
+        assert!(inner.moves == 10 && !inner.held, "{} moves", inner.moves);
+        inner.refused = 3;
+    }
+    bench.run_raw(None).unwrap();
+    bench.is_raw();
+    assert_eq!(bench.world.inner.lock().unwrap().moves, 14);
 }
 
 #[test]

@@ -15,10 +15,11 @@ use super::journal::{Journal, Stamp, boot_id, sync_dir};
 use super::plan::{DiskPlan, Plan};
 use super::quiesce::{Held, Quiescer};
 use super::settle::{Account, PauseGuard};
+use super::stopped::{self, StoppedWatch};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::hypervisor::backup::{Backup, BackupDisk, BackupJob};
-use crate::hypervisor::{Backups, DomainView};
+use crate::hypervisor::{Backups, DomainView, Hypervisor, Power};
 use crate::name::{DomainName, DomainUuid, RunId};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -47,6 +48,9 @@ pub struct BackupRecord {
     /// job is known by its files.
     pub instance: Option<u32>,
     pub boot: Option<String>,
+    /// The guest ran when the job was begun: an I/O error that has stopped it came later, and is ours.
+    #[serde(default)]
+    pub ran: bool,
     pub backup: Backup,
     pub started_at: Timestamp,
 }
@@ -64,6 +68,7 @@ pub struct BackupCapture<'a> {
     /// Set once it is recorded.
     backup: Option<Backup>,
     asked: Mutex<Instant>,
+    stopped: StoppedWatch,
 }
 
 impl<'a> BackupCapture<'a> {
@@ -75,7 +80,8 @@ impl<'a> BackupCapture<'a> {
         (run, guard, quiescer): (&RunId, Option<&'a mut dyn PauseGuard>, Quiescer<'a>),
     ) -> Self {
         let asked = Mutex::new(Instant::now());
-        Self { ports, journal, plan, domain, run: run.clone(), guard, quiescer, backup: None, asked }
+        let stopped = StoppedWatch::new(domain.power == Power::Running);
+        Self { ports, journal, plan, domain, run: run.clone(), guard, quiescer, backup: None, asked, stopped }
     }
 
     fn begin(&mut self) -> Result<Still> {
@@ -95,6 +101,7 @@ impl<'a> BackupCapture<'a> {
             uuid: self.domain.uuid.clone(),
             instance: self.domain.id,
             boot: boot_id(),
+            ran: self.domain.power == Power::Running,
             backup: backup.clone(),
             started_at: (self.ports.clock)(),
         })?;
@@ -175,7 +182,7 @@ impl Capture for BackupCapture<'_> {
     fn freeze(&mut self) -> Result<Still> {
         self.begin().map_err(|e| {
             self.quiescer.settle(self.ports.hypervisor);
-            match settle(self.ports.backups, self.journal, &self.plan.uuid) {
+            match settle(self.ports.hypervisor, self.ports.backups, self.journal, &self.plan.uuid) {
                 Ok(_) => e,
                 Err(second) => {
                     tracing::error!("after the failed begin of a backup: {}", second.chain());
@@ -186,6 +193,7 @@ impl Capture for BackupCapture<'_> {
     }
 
     fn check(&self) -> Result<()> {
+        self.stopped.check(self.ports.hypervisor, &self.plan.uuid)?;
         {
             let mut asked = self.asked.lock().expect("nothing panics while it is held");
             if asked.elapsed() < ASK_EVERY {
@@ -215,9 +223,12 @@ impl Capture for BackupCapture<'_> {
 
     fn release(&mut self) -> Result<Release> {
         // A job that goes on harms no byte; the next run ends it.
-        let settled = settle(self.ports.backups, self.journal, &self.plan.uuid);
+        let (hypervisor, uuid) = (self.ports.hypervisor, &self.plan.uuid);
+        let settled = settle(hypervisor, self.ports.backups, self.journal, uuid);
         let left_open = settled.err().map(|e| format!("the backup job could not be ended: {}", e.chain()));
-        Ok(Release { account: Account::default(), left_open })
+        let mut account = Account::default();
+        stopped::conclude(hypervisor, self.journal, uuid, false, &mut account);
+        Ok(Release { account, left_open })
     }
 }
 
@@ -248,8 +259,16 @@ fn next(ours: &Backup, job: &BackupJob) -> Next {
 
 /// Ends the recorded backup, if there is one, and removes what is left of it. Returns what was done, in words. Blocks,
 /// at most half a minute and libvirt's deadlines. Repeating it is harmless.
-pub fn settle(backups: &dyn Backups, journal: &Journal, uuid: &DomainUuid) -> Result<Vec<String>> {
+///
+/// A guest that found no room in a scratch file is put on record first: [`stopped`] resumes it.
+pub fn settle(
+    hypervisor: &dyn Hypervisor,
+    backups: &dyn Backups,
+    journal: &Journal,
+    uuid: &DomainUuid,
+) -> Result<Vec<String>> {
     let Some(record) = journal.backup()? else { return Ok(Vec::new()) };
+    stopped::owe_after_backup(hypervisor, journal, uuid, (&record.run, record.ran, record.instance))?;
     let mut done = Vec::new();
     let give_up_at = Instant::now() + END_WITHIN;
     let mut told = false;

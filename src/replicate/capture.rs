@@ -3,13 +3,14 @@
 //! domain that is off.
 
 use super::cycle::Ports;
-use super::decide::{Job, Phase, Stand};
+use super::decide::{Job, Phase, Stand, Under};
 use super::journal::{DiskRecord, Journal, Record, Stamp, boot_id};
 use super::label;
 use super::observe::observe;
 use super::plan::{DiskPlan, Plan};
 use super::quiesce::Quiescer;
 use super::settle::{Account, Goal, Outcome, PauseGuard, SettleOptions, Settler, halt_error};
+use super::stopped::{self, StoppedWatch};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::hypervisor::{DomainView, FreezeDisk, Hypervisor, Power};
@@ -86,6 +87,7 @@ pub struct OverlayCapture<'a> {
     record: Record,
     /// What was planned to stand still, in the record's order.
     planned: Vec<Chain>,
+    stopped: StoppedWatch,
 }
 
 impl<'a> OverlayCapture<'a> {
@@ -109,13 +111,17 @@ impl<'a> OverlayCapture<'a> {
             persistent: domain.persistent,
             phase: Phase::FreezeIntent,
             resume_after: false,
+            ran: domain.power == Power::Running,
+            commit_denied: None,
             disks,
             started_at: (ports.clock)(),
             frozen_at: None,
             point: None,
         };
         let planned = plan.replicated().map(|d| d.chain.clone()).collect();
-        Self { hypervisor: ports.hypervisor, journal, guard, options, clock: ports.clock, quiescer, record, planned }
+        let stopped = StoppedWatch::new(record.ran);
+        let (hypervisor, clock) = (ports.hypervisor, ports.clock);
+        Self { hypervisor, journal, guard, options, clock, quiescer, record, planned, stopped }
     }
 
     /// The steps of the freeze; a failure is cleaned up by the caller through the settle loop.
@@ -143,7 +149,12 @@ impl<'a> OverlayCapture<'a> {
 
         let frozen_at = (self.clock)();
         let start = Instant::now();
-        let disk = |d: &DiskRecord| FreezeDisk { name: d.name.clone(), overlay: d.overlay.clone(), prepared };
+        let disk = |d: &DiskRecord| FreezeDisk {
+            name: d.name.clone(),
+            overlay: d.overlay.clone(),
+            over: d.base.path.clone(),
+            prepared,
+        };
         let disks: Vec<FreezeDisk> = self.record.disks.iter().map(disk).collect();
         let frozen = self.hypervisor.freeze(&self.record.uuid, &disks);
         let freeze = start.elapsed();
@@ -194,6 +205,7 @@ impl<'a> OverlayCapture<'a> {
                 let what = format!("after the freeze the disk is not on its overlay but {:?}", disk_seen.live);
                 return Err(Error::new(Kind::Conflict, what).disk(&disk.name).path(&disk.overlay));
             };
+            // The settling that follows this error records what was really frozen, and commits into that (I4).
             // Libvirt knows less of each layer than the plan does (external data files), but it knows which they are.
             if !live.0[1..].iter().map(|l| &l.path).eq(planned.0.iter().map(|l| &l.path)) {
                 return Err(Error::new(Kind::Busy, "the disk's chain changed while the run was planned")
@@ -221,7 +233,9 @@ impl<'a> OverlayCapture<'a> {
             Outcome::Pending(disk) => Some(pending(&disk)),
             Outcome::Halted(halt) => Some(halt_error(&settler.record, &halt).chain()),
         };
-        Ok(Release { account: settler.account, left_open })
+        let mut account = settler.account;
+        stopped::conclude(self.hypervisor, self.journal, &self.record.uuid, left_open.is_some(), &mut account);
+        Ok(Release { account, left_open })
     }
 }
 
@@ -248,9 +262,10 @@ impl Capture for OverlayCapture<'_> {
         })
     }
 
-    /// Nobody but us commits our overlay, and QEMU holds its locks on it: the base stands.
+    /// Nobody but us commits our overlay, and QEMU holds its locks on it: the base stands. But a guest that found no room
+    /// in its overlay stands still until that is committed.
     fn check(&self) -> Result<()> {
-        Ok(())
+        self.stopped.check(self.hypervisor, &self.record.uuid)
     }
 
     fn confirm(&self) -> Result<()> {
@@ -258,7 +273,7 @@ impl Capture for OverlayCapture<'_> {
         let seen = observe(self.hypervisor, &record)?;
         for (name, _, disk) in &seen.disks {
             let same_chain = match disk.live {
-                Stand::Ours | Stand::OursBelow => disk.job == Job::None,
+                Stand::Ours | Stand::OursBelow => disk.job == Job::None && disk.under == Under::Recorded,
                 // QEMU ended, orderly or not: the overlay is where it was, and nobody has committed it.
                 Stand::Absent => disk.overlay.is_there(),
                 _ => false,
@@ -291,6 +306,7 @@ fn new_disk_record(disk: &DiskPlan, run: &RunId, domain: &DomainView) -> DiskRec
         overlay_id: None,
         complete_at: None,
         live_only: domain.persistent && !defined,
+        off_commit: false,
     }
 }
 

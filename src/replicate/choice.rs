@@ -72,9 +72,6 @@ pub struct CommitFacts {
     pub unfinished: Option<jiff::Timestamp>,
 }
 
-/// The first libvirt whose AppArmor profiles let a backing image be written to again.
-const COMMITS_UNDER_APPARMOR: (u32, u32, u32) = (12, 1, 0);
-
 /// Chooses.
 pub fn choose(power: Power, wish: CaptureWish, facts: &CommitFacts) -> Choice {
     let chosen = |kind, reason: &str| Choice { kind, reason: reason.to_owned() };
@@ -91,12 +88,11 @@ pub fn choose(power: Power, wish: CaptureWish, facts: &CommitFacts) -> Choice {
 
 /// What may keep an overlay from being committed, the surest first.
 fn hindrance(facts: &CommitFacts) -> Option<String> {
-    if let Some(Confinement { libvirt: (major, minor, release), apparmor: true }) = facts.confinement
-        && (major, minor, release) < COMMITS_UNDER_APPARMOR
+    if let Some(Confinement { libvirt: (major, minor, release), .. }) = facts.confinement.filter(|c| c.denies_commits())
     {
         return Some(format!(
-            "the domain is confined by AppArmor, and libvirt {major}.{minor}.{release} denies QEMU the commit of an overlay \
-             (before 12.1.0)"
+            "the domain is confined by AppArmor. Should it be started while it is on an overlay, libvirt \
+             {major}.{minor}.{release} (before 12.1.0) denies QEMU the commit until it is shut off"
         ));
     }
     if let Some(disk) = facts.internal_snapshots.first() {
@@ -142,7 +138,12 @@ mod tests {
             (CaptureWish::Backup, nothing.clone(), Backup, "asked for"),
             (CaptureWish::Auto, nothing, Overlay, "nothing is known"),
             (CaptureWish::Auto, confined((9, 0, 0), false), Overlay, "nothing is known"),
-            (CaptureWish::Auto, confined((9, 0, 0), true), Backup, "AppArmor, and libvirt 9.0.0"),
+            (
+                CaptureWish::Auto,
+                confined((9, 0, 0), true),
+                Backup,
+                "AppArmor. Should it be started while it is on an overlay, libvirt 9.0.0",
+            ),
             (CaptureWish::Auto, confined((12, 0, 9), true), Backup, "AppArmor"),
             (CaptureWish::Auto, confined((12, 1, 0), true), Overlay, "nothing is known"),
             (CaptureWish::Auto, confined((13, 0, 0), true), Overlay, "nothing is known"),

@@ -20,13 +20,14 @@
 //! - A point is all disks of one instant and exists if and only if the manifest names it (I9, I10).
 //! - A dead or full target never costs an overlay: 2 and 3 come before 4.
 
-use super::backup::{self, BackupCapture};
-use super::capture::{Capture, OffCapture, OverlayCapture, Release, pending};
+use super::backup::BackupCapture;
+use super::capture::{Capture, OffCapture, OverlayCapture, Release};
 use super::demoted::{self, HandoverRecord};
-use super::freeze_hooks::{self, FreezeHooks};
+use super::freeze_hooks::FreezeHooks;
 use super::held::Standing;
 use super::journal::{Journal, Record};
 use super::label;
+pub use super::leftover::settle_domain;
 use super::marks::{Marked, doubted_again, unless_cut};
 use super::observe;
 pub use super::observe::record_in_domain;
@@ -34,7 +35,8 @@ use super::plan::{CaptureKind, DiskPlan, Plan, PlanOptions};
 use super::pump::{self, Progress};
 use super::quiesce::{self, Quiescer, Settled};
 use super::report::{Report, RunOutcome, millis};
-use super::settle::{Account, Goal, Outcome, PauseGuard, SettleOptions, Settler, halt_error};
+use super::settle::{PauseGuard, SettleOptions};
+use super::stopped;
 use super::surroundings::{Described, describe};
 use super::survey::make_plan;
 use super::target_gate::{Patience, TargetGate};
@@ -148,6 +150,7 @@ pub fn run(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBoo
         duration_ms: 0.0,
         skipped: LeftOut::default(),
         alarms: Vec::new(),
+        guest_stopped: None,
         warnings: Vec::new(),
         target_seen: None,
         target_lacks: Vec::new(),
@@ -232,7 +235,7 @@ impl<'a> Run<'a> {
         failpoint!("1");
 
         self.watch.step(2, "observe the domain, connect to the target");
-        let domain = self.ports.hypervisor.observe(uuid)?;
+        let domain = self.look(uuid, report)?;
         let handed = self.may_run(&domain)?;
         let replica = (self.ports.replica)(uuid)?;
         let view = replica.describe()?;
@@ -366,6 +369,17 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// Observes the domain. A guest that an I/O error has stopped is replicated like any other, and reported.
+    fn look(&self, uuid: &DomainUuid, report: &mut Report) -> Result<DomainView> {
+        let domain = self.ports.hypervisor.observe(uuid)?;
+        if let (None, Some(stopped)) = (&report.guest_stopped, stopped::remark(domain.paused)) {
+            self.watch.warn(&stopped.why);
+            report.warnings.push(stopped.why.clone());
+            report.guest_stopped = Some(stopped);
+        }
+        Ok(domain)
+    }
+
     /// No run goes over a domain that lives elsewhere; that it runs here too is an alarm, whatever else is found out.
     fn may_run(&self, domain: &DomainView) -> Result<Option<HandoverRecord>> {
         let record = demoted::peek(&self.request.state, &domain.uuid)?;
@@ -380,6 +394,7 @@ impl<'a> Run<'a> {
     fn settle(&self, uuid: &DomainUuid, report: &mut Report) -> Result<()> {
         let (_, account, left_open) = settle_domain(self.ports, self.journal, uuid, &self.request.settle)?;
         report.warnings.extend(account.alarms);
+        report.guest_stopped = account.stopped;
         match left_open {
             None => Ok(()),
             Some(what) => Err(Error::new(Kind::Conflict, format!("an earlier run could not be settled: {what}"))
@@ -496,6 +511,7 @@ impl<'a> Run<'a> {
             Ok(release) => {
                 report.pause_ms = release.account.pause.map_or(report.pause_ms, millis);
                 report.warnings.extend(release.account.alarms);
+                report.guest_stopped = release.account.stopped.or(report.guest_stopped.take());
                 left_open = release.left_open;
             }
             Err(e) => {
@@ -532,36 +548,4 @@ fn abandon(replica: &dyn Replica) {
 
 pub(super) fn stopped() -> Error {
     Error::new(Kind::Interrupted, "stopped by a signal")
-}
-
-/// Settles one domain from its open record, if it has one. Returns that record, what was done, and what is left open.
-pub fn settle_domain(
-    ports: &Ports,
-    journal: &Journal,
-    uuid: &DomainUuid,
-    options: &SettleOptions,
-) -> Result<(Option<Record>, Account, Option<String>)> {
-    // A backup job stands in the way of a commit, and the other way round there is none.
-    let mut account = Account::default();
-    quiesce::settle(ports.hypervisor, ports.guest, journal, uuid)?.note(&mut account);
-    account.alarms.extend(freeze_hooks::settle(journal)?);
-    account.steps.extend(backup::settle(ports.backups, journal, uuid)?);
-    let record = match journal.record()? {
-        Some(record) => Some(record),
-        None => record_in_domain(ports.hypervisor, uuid)?,
-    };
-    let Some(record) = record else { return Ok((None, account, None)) };
-    let mut guard = (ports.guard)(uuid)?;
-    // A record that only the domain remembered is ours again from now on.
-    journal.write(&record)?;
-    let mut settler = Settler::new(ports.hypervisor, journal, record.clone(), guard.as_mut(), options.clone());
-    let outcome = settler.run(Goal::Settled)?;
-    let left_open = match outcome {
-        Outcome::Reached => None,
-        Outcome::Pending(disk) => Some(pending(&disk)),
-        Outcome::Halted(halt) => Some(halt_error(&settler.record, &halt).chain()),
-    };
-    account.steps.append(&mut settler.account.steps);
-    account.alarms.append(&mut settler.account.alarms);
-    Ok((Some(record), Account { steps: account.steps, alarms: account.alarms, ..settler.account }, left_open))
 }

@@ -23,6 +23,7 @@ use super::freeze_hooks;
 use super::journal::{self, DEADMAN, Journal, Record};
 use super::quiesce::{self, Settled};
 use super::settle::{Goal, Outcome, PauseGuard, SettleOptions, Settler, Unguarded};
+use super::stopped;
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::backup::BackupJob;
 use crate::hypervisor::guest::GuestAgent;
@@ -221,14 +222,17 @@ fn end_backup(charge: &Charge) -> Result<()> {
     }
     tracing::error!(domain = %charge.uuid, "the driver is gone and its backup is not: ending it");
     let journal = Journal::open(charge.state, &charge.uuid, DEADMAN, Timestamp::now())?;
-    match backup::settle(charge.backups, &journal, &charge.uuid) {
+    match backup::settle(charge.hypervisor, charge.backups, &journal, &charge.uuid) {
         // What is left is files: the next run, or doctor, removes them. Only a job that goes on fills the host.
         Err(e) if !may_go_on(charge.backups.running_backup(&charge.uuid)) => {
             tracing::error!(domain = %charge.uuid, "no backup runs; what it left stays for the next run: {}", e.chain());
-            Ok(())
         }
-        done => done.map(drop),
+        done => drop(done?),
     }
+    // The scratch files are gone: a guest that found no room in them need not wait for the next run.
+    let stopped = stopped::settle(charge.hypervisor, &journal, &charge.uuid)?;
+    stopped.iter().for_each(|stopped| tracing::error!(domain = %charge.uuid, "{}", stopped.why));
+    Ok(())
 }
 
 /// Whether a job fills scratch files, as far as libvirt knows; one that does not answer may hide one.

@@ -42,9 +42,9 @@ pub struct DiskFacts {
 pub enum Stand {
     /// The base is the uppermost layer, as before the run.
     Base,
-    /// Our overlay is the uppermost layer, over the base.
+    /// Our overlay is the uppermost layer, over an image: see [`Under`].
     Ours,
-    /// Foreign layers above our overlay, which is over the base.
+    /// Foreign layers above our overlay, which is over an image: see [`Under`].
     OursBelow,
     /// Foreign layers directly above the base; our overlay is not in the chain.
     BaseBelow,
@@ -52,6 +52,15 @@ pub enum Stand {
     Foreign,
     /// There is no such chain: the domain does not run, has no persistent definition, or lacks the disk.
     Absent,
+}
+
+/// Which image lies right below our overlay: by the running chain, or for a domain that is off by the overlay's header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Under {
+    /// The recorded base; or there is no overlay that could tell.
+    Recorded,
+    /// Another one: somebody's snapshot came between the plan and our freeze, or somebody changed the chain below us.
+    Another,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -105,11 +114,15 @@ pub enum PowerState {
 pub struct DiskSeen {
     pub live: Stand,
     pub inactive: Stand,
+    pub under: Under,
     pub job: Job,
     pub overlay: OverlayFile,
     /// The base was written to since the freeze although no commit of ours had begun, or the overlay was written to
     /// after the base had become complete.
     pub base_touched: bool,
+    /// The base is exactly as it was frozen, by its length and times, or only our own `qemu-img` has changed it since;
+    /// `false` where that cannot be told.
+    pub base_as_frozen: bool,
     /// The images lie on storage that other hosts may have open.
     pub shared_storage: bool,
 }
@@ -125,12 +138,16 @@ pub struct Situation<'a> {
     pub same_instance: bool,
     pub persistent: bool,
     pub managed_save: bool,
+    /// This QEMU was refused to write to a base: asking again is of no use before it ends.
+    pub commit_denied: bool,
     pub disks: &'a [(DiskName, DiskFacts, DiskSeen)],
 }
 
 /// One step. Each is idempotent, or decided anew after it failed.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Action {
+    /// Record the image right below our overlay as the base: that is what was frozen, and what the overlay completes.
+    Adopt(DiskName),
     /// Record [`Phase::CommitIntent`], then start committing our overlay, the uppermost layer.
     StartCommit(DiskName),
     /// Record [`Phase::CommitIntent`], then commit our overlay below foreign layers, which stay.
@@ -141,7 +158,7 @@ pub enum Action {
     Pause,
     /// Everything stands: pivot the disk.
     Pivot(DiskName),
-    /// Point the persistent definition at the base.
+    /// Point the persistent definition at the image that the guest runs on, or at the base of a domain that is off.
     Redefine(DiskName),
     /// Record that the disk's base is complete, so that its overlay is never committed again.
     MarkComplete(DiskName),
@@ -152,7 +169,7 @@ pub enum Action {
     SetAside(DiskName),
     /// Every pivoted disk is retired: let the guest run.
     Resume,
-    /// The domain is off: commit with `qemu-img`; then, holding QEMU's own locks so that it cannot start, and if nothing
+    /// No QEMU has the disk: commit with `qemu-img`; then, holding QEMU's own locks so that it cannot start, and if nothing
     /// changed since, retire and redefine, in this order: the reverse could start on the base while the overlay's
     /// name exists.
     CommitOffline(DiskName),
@@ -169,7 +186,8 @@ impl Action {
     /// nor may it rest on an old observation: the domain can be started meanwhile.
     fn is_for_many(&self) -> bool {
         match self {
-            Action::StartCommit(_) | Action::StartCommitBelow(_) | Action::Pivot(_) | Action::Redefine(_) => true,
+            Action::Adopt(_) | Action::StartCommit(_) | Action::StartCommitBelow(_) | Action::Pivot(_) => true,
+            Action::Redefine(_) => true,
             Action::MarkComplete(_) | Action::Retire(_) | Action::SetAside(_) | Action::Discard(_) => true,
             Action::WaitForJob(_) | Action::Pause | Action::Resume | Action::CommitOffline(_) => false,
             Action::Done | Action::Halt(_) => false,
@@ -207,6 +225,8 @@ pub enum HaltReason {
     OursBelowOff,
     /// The domain is gone from here and its storage is shared: it may run on another host.
     MayRunElsewhere,
+    /// AppArmor keeps this QEMU from writing to the base: it was started while the disk was on our overlay.
+    CommitDenied,
     /// libvirtd died inside the freeze: the guest writes to our overlay, libvirt believes in the base. Found in acting,
     /// never decided: no observation through libvirt shows it.
     LibvirtLostTrack,
@@ -255,6 +275,10 @@ impl HaltReason {
             HaltReason::MayRunElsewhere => (
                 "the domain is no longer here and its images lie on shared storage; it may run on another host",
                 "run `virt-replica doctor --repair DOMAIN` on the host that has the domain now",
+            ),
+            HaltReason::CommitDenied => (
+                "AppArmor denies QEMU to write to the disk's own image: libvirt before 12.1 forbids that to a domain that is started while the disk is on an overlay",
+                "shut the guest off when it suits you, then run `virt-replica doctor --repair`; the next run does the same. Until then the guest writes to the overlay, and nothing is lost",
             ),
             HaltReason::LibvirtLostTrack => (
                 "libvirtd died inside the freeze and has lost track: the guest writes to our overlay, libvirt believes in the base",
@@ -347,23 +371,31 @@ fn live_disk(s: &Situation, facts: &DiskFacts, seen: &DiskSeen) -> Live {
         Stand::Ours => match seen.job {
             // A stale overlay was booted. Committing it would revert what the guest flushed to the base.
             _ if facts.base_complete => Live::Halt(HaltReason::BaseTouched),
+            // Before the rest: what is known of another image's times says nothing of this one.
+            _ if seen.under == Under::Another => Live::Act(Action::Adopt),
             _ if seen.base_touched => Live::Halt(HaltReason::BaseTouched),
+            Job::None if s.commit_denied => Live::Halt(HaltReason::CommitDenied),
             Job::None => Live::Start(Action::StartCommit),
             Job::Running => Live::Wait,
             Job::Ready => Live::Ready,
             Job::Foreign => Live::Halt(HaltReason::ForeignJob),
         },
         Stand::OursBelow => match seen.job {
-            _ if facts.base_complete || seen.base_touched => Live::Halt(HaltReason::BaseTouched),
+            _ if facts.base_complete => Live::Halt(HaltReason::BaseTouched),
+            _ if seen.under == Under::Another => Live::Act(Action::Adopt),
+            _ if seen.base_touched => Live::Halt(HaltReason::BaseTouched),
+            Job::None if s.commit_denied => Live::Halt(HaltReason::CommitDenied),
             Job::None => Live::Start(Action::StartCommitBelow),
             Job::Running => Live::Wait,
             Job::Ready | Job::Foreign => Live::Halt(HaltReason::ForeignJob),
         },
         Stand::Absent if seen.overlay.is_gone() => Live::Settled,
-        Stand::Absent if seen.overlay == OverlayFile::Empty && s.phase == Phase::FreezeIntent => {
-            Live::Act(Action::Discard)
-        }
-        Stand::Absent => Live::Halt(HaltReason::DiskGone),
+        Stand::Absent => match gone_disk(s, facts, seen) {
+            Some(Gone::Discard) => Live::Act(Action::Discard),
+            // It takes its time: the guest is not held meanwhile.
+            Some(Gone::Commit) => Live::Start(Action::CommitOffline),
+            None => Live::Halt(HaltReason::DiskGone),
+        },
         Stand::Foreign if seen.overlay == OverlayFile::Retired => Live::Settled,
         Stand::Foreign => Live::Halt(HaltReason::ForeignChain),
     }
@@ -388,6 +420,38 @@ fn live_on_base(s: &Situation, facts: &DiskFacts, seen: &DiskSeen) -> Live {
         _ if s.power == PowerState::Paused && s.phase == Phase::PivotIntent => Live::Act(Action::Retire),
         // It runs on the base while the overlay's name exists: pivoted or resumed by another hand.
         _ => Live::Act(Action::MarkComplete),
+    }
+}
+
+/// What becomes of the overlay of a disk that is gone.
+enum Gone {
+    Discard,
+    Commit,
+}
+
+/// A disk that no QEMU of this domain has (it was hot-plugged, and its QEMU has ended, or it was unplugged): what can be
+/// done about its overlay without a person.
+///
+/// QEMU's locks are taken before either image is touched. An overlay that holds nothing goes. One that holds writes is
+/// committed where the base is exactly as it was frozen: once a commit by QEMU has begun, the base's times no longer tell of
+/// a stranger.
+fn gone_disk(s: &Situation, facts: &DiskFacts, seen: &DiskSeen) -> Option<Gone> {
+    if facts.base_complete || seen.base_touched {
+        return None;
+    }
+    let committable = matches!(s.phase, Phase::Frozen | Phase::CommitIntent)
+        && seen.base_as_frozen
+        && seen.under == Under::Recorded
+        && !seen.shared_storage
+        && !s.managed_save;
+    match (seen.inactive, seen.overlay) {
+        (Stand::OursBelow, _) => None,
+        // The definition names the overlay: it has to be put right as well.
+        (Stand::Ours, OverlayFile::Empty | OverlayFile::Used) if committable => Some(Gone::Commit),
+        (Stand::Ours, _) => None,
+        (_, OverlayFile::Empty) if s.phase < Phase::PivotIntent => Some(Gone::Discard),
+        (_, OverlayFile::Used) if committable => Some(Gone::Commit),
+        _ => None,
     }
 }
 
@@ -427,6 +491,7 @@ fn off_disk(s: &Situation, facts: &DiskFacts, seen: &DiskSeen) -> Off {
     }
     match seen.inactive {
         Stand::OursBelow => Off::Halt(HaltReason::OursBelowOff),
+        Stand::Ours if seen.under == Under::Another && seen.overlay != OverlayFile::Missing => Off::Act(Action::Adopt),
         Stand::Ours => match seen.overlay {
             // We retired it: the base is the disk, and libvirt's definition is behind.
             OverlayFile::Retired => Off::Act(Action::Redefine),
@@ -456,7 +521,12 @@ fn off_disk(s: &Situation, facts: &DiskFacts, seen: &DiskSeen) -> Off {
             OverlayFile::Missing => Off::Halt(HaltReason::OverlayLost),
             OverlayFile::Empty if s.phase == Phase::FreezeIntent => Off::Act(Action::Discard),
             _ if facts.base_complete => Off::Act(Action::Retire),
-            _ if !gone => Off::Halt(HaltReason::DiskGone),
+            _ if seen.under == Under::Another => Off::Act(Action::Adopt),
+            _ if !gone => match gone_disk(s, facts, seen) {
+                Some(Gone::Discard) => Off::Act(Action::Discard),
+                Some(Gone::Commit) => Off::Act(Action::CommitOffline),
+                None => Off::Halt(HaltReason::DiskGone),
+            },
             _ if seen.base_touched => Off::Halt(HaltReason::BaseTouched),
             _ => Off::Act(Action::CommitOffline),
         },

@@ -11,6 +11,7 @@ const PHASES: [Phase; 4] = [Phase::FreezeIntent, Phase::Frozen, Phase::CommitInt
 const POWERS: [PowerState; 4] = [PowerState::Running, PowerState::Paused, PowerState::Off, PowerState::Gone];
 const STANDS: [Stand; 6] =
     [Stand::Base, Stand::Ours, Stand::OursBelow, Stand::BaseBelow, Stand::Foreign, Stand::Absent];
+const UNDERS: [Under; 2] = [Under::Recorded, Under::Another];
 const JOBS: [Job; 4] = [Job::None, Job::Running, Job::Ready, Job::Foreign];
 const FILES: [OverlayFile; 5] =
     [OverlayFile::Missing, OverlayFile::Retired, OverlayFile::Empty, OverlayFile::Used, OverlayFile::Replaced];
@@ -22,10 +23,22 @@ fn every_disk(mut f: impl FnMut(DiskFacts, DiskSeen)) {
             for inactive in STANDS {
                 for job in JOBS {
                     for overlay in FILES {
-                        for base_touched in BOOLS {
-                            for shared_storage in BOOLS {
-                                let seen = DiskSeen { live, inactive, job, overlay, base_touched, shared_storage };
-                                f(DiskFacts { base_complete }, seen);
+                        for under in UNDERS {
+                            // What is touched is not as it was frozen.
+                            for (base_touched, base_as_frozen) in [(false, false), (false, true), (true, false)] {
+                                for shared_storage in BOOLS {
+                                    let seen = DiskSeen {
+                                        live,
+                                        inactive,
+                                        under,
+                                        job,
+                                        overlay,
+                                        base_touched,
+                                        base_as_frozen,
+                                        shared_storage,
+                                    };
+                                    f(DiskFacts { base_complete }, seen);
+                                }
                             }
                         }
                     }
@@ -49,6 +62,7 @@ fn every_domain(mut f: impl FnMut(Situation<'static>)) {
                                 same_instance,
                                 persistent,
                                 managed_save,
+                                commit_denied: false,
                                 disks: &[],
                             });
                         }
@@ -66,17 +80,29 @@ fn assert_safe(s: &Situation, action: &Action) {
     let on_base = |seen: &DiskSeen| matches!(seen.live, Stand::Base | Stand::BaseBelow);
     let why = || format!("{s:?} -> {action:?}");
     match action {
+        Action::Adopt(d) => {
+            let (_, _, seen) = of(d);
+            assert!(seen.under == Under::Another && seen.overlay != OverlayFile::Replaced, "{}", why());
+            // A QEMU has it open, or its header was read.
+            assert!(has_qemu || seen.overlay != OverlayFile::Missing, "{}", why());
+        }
         Action::StartCommit(d) | Action::StartCommitBelow(d) => {
             let (_, facts, seen) = of(d);
+            assert!(seen.under == Under::Recorded && !s.commit_denied, "only into the image below it: {}", why());
             assert!(has_qemu && !facts.base_complete && !seen.base_touched, "{}", why());
             assert!(matches!(seen.live, Stand::Ours | Stand::OursBelow) && seen.job == Job::None, "{}", why());
             assert!(seen.overlay != OverlayFile::Replaced, "{}", why());
         }
         Action::CommitOffline(d) => {
             let (_, facts, seen) = of(d);
-            assert!(!has_qemu && !facts.base_complete && !seen.base_touched && !s.managed_save, "{}", why());
+            assert!(seen.under == Under::Recorded, "only into the image below it: {}", why());
+            assert!(!facts.base_complete && !seen.base_touched && !s.managed_save, "{}", why());
+            assert!(!has_qemu || seen.live == Stand::Absent, "{}", why());
+            assert!(!(s.power == PowerState::Paused && s.resume_after), "the guest is held: {}", why());
             assert!(seen.overlay.is_there(), "{}", why());
-            assert!(seen.inactive == Stand::Ours || s.power == PowerState::Gone, "{}", why());
+            // A disk that nothing names any more: only where nobody else can have written to its base.
+            let certain = seen.base_as_frozen && !seen.shared_storage && s.phase < Phase::PivotIntent;
+            assert!((!has_qemu && seen.inactive == Stand::Ours) || s.power == PowerState::Gone || certain, "{}", why());
         }
         Action::WaitForJob(d) => assert!(has_qemu && of(d).2.job == Job::Running, "{}", why()),
         Action::Pause => assert!(
@@ -111,8 +137,10 @@ fn assert_safe(s: &Situation, action: &Action) {
             assert!(!s.disks.iter().any(|(_, _, seen)| stale_leaf(seen)), "{}", why());
         }
         Action::Discard(d) => {
-            let (_, _, seen) = of(d);
-            assert!(seen.overlay == OverlayFile::Empty && s.phase == Phase::FreezeIntent, "{}", why());
+            let (_, facts, seen) = of(d);
+            let absent = !has_qemu || seen.live == Stand::Absent;
+            let dropped = absent && s.phase < Phase::PivotIntent && !seen.base_touched && !facts.base_complete;
+            assert!(seen.overlay == OverlayFile::Empty && (s.phase == Phase::FreezeIntent || dropped), "{}", why());
             assert!(
                 !matches!(seen.inactive, Stand::Ours | Stand::OursBelow) || s.power == PowerState::Gone || has_qemu,
                 "{}",
@@ -155,7 +183,111 @@ fn every_input_with_one_disk_has_a_safe_answer() {
             inputs += 1;
         });
     });
-    assert_eq!(inputs, 2 * 6 * 6 * 4 * 5 * 2 * 2 * (4 * 2 * 4 * 2 * 2 * 2));
+    assert_eq!(inputs, 2 * 6 * 6 * 4 * 5 * 2 * 3 * 2 * (4 * 2 * 4 * 2 * 2 * 2));
+}
+
+/// A QEMU that may not write to a base is not asked again, and nothing else changes: what is ready is pivoted, and what is
+/// off is committed.
+#[test]
+fn a_denied_commit_halts_only_what_would_begin_one() {
+    let (a, b) = (disk("vda"), disk("vdb"));
+    let (mut denied, mut same) = (0, 0);
+    every_disk(|facts, seen| {
+        let one = [(a.clone(), facts, seen)];
+        every_domain(|domain| {
+            let s = Situation { disks: &one, ..domain };
+            let free = decide(&s);
+            let bound = decide(&Situation { commit_denied: true, ..s.clone() });
+            match free {
+                Action::StartCommit(_) | Action::StartCommitBelow(_) => {
+                    let halt = Halt { disk: Some(a.clone()), reason: HaltReason::CommitDenied };
+                    let held = s.power == PowerState::Paused && s.resume_after;
+                    assert!(bound == Action::Halt(halt) || (held && bound == Action::Resume), "{s:?} -> {bound:?}");
+                    denied += 1;
+                }
+                free => {
+                    assert_eq!(bound, free, "{s:?}");
+                    same += 1;
+                }
+            }
+        });
+    });
+    assert!(denied > 100 && same > 100_000, "{denied} {same}");
+    let on = |job| DiskSeen {
+        live: Stand::Ours,
+        inactive: Stand::Ours,
+        under: Under::Recorded,
+        job,
+        overlay: OverlayFile::Used,
+        base_touched: false,
+        base_as_frozen: false,
+        shared_storage: false,
+    };
+    let facts = DiskFacts { base_complete: false };
+    let two = [(a, facts, on(Job::None)), (b, facts, on(Job::Ready))];
+    let s = Situation {
+        phase: Phase::CommitIntent,
+        resume_after: false,
+        power: PowerState::Running,
+        same_instance: true,
+        persistent: true,
+        managed_save: false,
+        commit_denied: true,
+        disks: &two,
+    };
+    assert_eq!(decide(&s), Action::Pause, "the other disk goes on");
+}
+
+/// A disk that was hot-plugged, and whose QEMU has ended: nothing but our record names it any more.
+#[test]
+fn a_disk_that_is_gone_needs_a_person_only_where_something_could_be_lost() {
+    let (a, b) = (disk("vda"), disk("vdb"));
+    let gone = |overlay, base_as_frozen, base_touched| DiskSeen {
+        live: Stand::Absent,
+        inactive: Stand::Absent,
+        under: Under::Recorded,
+        job: Job::None,
+        overlay,
+        base_touched,
+        base_as_frozen,
+        shared_storage: false,
+    };
+    let home = DiskSeen {
+        live: Stand::Base,
+        inactive: Stand::Base,
+        overlay: OverlayFile::Retired,
+        ..gone(OverlayFile::Missing, false, false)
+    };
+    let facts = DiskFacts { base_complete: false };
+    for power in [PowerState::Off, PowerState::Running] {
+        let of = |phase, seen: DiskSeen| {
+            let disks = [(a.clone(), facts, home), (b.clone(), facts, seen)];
+            decide(&Situation {
+                phase,
+                resume_after: false,
+                power,
+                same_instance: false,
+                persistent: true,
+                managed_save: false,
+                commit_denied: false,
+                disks: &disks,
+            })
+        };
+        let halt = Action::Halt(Halt { disk: Some(b.clone()), reason: HaltReason::DiskGone });
+        for phase in [Phase::FreezeIntent, Phase::Frozen, Phase::CommitIntent] {
+            let empty = gone(OverlayFile::Empty, false, false);
+            assert_eq!(of(phase, empty), Action::Discard(b.clone()), "{phase:?} {power:?}: it holds nothing");
+        }
+        assert_eq!(of(Phase::PivotIntent, gone(OverlayFile::Empty, true, false)), halt, "{power:?}");
+        assert_eq!(of(Phase::Frozen, gone(OverlayFile::Empty, false, true)), halt, "{power:?}: a stranger wrote");
+        for phase in [Phase::Frozen, Phase::CommitIntent] {
+            let used = gone(OverlayFile::Used, true, false);
+            assert_eq!(of(phase, used), Action::CommitOffline(b.clone()), "{phase:?} {power:?}");
+            assert_eq!(of(phase, gone(OverlayFile::Used, false, false)), halt, "{phase:?} {power:?}: who knows");
+            let shared = DiskSeen { shared_storage: true, ..used };
+            assert_eq!(of(phase, shared), halt, "{phase:?} {power:?}: another host may have it");
+        }
+    }
 }
 
 #[test]
@@ -194,13 +326,17 @@ fn every_input_with_two_disks_has_a_safe_answer() {
 /// Contents are version numbers: the guest writes 1, 2, 3 and flushes each.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct World {
+    /// What the image right below our overlay holds: the one that was planned, or, once `planned` is there, a stranger's
+    /// snapshot above it.
     base: u8,
+    /// What the planned image holds since a stranger's snapshot came between plan and freeze.
+    planned: Option<u8>,
     /// The overlay under its name: the version it holds, if any was written to it.
     overlay: Option<Option<u8>>,
     /// Newest version the guest has flushed.
     flushed: u8,
     qemu: Option<Qemu>,
-    inactive_ours: bool,
+    inactive: Names,
     /// The overlay lies under its retired name.
     retired: bool,
     /// The driver holds QEMU's locks on base and overlay: no start.
@@ -217,14 +353,28 @@ struct World {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 struct Qemu {
     on_ours: bool,
+    /// It was started from the planned image, below a stranger's snapshot.
+    on_planned: bool,
     paused: bool,
     job: Job,
     instance: u8,
 }
 
+/// What the persistent definition names.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum Names {
+    Ours,
+    /// The image right below ours.
+    Base,
+    /// The planned one, although a stranger's snapshot lies above it.
+    Planned,
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 struct Rec {
     phase: Phase,
+    /// The recorded base is the image right below our overlay.
+    adopted: bool,
     resume_after: bool,
     base_complete: bool,
     instance: u8,
@@ -232,6 +382,7 @@ struct Rec {
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Sub {
+    Adopt,
     RecordFrozen,
     Freeze,
     RecordCommit,
@@ -266,13 +417,20 @@ impl World {
     fn start() -> World {
         World {
             base: 0,
+            planned: None,
             overlay: None,
             flushed: 0,
-            qemu: Some(Qemu { on_ours: false, paused: false, job: Job::None, instance: 1 }),
-            inactive_ours: false,
+            qemu: Some(Qemu { on_ours: false, on_planned: false, paused: false, job: Job::None, instance: 1 }),
+            inactive: Names::Base,
             retired: false,
             locked: false,
-            record: Some(Rec { phase: Phase::FreezeIntent, resume_after: false, base_complete: false, instance: 1 }),
+            record: Some(Rec {
+                phase: Phase::FreezeIntent,
+                adopted: false,
+                resume_after: false,
+                base_complete: false,
+                instance: 1,
+            }),
             decided_on: None,
             todo: vec![Sub::Freeze, Sub::RecordFrozen],
             faults: 0,
@@ -287,10 +445,22 @@ impl World {
 
     fn next_action(&self) -> Action {
         let rec = self.record.expect("asked only while a record is open");
-        let stand = |ours: bool| if ours { Stand::Ours } else { Stand::Base };
         let seen = DiskSeen {
-            live: self.qemu.map_or(Stand::Absent, |q| stand(q.on_ours)),
-            inactive: stand(self.inactive_ours),
+            live: self.qemu.map_or(Stand::Absent, |q| match q.on_ours {
+                true => Stand::Ours,
+                false => self.stand_of_base(rec, q.on_planned),
+            }),
+            inactive: match self.inactive {
+                Names::Ours => Stand::Ours,
+                // Of a domain that runs, only what the definition names is compared, not what lies below it.
+                Names::Base if self.is_moved(rec) && self.qemu.is_some() => Stand::Foreign,
+                Names::Base => self.stand_of_base(rec, false),
+                Names::Planned => self.stand_of_base(rec, true),
+            },
+            under: match self.is_moved(rec) && self.tells_what_is_under() {
+                true => Under::Another,
+                false => Under::Recorded,
+            },
             job: self.qemu.map_or(Job::None, |q| q.job),
             overlay: match self.overlay {
                 None if self.retired => OverlayFile::Retired,
@@ -299,6 +469,7 @@ impl World {
                 Some(Some(_)) => OverlayFile::Used,
             },
             base_touched: false,
+            base_as_frozen: false,
             shared_storage: false,
         };
         let disks = [(disk("vda"), DiskFacts { base_complete: rec.base_complete }, seen)];
@@ -313,8 +484,31 @@ impl World {
             same_instance: self.qemu.is_some_and(|q| q.instance == rec.instance),
             persistent: true,
             managed_save: false,
+            commit_denied: false,
             disks: &disks,
         })
+    }
+
+    /// The image below our overlay is not the recorded one.
+    fn is_moved(&self, rec: Rec) -> bool {
+        self.planned.is_some() && !rec.adopted
+    }
+
+    /// By the chain of the QEMU that runs, or else by the header of the overlay, retired or not.
+    fn tells_what_is_under(&self) -> bool {
+        match self.qemu {
+            Some(q) => q.on_ours,
+            None => self.overlay.is_some() || self.retired,
+        }
+    }
+
+    /// Where a chain stands that begins with the image below ours, or with the planned one.
+    fn stand_of_base(&self, rec: Rec, planned: bool) -> Stand {
+        match (self.planned.is_some(), rec.adopted, planned) {
+            (false, ..) | (true, false, true) | (true, true, false) => Stand::Base,
+            (true, false, false) => Stand::BaseBelow,
+            (true, true, true) => Stand::Foreign,
+        }
     }
 
     fn plan_next(&mut self, order: Order) {
@@ -325,6 +519,7 @@ impl World {
         }
         self.decided_on = self.overlay;
         self.todo = match self.next_action() {
+            Action::Adopt(_) => vec![Sub::Adopt],
             Action::StartCommit(_) => vec![Sub::RecordCommit, Sub::StartJob],
             Action::WaitForJob(_) => vec![], // the job gets ready by itself, see `events`
             Action::Pause if order == Order::RetireAfterResume => {
@@ -369,8 +564,12 @@ impl World {
 
     fn try_perform(&mut self, sub: Sub) -> bool {
         let unused = self.overlay_unused();
+        let moved = self.record.is_some_and(|rec| self.is_moved(rec));
         let Some(rec) = self.record.as_mut() else { return false };
         match sub {
+            Sub::Adopt => rec.adopted = true,
+            // Not over the image that was planned: the run ends here, and what is left is settled.
+            Sub::RecordFrozen if self.planned.is_some() => return false,
             Sub::RecordFrozen => rec.phase = Phase::Frozen,
             Sub::RecordCommit => rec.phase = rec.phase.max(Phase::CommitIntent),
             Sub::RecordPivot { resume } => (rec.phase, rec.resume_after) = (Phase::PivotIntent, resume),
@@ -381,19 +580,26 @@ impl World {
                 Some(q) => {
                     q.on_ours = true;
                     self.overlay = Some(None);
-                    self.inactive_ours = true;
+                    self.inactive = Names::Ours;
                 }
                 None => return false,
             },
             Sub::StartJob | Sub::PauseCpus | Sub::ResumeCpus | Sub::QemuPivots => return self.monitor(sub),
             // libvirt saves when it hears of the pivot, from the QEMU that pivoted and from no later one.
-            Sub::LibvirtSaves if self.qemu.is_some_and(|q| !q.on_ours) => self.inactive_ours = false,
+            Sub::LibvirtSaves if self.qemu.is_some_and(|q| !q.on_ours) => self.inactive = Names::Base,
             Sub::LibvirtSaves => return false,
             // QEMU's lock on the overlay is free, and it is as it was decided upon.
             Sub::Retire if unused => (self.overlay, self.retired) = (None, true),
             Sub::Discard if unused => self.overlay = None,
             Sub::Retire | Sub::Discard => return false,
-            Sub::Redefine => self.inactive_ours = false,
+            // What runs, or the recorded base.
+            Sub::Redefine => {
+                let planned = match self.qemu {
+                    Some(q) => q.on_planned,
+                    None => moved,
+                };
+                self.inactive = if planned { Names::Planned } else { Names::Base };
+            }
             // Off still, and nothing written since the commit, or the commit has to be done again.
             Sub::Lock if self.qemu.is_none() && self.base == self.view(true) => self.locked = true,
             Sub::Lock => return false,
@@ -402,6 +608,11 @@ impl World {
                 // QEMU's own lock on the overlay: a domain started meanwhile makes this fail.
                 if self.qemu.is_some() || self.overlay.is_none() {
                     return false;
+                }
+                // It is told the recorded base, whatever the overlay lies over.
+                if moved {
+                    self.planned = Some(self.overlay.flatten().or(self.planned).expect("it was just seen"));
+                    return true;
                 }
                 self.base = self.view(true);
             }
@@ -413,6 +624,8 @@ impl World {
         let view = self.view(true);
         let Some(q) = self.qemu.as_mut() else { return false };
         match sub {
+            // libvirt refuses a commit into an image that is not right below.
+            Sub::StartJob if self.planned.is_some() && !self.record.is_some_and(|rec| rec.adopted) => return false,
             Sub::StartJob if q.on_ours => q.job = Job::Running,
             Sub::PauseCpus => q.paused = true,
             Sub::ResumeCpus => q.paused = false,
@@ -442,6 +655,10 @@ impl World {
                 with(&|w| w.todo = vec![Sub::ResumeCpus, Sub::RecordResumed]);
             }
         }
+        if self.planned.is_none() && self.todo.first() == Some(&Sub::Freeze) && self.qemu.is_some() {
+            // A backup tool at the same hour: its snapshot comes between our plan and our freeze.
+            with(&|w| w.planned = Some(w.base));
+        }
         if let Some(q) = self.qemu {
             if q.job == Job::Running {
                 with(&|w| w.qemu.as_mut().unwrap().job = Job::Ready);
@@ -449,12 +666,12 @@ impl World {
             if !q.paused && self.flushed < 3 {
                 with(&|w| w.guest_writes());
             }
-        } else if !self.locked && (!self.inactive_ours || self.overlay.is_some()) {
+        } else if !self.locked && (self.inactive != Names::Ours || self.overlay.is_some()) {
             // An operator, or autostart. With the overlay's name gone libvirt refuses: no such file.
             with(&|w| {
                 let instance = 2 + w.faults;
-                let on_ours = w.inactive_ours;
-                w.qemu = Some(Qemu { on_ours, paused: false, job: Job::None, instance });
+                let (on_ours, on_planned) = (w.inactive == Names::Ours, w.inactive == Names::Planned);
+                w.qemu = Some(Qemu { on_ours, on_planned, paused: false, job: Job::None, instance });
             });
         }
         if self.faults < FAULTS_MAX {
@@ -483,17 +700,23 @@ impl World {
     fn guest_writes(&mut self) {
         self.flushed += 1;
         let version = self.flushed;
-        if self.qemu.unwrap().on_ours { self.overlay = Some(Some(version)) } else { self.base = version }
+        match self.qemu.unwrap() {
+            Qemu { on_ours: true, .. } => self.overlay = Some(Some(version)),
+            Qemu { on_planned: true, .. } => self.planned = Some(version),
+            _ => self.base = version,
+        }
     }
 
     /// The one thing that matters: whatever the guest flushed is what it reads, now or at its next start.
     fn reverted(&self) -> Option<String> {
         let (ours, how) = match self.qemu {
             Some(q) => (q.on_ours, "running"),
-            None if self.inactive_ours && self.overlay.is_none() => return None, // does not start: fails closed
-            None => (self.inactive_ours, "at its next start"),
+            // It does not start: that fails closed.
+            None if self.inactive == Names::Ours && self.overlay.is_none() => return None,
+            None => (self.inactive == Names::Ours, "at its next start"),
         };
-        let sees = self.view(ours);
+        let on_planned = self.qemu.map_or(self.inactive == Names::Planned, |q| q.on_planned);
+        let sees = if on_planned { self.planned.unwrap_or(self.base) } else { self.view(ours) };
         (sees != self.flushed).then(|| format!("the guest flushed {} and {how} reads {sees}: {self:?}", self.flushed))
     }
 
@@ -517,7 +740,8 @@ fn explore(order: Order) -> (Option<String>, usize, usize) {
         }
         if world.record.is_none() {
             settled += 1;
-            let whole = world.overlay.is_none() && !world.inactive_ours && world.qemu.is_none_or(|q| !q.paused);
+            let whole =
+                world.overlay.is_none() && world.inactive == Names::Base && world.qemu.is_none_or(|q| !q.paused);
             if !whole {
                 return (Some(format!("settled, but not whole: {world:?}")), seen.len(), settled);
             }

@@ -2,11 +2,12 @@
 
 use super::backup;
 use super::cycle::{Ports, record_in_domain, settle_domain};
-use super::decide::{Action, Job, OverlayFile, Phase, PowerState, Stand, decide};
+use super::decide::{Action, Job, OverlayFile, Phase, PowerState, Stand, Under, decide};
 use super::journal::{self, Journal, Record};
 use super::observe::observe;
 use super::plan::is_our_overlay;
 use super::settle::{SettleOptions, halt_error};
+use super::stopped;
 use crate::error::{Kind, Result};
 use crate::hypervisor::DomainView;
 use crate::name::DomainUuid;
@@ -57,7 +58,9 @@ pub fn examine(ports: &Ports, state: &Path, uuid: &DomainUuid, repair: Option<&S
     let left = journal::peek_backup(state, uuid)?;
     let thaw_owed = journal::peek_thaw(state, uuid)?;
     let hook_owed = journal::peek_hook(state, uuid)?;
-    if record.is_none() && left.is_none() && !thaw_owed && !hook_owed {
+    let paused = domain.as_ref().and_then(|d| d.paused);
+    let resume_owed = journal::peek_stopped(state, uuid)?.is_some();
+    if record.is_none() && left.is_none() && !thaw_owed && !hook_owed && !resume_owed {
         explain_without_record(domain.as_ref(), &mut finding);
         return Ok(finding);
     }
@@ -74,6 +77,9 @@ pub fn examine(ports: &Ports, state: &Path, uuid: &DomainUuid, repair: Option<&S
     };
     if let Some(record) = &record {
         explain(ports, record, &mut finding)?;
+        finding.explanation.extend(stopped::still_on_overlay(paused).map(|stopped| stopped.why));
+    } else if !resume_owed {
+        finding.explanation.extend(stopped::remark(paused).map(|stopped| stopped.why));
     }
     if let Some(left) = &left {
         let (said, halted) = backup::explain(ports.backups, left)?;
@@ -87,6 +93,10 @@ pub fn examine(ports: &Ports, state: &Path, uuid: &DomainUuid, repair: Option<&S
             "the guest agent was asked to hold the guest's file systems, and has not said since that it let them go",
         ),
         (hook_owed, "the hook before the freeze was run, and the one after it was not"),
+        (
+            resume_owed,
+            "QEMU stopped the guest after an I/O error while a run held its disks, and no run has resumed it since",
+        ),
     ];
     for (_, what) in owed.iter().filter(|(owed, _)| *owed) {
         finding.explanation.push((*what).into());
@@ -95,23 +105,34 @@ pub fn examine(ports: &Ports, state: &Path, uuid: &DomainUuid, repair: Option<&S
         }
     }
     if let Some(options) = repair.filter(|_| finding.health == Health::Repairable) {
-        let (_, account, left_open) = settle_domain(ports, &journal, uuid, options)?;
-        finding.done.extend(account.steps);
-        finding.done.extend(account.alarms);
-        finding.health = match left_open {
-            None if journal.is_thaw_owed()? => Health::NeedsPerson,
-            None => Health::Repaired,
-            Some(what) => {
-                finding.explanation.push(what);
-                Health::NeedsPerson
-            }
-        };
+        mend(ports, &journal, options, &mut finding)?;
     }
     Ok(finding)
 }
 
+fn mend(ports: &Ports, journal: &Journal, options: &SettleOptions, finding: &mut Finding) -> Result<()> {
+    let (_, account, left_open) = settle_domain(ports, journal, &finding.uuid, options)?;
+    finding.done.extend(account.steps);
+    finding.done.extend(account.alarms);
+    // A domain that is gone by now stands no longer.
+    let stands = stopped::remark(ports.hypervisor.paused(&finding.uuid).ok().flatten()).is_some();
+    finding.health = match left_open {
+        None if stands || journal.is_thaw_owed()? => Health::NeedsPerson,
+        None => Health::Repaired,
+        Some(what) => {
+            finding.explanation.push(what);
+            Health::NeedsPerson
+        }
+    };
+    Ok(())
+}
+
 fn explain_without_record(domain: Option<&DomainView>, finding: &mut Finding) {
     let Some(domain) = domain else { return };
+    if let Some(stopped) = stopped::remark(domain.paused) {
+        finding.health = Health::NeedsPerson;
+        finding.explanation.push(stopped.why);
+    }
     for disk in &domain.disks {
         let live = disk.live.as_ref().map(|c| &c.top().path);
         let defined = disk.inactive.as_ref().map(|l| &l.path);
@@ -142,8 +163,8 @@ fn explain(ports: &Ports, record: &Record, finding: &mut Finding) -> Result<()> 
     for ((name, _, disk), recorded) in seen.disks.iter().zip(&record.disks) {
         say.push(format!(
             "disk '{name}': runs on {}, is defined on {}; {}; the overlay {} {}",
-            stand_words(disk.live),
-            stand_words(disk.inactive),
+            stand_words(disk.live, disk.under),
+            stand_words(disk.inactive, disk.under),
             job_words(disk.job),
             recorded.overlay.display(),
             overlay_words(disk.overlay)
@@ -177,8 +198,12 @@ fn phase_words(phase: Phase) -> &'static str {
     }
 }
 
-fn stand_words(stand: Stand) -> &'static str {
+fn stand_words(stand: Stand, under: Under) -> &'static str {
     match stand {
+        Stand::Ours if under == Under::Another => "our overlay, over somebody's snapshot",
+        Stand::OursBelow if under == Under::Another => {
+            "somebody's snapshot above our overlay, which is above another one"
+        }
         Stand::Base => "its own image",
         Stand::Ours => "our overlay",
         Stand::OursBelow => "somebody's snapshot above our overlay",
@@ -209,6 +234,7 @@ fn overlay_words(overlay: OverlayFile) -> &'static str {
 
 fn action_words(action: &Action) -> String {
     match action {
+        Action::Adopt(d) => format!("record which image the overlay of {d} lies over, and commit it into that"),
         Action::StartCommit(d) => format!("commit the overlay of {d}"),
         Action::StartCommitBelow(d) => format!("commit our overlay of {d} below the snapshot that was put above it"),
         Action::WaitForJob(d) => format!("wait for the commit of {d}"),

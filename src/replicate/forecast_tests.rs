@@ -63,6 +63,7 @@ fn run(frozen_at: i64, seconds: f64, mode: Mode, bytes: u64) -> Report {
         duration_ms: seconds * 1000.0,
         skipped: Default::default(),
         alarms: Vec::new(),
+        guest_stopped: None,
         warnings: Vec::new(),
         target_seen: None,
         target_lacks: Vec::new(),

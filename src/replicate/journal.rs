@@ -3,10 +3,10 @@
 //!
 //! `STATE/domains/UUID/` holds `lock` (who works on the domain), `record.json` (only while a run is open;
 //! `backup.json` instead while one by backup is), `thaw.json` (only while the guest is owed a thaw),
-//! `after-freeze.json` (only while a hook is), `last.json` (the newest report), `history.jsonl` (the reports, see
-//! [`history`](super::history)), `generation.json` ([`generation`](super::generation)). A copy of the record's
-//! identity lies in the domain's own `<metadata>`, which survives the loss of this directory and travels with the
-//! domain.
+//! `after-freeze.json` (only while a hook is), `stopped.json` (only while a guest that QEMU stopped is ours to resume),
+//! `last.json` (the newest report), `history.jsonl` (the reports, see [`history`](super::history)),
+//! `generation.json` ([`generation`](super::generation)). A copy of the record's identity lies in the domain's own
+//! `<metadata>`, which survives the loss of this directory and travels with the domain.
 //!
 //! Format: docs/formats/journal.md.
 
@@ -39,6 +39,9 @@ const HOOK: &str = "after-freeze.json";
 /// The record of an open run by backup.
 const BACKUP: &str = "backup.json";
 
+/// There while a guest that QEMU stopped on a file of ours has not been let go.
+const STOPPED: &str = "stopped.json";
+
 /// How the dead-man calls itself when it holds a domain's lock, and how long it is waited for.
 pub const DEADMAN: &str = "dead-man";
 const DEADMAN_WITHIN: Duration = Duration::from_secs(20);
@@ -52,6 +55,16 @@ pub struct OwedHook {
     pub command: Vec<String>,
     pub timeout_s: u64,
     pub env: Vec<(String, String)>,
+}
+
+/// A guest that ran when its disks were frozen, and that QEMU stopped for an I/O error since: ours to let go.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoppedRecord {
+    /// The run that had frozen its disks.
+    pub run: RunId,
+    /// libvirt's id of the instance, and the boot of this host in which it has that id.
+    pub instance: Option<u32>,
+    pub boot: Option<String>,
 }
 
 /// A run that has (or may have) changed something at the source, until it has been put right.
@@ -71,6 +84,12 @@ pub struct Record {
     pub phase: Phase,
     /// We paused, or were about to pause, a domain that ran.
     pub resume_after: bool,
+    /// The guest ran when its disks were frozen: an I/O error that has stopped it came later, and is ours.
+    #[serde(default)]
+    pub ran: bool,
+    /// libvirt's id of the instance whose QEMU was refused to write to a base; in the boot above.
+    #[serde(default)]
+    pub commit_denied: Option<u32>,
     pub disks: Vec<DiskRecord>,
     pub started_at: Timestamp,
     /// When the disks stood still; set with [`Phase::Frozen`].
@@ -82,7 +101,7 @@ pub struct Record {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DiskRecord {
     pub name: DiskName,
-    /// The image that was frozen and that the domain is to end on.
+    /// The image that was frozen and that the domain is to end on: as planned, then as seen right below our overlay.
     pub base: Layer,
     pub overlay: PathBuf,
     pub size: DiskSize,
@@ -95,6 +114,9 @@ pub struct DiskRecord {
     /// Only the running instance had the disk: when that is over no definition names it, and our record is all there is.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub live_only: bool,
+    /// A commit by `qemu-img` was begun: if the base has changed since the freeze, that is why.
+    #[serde(default)]
+    pub off_commit: bool,
 }
 
 impl DiskRecord {
@@ -270,6 +292,21 @@ impl Journal {
         self.remove(HOOK)
     }
 
+    /// The guest that stands for an I/O error that came under our hands.
+    pub fn stopped(&self) -> Result<Option<StoppedRecord>> {
+        read_json(&self.dir.join(STOPPED))
+    }
+
+    /// It is ours to let go. Durable when it returns.
+    pub fn owe_resume(&self, stopped: &StoppedRecord) -> Result<()> {
+        replace(&self.dir, STOPPED, &to_json(stopped))
+    }
+
+    /// It runs again, or its QEMU has ended; durable when it returns.
+    pub fn resume_is_paid(&self) -> Result<()> {
+        self.remove(STOPPED)
+    }
+
     /// Nothing is left of the backup; durable when it returns.
     pub fn close_backup(&self) -> Result<()> {
         self.remove(BACKUP)
@@ -297,6 +334,11 @@ pub fn peek(state: &Path, uuid: &DomainUuid) -> Result<Option<Record>> {
 /// Whether a domain's guest is owed a thaw, read without its lock; for `doctor`.
 pub fn peek_thaw(state: &Path, uuid: &DomainUuid) -> Result<bool> {
     Stamp::of(&domain_dir(state, uuid).join(THAW)).map(|stamp| stamp.is_some())
+}
+
+/// The guest that stands for an I/O error that came under our hands, read without the domain's lock; for `doctor`.
+pub fn peek_stopped(state: &Path, uuid: &DomainUuid) -> Result<Option<StoppedRecord>> {
+    read_json(&domain_dir(state, uuid).join(STOPPED))
 }
 
 /// Whether a hook is owed for a domain, read without its lock; for `doctor` and the dead-man.
@@ -495,6 +537,8 @@ pub(crate) mod tests {
             persistent: true,
             phase,
             resume_after: false,
+            ran: true,
+            commit_denied: None,
             disks: vec![DiskRecord {
                 name: DiskName::new("vda").unwrap(),
                 base: Layer {
@@ -509,6 +553,7 @@ pub(crate) mod tests {
                 overlay_id: None,
                 complete_at: None,
                 live_only: false,
+                off_commit: false,
             }],
             started_at: Timestamp::UNIX_EPOCH,
             frozen_at: None,

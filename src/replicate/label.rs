@@ -42,6 +42,7 @@ mod tests {
             id: None,
             power: Power::Off,
             ended,
+            paused: None,
             persistent: true,
             managed_save,
             domain_job: None,

@@ -2,7 +2,7 @@
 //!
 //! Reads only; the moment it describes is over when it returns, which is why acting re-checks what matters.
 
-use super::decide::{DiskFacts, DiskSeen, Job, OverlayFile, Phase, PowerState, Situation, Stand};
+use super::decide::{DiskFacts, DiskSeen, Job, OverlayFile, Phase, PowerState, Situation, Stand, Under};
 use super::journal::{DiskRecord, Record, Stamp, boot_id};
 use super::offline;
 use crate::block::{BLOCK_LEN, DiskSize};
@@ -23,6 +23,10 @@ pub struct Observation {
     pub disks: Vec<(DiskName, DiskFacts, DiskSeen)>,
     /// The overlays' stamps of this moment, in the record's order; what an action may rely on.
     pub overlay_stamps: Vec<Option<Stamp>>,
+    /// The images right below our overlays, in the record's order; `None` where that is not known.
+    pub under: Vec<Option<Layer>>,
+    /// The QEMU that runs now was refused to write to a base.
+    pub commit_denied: bool,
 }
 
 impl Observation {
@@ -34,6 +38,7 @@ impl Observation {
             same_instance: self.same_instance,
             persistent: record.persistent,
             managed_save: self.managed_save,
+            commit_denied: self.commit_denied,
             disks: &self.disks,
         }
     }
@@ -44,8 +49,8 @@ impl Observation {
     }
 }
 
-/// Observes the domain of a record; its disks have no sizes. Blocks on libvirt and `stat`; runs `qemu-img info` only for a domain that is off
-/// and whose definition names neither base nor overlay.
+/// Observes the domain of a record; its disks have no sizes. Blocks on libvirt and `stat`; runs `qemu-img info` only for a
+/// domain that is off, where an overlay of ours is there, or the definition names neither base nor overlay.
 pub fn observe(hypervisor: &dyn Hypervisor, record: &Record) -> Result<Observation> {
     let domain = match hypervisor.observe_without_sizes(&record.uuid) {
         Ok(view) => Some(view),
@@ -60,22 +65,45 @@ pub fn observe(hypervisor: &dyn Hypervisor, record: &Record) -> Result<Observati
     };
     let mut disks = Vec::with_capacity(record.disks.len());
     let mut overlay_stamps = Vec::with_capacity(record.disks.len());
+    let mut under = Vec::with_capacity(record.disks.len());
+    let runs = matches!(power, PowerState::Running | PowerState::Paused);
     for disk in &record.disks {
         let view = domain.as_ref().and_then(|d| d.disk(&disk.name));
-        let (facts, seen, stamp) =
-            disk_seen(record, disk, power, view).on_disk(&disk.name).map_err(|e| e.domain(&record.domain))?;
+        let below = image_under(disk, view, runs);
+        let (facts, seen, stamp) = disk_seen(record, disk, power, view, below.as_ref())
+            .on_disk(&disk.name)
+            .map_err(|e| e.domain(&record.domain))?;
         disks.push((disk.name.clone(), facts, seen));
         overlay_stamps.push(stamp);
+        under.push(below);
     }
+    let same_boot = record.boot.is_none() || record.boot == boot_id();
+    let is = |id: Option<u32>| same_boot && domain.as_ref().is_some_and(|d| d.id.is_some() && d.id == id);
     Ok(Observation {
         power,
-        same_instance: domain.as_ref().is_some_and(|d| d.id.is_some() && d.id == record.instance)
-            && (record.boot.is_none() || record.boot == boot_id()),
+        same_instance: is(record.instance),
+        commit_denied: is(record.commit_denied),
         managed_save: domain.as_ref().is_some_and(|d| d.managed_save),
         domain,
         disks,
         overlay_stamps,
+        under,
     })
+}
+
+/// The image right below our overlay: in the chain of the running QEMU, or, while none runs, by the header of the overlay,
+/// which may have been retired. `None` where neither tells.
+fn image_under(disk: &DiskRecord, view: Option<&DiskView>, runs: bool) -> Option<Layer> {
+    let chain = view.and_then(|v| v.live.as_ref());
+    if runs {
+        let layers = &chain?.0;
+        let at = layers.iter().position(|layer| layer.path == disk.overlay)?;
+        return layers.get(at + 1).cloned();
+    }
+    let files = [disk.overlay.clone(), disk.retired()];
+    let there = files.iter().find(|path| path.exists())?;
+    // One that cannot be read is not committed either: see `offline::commits_into`.
+    offline::backing_of(there).ok().flatten()
 }
 
 fn disk_seen(
@@ -83,15 +111,15 @@ fn disk_seen(
     disk: &DiskRecord,
     power: PowerState,
     view: Option<&DiskView>,
+    under: Option<&Layer>,
 ) -> Result<(DiskFacts, DiskSeen, Option<Stamp>)> {
     let stamp = Stamp::of(&disk.overlay)?;
     let overlay = overlay_file(disk, stamp)?;
-    let frozen_base_touched = match disk.base_stamp {
-        Some(then) if record.phase < Phase::CommitIntent => {
-            !Stamp::of(&disk.base.path)?.is_some_and(|now| then.is(&now))
-        }
-        _ => false,
+    let base_unchanged = match disk.base_stamp {
+        Some(then) => Stamp::of(&disk.base.path)?.is_some_and(|now| then.is(&now)),
+        None => false,
     };
+    let base_changed = disk.base_stamp.is_some() && !base_unchanged && record.phase < Phase::CommitIntent;
     let overlay_touched = matches!((disk.complete_at, stamp), (Some(then), Some(now)) if !then.is(&now));
     let seen = DiskSeen {
         live: view.and_then(|v| v.live.as_ref()).map_or(Stand::Absent, |chain| stand(disk, chain)),
@@ -105,8 +133,14 @@ fn disk_seen(
             Some(job) if job.ready => Job::Ready,
             Some(_) => Job::Running,
         },
+        under: match under {
+            Some(layer) if !offline::is_same_image(&layer.path, &disk.base.path) => Under::Another,
+            _ => Under::Recorded,
+        },
         overlay,
-        base_touched: frozen_base_touched || overlay_touched,
+        base_touched: base_changed || overlay_touched,
+        // A block device has no telling times.
+        base_as_frozen: disk.off_commit || (base_unchanged && !offline::is_block_device(&disk.base.path)),
         shared_storage: offline::on_shared_storage(&disk.base.path),
     };
     Ok((DiskFacts { base_complete: disk.complete_at.is_some() && !overlay_touched }, seen, stamp))
@@ -137,8 +171,10 @@ fn empty_overlay_len(size: DiskSize) -> u64 {
 fn stand(disk: &DiskRecord, chain: &Chain) -> Stand {
     let at = |path: &Path| chain.0.iter().position(|layer| layer.path == path);
     match (at(&disk.overlay), at(&disk.base.path)) {
-        (Some(0), Some(1)) => Stand::Ours,
-        (Some(n), Some(b)) if b == n + 1 => Stand::OursBelow,
+        // An overlay over nothing is none.
+        (Some(n), _) if n + 1 == chain.0.len() => Stand::Foreign,
+        (Some(0), _) => Stand::Ours,
+        (Some(_), _) => Stand::OursBelow,
         (None, Some(0)) => Stand::Base,
         (None, Some(_)) => Stand::BaseBelow,
         _ => Stand::Foreign,
@@ -240,7 +276,10 @@ mod tests {
             ("user<user2<base<golden", Stand::BaseBelow),
             ("other", Stand::Foreign),
             ("ours", Stand::Foreign),
-            ("ours<other<base", Stand::Foreign),
+            // Which image it lies over is told apart below.
+            ("ours<other<base", Stand::Ours),
+            ("ours<other", Stand::Ours),
+            ("user<ours<other<base", Stand::OursBelow),
             ("base<ours", Stand::Foreign),
         ] {
             assert_eq!(stand(disk, &chain(notation)), expected, "{notation}");
@@ -258,7 +297,7 @@ mod tests {
         std::fs::write(&record.disks[0].base.path, b"base").unwrap();
         std::fs::write(&record.disks[0].overlay, vec![1; 1 << 20]).unwrap();
         let next = |record: &Record, power| {
-            let (facts, seen, _) = disk_seen(record, &record.disks[0], power, None).unwrap();
+            let (facts, seen, _) = disk_seen(record, &record.disks[0], power, None, None).unwrap();
             let disks = [(record.disks[0].name.clone(), facts, seen)];
             crate::replicate::decide::decide(&Situation {
                 phase: record.phase,
@@ -267,6 +306,7 @@ mod tests {
                 same_instance: false,
                 persistent: true,
                 managed_save: false,
+                commit_denied: false,
                 disks: &disks,
             })
         };
@@ -277,6 +317,33 @@ mod tests {
         assert_eq!(next(&record, PowerState::Off), Action::CommitOffline(record.disks[0].name.clone()));
         std::fs::rename(&record.disks[0].overlay, record.disks[0].retired()).unwrap();
         assert_eq!(next(&record, PowerState::Off), Action::Done);
+    }
+
+    /// Somebody's snapshot between our plan and our freeze: our overlay lies over theirs.
+    #[test]
+    fn the_image_that_was_frozen_is_the_one_below_our_overlay() {
+        let disk = &record(Phase::FreezeIntent).disks[0];
+        let view = |notation: &str| DiskView {
+            name: disk.name.clone(),
+            kind: crate::hypervisor::DiskKind::Image,
+            live: Some(chain(notation)),
+            inactive: None,
+            size: None,
+            job: None,
+            read_only: false,
+            shareable: false,
+        };
+        for (notation, expected) in [
+            ("ours<base<golden", Some("/pool/a.qcow2")),
+            ("ours<theirs<base", Some("/pool/theirs")),
+            ("user<ours<theirs<base", Some("/pool/theirs")),
+            ("theirs<base", None),
+            ("ours", None),
+        ] {
+            let found = image_under(disk, Some(&view(notation)), true);
+            assert_eq!(found.as_ref().map(|layer| layer.path.as_path()), expected.map(Path::new), "{notation}");
+        }
+        assert_eq!(image_under(disk, None, true), None, "unplugged");
     }
 
     #[test]

@@ -103,6 +103,30 @@ fn backing_layer(image: &Path, name: &str, format: Option<&str>) -> Result<Layer
     Ok(Layer { block_device: is_block_device(&path), path, format, data_file: None })
 }
 
+/// The image right below this qcow2 image, by its header; `None` if it has none.
+pub fn backing_of(image: &Path) -> Result<Option<Layer>> {
+    let info = qemu_img::info(image, Format::Qcow2, true)?;
+    info.backing.map(|name| backing_layer(image, &name, info.backing_format.as_deref())).transpose()
+}
+
+/// Whether both names lead to one image.
+pub fn is_same_image(a: &Path, b: &Path) -> bool {
+    let file = |path| Stamp::of(path).ok().flatten().map(|stamp| stamp.id);
+    a == b || file(a).is_some_and(|id| Some(id) == file(b))
+}
+
+/// `Conflict` unless the overlay's own header says that it lies over `base`: into any other image its commit would mix two
+/// disks.
+pub fn commits_into(overlay: &Path, base: &Layer) -> Result<()> {
+    let found = backing_of(overlay)?;
+    if found.as_ref().is_some_and(|layer| is_same_image(&layer.path, &base.path)) {
+        return Ok(());
+    }
+    let over = found.map_or("nothing".to_owned(), |layer| layer.path.display().to_string());
+    let what = format!("the overlay lies over {over}, and not over {}", base.path.display());
+    Err(Error::new(Kind::Conflict, what).path(overlay))
+}
+
 /// Why no bitmap of ours may be on this image although it could, as a sentence: its owner comes first. QEMU goes back to no
 /// internal snapshot while a bitmap is there, and libvirt has ended the domain by the time it is told so.
 pub fn must_not_be_tracked(layer: &Layer) -> Option<String> {

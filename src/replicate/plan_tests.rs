@@ -53,6 +53,7 @@ fn domain(notation: &str) -> DomainView {
         id: Some(1),
         power: Power::Running,
         ended: Ended::Unknown,
+        paused: None,
         persistent: true,
         managed_save: false,
         domain_job: None,

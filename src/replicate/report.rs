@@ -2,6 +2,7 @@
 
 use super::choice::CaptureKind;
 use super::plan::Plan;
+use super::stopped::GuestStopped;
 use crate::error::{Error, Kind};
 use crate::name::{DomainName, DomainUuid, RunId};
 use crate::replica::PointView;
@@ -42,6 +43,9 @@ pub struct Report {
     /// A dirty bitmap that lied: what to look into, although the run put it right.
     #[serde(default)]
     pub alarms: Vec<String>,
+    /// QEMU stopped the guest after an I/O error, before or during the run; absent if it did not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_stopped: Option<GuestStopped>,
     /// What an operator should know although the run went on.
     pub warnings: Vec<String>,
     /// How the target stood after the run; absent if it was not asked any more.
@@ -142,6 +146,7 @@ pub(crate) mod tests {
             duration_ms: 1000.0,
             skipped: LeftOut::default(),
             alarms: Vec::new(),
+            guest_stopped: None,
             warnings: Vec::new(),
             target_seen: None,
             target_lacks: Vec::new(),

@@ -8,17 +8,20 @@
 //! Step numbers are those of docs/replication.md; a failpoint stands behind each.
 
 use super::away::Away;
-use super::decide::{Action, DiskSeen, Halt, HaltReason, OverlayFile, Phase, PowerState, Stand, decide, decide_all};
+use super::decide::{
+    Action, DiskSeen, Halt, HaltReason, Job, OverlayFile, Phase, PowerState, Stand, decide, decide_all,
+};
 use super::journal::{self, Journal, Record, Stamp};
 use super::observe::{Observation, observe};
 use super::offline;
+use super::stopped::{self, GuestStopped};
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::failpoint;
-use crate::hypervisor::{DomainView, Hypervisor};
+use crate::hypervisor::{Hypervisor, is_denied};
 use crate::image::locks::QemuLock;
 use crate::image::{Chain, Format, Layer, qemu_img};
 use crate::name::DiskName;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Bounds every pause of the guest from outside this process; see [`super::deadman`].
@@ -94,6 +97,8 @@ pub struct Account {
     pub steps: Vec<String>,
     /// What was unusual enough to tell an operator.
     pub alarms: Vec<String>,
+    /// The guest that an I/O error had stopped, and what became of it.
+    pub stopped: Option<GuestStopped>,
 }
 
 pub struct Settler<'a> {
@@ -106,6 +111,7 @@ pub struct Settler<'a> {
     paused_at: Option<Instant>,
     /// Disks that were pivoted in the pause that lasts.
     pivoted: usize,
+    pauses: u32,
     away: Away,
     /// What acting has found out and deciding cannot know.
     lost: Option<Halt>,
@@ -113,6 +119,11 @@ pub struct Settler<'a> {
 
 /// Failed steps in a row after which the loop gives up with the last error.
 const FAILURES_MAX: u32 = 20;
+/// Pauses of the guest after which the loop leaves the pivot to the next run, beside one for each disk. Nothing resets their
+/// count: a pivot that is refused again and again must not hold the guest again and again.
+const PAUSES_MAX: u32 = 10;
+/// How long the guest runs at least between two pauses; more each time, up to the second.
+const BETWEEN_PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 /// Actions after which the loop gives up: no sound history needs as many.
 const ACTIONS_MAX: u32 = 10_000;
 
@@ -125,7 +136,19 @@ impl<'a> Settler<'a> {
         options: SettleOptions,
     ) -> Self {
         let (account, away) = (Account::default(), Away::default());
-        Self { hypervisor, journal, record, guard, options, account, paused_at: None, pivoted: 0, away, lost: None }
+        Self {
+            hypervisor,
+            journal,
+            record,
+            guard,
+            options,
+            account,
+            paused_at: None,
+            pivoted: 0,
+            pauses: 0,
+            away,
+            lost: None,
+        }
     }
 
     /// Runs the loop. Blocks: a commit takes as long as it takes, at most [`SettleOptions::ready_within`]. An error
@@ -133,12 +156,15 @@ impl<'a> Settler<'a> {
     pub fn run(&mut self, goal: Goal) -> Result<Outcome> {
         let give_up_at = Instant::now() + self.options.ready_within;
         let mut failures = 0;
+        // A person may have changed the rules meanwhile: each run asks once.
+        self.record.commit_denied = None;
         for _ in 0..ACTIONS_MAX {
             let step = self.step(goal, give_up_at);
             match step {
                 Ok(Some(outcome)) => return Ok(outcome),
                 Ok(None) => failures = 0,
-                Err(e) if e.kind() == Kind::Interrupted => {
+                // What QEMU may not open, it may not open a moment later.
+                Err(e) if e.kind() == Kind::Interrupted || is_denied(&e) => {
                     self.release_after_failure();
                     return Err(e.domain(&self.record.domain));
                 }
@@ -174,10 +200,14 @@ impl<'a> Settler<'a> {
         tracing::debug!(domain = %self.record.domain, phase = ?self.record.phase, power = ?seen.power, ?actions, "decided");
         match actions[0].clone() {
             Action::Done => {
+                self.keep_stopped(&seen)?;
                 self.finish()?;
                 return Ok(Some(Outcome::Reached));
             }
             Action::Halt(halt) => return Ok(Some(Outcome::Halted(halt))),
+            Action::Pause if self.pauses >= PAUSES_MAX + self.record.disks.len() as u32 => {
+                return Ok(Some(self.pauses_spent(&seen)));
+            }
             // Whoever only lets the guest go does not begin a pivot; nothing is pivoted and unretired here, or decide
             // would have said so.
             Action::Pivot(_) if goal == Goal::Released => self.resume()?,
@@ -232,15 +262,16 @@ impl<'a> Settler<'a> {
 
     fn perform(&mut self, action: Action, seen: &Observation) -> Result<()> {
         match action {
-            Action::StartCommit(disk) => self.start_commit(&disk, true),
+            Action::Adopt(disk) => self.adopt(&disk, seen),
+            Action::StartCommit(disk) => self.start_commit(&disk, true, seen),
             Action::StartCommitBelow(disk) => {
                 self.alarm(format!(
                     "disk '{disk}': somebody put a snapshot above our overlay; it is kept, ours is committed below it"
                 ));
-                self.start_commit(&disk, false)
+                self.start_commit(&disk, false, seen)
             }
             Action::Pause => self.pause(seen),
-            Action::Redefine(disk) => self.redefine(&disk),
+            Action::Redefine(disk) => self.redefine(&disk, seen),
             Action::MarkComplete(disk) => self.mark_complete(&disk, seen),
             Action::Resume => self.resume(),
             Action::CommitOffline(disk) => self.commit_offline(&disk),
@@ -250,7 +281,22 @@ impl<'a> Settler<'a> {
         }
     }
 
-    fn start_commit(&mut self, disk: &DiskName, active: bool) -> Result<()> {
+    /// Somebody's snapshot came between the plan and our freeze, or the chain below us was changed: the image that our
+    /// overlay completes is the one right below it. Of its times nothing is known.
+    fn adopt(&mut self, disk: &DiskName, seen: &Observation) -> Result<()> {
+        let Some(base) = seen.under[self.at(disk)].clone() else { return Ok(()) };
+        let was = self.disk(disk).base.path.clone();
+        self.alarm(format!(
+            "disk '{disk}': our overlay lies over {}, and not over {} as planned; it is committed into the image below it",
+            base.path.display(),
+            was.display()
+        ));
+        let recorded = self.disk_mut(disk);
+        (recorded.base, recorded.base_stamp) = (base, None);
+        self.journal.write(&self.record)
+    }
+
+    fn start_commit(&mut self, disk: &DiskName, active: bool, seen: &Observation) -> Result<()> {
         // Step 7a: from here on the base alone is a mixture, and nobody may read it as a point (I5).
         if self.record.phase < Phase::CommitIntent {
             self.record.phase = Phase::CommitIntent;
@@ -261,14 +307,47 @@ impl<'a> Settler<'a> {
             let d = self.disk(disk);
             (d.base.path.clone(), d.overlay.clone())
         };
-        self.hypervisor.start_commit(&self.record.uuid, disk, &overlay, &base, active).on_disk(disk)?;
+        let started = self.hypervisor.start_commit(&self.record.uuid, disk, &overlay, &base, active).on_disk(disk);
+        if let Err(e) = started {
+            return self.if_denied(e, &base, seen);
+        }
         self.note(format!("7b commit of {disk} started"));
         failpoint!("7b");
         Ok(())
     }
 
+    /// A commit that QEMU may not begin. Under AppArmor its end is the only way out: that is recorded, and decides.
+    fn if_denied(&mut self, e: Error, base: &Path, seen: &Observation) -> Result<()> {
+        if !is_denied(&e) {
+            return Err(e);
+        }
+        if !self.hypervisor.confinement(&self.record.uuid)?.denies_commits() {
+            return Err(e.path(base).hint(
+                "QEMU may not write to the disk's own image: compare its owner, mode and label with those of the domain's \
+                 other images, then run `virt-replica doctor --repair`",
+            ));
+        }
+        tracing::error!(domain = %self.record.domain, "{}", e.chain());
+        self.record.commit_denied = seen.domain.as_ref().and_then(|domain| domain.id);
+        self.journal.write(&self.record)
+    }
+
+    /// The guest was paused often enough: it runs on its overlays, and the next run goes on from there.
+    fn pauses_spent(&mut self, seen: &Observation) -> Outcome {
+        self.alarm(format!(
+            "the guest was paused {} times for a pivot that QEMU refused each time; the next run tries it again",
+            self.pauses
+        ));
+        let ready = seen.disks.iter().find(|(_, _, disk)| disk.job == Job::Ready);
+        Outcome::Pending(ready.map_or_else(|| self.record.disks[0].name.clone(), |(name, ..)| name.clone()))
+    }
+
     fn pause(&mut self, seen: &Observation) -> Result<()> {
         failpoint!("7c");
+        if self.pauses > 0 {
+            std::thread::sleep((BETWEEN_PAUSES.0 * self.pauses).min(BETWEEN_PAUSES.1));
+        }
+        self.pauses += 1;
         // Step 7d: whoever comes after us must know that the pause is ours, and that a pivot may have happened.
         self.record.phase = Phase::PivotIntent;
         self.record.resume_after = seen.power == PowerState::Running;
@@ -308,10 +387,12 @@ impl<'a> Settler<'a> {
         Ok(())
     }
 
-    fn redefine(&mut self, disk: &DiskName) -> Result<()> {
-        let base = self.disk(disk).base.clone();
-        self.hypervisor.redefine(&self.record.uuid, &[(disk.clone(), base)]).on_disk(disk)?;
-        self.note(format!("definition of {disk} put back to its base"));
+    fn redefine(&mut self, disk: &DiskName, seen: &Observation) -> Result<()> {
+        // A snapshot that somebody put above the base since is part of the disk.
+        let live = seen.domain.as_ref().and_then(|d| d.disk(disk)?.live.as_ref());
+        let image = live.map_or(&self.disk(disk).base, |chain| chain.top()).clone();
+        self.hypervisor.redefine(&self.record.uuid, &[(disk.clone(), image)]).on_disk(disk)?;
+        self.note(format!("definition of {disk} put back to its image"));
         Ok(())
     }
 
@@ -369,14 +450,16 @@ impl<'a> Settler<'a> {
     }
 
     fn commit_offline(&mut self, disk: &DiskName) -> Result<()> {
-        if self.record.phase < Phase::CommitIntent {
-            self.record.phase = Phase::CommitIntent;
-            self.journal.write(&self.record)?;
-        }
         let (overlay, base) = {
             let d = self.disk(disk);
             (d.overlay.clone(), d.base.clone())
         };
+        offline::commits_into(&overlay, &base).on_disk(disk)?;
+        if self.record.phase < Phase::CommitIntent || !self.disk(disk).off_commit {
+            self.record.phase = self.record.phase.max(Phase::CommitIntent);
+            self.disk_mut(disk).off_commit = true;
+            self.journal.write(&self.record)?;
+        }
         // qemu-img takes QEMU's locks itself: a domain that was started meanwhile makes this fail, and is observed next.
         let mut layers =
             vec![Layer { path: overlay.clone(), format: Format::Qcow2, block_device: false, data_file: None }];
@@ -386,7 +469,8 @@ impl<'a> Settler<'a> {
         let committed = Stamp::of(&overlay)?;
         let _overlay_lock = offline::lock_as_seen(&overlay, committed)?;
         let again = observe(self.hypervisor, &self.record)?;
-        if !matches!(again.power, PowerState::Off | PowerState::Gone) {
+        let (_, _, now) = again.disks[self.at(disk)];
+        if now.live != Stand::Absent {
             return Err(Error::new(Kind::Busy, "the domain was started while its overlay was committed").disk(disk));
         }
         let retired = self.disk(disk).retired();
@@ -394,11 +478,11 @@ impl<'a> Settler<'a> {
         self.away.make_durable([overlay.as_path()])?;
         failpoint!("7l");
         // One that was plugged in for a running instance only is in no definition.
-        let defined = |d: &DomainView| d.persistent && d.disk(disk).is_some_and(|view| view.inactive.is_some());
-        if again.power == PowerState::Off && again.domain.as_ref().is_some_and(defined) {
+        let defined = again.domain.as_ref().and_then(|d| d.disk(disk)).is_some_and(|view| view.inactive.is_some());
+        if now.inactive == Stand::Ours && defined {
             self.hypervisor.redefine(&self.record.uuid, &[(disk.clone(), base)]).on_disk(disk)?;
         }
-        self.note(format!("overlay of {disk} committed while the domain was off"));
+        self.note(format!("overlay of {disk} committed while no QEMU had it"));
         failpoint!("7m");
         Ok(())
     }
@@ -466,6 +550,16 @@ impl<'a> Settler<'a> {
         Ok(())
     }
 
+    /// Step 7n.owed: once the record is closed, nobody else knows that the guest's pause is ours to end.
+    fn keep_stopped(&self, seen: &Observation) -> Result<()> {
+        let Some(domain) = &seen.domain else { return Ok(()) };
+        let (run, ran) = (&self.record.run, self.record.ran);
+        if stopped::owe(self.journal, run, ran, self.record.instance, domain)? {
+            failpoint!("7n.owed");
+        }
+        Ok(())
+    }
+
     /// Step 7n: nothing refers to the retired overlays any more; then the record itself.
     fn finish(&mut self) -> Result<()> {
         let retired: Vec<PathBuf> = self.record.disks.iter().map(|disk| disk.retired()).collect();
@@ -502,9 +596,12 @@ impl<'a> Settler<'a> {
         self.record.disks.iter_mut().find(|d| &d.name == name).expect("decide names disks of the record")
     }
 
+    fn at(&self, name: &DiskName) -> usize {
+        self.record.disks.iter().position(|d| &d.name == name).expect("decide names disks of the record")
+    }
+
     fn stamp_seen(&self, name: &DiskName, seen: &Observation) -> Option<Stamp> {
-        let at = self.record.disks.iter().position(|d| &d.name == name).expect("decide names disks of the record");
-        seen.overlay_stamps[at]
+        seen.overlay_stamps[self.at(name)]
     }
 
     fn note(&mut self, step: String) {
@@ -553,3 +650,7 @@ pub fn halt_error(record: &Record, halt: &Halt) -> Error {
 #[cfg(test)]
 #[path = "settle_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "settle_denied_tests.rs"]
+mod denied_tests;

@@ -78,6 +78,7 @@ impl Fake {
             persistent: true,
             managed_save: false,
             ended: Ended::Unknown,
+            paused: None,
             domain_job: None,
             disks: self.record.disks.iter().zip(&s.disks).map(disk).collect(),
             record: None,
@@ -95,6 +96,10 @@ impl Hypervisor for Fake {
             s.looks_while_held += usize::from(s.paused);
             Ok(self.view(s))
         })
+    }
+
+    fn confinement(&self, _: &DomainUuid) -> Result<crate::hypervisor::Confinement> {
+        unreachable!("no commit is denied here")
     }
 
     fn warm_up(&self, _: &DomainUuid) -> Result<()> {

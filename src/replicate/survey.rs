@@ -93,7 +93,7 @@ fn commit_facts(ports: &Ports, request: &Request, domain: &DomainView, past: &[R
     };
     let disks = domain.disks.iter().filter(replicated).filter(holds);
     Ok(CommitFacts {
-        confinement: Some(ports.backups.confinement(&domain.uuid)?),
+        confinement: Some(ports.hypervisor.confinement(&domain.uuid)?),
         internal_snapshots: disks.map(|d| d.name.clone()).collect(),
         unfinished: choice::unfinished(past),
     })

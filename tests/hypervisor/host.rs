@@ -170,7 +170,8 @@ impl Guest<'_> {
     }
 
     pub fn freeze_disk(&self, disk: &str, overlay: &str) -> FreezeDisk {
-        FreezeDisk { name: name(disk), overlay: self.path(overlay), prepared: false }
+        let over = self.path(if disk == "vda" { "a.qcow2" } else { "b.raw" });
+        FreezeDisk { name: name(disk), overlay: self.path(overlay), over, prepared: false }
     }
 
     /// Size of a file of its directory, in bytes; `None` if there is none.
@@ -268,6 +269,10 @@ pub fn inactive(view: &DomainView, disk: &str) -> String {
 
 /// Freezes what is named and expects it to be done.
 pub fn freeze(hypervisor: &dyn Hypervisor, guest: &Guest, disks: &[(&str, &str)]) {
-    let disks: Vec<_> = disks.iter().map(|(disk, overlay)| guest.freeze_disk(disk, overlay)).collect();
+    let view = hypervisor.observe(&guest.uuid).unwrap();
+    let over = |disk: &str| view.disk(&name(disk)).unwrap().live.as_ref().unwrap().top().path.clone();
+    let freeze_disk =
+        |(disk, overlay): &(&str, &str)| FreezeDisk { over: over(disk), ..guest.freeze_disk(disk, overlay) };
+    let disks: Vec<_> = disks.iter().map(freeze_disk).collect();
     hypervisor.freeze(&guest.uuid, &disks).unwrap();
 }

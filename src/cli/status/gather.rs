@@ -31,6 +31,7 @@ use virt_replica::replicate::observe::observe;
 use virt_replica::replicate::plan::is_our_overlay;
 use virt_replica::replicate::report::{Report, RunOutcome};
 use virt_replica::replicate::settle::halt_error;
+use virt_replica::replicate::stopped;
 use virt_replica::replicate::stores;
 use virt_replica::site::{Connection, Site};
 use virt_replica::transport::Service;
@@ -342,6 +343,8 @@ fn row(
         (_, None) => stray(domain, &mut notes),
         _ => false,
     };
+    let stopped = stopped::remark(domain.view.as_ref().and_then(|view| view.paused));
+    notes.splice(0..0, stopped.iter().map(|stopped| stopped.why.clone()));
     let handed = demoted::peek(&globals.state_dir, &domain.uuid)?;
     let power = domain.view.as_ref().map_or(Power::Off, |view| view.power);
     let both = handed.as_ref().and_then(|record| record.alarm(power));
@@ -357,7 +360,7 @@ fn row(
     let seen = Seen {
         open: record.map(|r| r.phase),
         backup: journal::peek_backup(&globals.state_dir, &domain.uuid)?.is_some(),
-        stuck: stuck || both.is_some(),
+        stuck: stuck || both.is_some() || stopped.is_some(),
         handed: handed.as_ref().map(|record| record.stage),
         promoted: replica.is_some_and(|view| view.promoted.is_some()),
         observed: domain.view.is_some(),

@@ -60,7 +60,8 @@ pub struct Seen {
     pub open: Option<Phase>,
     /// A run by backup is on record.
     pub backup: bool,
-    /// The open record cannot be settled without a person, or an overlay of ours has no record.
+    /// The open record cannot be settled without a person, an overlay of ours has no record, or an I/O error has stopped
+    /// the guest.
     pub stuck: bool,
     /// How far the domain is on the way to its target.
     pub handed: Option<Stage>,

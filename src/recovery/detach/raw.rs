@@ -31,6 +31,11 @@ use std::time::Duration;
 /// Longer the guest is never held: a move takes a tenth of a second.
 const HOLD_WITHIN: Duration = Duration::from_secs(10);
 
+/// Pauses of the guest after which the move of one disk is left to the next command. QEMU may refuse it again and again.
+const MOVES_MAX: u32 = 10;
+/// How long the guest runs at least between two of them, times their number.
+const BETWEEN_MOVES: Duration = Duration::from_millis(100);
+
 /// Which disks are to have a raw image: as is asked for, or as was when the domain was handed over. What was begun is gone on
 /// with.
 pub fn disks(record: &FailoverRecord, asked: Option<DiskFormat>, held: &dyn Held) -> Result<Vec<DiskName>> {
@@ -217,7 +222,7 @@ impl super::One<'_> {
     /// The disk's image is raw, stands alone, and is the only one, durably, when it returns.
     pub(super) fn become_raw(&mut self, chain: &Chain) -> Result<()> {
         let files = Files::of(self.record, self.disk);
-        let (relocating, mut copied) = (self.ports.relocating, 0);
+        let (relocating, mut copied, mut moves) = (self.ports.relocating, 0, 0);
         loop {
             stopped(self.stop)?;
             let seen = self.look_at(&files)?.1;
@@ -228,7 +233,19 @@ impl super::One<'_> {
                     files.make_raw()?;
                     relocating.begin_copy(&self.record.uuid, self.disk, &files.raw, self.rate_bytes)?;
                 }
-                Next::Move => self.move_over(&files)?,
+                Next::Move if moves == MOVES_MAX => {
+                    let what = format!(
+                        "QEMU has refused {moves} times to move the guest to the new image; it runs on the old one"
+                    );
+                    return Err(Error::new(Kind::Busy, what)
+                        .path(&files.raw)
+                        .hint("`virt-replica detach DOMAIN` again goes on from there"));
+                }
+                Next::Move => {
+                    std::thread::sleep(BETWEEN_MOVES * moves);
+                    moves += 1;
+                    self.move_over(&files)?;
+                }
                 Next::Convert => {
                     self.again(&mut copied, &files.raw)?;
                     convert(chain, &files)?;

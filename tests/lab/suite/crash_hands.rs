@@ -4,7 +4,9 @@
 
 use crate::crash_bench::{Lab, wait_for};
 use crate::crash_machine::Machine;
+use serde_json::Value;
 use std::fs;
+use std::path::Path;
 
 /// Leaves the machine on its overlays, with a write in them, and nobody at work.
 fn abandon_on_overlays(machine: &mut Machine) {
@@ -116,6 +118,103 @@ fn foreign_snapshot_above_ours() {
     machine.check_live("with the user's snapshot");
     machine.check_next_sync("with the user's snapshot");
     machine.check_live("with the user's snapshot");
+}
+
+/// Somebody's snapshot between our plan and our freeze, as a backup tool at the same hour makes it.
+///
+/// Mostly it is seen in the freeze. A moment later it cannot be: libvirt takes no condition. That is made by hand here: a
+/// driver dies before its freeze, and its overlays are put over the stranger's.
+#[test]
+fn foreign_snapshot_before_our_freeze() {
+    let lab = Lab::up();
+    let mut machine = Machine::replicated(&lab, "race");
+    let theirs = |machine: &Machine, name: &str| {
+        machine.virsh("snapshot-create-as", &[name, "--disk-only", "--atomic", "--no-metadata"]);
+    };
+    let end_on = |machine: &Machine, name: &str, why: &str| {
+        assert_eq!((machine.overlays(), machine.record()), (vec![], None), "{why}");
+        for (disk, image) in machine.images(false).iter().chain(&machine.images(true)) {
+            assert!(image.ends_with(&format!(".{name}")), "{why}: {disk} is on {image}");
+        }
+        machine.check_live(why);
+    };
+
+    let mut driver = machine.spawn_sync("4c=sleep:3000");
+    driver.stands_at("4c");
+    theirs(&machine, "seen");
+    let ended = driver.wait();
+    assert!(ended.code() == Some(11) && ended.says("chain changed while the run was planned"), "{ended:#?}");
+    end_on(&machine, "seen", "seen in the freeze");
+
+    for off in [false, true] {
+        let why = format!("too late to be seen, off: {off}");
+        let name = if off { "off" } else { "live" };
+        let ended = machine.sync("4b=kill");
+        assert!(ended.killed(), "{why}: {ended:#?}");
+        let record: Value = serde_json::from_str(&machine.record().unwrap()).unwrap();
+        theirs(&machine, name);
+        machine.write();
+        let mut words = vec!["ours".to_owned(), "--disk-only".into(), "--atomic".into(), "--no-metadata".into()];
+        for disk in record["disks"].as_array().unwrap() {
+            let [name, overlay] = [&disk["name"], &disk["overlay"]].map(|v| v.as_str().unwrap());
+            words.extend(["--diskspec".to_owned(), format!("{name},file={overlay}")]);
+        }
+        machine.virsh("snapshot-create-as", &words.iter().map(String::as_str).collect::<Vec<_>>());
+        machine.write();
+        let found = machine.doctor("", false);
+        assert!(found.code() == Some(1) && found.says("over somebody's snapshot"), "{why}: {found:#?}");
+        if off {
+            machine.kill_qemu();
+            machine.doctor("", true).ok(&why);
+            machine.virsh("start", &[]);
+        } else {
+            let ended = machine.sync("").ok(&why);
+            assert!(ended.says("committed into the image below it"), "{why}: {ended:#?}");
+        }
+        end_on(&machine, name, &why);
+        machine.check_next_sync(&why);
+    }
+}
+
+/// Two disks that the domain loses with its QEMU, as hot-plugged ones are: nothing but our record names their images then.
+/// One has been written to since the freeze, one has not. The domain goes on without either.
+#[test]
+fn a_hot_plugged_disk_goes_with_its_qemu() {
+    let lab = Lab::up();
+    let mut machine = Machine::replicated(&lab, "plug");
+    let images = Path::new("/var/lib/libvirt/images");
+    let plugged = [("vdc", "plug-c.qcow2"), ("vdd", "plug-d.qcow2")];
+    for (disk, file) in plugged {
+        let image = images.join(file).display().to_string();
+        lab.exec("a", &["qemu-img", "create", "-q", "-f", "qcow2", &image, "32M"]);
+        let how = ["--driver", "qemu", "--subdriver", "qcow2", "--targetbus", "virtio", "--config"];
+        machine.virsh("attach-disk", &[&[image.as_str(), disk], how.as_slice()].concat());
+    }
+    // The lab's machine has no free slots to plug two disks into while it runs.
+    machine.kill_qemu();
+    machine.virsh("start", &[]);
+    let mut driver = machine.spawn_sync("4f=sleep:700,5b=kill");
+    driver.stands_at("4f");
+    machine.write();
+    machine.virsh(
+        "qemu-monitor-command",
+        &["--hmp", "qemu-io -d /machine/peripheral/virtio-disk3/virtio-backend \"write -P 0x5d 0 64k\""],
+    );
+    let ended = driver.wait();
+    assert!(ended.killed(), "{ended:#?}");
+    assert_eq!(machine.named_overlays().len(), 4);
+    for (disk, _) in plugged {
+        machine.virsh("detach-disk", &[disk, "--config"]);
+    }
+    machine.kill_qemu();
+    let repaired = machine.doctor("", true).ok("both disks are gone");
+    assert!(repaired.says("unused overlay of vdc removed"), "{repaired:#?}");
+    machine.check_settled("both disks are gone");
+    let image = images.join("plug-d.qcow2").display().to_string();
+    let read = lab.exec("a", &["qemu-io", "-r", "-f", "qcow2", "-c", "read -P 0x5d 0 64k", &image]);
+    assert!(read.contains("read 65536/65536") && !read.contains("failed"), "what was flushed there is gone: {read}");
+    machine.virsh("start", &[]);
+    machine.check_next_sync("both disks are gone");
 }
 
 /// A saved memory image belongs to the disks with our overlay: nothing is touched until it was resumed.
