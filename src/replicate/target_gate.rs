@@ -121,7 +121,8 @@ impl<T> Owed<T> {
             if let Some(answer) = self.within(TICK) {
                 return Some(answer);
             }
-            if began.elapsed() >= if stop.load(Ordering::Relaxed) { stopped } else { time } {
+            let within = if stop.load(Ordering::Relaxed) { stopped } else { time };
+            if began.elapsed() >= within {
                 return None;
             }
         }
