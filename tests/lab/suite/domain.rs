@@ -5,6 +5,7 @@ use super::WAY;
 use super::support::{Host, Job, PATIENCE, STORE, SyncResult, TARGET, eventually};
 use serde_json::Value;
 use std::path::Path;
+use std::time::Duration;
 
 /// Whether the runs of this module are by backup, not by overlay.
 pub fn by_backup() -> bool {
