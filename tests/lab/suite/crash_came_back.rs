@@ -1,7 +1,7 @@
 //! A file system that comes back under another number of its device, as after a boot of the host: loop devices, LVM,
 //! multipath, NFS and btrfs give numbers out anew. Files are known again by inode and birth, whatever the number.
 
-use super::domain::{Disk, IMAGES};
+use super::domain::Disk;
 use super::support::{Host, Lab, PATIENCE};
 
 /// A file system of host a on a loop device of its own. Gone with the value.
@@ -46,9 +46,17 @@ impl Drop for FileSystem {
 fn a_domain_comes_home_from_overlays_on_a_file_system_that_came_back() {
     const ARGS: [&str; 2] = ["--min-free-source", "32M"];
     let lab = Lab::get();
-    let mut fs = FileSystem::mounted(&format!("{IMAGES}/cameback-{}", std::process::id()));
-    let vm = lab.domain("cameback").disk(Disk::qcow2("32M").then("write -P 0x11 0 1M")).disk(Disk::raw("32M")).paused();
-    assert_eq!(vm.dir, fs.at);
+    let mut fs = FileSystem::mounted(&format!("/mnt/cameback-{}", std::process::id()));
+    let at = fs.at.clone();
+    let there = |disk: Disk| disk.run(&format!("mv \"$1\" {at}/"));
+    let edit = at.clone();
+    let mut vm = lab
+        .domain("cameback")
+        .disk(there(Disk::qcow2("32M").then("write -P 0x11 0 1M")))
+        .disk(there(Disk::raw("32M")))
+        .xml(move |xml, dir| xml.replace(&format!("file='{dir}/"), &format!("file='{edit}/")))
+        .paused();
+    vm.images = vm.images.iter().map(|image| image.replace(&vm.dir, &at)).collect();
     vm.sync_with("", &ARGS).sealed();
     let mut run = vm.start_sync("5f=sleep:2000,5f=kill", &ARGS);
     run.wait_step(5);
