@@ -239,7 +239,7 @@ impl<'a, 'i> Merge<'a, 'i> {
 
     fn write(&mut self) -> String {
         let mut edits = std::mem::take(&mut self.edits);
-        let last = self.stored.children().filter(Node::is_element).last();
+        let last = self.stored.children().rfind(Node::is_element);
         if let Some(last) = last.filter(|_| !self.added.is_empty()) {
             let mut text = String::new();
             for device in &self.added {
