@@ -25,6 +25,7 @@ const CRITICAL_PART: u64 = 4;
 const CRITICAL_MIN: u64 = 8 << 20;
 
 /// Whether this process may make and remove files in a directory; one that is not there is somebody else's question.
+#[cfg(feature = "libvirt")]
 pub(crate) fn may_make_files(dir: &Path) -> std::io::Result<()> {
     use rustix::fs::{Access, AtFlags, CWD, accessat};
     match accessat(CWD, dir, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS) {
