@@ -419,10 +419,15 @@ impl<'a> Settler<'a> {
     }
 
     fn discard(&mut self, disk: &DiskName, seen: &Observation) -> Result<()> {
-        let overlay = self.disk(disk).overlay.clone();
+        let (overlay, retired) = (self.disk(disk).overlay.clone(), self.disk(disk).retired());
         let _lock = self.lock_overlay(disk, seen)?;
-        remove_if_there(&overlay)?;
-        sync_dir(parent(&overlay))?;
+        if self.record.phase == Phase::FreezeIntent {
+            remove_if_there(&overlay)?;
+            sync_dir(parent(&overlay))?;
+        } else {
+            // Once the disks were frozen, an overlay without either name counts as lost.
+            rename_durably(&overlay, &retired)?;
+        }
         self.note(format!("unused overlay of {disk} removed"));
         Ok(())
     }
