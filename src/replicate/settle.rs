@@ -488,9 +488,13 @@ impl<'a> Settler<'a> {
     }
 
     fn discard(&mut self, disk: &DiskName, seen: &Observation) -> Result<()> {
-        let overlay = self.disk(disk).overlay.clone();
+        let (overlay, retired) = (self.disk(disk).overlay.clone(), self.disk(disk).retired());
         let _lock = self.lock_overlay(disk, seen)?;
-        self.away.remove(&overlay)?;
+        match self.record.phase {
+            Phase::FreezeIntent => self.away.remove(&overlay)?,
+            // Once the disks were frozen, an overlay without either name counts as lost.
+            _ => self.away.rename(&overlay, &retired)?,
+        }
         self.away.make_durable([overlay.as_path()])?;
         self.note(format!("unused overlay of {disk} removed"));
         Ok(())

@@ -26,7 +26,7 @@ fn a_guest_whose_overlay_is_full_is_resumed_after_the_commit() {
     // A driver that is away meanwhile.
     vm.start_sync("5b=kill", &limits).wait(PATIENCE).exit(137);
     fill();
-    let status = || Host::A.json(&["status", &vm.name])["domains"][0].clone();
+    let status = || Host::A.json(&["status", &vm.name, "--json"])["domains"][0].clone();
     let seen = status();
     assert_eq!(seen["state"], "needs_attention", "{seen:#}");
     assert!(seen["notes"].to_string().contains("stopped the guest after an I/O error"), "{seen:#}");
