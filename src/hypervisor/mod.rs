@@ -41,6 +41,8 @@ mod sys;
 #[cfg(feature = "libvirt")]
 mod tracking;
 pub mod travel;
+#[cfg(feature = "libvirt")]
+mod view;
 pub mod volumes;
 pub mod xml;
 

@@ -5,6 +5,7 @@
 //! Format: docs/formats/replica.md.
 
 pub mod age;
+mod begin;
 mod chain;
 mod copy;
 mod damage;

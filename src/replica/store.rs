@@ -13,11 +13,11 @@
 //! Format: docs/formats/replica.md. Crash order: docs/replication.md, steps 5 and 6.
 
 use super::age;
+use super::begin::{check_head, check_request, check_room, judge_claim};
 use super::chain;
 use super::damage;
 use super::digests::DigestFile;
 use super::files::{Dir, Space};
-use super::generation;
 use super::lease;
 use super::lock::WriterLock;
 use super::manifest::{self, MANIFEST_FILE, MANIFEST_MAX, Manifest, POINTS_DIR, REPLICAS_DIR};
@@ -517,93 +517,6 @@ impl Store {
         let Some(manifest) = read_manifest(&dir, &self.uuid)? else { return Ok(None) };
         Ok(chain::mend_head_digests(&dir, &manifest, disk)?.map(Arc::new))
     }
-}
-
-fn judge_claim(manifest: Option<&Manifest>, claim: &Claim) -> Result<Claimed> {
-    source::judge(
-        source::Standing {
-            owner: manifest.and_then(|m| m.owner.as_ref()),
-            generation: manifest.map_or(Generation(1), |m| m.generation),
-            has_points: manifest.is_some_and(|m| m.head().is_some()),
-        },
-        claim,
-    )
-}
-
-/// What can be refused without looking at the store.
-fn check_request(request: &BeginPoint, uuid: &DomainUuid) -> Result<()> {
-    let usage = |what: String| Err(Error::new(Kind::Usage, what).domain(&request.name));
-    if request.uuid != *uuid {
-        return usage(format!("a point of domain {} cannot go into the replica of {uuid}", request.uuid));
-    }
-    if request.disks.is_empty() || request.disks.len() > manifest::DISKS_MAX {
-        return usage(format!("a point has between 1 and {} disks, not {}", manifest::DISKS_MAX, request.disks.len()));
-    }
-    for (i, disk) in request.disks.iter().enumerate() {
-        if request.disks[..i].iter().any(|d| d.name == disk.name) {
-            return usage(format!("disk '{}' is named twice", disk.name));
-        }
-        if disk.size.0 > manifest::DISK_SIZE_MAX {
-            return usage(format!("disk '{}' has {} bytes, more than any disk", disk.name, disk.size));
-        }
-    }
-    // The memory of an open point grows with the size of its disks.
-    let all = request.disks.iter().fold(0u64, |sum, disk| sum.saturating_add(disk.size.0));
-    if all > manifest::POINT_SIZE_MAX {
-        return usage(format!("the disks have {all} bytes together, at most {} are taken", manifest::POINT_SIZE_MAX));
-    }
-    Ok(())
-}
-
-/// Whether the manifest has room for the point: better said now than when all of it was sent.
-fn check_room(request: &BeginPoint, dir: &Dir) -> Result<()> {
-    /// A record of a point and of a disk with all that they may say, at most.
-    const RECORD_MAX: u64 = 4096;
-    let Some(file) = dir.open(MANIFEST_FILE)? else { return Ok(()) };
-    let used = file.metadata().map_err(|e| Error::io("cannot inspect the file", dir.join(MANIFEST_FILE), e))?.len();
-    match used + (1 + request.disks.len() as u64) * RECORD_MAX <= manifest::SOURCE_MAX as u64 {
-        true => Ok(()),
-        false => Err(manifest::no_room().domain(&request.name)),
-    }
-}
-
-/// Whether the run builds on what is here (I14, I15, I16).
-fn check_head(request: &BeginPoint, manifest: &Manifest) -> Result<()> {
-    if let Some(promotion) = &manifest.promotion {
-        let e = Error::new(Kind::Conflict, promotion.why()).domain(&request.name);
-        return Err(e.hint(promotion.advice()));
-    }
-    if !manifest.generation.may_step_to(request.generation) {
-        return Err(generation::too_far(manifest.generation, request.generation).domain(&request.name));
-    }
-    if request.generation < manifest.generation {
-        return Err(Error::new(
-            Kind::Conflict,
-            format!(
-                "the replica is of generation {}, this source of generation {}: the domain was brought up on the target since, or replicated from elsewhere",
-                manifest.generation, request.generation
-            ),
-        )
-        .domain(&request.name)
-        .hint(
-            "decide which side has the data that counts; if this source is the right one, `sync --take-over` says so once",
-        ));
-    }
-    let head = manifest.head().map(|p| &p.id);
-    if head != request.expected_head.as_ref() {
-        let name = |id: Option<&PointId>| id.map_or("no point".to_owned(), |id| format!("point {id}"));
-        return Err(Error::new(
-            Kind::Conflict,
-            format!(
-                "the replica's head is {}, this run builds on {}",
-                name(head),
-                name(request.expected_head.as_ref())
-            ),
-        )
-        .domain(&request.name)
-        .hint("run again: the next run asks for the head first"));
-    }
-    Ok(())
 }
 
 /// Removes what is left of removed points. An open point, which lies above the head, stays. The caller holds the lock.

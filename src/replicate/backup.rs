@@ -9,12 +9,13 @@
 //! - The bitmap that leads on was begun before the job (3c), and what the old one marks is asked after it (5): too much is
 //!   safe, and too little cannot be.
 
+use super::account::Account;
 use super::capture::{Capture, Release, Source, Still, run_file};
 use super::cycle::Ports;
+use super::guard::PauseGuard;
 use super::journal::{Journal, Stamp, boot_id, sync_dir};
 use super::plan::{DiskPlan, Plan};
 use super::quiesce::{Held, Quiescer};
-use super::settle::{Account, PauseGuard};
 use super::stopped::{self, StoppedWatch};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;

@@ -2,14 +2,17 @@
 //! running domain, a backup job that serves them as they were ([`backup`](super::backup)), or nothing but attention for a
 //! domain that is off.
 
+use super::account::Account;
 use super::cycle::Ports;
 use super::decide::{Job, Phase, Stand, Under};
+use super::guard::PauseGuard;
+use super::halts::halt_error;
 use super::journal::{DiskRecord, Journal, Record, Stamp, boot_id};
 use super::label;
 use super::observe::observe;
 use super::plan::{DiskPlan, Plan};
 use super::quiesce::Quiescer;
-use super::settle::{Account, Goal, Outcome, PauseGuard, SettleOptions, Settler, halt_error};
+use super::settle::{Goal, Outcome, SettleOptions, Settler};
 use super::stopped::{self, StoppedWatch};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;

@@ -20,9 +20,10 @@
 
 use super::backup;
 use super::freeze_hooks;
+use super::guard::{PauseGuard, Unguarded};
 use super::journal::{self, DEADMAN, Journal, Record};
 use super::quiesce::{self, Settled};
-use super::settle::{Goal, Outcome, PauseGuard, SettleOptions, Settler, Unguarded};
+use super::settle::{Goal, Outcome, SettleOptions, Settler};
 use super::stopped;
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::backup::BackupJob;
@@ -285,7 +286,7 @@ fn release_vcpus(charge: &Charge, journal: &Journal, record: Record) -> Result<(
     let mut settler = Settler::new(charge.hypervisor, journal, record, &mut guard, SettleOptions::default());
     match settler.run(Goal::Released)? {
         Outcome::Reached | Outcome::Pending(_) => Ok(()),
-        Outcome::Halted(halt) => Err(super::settle::halt_error(&settler.record, &halt)),
+        Outcome::Halted(halt) => Err(super::halts::halt_error(&settler.record, &halt)),
     }
 }
 

@@ -3,10 +3,11 @@
 use super::backup;
 use super::cycle::{Ports, record_in_domain, settle_domain};
 use super::decide::{Action, Job, OverlayFile, Phase, PowerState, Stand, Under, decide};
+use super::halts::halt_error;
 use super::journal::{self, Journal, Record};
 use super::observe::observe;
 use super::plan::is_our_overlay;
-use super::settle::{SettleOptions, halt_error};
+use super::settle::SettleOptions;
 use super::stopped;
 use crate::error::{Kind, Result};
 use crate::hypervisor::DomainView;

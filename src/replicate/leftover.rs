@@ -1,13 +1,15 @@
 //! What an earlier run left behind, and the way back from there: for step 1 of every run, and for `doctor`.
 
+use super::account::Account;
 use super::backup;
 use super::capture::pending;
 use super::cycle::Ports;
 use super::freeze_hooks;
+use super::halts::halt_error;
 use super::journal::{Journal, Record};
 use super::observe::record_in_domain;
 use super::quiesce;
-use super::settle::{Account, Goal, Outcome, SettleOptions, Settler, halt_error};
+use super::settle::{Goal, Outcome, SettleOptions, Settler};
 use super::stopped;
 use crate::error::Result;
 use crate::name::DomainUuid;

@@ -3,6 +3,7 @@
 //! Deciding is pure: [`plan`] says what a run will do, [`decide`] what the next step is, from a record and an observation.
 //! Acting is thin: [`settle`] performs what was decided, for the normal run and for every recovery alike.
 
+pub mod account;
 pub mod audit;
 pub(crate) mod away;
 pub mod backup;
@@ -20,6 +21,8 @@ mod fake;
 pub mod forecast;
 pub mod freeze_hooks;
 pub mod generation;
+pub mod guard;
+pub mod halts;
 mod held;
 pub(crate) mod held_dir;
 mod history;

@@ -10,8 +10,9 @@
 //!
 //! Steps 4c.held and 4d.thawed of docs/replication.md.
 
+use super::account::Account;
+use super::guard::PauseGuard;
 use super::journal::Journal;
-use super::settle::{Account, PauseGuard};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::hypervisor::guest::GuestAgent;

@@ -7,14 +7,16 @@
 //!
 //! Step numbers are those of docs/replication.md; a failpoint stands behind each.
 
+use super::account::Account;
 use super::away::Away;
 use super::decide::{
     Action, DiskSeen, Halt, HaltReason, Job, OverlayFile, Phase, PowerState, Stand, decide, decide_all,
 };
+use super::guard::PauseGuard;
 use super::journal::{self, Journal, Record, Stamp};
 use super::observe::{Observation, observe};
 use super::offline;
-use super::stopped::{self, GuestStopped};
+use super::stopped;
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::failpoint;
 use crate::hypervisor::{Hypervisor, is_denied};
@@ -23,30 +25,6 @@ use crate::image::{Chain, Format, Layer, qemu_img};
 use crate::name::DiskName;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-
-/// Bounds every pause of the guest from outside this process; see [`super::deadman`].
-pub trait PauseGuard {
-    /// From now on, if this process ends or `within` passes before [`PauseGuard::disarm`], somebody else lets the
-    /// guest go. Returns when that somebody has confirmed.
-    fn arm(&mut self, within: Duration) -> Result<()>;
-
-    /// `Interrupted` if it was too late and the other hand has acted: observe again.
-    fn disarm(&mut self) -> Result<()>;
-}
-
-/// For the dead-man itself, which is nobody's charge.
-#[derive(Debug, Default)]
-pub struct Unguarded;
-
-impl PauseGuard for Unguarded {
-    fn arm(&mut self, _: Duration) -> Result<()> {
-        Ok(())
-    }
-
-    fn disarm(&mut self) -> Result<()> {
-        Ok(())
-    }
-}
 
 #[derive(Debug, Clone)]
 pub struct SettleOptions {
@@ -86,19 +64,6 @@ pub enum Outcome {
     Pending(DiskName),
     /// A person has to look; nothing further was touched.
     Halted(Halt),
-}
-
-/// What happened, for the report.
-#[derive(Debug, Default, Clone)]
-pub struct Account {
-    /// Longest time the guest's vCPUs were held in one go.
-    pub pause: Option<Duration>,
-    /// The steps performed, in words, oldest first.
-    pub steps: Vec<String>,
-    /// What was unusual enough to tell an operator.
-    pub alarms: Vec<String>,
-    /// The guest that an I/O error had stopped, and what became of it.
-    pub stopped: Option<GuestStopped>,
 }
 
 pub struct Settler<'a> {
@@ -624,31 +589,6 @@ impl<'a> Settler<'a> {
 enum How {
     Retired,
     Kept,
-}
-
-/// What tells the recorded file from the one that is there, where that is why nothing is touched.
-fn difference(record: &Record, halt: &Halt) -> String {
-    let disk = record.disks.iter().find(|d| Some(&d.name) == halt.disk.as_ref());
-    let Some(disk) = disk.filter(|_| halt.reason == HaltReason::OverlayReplaced) else { return String::new() };
-    match (disk.overlay_id, Stamp::of(&disk.overlay)) {
-        (Some(recorded), Ok(Some(now))) => format!(": the record names {recorded}, and here is {}", now.id),
-        _ => String::new(),
-    }
-}
-
-/// Explains a halt to the operator, as an error.
-pub fn halt_error(record: &Record, halt: &Halt) -> Error {
-    let (what, hint) = halt.reason.explain();
-    let mut e =
-        Error::new(Kind::Conflict, format!("{what}{}", difference(record, halt))).hint(hint).domain(&record.domain);
-    if let Some(name) = &halt.disk {
-        if let Some(disk) = record.disks.iter().find(|d| &d.name == name) {
-            let path = if halt.reason == HaltReason::BaseTouched { &disk.base.path } else { &disk.overlay };
-            e = e.path(path);
-        }
-        e = e.disk(name);
-    }
-    e
 }
 
 #[cfg(test)]

@@ -3,6 +3,8 @@
 use super::*;
 use crate::hypervisor::{Confinement, PauseReason, Power};
 use crate::replicate::fake::{FakeHypervisor, layer};
+use crate::replicate::guard::Unguarded;
+use crate::replicate::halts::halt_error;
 use crate::replicate::stopped;
 use jiff::Timestamp;
 use tempfile::TempDir;

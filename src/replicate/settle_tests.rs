@@ -6,6 +6,8 @@ use crate::hypervisor::{
     BlockJob, BlockJobKind, DiskKind, DiskView, DomainView, Ended, FreezeDisk, Power as DomainPower,
 };
 use crate::name::DomainUuid;
+use crate::replicate::guard::Unguarded;
+use crate::replicate::halts::halt_error;
 use crate::replicate::journal::{DiskRecord, boot_id, tests::record};
 use jiff::Timestamp;
 use std::path::Path;

@@ -7,9 +7,9 @@
 //!
 //! A guest that an operator paused is never resumed here, nor one that stood before its disks were frozen.
 
+use super::account::Account;
 use super::journal::{Journal, StoppedRecord, boot_id};
 use super::room::free_bytes;
-use super::settle::Account;
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::{DiskKind, DomainView, Hypervisor, PauseReason};
 use crate::name::{DiskName, DomainUuid, RunId};
