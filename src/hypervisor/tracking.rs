@@ -100,7 +100,7 @@ impl LibvirtHypervisor {
 
     /// The running domain's private directory. `NotFound` if libvirt keeps it elsewhere or runs on another host.
     pub(super) fn private_dir(&self, uuid: &DomainUuid) -> Result<PathBuf> {
-        let domain = self.observe(uuid)?;
+        let domain = self.observe_without_sizes(uuid)?;
         let id = domain.id.ok_or_else(|| Error::new(Kind::NotFound, "the domain does not run"))?;
         let prefix = format!("domain-{id}-");
         let found = std::fs::read_dir(PRIVATE_DIRS)
