@@ -100,7 +100,7 @@ impl LibvirtHypervisor {
         let dir = match told {
             Some(dir) => dir,
             None => {
-                let domain = self.observe(uuid)?;
+                let domain = self.observe_without_sizes(uuid)?;
                 let id = domain.id.ok_or_else(|| Error::new(Kind::NotFound, "the domain does not run"))?;
                 Path::new(PRIVATE_DIRS).join(private_name(id, domain.name.as_str()))
             }

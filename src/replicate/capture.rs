@@ -376,7 +376,7 @@ impl<'a> OffCapture<'a> {
     }
 
     fn ensure_off(&self) -> Result<()> {
-        if self.hypervisor.observe(&self.uuid)?.power == Power::Off { Ok(()) } else { Err(started()) }
+        if self.hypervisor.observe_without_sizes(&self.uuid)?.power == Power::Off { Ok(()) } else { Err(started()) }
     }
 }
 

@@ -56,7 +56,7 @@ pub(super) fn doubted_again(plan: &Plan, point: &PointView) -> Vec<String> {
 impl Run<'_> {
     /// Where the bitmaps of the plan's disks are now; `None` if the domain has gone.
     fn shelf(&self, plan: &Plan) -> Option<Shelf<'_>> {
-        let off = self.ports.hypervisor.observe(&plan.uuid).ok()?.power == Power::Off;
+        let off = self.ports.hypervisor.observe_without_sizes(&plan.uuid).ok()?.power == Power::Off;
         let keeps = |layer: &&Layer| !off || offline::keeps_no_bitmap(layer).is_none();
         let chains = || plan.replicated().map(|d| d.chain.0.as_slice());
         Some(Shelf {
