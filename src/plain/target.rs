@@ -127,7 +127,7 @@ impl LocalTarget {
         };
         check_way(wish, &layer)?;
         // Asked before hours of comparing, and not when the result is to take its place.
-        if !layer.block_device && !(exists && wish.way == WayWish::InPlace) {
+        if !(layer.block_device || exists && wish.way == WayWish::InPlace) {
             place::check_may_put(&layer.path)?;
         }
         let mut target = Self::assemble(wish, options, layer, exists, Base::default());
