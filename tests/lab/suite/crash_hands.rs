@@ -196,10 +196,10 @@ fn a_hot_plugged_disk_goes_with_its_qemu() {
     let mut driver = machine.spawn_sync("4f=sleep:700,5b=kill");
     driver.stands_at("4f");
     machine.write();
-    machine.virsh(
-        "qemu-monitor-command",
-        &["--hmp", "qemu-io -d /machine/peripheral/virtio-disk3/virtio-backend \"write -P 0x5d 0 64k\""],
-    );
+    for command in ["write -P 0x5d 0 64k", "flush"] {
+        let hmp = format!("qemu-io -d /machine/peripheral/virtio-disk3/virtio-backend \"{command}\"");
+        machine.virsh("qemu-monitor-command", &["--hmp", &hmp]);
+    }
     let ended = driver.wait();
     assert!(ended.killed(), "{ended:#?}");
     assert_eq!(machine.named_overlays().len(), 4);
