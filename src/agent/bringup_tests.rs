@@ -60,7 +60,7 @@ impl BringUp for Host {
     fn ready(&self, point: Option<&PointId>) -> Result<Readiness> {
         self.hears(format!("ready {}", point.is_some()));
         let red = Finding { question: Question::Network, color: Color::Red, what: "no".into(), advice: None };
-        Ok(Readiness { point: order().point, findings: vec![red], suggestion: None })
+        Ok(Readiness { point: order().point, findings: vec![red], suggestion: Vec::new() })
     }
     fn ready_for(&self, coming: &Coming) -> Result<Vec<Finding>> {
         self.hears(format!("ready for {coming:?}"));
@@ -195,6 +195,25 @@ fn every_verb_arrives_and_every_answer_comes_back() {
         "way",
     ];
     assert_eq!(*told.lock().unwrap(), all);
+}
+
+/// Text of a peer is cut and loses its line ends on the way in; what is to be defined must not.
+#[test]
+fn a_definition_arrives_as_it_was_sent_however_long() {
+    let host = Host { allows: true, ..Host::default() };
+    let told = Arc::clone(&host.told);
+    let long = "<!-- \u{e4} -->\n".repeat(4000);
+    let coming = Coming {
+        name: DomainName::new("shop").unwrap(),
+        definition: format!("<domain>\n{long}</domain>"),
+        disks: Vec::new(),
+        nvram: true,
+        tpm: false,
+    };
+    with_agent(host, |client| {
+        client.bring_up(&DomainUuid::new(UUID).unwrap()).ready_for(&coming).unwrap();
+    });
+    assert_eq!(told.lock().unwrap()[0], format!("ready for {coming:?}"));
 }
 
 #[test]

@@ -85,7 +85,7 @@ const EXIT_CODES: &str = "\
 Exit codes: 0 done; 1 failed; 2 wrong usage; 3 replicated, but a disk is still on an overlay;
 4 no such domain, point or target; 11 something else works on it; 12 keys or host keys;
 13 stored data is not what it was; 14 replicated, but a dirty bitmap had lied;
-16 replicated, but an I/O error has stopped the guest;
+15 replicated, but not all of its disks; 16 replicated, but an I/O error has stopped the guest;
 78 wrong configuration; 130 interrupted.";
 
 #[derive(Debug, Args)]

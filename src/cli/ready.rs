@@ -96,9 +96,9 @@ fn here(args: &ReadyArgs, _: &Globals) -> Result<Answer> {
 
 /// Of another host's words: printable ones only, a line each.
 fn suggestion(answer: &Answer) -> String {
-    match &answer.readiness.suggestion {
-        Some(lines) => lines.lines().take(200).map(|line| printable(line, 300)).collect::<Vec<_>>().join("\n"),
-        None => "# recovery.yaml needs nothing more for this domain".to_owned(),
+    match answer.readiness.suggestion.as_slice() {
+        [] => "# recovery.yaml needs nothing more for this domain".to_owned(),
+        lines => lines.iter().take(200).map(|line| printable(line, 300)).collect::<Vec<_>>().join("\n"),
     }
 }
 

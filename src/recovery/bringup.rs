@@ -85,6 +85,7 @@ impl Wanted {
 pub struct Coming {
     pub name: DomainName,
     /// The definition that would travel.
+    #[serde(with = "chunks")]
     pub definition: String,
     pub disks: Vec<DiskName>,
     /// UEFI variables travel with it.
@@ -93,6 +94,27 @@ pub struct Coming {
     /// The state of a TPM travels with it.
     #[serde(default)]
     pub tpm: bool,
+}
+
+/// A definition in a message: its bytes in base64, in pieces. What is one text would be cut and cleaned of its line ends
+/// where it comes in ([`words`](crate::words)), as every word of a peer is.
+mod chunks {
+    use base64::Engine as _;
+    use base64::engine::general_purpose::STANDARD;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
+    /// Bytes of a piece; four thirds of that travel.
+    const PIECE: usize = 3 << 10;
+
+    pub fn serialize<S: Serializer>(text: &str, to: S) -> Result<S::Ok, S::Error> {
+        text.as_bytes().chunks(PIECE).map(|piece| STANDARD.encode(piece)).collect::<Vec<_>>().serialize(to)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
+        let pieces = Vec::<String>::deserialize(from)?;
+        let bytes: Result<Vec<Vec<u8>>, _> = pieces.iter().map(|piece| STANDARD.decode(piece)).collect();
+        String::from_utf8(bytes.map_err(D::Error::custom)?.concat()).map_err(D::Error::custom)
+    }
 }
 
 /// Refuses with the first red finding, in the words of every verb that needs the domain to come up on `host`.
@@ -111,9 +133,10 @@ pub fn refuse_red(findings: &[Finding], host: &str) -> Result<()> {
 pub struct Readiness {
     pub point: PointId,
     pub findings: Vec<Finding>,
-    /// Lines for recovery.yaml of that host, which an operator may want to paste; absent: there are none, or its agent is older.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub suggestion: Option<String>,
+    /// Lines for recovery.yaml of that host, which an operator may want to paste. None: there are none, or its agent is
+    /// older.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub suggestion: Vec<String>,
 }
 
 impl Readiness {

@@ -188,7 +188,7 @@ impl BringUp for World {
         let (point, _) = point.ok_or_else(|| Error::new(Kind::NotFound, "no point"))?;
         let (what, advice) = ("no such network".to_owned(), Some("map it".to_owned()));
         let finding = Finding { question: Question::Network, color: Color::Red, what, advice };
-        Ok(Readiness { point, findings: red.then_some(finding).into_iter().collect(), suggestion: None })
+        Ok(Readiness { point, findings: red.then_some(finding).into_iter().collect(), suggestion: Vec::new() })
     }
     fn ready_for(&self, _: &Coming) -> Result<Vec<Finding>> {
         unreachable!("the preflight asks for that")

@@ -11,7 +11,7 @@ use crate::hypervisor::releases::parse_version;
 const SHOWN_MAX: usize = 12;
 
 /// The lines; `None`: nothing is missing that they could say.
-pub fn lines(fitted: &Fitted) -> Option<String> {
+pub fn lines(fitted: &Fitted) -> Vec<String> {
     let Fitted { definition, host, .. } = fitted;
     let mut lines = Vec::new();
     if !definition.unmapped.is_empty() {
@@ -53,7 +53,7 @@ pub fn lines(fitted: &Fitted) -> Option<String> {
         lines.push("leave_out:".to_owned());
         lines.extend(others.iter().map(|r| format!("  - {}  # {}", quoted(&r.what), printable(&r.why, 120))));
     }
-    (!lines.is_empty()).then(|| lines.join("\n"))
+    lines
 }
 
 /// As YAML takes any text.

@@ -191,7 +191,15 @@ impl<'a> Settler<'a> {
             Action::Pivot(_) => self.pivot_all(&actions)?,
             Action::Retire(_) => self.rename_all_away(&actions, &seen, How::Retired)?,
             Action::SetAside(_) => self.rename_all_away(&actions, &seen, How::Kept)?,
-            _ => actions.into_iter().try_for_each(|action| self.perform(action, &seen))?,
+            _ => {
+                for action in actions {
+                    self.perform(action, &seen)?;
+                    // QEMU would be refused the next disk, too.
+                    if self.record.commit_denied.is_some() {
+                        break;
+                    }
+                }
+            }
         }
         Ok(None)
     }
