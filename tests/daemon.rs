@@ -129,7 +129,7 @@ impl Daemon {
     }
 
     fn end(&mut self) -> u64 {
-        self.inputs.send(Input::Event(Event::Stop)).unwrap();
+        self.inputs.send(Input::Event(Box::new(Event::Stop))).unwrap();
         self.thread.take().unwrap().join().unwrap().unwrap()
     }
 
@@ -168,7 +168,7 @@ impl Daemon {
 impl Drop for Daemon {
     fn drop(&mut self) {
         // A failed test must not leave its children behind.
-        let _ = self.inputs.send(Input::Event(Event::Stop));
+        let _ = self.inputs.send(Input::Event(Box::new(Event::Stop)));
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }

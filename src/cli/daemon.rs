@@ -267,8 +267,8 @@ mod service {
             runtime.block_on(async {
                 loop {
                     let input = tokio::select! {
-                        _ = int.recv() => Input::Event(Event::Stop),
-                        _ = term.recv() => Input::Event(Event::Stop),
+                        _ = int.recv() => Input::Event(Box::new(Event::Stop)),
+                        _ = term.recv() => Input::Event(Box::new(Event::Stop)),
                         _ = hup.recv() => Input::Reload,
                     };
                     if inputs.send(input).is_err() {

@@ -10,14 +10,18 @@ use std::process::ExitCode;
 use virt_replica::error::{Error, Kind, Result};
 
 /// Code for "a new point exists, but a disk is still on an overlay".
+#[cfg(feature = "libvirt")]
 pub const COMMIT_PENDING: u8 = 3;
 
 /// Code for "a new point exists, and a dirty bitmap was caught lying on the way to it".
+#[cfg(feature = "libvirt")]
 pub const AUDIT_ALARM: u8 = 14;
 /// Exit code of `sync` for "a point, and an I/O error has stopped the guest".
+#[cfg(feature = "libvirt")]
 pub const GUEST_STOPPED: u8 = 16;
 
 /// Code for "done, and a disk of the domain is in no point although nobody excluded it".
+#[cfg(feature = "libvirt")]
 pub const PARTLY_PROTECTED: u8 = 15;
 
 /// How a command ended, short of an error.

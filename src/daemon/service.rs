@@ -33,7 +33,7 @@ use std::time::{Duration, Instant};
 /// What comes to the loop.
 #[derive(Debug)]
 pub enum Input {
-    Event(Event),
+    Event(Box<Event>),
     /// SIGHUP: read the configuration again.
     Reload,
     Question(Question),
@@ -157,7 +157,7 @@ impl Service {
             // The clocks of sleep and of due times differ by a little: waking too early only looks again.
             let input = match inbox.recv_timeout(sleep.max(Duration::from_millis(5))) {
                 Ok(input) => input,
-                Err(RecvTimeoutError::Timeout) => Input::Event(Event::Tick),
+                Err(RecvTimeoutError::Timeout) => Input::Event(Box::new(Event::Tick)),
                 Err(RecvTimeoutError::Disconnected) => unreachable!("the loop holds a sender itself"),
             };
             self.hear(input);
@@ -178,7 +178,7 @@ impl Service {
 
     fn hear(&mut self, input: Input) {
         match input {
-            Input::Event(event) => self.handle(event),
+            Input::Event(event) => self.handle(*event),
             Input::Reload => {
                 let stamp = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
                 let usec = stamp.tv_sec as i128 * 1_000_000 + stamp.tv_nsec as i128 / 1000;
@@ -324,7 +324,7 @@ impl Service {
                 Err(e) => Event::DomainsFailed(e.chain()),
             };
             // Nobody listens any more when the daemon ends.
-            let _ = inputs.send(Input::Event(event));
+            let _ = inputs.send(Input::Event(Box::new(event)));
         });
     }
 

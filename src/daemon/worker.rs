@@ -162,7 +162,7 @@ impl Program {
                 move |line| {
                     let step = lock(&heard).output(line);
                     // Nobody listens any more when the daemon ends.
-                    let _ = inputs.send(Input::Event(Event::Sign { run, step }));
+                    let _ = inputs.send(Input::Event(Box::new(Event::Sign { run, step })));
                 }
             }),
             listen(err, {
@@ -178,7 +178,7 @@ impl Program {
                 std::thread::sleep(Duration::from_millis(10));
             }
             let heard = std::mem::take(&mut *lock(&heard));
-            let _ = inputs.send(Input::Event(ended(heard, status)));
+            let _ = inputs.send(Input::Event(Box::new(ended(heard, status))));
         });
         Ok(hold)
     }

@@ -50,7 +50,7 @@ pub fn cpu_times_ns(connection: &Connect) -> Result<Vec<(String, u64)>> {
     check(unsafe { sys::virNodeGetCPUStats(connection.as_ptr(), all, times.as_mut_ptr(), &mut count, 0) })?;
     times.truncate(usize::try_from(count).unwrap_or_default());
     let name = |field: &[c_char]| field.iter().take_while(|c| **c != 0).map(|c| *c as u8 as char).collect();
-    Ok(times.iter().map(|t| (name(&t.field), t.value as u64)).collect())
+    Ok(times.iter().map(|t| (name(&t.field), t.value)).collect())
 }
 
 /// The unit in which the kernel counts CPU time.

@@ -75,7 +75,7 @@ fn it_is_resumed_only_where_its_own_images_have_room() {
     assert_eq!(of(&io, &[place(None), enough.clone()]), Next::Resume);
     assert_eq!(of(&io, &[enough, full.clone()]), Next::Leave(full.clone()));
     // Resumed, or paused by an operator meanwhile: no longer ours.
-    assert_eq!(of(&domain(None, Some(3)), &[full.clone()]), Next::Forget);
+    assert_eq!(of(&domain(None, Some(3)), std::slice::from_ref(&full)), Next::Forget);
     assert_eq!(of(&domain(Some(PauseReason::Asked), Some(3)), &[]), Next::Forget);
     let said = no_room(&full);
     assert!(said.contains("63 MiB are free") && said.contains("/pool/a.qcow2") && said.contains("64 MiB"), "{said}");
