@@ -394,8 +394,12 @@ fn collisions(d: &Definition, name: &DomainName, uuid: &DomainUuid, host: &HostV
     match host.domains.iter().find(|n| n.name == name.as_str()) {
         Some(other) => found.push(red(
             Question::Name,
-            format!("a domain '{}' is here already (UUID {})", other.name, other.uuid),
+            match other.running {
+                true => format!("a domain '{}' is here already (UUID {}), and runs on this host", other.name, other.uuid),
+                false => format!("a domain '{}' is here already (UUID {})", other.name, other.uuid),
+            },
             match other.uuid == uuid.as_str() {
+                true if other.running => "if it lives elsewhere, two of them write now: shut one of them off, and decide which one counts",
                 true => {
                     "it is this domain, older or newer: if it lives elsewhere by now, `virt-replica give-way DOMAIN --lives-elsewhere` here keeps what it has as a point"
                 }

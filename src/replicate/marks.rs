@@ -95,10 +95,12 @@ impl Run<'_> {
     pub(super) fn marked(&self, plan: &mut Plan, still: &Still) -> Marked {
         let mut marked = Marked::new();
         let tracking = if plan.capture == CaptureKind::Off { self.ports.stored } else { self.ports.tracking };
+        let mut together = self.marked_together(plan, still, tracking);
         for disk in plan.disks.iter_mut().filter(|d| d.mode == Mode::Bitmap) {
             let Some((_, source)) = still.disks.iter().find(|(name, _)| *name == disk.name) else { continue };
             let bitmap = disk.bitmap.clone().expect("planned by bitmap");
             let dirty = match source {
+                _ if together.contains_key(&disk.name) => Ok(together.remove(&disk.name).unwrap_or_default()),
                 Source::Chain(chain) => {
                     let all = tracking.dirty(&plan.uuid, &[(chain.top().clone(), bitmap)]);
                     all.and_then(|mut all| all.pop().ok_or_else(|| Error::new(Kind::Protocol, "QEMU gave no answer")))
@@ -123,6 +125,28 @@ impl Run<'_> {
             }
         }
         marked
+    }
+
+    /// The marks of all disks that stand on images, by one question: the domain is on its overlays meanwhile, and each question
+    /// has QEMU describe all images of all disks. Nothing if one of them cannot be read: then each is asked for alone.
+    fn marked_together(&self, plan: &Plan, still: &Still, tracking: &dyn Tracking) -> Marked {
+        let wanted = plan.disks.iter().filter(|d| d.mode == Mode::Bitmap).filter_map(|disk| {
+            let (_, source) = still.disks.iter().find(|(name, _)| *name == disk.name)?;
+            let Source::Chain(chain) = source else { return None };
+            Some((disk.name.clone(), (chain.top().clone(), disk.bitmap.clone()?)))
+        });
+        let (names, wanted): (Vec<DiskName>, Vec<(Layer, String)>) = wanted.unzip();
+        if names.len() < 2 {
+            return Marked::new();
+        }
+        match tracking.dirty(&plan.uuid, &wanted) {
+            Ok(all) if all.len() == names.len() => names.into_iter().zip(all).collect(),
+            Ok(_) => Marked::new(),
+            Err(e) => {
+                tracing::debug!("the dirty bitmaps are read one by one: {}", e.chain());
+                Marked::new()
+            }
+        }
     }
 
     /// Step 8b: only the bitmaps that lead on from the newest point stay (I8). Without a new point these are the old ones,

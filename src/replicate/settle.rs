@@ -84,8 +84,7 @@ pub struct Settler<'a> {
 
 /// Failed steps in a row after which the loop gives up with the last error.
 const FAILURES_MAX: u32 = 20;
-/// Pauses of the guest after which the loop leaves the pivot to the next run, beside one for each disk. Nothing resets their
-/// count: a pivot that is refused again and again must not hold the guest again and again.
+/// Pauses, beside one for each disk, after which the pivot is left to the next run. Nothing resets their count.
 const PAUSES_MAX: u32 = 10;
 /// How long the guest runs at least between two pauses; more each time, up to the second.
 const BETWEEN_PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
