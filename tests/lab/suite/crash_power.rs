@@ -20,7 +20,8 @@ const POINTS: [(&str, usize); 14] = [
     ("7e", 0),
     // Pivoted and saved by libvirt, its overlay's name still there: what made it stale was not seen by us.
     ("7f", 1),
-    ("7g", 1),
+    // Both disks are pivoted before the first overlay loses its name.
+    ("7g", 2),
     ("7h", 0),
     ("7i", 0),
     ("7j", 0),
