@@ -46,7 +46,7 @@ mod examine {
     use virt_replica::replicate::doctor::{Finding, Health};
     use virt_replica::replicate::journal;
     use virt_replica::replicate::report::Report;
-    use virt_replica::replicate::settle::SettleOptions;
+    use virt_replica::replicate::settle_options::SettleOptions;
     use virt_replica::site::Site;
 
     /// Examines domains, and mends them on request. Exit code 1 if anything is left to be done, 11 if another program

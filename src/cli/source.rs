@@ -11,7 +11,7 @@ use virt_replica::replicate::choice::CaptureWish;
 use virt_replica::replicate::cycle::Request;
 use virt_replica::replicate::freeze_hooks::FreezeHooks;
 use virt_replica::replicate::plan::PlanOptions;
-use virt_replica::replicate::settle::SettleOptions;
+use virt_replica::replicate::settle_options::SettleOptions;
 pub use virt_replica::site::new_run;
 use virt_replica::site::{self, Site, SiteOptions};
 

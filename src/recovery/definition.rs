@@ -10,6 +10,7 @@
 //! - The disks are exactly those of the point.
 //! - What came through reads the same the second time: the result is its own fixed point (but for what is replaced).
 
+mod boot_disk;
 mod devices;
 pub mod limits;
 pub mod remark;
@@ -23,6 +24,7 @@ use crate::hypervisor::swtpm::TpmVersion;
 use crate::hypervisor::xml::{child, children, document, domain_element, path_text, text_of};
 use crate::name::{DiskName, DomainName, DomainUuid};
 use crate::recovery::mapping::{Attach, Mapping};
+use boot_disk::boot_disk;
 use limits::Limits;
 use remark::{Remark, Verdict};
 use render::{Check, LeaveOut, Out, is_word, path_of, shown};
@@ -213,26 +215,6 @@ fn left_out(root: Node, mapping: &Mapping, limits: &Limits) -> Vec<LeaveOut> {
         why: "is left out: only KVM can offer it to a guest".to_owned(),
     });
     by_hand.chain(limits.without.iter().cloned()).chain(emulated).collect()
-}
-
-/// The disk that a guest boots from: the first by its own order, or the first of all where `<os>` says `hd`, or nothing. A guest
-/// that is booted by its kernel needs none to begin.
-fn boot_disk(root: Node) -> Option<DiskName> {
-    let os = child(root, "os")?;
-    if child(os, "kernel").is_some() {
-        return None;
-    }
-    let devices = child(root, "devices")?;
-    let disks = || children(devices, "disk").filter(|d| d.attribute("device").is_none_or(|kind| kind == "disk"));
-    let order = |d: Node| child(d, "boot")?.attribute("order")?.parse::<u32>().ok();
-    let says = || children(os, "boot").filter_map(|b| b.attribute("dev"));
-    let any_order = devices.children().any(|d| child(d, "boot").is_some());
-    let first = match any_order {
-        true => disks().filter(|d| order(*d).is_some()).min_by_key(|d| order(*d)),
-        false if says().next().is_none() || says().any(|dev| dev == "hd") => disks().next(),
-        false => None,
-    };
-    DiskName::new(child(first?, "target")?.attribute("dev")?).ok()
 }
 
 /// How the guest boots.

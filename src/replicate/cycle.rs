@@ -36,7 +36,7 @@ use super::plan::{CaptureKind, DiskPlan, Plan, PlanOptions};
 use super::pump::{self, Progress};
 use super::quiesce::{self, Quiescer, Settled};
 use super::report::{Report, RunOutcome, millis};
-use super::settle::SettleOptions;
+use super::settle_options::SettleOptions;
 use super::stopped;
 use super::surroundings::{Described, describe};
 use super::survey::make_plan;

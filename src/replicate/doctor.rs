@@ -7,7 +7,7 @@ use super::halts::halt_error;
 use super::journal::{self, Journal, Record};
 use super::observe::observe;
 use super::plan::is_our_overlay;
-use super::settle::SettleOptions;
+use super::settle_options::SettleOptions;
 use super::stopped;
 use crate::error::{Kind, Result};
 use crate::hypervisor::DomainView;

@@ -39,6 +39,7 @@ pub mod report;
 pub mod rights;
 pub(crate) mod room;
 pub mod settle;
+pub mod settle_options;
 pub mod source;
 pub mod stopped;
 pub mod stores;

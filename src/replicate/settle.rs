@@ -16,6 +16,7 @@ use super::guard::PauseGuard;
 use super::journal::{self, Journal, Record, Stamp};
 use super::observe::{Observation, observe};
 use super::offline;
+use super::settle_options::SettleOptions;
 use super::stopped;
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::failpoint;
@@ -25,27 +26,6 @@ use crate::image::{Chain, Format, Layer, qemu_img};
 use crate::name::DiskName;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-
-#[derive(Debug, Clone)]
-pub struct SettleOptions {
-    /// How long a commit may take to become ready before the run leaves it running and says "commit pending".
-    pub ready_within: Duration,
-    /// Hard bound of a pause; the dead-man acts when it has passed.
-    pub pause_within: Duration,
-    /// How long a pause goes on to further disks. Then the guest runs for as long again, before the next pause takes on the
-    /// rest.
-    pub pause_share: Duration,
-}
-
-impl Default for SettleOptions {
-    fn default() -> Self {
-        Self {
-            ready_within: Duration::from_secs(3600),
-            pause_within: Duration::from_secs(5),
-            pause_share: Duration::from_millis(250),
-        }
-    }
-}
 
 /// How far to go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -15,7 +15,7 @@ use crate::replicate::cycle::{Request, Watch};
 use crate::replicate::freeze_hooks::FreezeHooks;
 use crate::replicate::plan::PlanOptions;
 use crate::replicate::pump::Progress;
-use crate::replicate::settle::SettleOptions;
+use crate::replicate::settle_options::SettleOptions;
 use crate::transport::ssh::SshOptions;
 use crate::transport::target::TargetUrl;
 use std::sync::Arc;

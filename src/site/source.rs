@@ -87,7 +87,7 @@ impl Site {
     pub fn examine(
         &self,
         uuid: &DomainUuid,
-        repair: Option<&crate::replicate::settle::SettleOptions>,
+        repair: Option<&crate::replicate::settle_options::SettleOptions>,
     ) -> Result<doctor::Finding> {
         self.with_ports(None, |ports| doctor::examine(ports, &self.options.state, uuid, repair))
     }

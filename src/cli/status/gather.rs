@@ -379,18 +379,22 @@ fn row(
         lag_s: age.and_then(|a| a.lag_s),
         clock_ahead_s: age.and_then(|a| a.ahead_s),
         head,
-        last_run: reports().next_back().map(|r| LastRun {
-            run_id: r.run_id.clone(),
-            started_at: r.started_at,
-            duration_ms: r.duration_ms,
-            outcome: r.outcome,
-            error: r.error.clone().filter(|_| r.outcome == RunOutcome::Failed),
-        }),
+        last_run: reports().next_back().map(last_run),
         running: running.map(|h| format!("{} (pid {})", h.what, h.pid)),
         overlays: record.map_or_else(Vec::new, |r| overlays(r, since)),
         alarms: alarms.collect(),
         ready: None,
     })
+}
+
+fn last_run(report: &Report) -> LastRun {
+    LastRun {
+        run_id: report.run_id.clone(),
+        started_at: report.started_at,
+        duration_ms: report.duration_ms,
+        outcome: report.outcome,
+        error: report.error.clone().filter(|_| report.outcome == RunOutcome::Failed),
+    }
 }
 
 /// What of the newest point a person should know.
