@@ -122,7 +122,7 @@ fn a_redo_file_is_applied_to_its_image_only() {
     fs::write(t.path(".image.vr-redo"), redo).unwrap();
     let done = program(&t, "", &["apply", "--finish", "image"]);
     let said = String::from_utf8(done.stderr).unwrap();
-    assert!(done.status.code() == Some(1) && said.contains("another file of this name"), "{said}");
+    assert!(done.status.code() == Some(1) && said.contains("the redo file is for another file"), "{said}");
 }
 
 /// Old or new, whatever dies; what is left beside it is not gone on from.

@@ -99,6 +99,7 @@ fn the_commands_refuse_and_take_a_directory() {
     let digests = t.path("x.digests");
     let patch = t.path("x.patch");
     let store = t.path("store");
+    assert!(program(&t, "", &["store", "init", store.to_str().unwrap()]).status.success());
     let (digests, patch) = (digests.to_str().unwrap(), patch.to_str().unwrap());
     let uuid = "0a1b2c3d-0000-4000-8000-000000000001";
     let commands: [Vec<&str>; 4] = [

@@ -80,11 +80,7 @@ fn a_forced_command_and_a_url_have_to_agree_on_the_store() {
     let key = r#"ssh-keygen -q -t ed25519 -N '' -f "$1/key"
         printf 'restrict,command="%s/agent" %s\n' "$1" "$(cat "$1/key.pub")""#;
     let line = Host::A.script(key, &[&shared]);
-    Host::B.script("printf '%s\\n' \"$1\" >>/root/.ssh/authorized_keys", &[&line]);
-    let _key = super::support::Undo(|| {
-        let remove = r#"k=/root/.ssh/authorized_keys; grep -vF "$1" $k >$k.new; cat $k.new >$k; rm $k.new"#;
-        Host::B.script(remove, &[&line]);
-    });
+    let _key = super::support::KeyLine::add(&line);
     let identity = format!("{shared}/key");
     let with = ["--identity", identity.as_str()];
 

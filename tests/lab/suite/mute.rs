@@ -41,7 +41,7 @@ fn an_agent_that_is_mute_holds_no_guest() {
         vm.comes_home(&mut run);
         assert!(run.running(), "{point}: the run is still about to give up the point");
         // As an operator ends it who read the hint.
-        Host::A.script("kill -9 $(pgrep -f \"agent --root $1\")", &[&vm.to]);
+        Host::A.script("kill -9 $(pgrep -f \"agent .*--root $1\")", &[&vm.to]);
         let ended = SyncResult::of(run.wait_from_now(PATIENCE)).failed(130);
         ended.says(&["older than it may get, 2s", "it had waited", what]);
         vm.assert_home();

@@ -1,7 +1,7 @@
 //! Points come and go while replication goes on: retention, pins, exports, a store that removes nothing young.
 
 use super::domain::{Disk, Domain};
-use super::support::{Host, Lab, PATIENCE, SyncResult, Undo};
+use super::support::{Host, KeyLine, Lab, PATIENCE, SyncResult, Undo};
 use serde_json::Value;
 
 fn small() -> Disk {
@@ -20,10 +20,8 @@ fn sequences(vm: &Domain) -> Vec<u64> {
 /// `command="virt-replica agent --min-age 7d"`.
 struct OwnAgent {
     file: String,
-    line: String,
+    _line: KeyLine,
 }
-
-const KEYS: &str = "/root/.ssh/authorized_keys";
 
 impl OwnAgent {
     fn of(vm: &Domain, options: &str) -> OwnAgent {
@@ -35,15 +33,7 @@ impl OwnAgent {
             ssh-keygen -q -t ed25519 -N '' -f "$1/key"
             printf 'restrict,command="%s/agent" %s\n' "$1" "$(cat "$1/key.pub")""#;
         let line = Host::A.script(own_key, &[&shared]);
-        Host::B.script("printf '%s\\n' \"$1\" >>\"$2\"", &[&line, KEYS]);
-        OwnAgent { file: format!("{shared}/key"), line }
-    }
-}
-
-impl Drop for OwnAgent {
-    fn drop(&mut self) {
-        let remove = r#"grep -vF "$1" "$2" >"$2.new"; cat "$2.new" >"$2"; rm "$2.new""#;
-        Host::B.script(remove, &[&self.line, KEYS]);
+        OwnAgent { file: format!("{shared}/key"), _line: KeyLine::add(&line) }
     }
 }
 

@@ -436,3 +436,24 @@ impl SyncResult {
         self.lines.iter().filter_map(|l| l["step"].as_u64()).max().unwrap_or(0)
     }
 }
+
+/// A line of b's `authorized_keys`, for as long as this lives. Tests run side by side: a change is made under a lock and by one
+/// rename, so that no login meets half a file and no line of another test is lost.
+pub struct KeyLine(String);
+
+const KEYS: &str = "keys=/root/.ssh/authorized_keys; exec 9>>$keys.lock; flock 9;";
+
+impl KeyLine {
+    pub fn add(line: &str) -> KeyLine {
+        let add = r#"cp -p $keys $keys.new; printf '%s\n' "$1" >>$keys.new; mv $keys.new $keys"#;
+        Host::B.script(&format!("{KEYS} {add}"), &[line]);
+        KeyLine(line.to_owned())
+    }
+}
+
+impl Drop for KeyLine {
+    fn drop(&mut self) {
+        let remove = r#"cp -p $keys $keys.new; grep -vF "$1" $keys >$keys.new; mv $keys.new $keys"#;
+        Host::B.script(&format!("{KEYS} {remove}"), &[&self.0]);
+    }
+}
