@@ -277,6 +277,8 @@ struct Agent(Child);
 
 impl Agent {
     fn start(lab: &Lab) -> Agent {
+        let made = Command::new(env!("CARGO_BIN_EXE_virt-replica")).args(["store", "init"]).arg(lab.root()).output();
+        assert!(made.unwrap().status.success());
         let child = Command::new(env!("CARGO_BIN_EXE_virt-replica"))
             .args(["agent", "--root"])
             .arg(lab.root())

@@ -32,11 +32,12 @@ fn recover(root: &Path, point: &str, disk: &str, place: &Path) -> (PathBuf, Path
         .iter()
         .map(|command| {
             command
-                .replace("ROOT/", &format!("{}/", root.display()))
-                .replace("UUID", UUID)
+                // First what is in the page: a path that was put in may end with a P, too.
                 .replace("P/", &format!("{point}/"))
-                .replace("/new/place", place.to_str().unwrap())
                 .replace("vda", disk)
+                .replace("UUID", UUID)
+                .replace("/new/place", place.to_str().unwrap())
+                .replace("ROOT/", &format!("{}/", root.display()))
         })
         .collect();
     let done = Command::new("sh").args(["-ec", &script.join("\n")]).output().unwrap();
