@@ -164,7 +164,7 @@ fn sizes(lab: &Lab) -> String {
     table + "\n"
 }
 
-/// Domains of many disks: how long the freeze call takes, and how long the guest stands in one go at the end of the commit.
+/// Domains of many disks: how long the freeze call takes, and how long the guest stands in one go at the commit.
 fn disks(lab: &Lab) -> String {
     let mut table = format!(
         "## A run, by number of disks\n\nqcow2 disks of 64 MiB, a running QEMU, nothing written in between: what a run costs beside its \

@@ -1,4 +1,4 @@
-//! A replica by the name of its domain, by whoever knows most: names are not unique over time. Where this host has a
+//! Finds a replica by the name of its domain. Names are not unique over time, and this host knows most: where it has a
 //! domain of that name, its UUID says which replica is meant.
 
 use super::Globals;

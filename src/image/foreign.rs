@@ -4,7 +4,7 @@
 //! other files (any file, and QEMU may run as root), parents. So only images that are whole in themselves are opened,
 //! and that is looked for here, in the few bytes that say it; what else is wrong with an image QEMU says. [`super::served`] writes.
 use super::{Format, Layer, raw};
-use crate::block::DiskSize;
+use crate::block::{DiskSize, SECTOR_LEN};
 use crate::error::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -209,7 +209,7 @@ fn qed(file: &File) -> std::io::Result<Found> {
 pub fn impossible_size(format: Foreign, size: DiskSize) -> Option<&'static str> {
     match (format, size.0) {
         (Foreign::Vmdk, 0) => Some("it is never empty"),
-        (_, size) if !size.is_multiple_of(raw::SECTOR_LEN) => Some("it ends with a sector of 512 bytes"),
+        (_, size) if !size.is_multiple_of(SECTOR_LEN) => Some("it ends with a sector of 512 bytes"),
         _ => None,
     }
 }

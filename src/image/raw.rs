@@ -7,7 +7,7 @@
 use super::behind::Behind;
 use super::{Cover, Image, ImageMut, Layer, within};
 use crate::block::extent::{Content, Extent};
-use crate::block::{ByteRange, DiskSize};
+use crate::block::{ByteRange, DiskSize, SECTOR_LEN};
 use crate::error::{Error, Kind, Result};
 use rustix::fs::{Advice, FallocateFlags, OFlags, SeekFrom};
 use rustix::io::Errno;
@@ -15,9 +15,6 @@ use std::fs::{File, OpenOptions};
 use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-
-/// QEMU's sector: sizes of disks are multiples of it.
-pub(super) const SECTOR_LEN: u64 = 512;
 
 /// Zeros are written in pieces of this size where a hole cannot be punched.
 const ZEROS: &[u8] = &[0; 256 << 10];

@@ -6,7 +6,7 @@ use super::redo::Spool;
 use super::{Way, WayWish, Wish, file_name};
 use crate::block::digest::Digest;
 use crate::block::extent::{Content, is_zero};
-use crate::block::{BLOCK_LEN, ByteRange, DiskSize};
+use crate::block::{BLOCK_LEN, ByteRange, DiskSize, SECTOR_LEN};
 use crate::error::{Error, Kind, Result};
 use crate::image::foreign::{self, AnyFormat};
 use crate::image::qcow2::{self, Header as Qcow2Header};
@@ -23,9 +23,6 @@ const RAW: AnyFormat = AnyFormat::Own(Format::Raw);
 
 /// Bytes copied at once from an image to another one.
 const COPY_LEN: usize = 16 * BLOCK_LEN;
-
-/// The size of a qcow2 image is a multiple of this.
-const SECTOR_LEN: u64 = 512;
 
 /// A place that takes a patch.
 pub(super) struct Landing {
