@@ -42,6 +42,8 @@ pub mod policy;
 pub mod retention;
 pub mod wire;
 
+pub mod engine;
+
 pub mod agent;
 pub mod hypervisor;
 pub mod image;

@@ -6,6 +6,7 @@ use crate::block::DiskSize;
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::releases;
 use crate::image::Layer;
+use crate::image::chain;
 use crate::image::open::{self, OpenOptions};
 use crate::image::qemu_nbd::QemuNbd;
 use crate::name::{DiskName, DomainName, DomainUuid, PointId, RunId, StoreId};
@@ -19,7 +20,6 @@ use crate::replica::ReplicaView;
 use crate::replica::root::{StoreSeen, StoreWish};
 use crate::replica::store::{self, Limits, Store};
 use crate::replica::upkeep::Held as _;
-use crate::replicate::offline;
 use crate::transport::local::LocalTransport;
 use crate::transport::ssh::{SshOptions, SshTransport};
 use crate::transport::target::TargetUrl;
@@ -303,7 +303,7 @@ pub fn seed(
 ) -> Result<(DiskSize, u64)> {
     let store = Store::within(&stores::open(root)?, uuid, Timestamp::now)?;
     // A copy of a source's image names what the source wants.
-    let chain = offline::resolve_chain_where(top, &offline::named_beside(&top.path, backing))?;
+    let chain = chain::resolve_chain_where(top, &chain::named_beside(&top.path, backing))?;
     let opened = open::open_read(&chain, &open_options(1))?;
     let size = opened.image.size();
     let copied = store.adopt(disk, opened.image.as_ref(), progress);
@@ -313,7 +313,7 @@ pub fn seed(
     Ok((size, copied))
 }
 
-pub use crate::replicate::offline::is_block_device;
+pub use crate::image::chain::is_block_device;
 
 /// The replicas of a store on this host that have a point; as [`store::list`].
 pub fn replicas_of(root: &Path) -> Result<Vec<(DomainUuid, DomainName, ReplicaView)>> {

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 use virt_replica::block::ByteRange;
+use virt_replica::engine::pump::Progress;
 use virt_replica::error::{Error, Kind, Result};
 use virt_replica::image::Format;
 use virt_replica::plain::copy::{self as story, Copied, Copy, Sending};
@@ -21,7 +22,6 @@ use virt_replica::plain::source::ReadOptions;
 use virt_replica::plain::target::LocalOptions;
 use virt_replica::plain::tree::Make;
 use virt_replica::plain::{Finish, Wish, changed, meta_of};
-use virt_replica::replicate::pump::Progress;
 use virt_replica::site::plain::{self as site, Place};
 use virt_replica::site::{Connection, workers};
 

@@ -10,10 +10,10 @@ use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
+use virt_replica::engine::pump::Progress;
 use virt_replica::error::Result;
 use virt_replica::plain::kept;
 use virt_replica::plain::source::hash;
-use virt_replica::replicate::pump::Progress;
 use virt_replica::site::{plain as site, workers};
 
 #[derive(Debug, Args)]

@@ -5,10 +5,10 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use std::sync::Arc;
 use std::time::Duration;
+use virt_replica::engine::throttle::Throttle;
 use virt_replica::error::{Error, Kind, Result};
 use virt_replica::patch::Compression;
 use virt_replica::policy::bandwidth::{Bandwidth, RateRule};
-use virt_replica::replicate::throttle::Throttle;
 
 /// How much of the link is taken.
 #[derive(Debug, Args)]

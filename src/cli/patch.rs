@@ -13,6 +13,7 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use virt_replica::engine::pump::Progress;
 use virt_replica::envelope::Opened;
 use virt_replica::error::{Error, Kind, Result};
 use virt_replica::name::PointId;
@@ -23,7 +24,6 @@ use virt_replica::plain::patchfile::{self, Applied, PatchInfo};
 use virt_replica::plain::source::Source;
 use virt_replica::plain::target::LocalOptions;
 use virt_replica::plain::{Finish, PlainTarget, WayWish, Wish, diff as story, kept, merge, redo};
-use virt_replica::replicate::pump::Progress;
 use virt_replica::site::plain::{self as site, Place};
 use virt_replica::site::{Connection, workers};
 

@@ -11,11 +11,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tempfile::NamedTempFile;
+use virt_replica::engine::pump::Progress;
 use virt_replica::error::{Error, Kind, Result};
-use virt_replica::image::foreign::AnyFormat;
+use virt_replica::image::foreign::format::AnyFormat;
 use virt_replica::plain::source::{ReadOptions, Source};
 use virt_replica::plain::{WayWish, format_by_name};
-use virt_replica::replicate::pump::Progress;
 
 /// How often the terminal and scripts hear of progress.
 const TICK: Duration = Duration::from_millis(200);

@@ -9,10 +9,10 @@ use super::{Globals, render};
 use serde_json::json;
 use std::path::Path;
 use std::sync::atomic::Ordering;
+use virt_replica::engine::pump::Progress;
 use virt_replica::error::Result;
 use virt_replica::name::PointId;
 use virt_replica::replica::pointfile::{self, Brought, Written};
-use virt_replica::replicate::pump::Progress;
 
 /// `DOMAIN@POINT`, or a domain alone, which may have an `@` in its name.
 fn domain_and_point(text: &str) -> (&str, Option<PointId>) {

@@ -12,9 +12,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use virt_replica::agent::client::AgentClient;
 use virt_replica::block::BLOCK_LEN;
+use virt_replica::engine::pace::Pace;
 use virt_replica::error::{Error, Kind, Result};
 use virt_replica::name::{DomainName, DomainUuid};
-use virt_replica::replica::pace::Pace;
 use virt_replica::replica::upkeep::{Damage, SCRUB_STEP_MAX, ScrubStart, Scrubbing, Upkeep as _};
 
 /// A script hears of progress at most this often.

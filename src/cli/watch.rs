@@ -9,10 +9,10 @@ use std::io::IsTerminal;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
+use virt_replica::engine::pump::Progress;
 use virt_replica::name::DiskName;
 use virt_replica::replica::Mode;
 use virt_replica::replicate::cycle::Watch;
-use virt_replica::replicate::pump::Progress;
 
 /// A script hears of progress at most this often.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);

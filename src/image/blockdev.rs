@@ -4,9 +4,9 @@
 //! none), its data file (or none, which the caller has checked against the header). JSON needs no escaping of commas,
 //! colons or blanks in paths.
 
-use super::foreign::Foreign;
 use super::{Format, Layer};
 use crate::error::{Error, Kind, Result};
+use crate::image::foreign::format::Foreign;
 use serde_json::{Value, json};
 use std::path::Path;
 

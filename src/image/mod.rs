@@ -6,8 +6,8 @@
 //!
 //! Formats are never probed: a layer's format is what libvirt or our own manifest recorded.
 
-mod behind;
 mod blockdev;
+pub mod chain;
 pub mod foreign;
 pub mod locks;
 pub mod nbd;
@@ -17,7 +17,7 @@ pub mod qcow2;
 pub mod qemu_img;
 pub mod qemu_nbd;
 pub mod raw;
-pub mod served;
+mod write_behind;
 
 use crate::block::extent::{Content, Extent};
 use crate::block::{ByteRange, DiskSize};

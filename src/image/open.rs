@@ -6,7 +6,6 @@
 //! - After [`Opened::close`] nobody reads any more, whoever still holds the image: the base of a chain is read only
 //!   between freeze and the commit's intent (I5).
 
-use super::foreign::{self, Foreign};
 use super::nbd::NbdImage;
 use super::qcow2::{Header, Qcow2Image};
 use super::qemu_nbd::{QemuNbd, Serve};
@@ -15,6 +14,7 @@ use super::{Chain, Format, Image, Layer};
 use crate::block::extent::Extent;
 use crate::block::{ByteRange, DiskSize};
 use crate::error::{Error, Kind, Result};
+use crate::image::foreign::format::{self, Foreign};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock, RwLockReadGuard, TryLockError};
@@ -127,7 +127,7 @@ fn served(mut child: QemuNbd, options: &OpenOptions) -> Result<(Box<dyn Image>, 
 /// Opens an image in a format of others for reading. Blocks; starts a process. The errors are those of [`open_read`]. Of the
 /// layer only the place counts.
 pub fn open_foreign(layer: &Layer, format: Foreign, options: &OpenOptions) -> Result<Opened> {
-    foreign::check(layer, format)?;
+    format::check(layer, format)?;
     let chain = Chain(vec![layer.clone()]);
     let (image, child) = served(QemuNbd::start_foreign(&serve(&chain, options), format)?, options)?;
     let how = format!("qemu-nbd, because it is a {} image", format.as_str());

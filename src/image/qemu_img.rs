@@ -6,12 +6,12 @@
 //! `QEMU_IMG` says. Every call blocks; those that only look have a deadline.
 
 use super::blockdev::{self, Access};
-use super::foreign::Foreign;
 use super::program::{self, Finished};
 use super::qcow2::Header;
 use super::{Chain, Format, Layer, raw};
 use crate::block::{BLOCK_LEN, DiskSize};
 use crate::error::{Error, Kind, Result};
+use crate::image::foreign::format::Foreign;
 use serde::Deserialize;
 use std::path::Path;
 use std::process::Command;

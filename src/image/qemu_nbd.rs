@@ -4,10 +4,10 @@
 //! and whoever holds it ends it: [`QemuNbd::stop`] waits, dropping does as well but has nobody to tell.
 
 use super::blockdev::{self, Access};
-use super::foreign::Foreign;
 use super::program::{self, Listener};
 use super::{Chain, Layer};
 use crate::error::{Error, Kind, Result};
+use crate::image::foreign::format::Foreign;
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;

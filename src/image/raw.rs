@@ -4,11 +4,11 @@
 //! zeros behind the end of the file, and so do we. Extents are what the file system says (`SEEK_DATA`, `SEEK_HOLE`); a
 //! block device has no holes to show. Takes no locks; whoever opens a [`RawWriter`] holds the store's.
 
-use super::behind::Behind;
 use super::{Cover, Image, ImageMut, Layer, within};
 use crate::block::extent::{Content, Extent};
 use crate::block::{ByteRange, DiskSize, SECTOR_LEN};
 use crate::error::{Error, Kind, Result};
+use crate::image::write_behind::Behind;
 use rustix::fs::{Advice, FallocateFlags, OFlags, SeekFrom};
 use rustix::io::Errno;
 use std::fs::{File, OpenOptions};

@@ -4,16 +4,16 @@
 //! the target not at all. Otherwise both ends hash what they have at the same time, equal roots end it, and only blocks that
 //! differ are read again. A change list from elsewhere replaces the reading of the source.
 
-use super::find::{Found, Remembered, differing};
 use super::source::{Hashed, Source, hash};
 use super::{Finish, PlainTarget, Way};
 use crate::block::digest::Digest;
 use crate::block::{BLOCK_LEN, ByteRange, DiskSize};
+use crate::engine::find::{Found, Remembered, differing};
+use crate::engine::pump::{self, Progress, Shipment, StillGood};
+use crate::engine::throttle::Throttle;
 use crate::error::Result;
 use crate::patch::{Compression, plain_names};
 use crate::replica::{CompressionStats, DiskTarget, Mode};
-use crate::replicate::pump::{self, Progress, Shipment, StillGood};
-use crate::replicate::throttle::Throttle;
 use serde::Serialize;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

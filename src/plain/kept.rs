@@ -9,8 +9,8 @@ use crate::block::changes::{ChangesHeader, ChangesReader, ChangesWriter, RUN_DIG
 use crate::block::digest::Digest;
 use crate::block::tree::ZeroNodes;
 use crate::block::{BlockIndex, FANOUT};
+use crate::engine::nodefile::NodeFile;
 use crate::error::{Error, Kind, Result};
-use crate::replica::nodefile::NodeFile;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, BufWriter, Read, Write};

@@ -7,14 +7,14 @@ use super::{Way, WayWish, Wish, file_name};
 use crate::block::digest::Digest;
 use crate::block::extent::{Content, is_zero};
 use crate::block::{BLOCK_LEN, ByteRange, DiskSize, SECTOR_LEN};
+use crate::engine::pump::EXTENT_WINDOW;
 use crate::error::{Error, Kind, Result};
-use crate::image::foreign::{self, AnyFormat};
+use crate::image::foreign::format::{self, AnyFormat};
+use crate::image::foreign::writer::{self, ForeignWriter};
 use crate::image::qcow2::{self, Header as Qcow2Header};
 use crate::image::raw::RawWriter;
-use crate::image::served::{self, ForeignWriter};
 use crate::image::{Format, Image, ImageMut, Layer, qemu_img};
 use crate::patch::Header;
-use crate::replicate::pump::EXTENT_WINDOW;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -74,7 +74,7 @@ pub(super) fn check_writable(layer: &Layer, format: AnyFormat) -> Result<()> {
     match format {
         AnyFormat::Own(Format::Raw) => Ok(()),
         AnyFormat::Own(Format::Qcow2) => check_qcow2(layer),
-        AnyFormat::Of(format) => served::check_writable(layer, format),
+        AnyFormat::Of(format) => writer::check_writable(layer, format),
     }
 }
 
@@ -158,7 +158,7 @@ impl Choice {
                 Some("it ends with a sector of 512 bytes")
             }
             AnyFormat::Own(_) => None,
-            AnyFormat::Of(format) => foreign::impossible_size(format, header.size),
+            AnyFormat::Of(format) => format::impossible_size(format, header.size),
         };
         if let Some(why) = impossible {
             let name = self.wish.format.as_str();

@@ -1,22 +1,22 @@
 //! An image that is read: opened under QEMU's locks, seen to stand still, and hashed by all cores.
 
 use super::identity::Identity;
-use super::order::in_order;
 use super::redo;
 use crate::block::changes::Run;
 use crate::block::digest::{Digest, block_digest};
 use crate::block::extent::Content;
 use crate::block::tree::ZeroNodes;
 use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, GROUP_LEN, GroupIndex};
+use crate::engine::nodefile::NodeFile;
+use crate::engine::ordered::in_order;
+use crate::engine::pump::{EXTENT_WINDOW, Progress, read_group};
 use crate::error::{Error, Kind, Result};
-use crate::image::foreign::{AnyFormat, Foreign};
+use crate::image::chain;
+use crate::image::foreign::format::{AnyFormat, Foreign};
 use crate::image::locks::ReadLock;
 use crate::image::open::{self, OpenOptions, Opened};
 use crate::image::raw::RawImage;
 use crate::image::{Chain, Format, Image, Layer};
-use crate::replica::nodefile::NodeFile;
-use crate::replicate::offline;
-use crate::replicate::pump::{EXTENT_WINDOW, Progress, read_group};
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -57,12 +57,12 @@ impl Source {
     pub fn open(path: &Path, format: Format, options: &ReadOptions) -> Result<Source> {
         let layer = layer(path, format)?;
         redo::refuse_if_torn(&super::place::real_path(path)?, layer.block_device, &options.redo_dir)?;
-        let beside = offline::named_beside(path, &options.backing);
+        let beside = chain::named_beside(path, &options.backing);
         let may = |file: &Path| match &options.within {
             Some(root) => super::place::check_within(file, root).map(drop),
             None => beside(file),
         };
-        let chain = offline::resolve_chain_where(&layer, &may)?;
+        let chain = chain::resolve_chain_where(&layer, &may)?;
         let mut files: Vec<&Path> = chain.0.iter().map(|l| l.path.as_path()).collect();
         files.extend(chain.0.iter().filter_map(|l| l.data_file.as_deref()));
         let shared = options.open.force_share;
@@ -153,7 +153,7 @@ pub(super) fn in_use(path: &Path, what: &'static str) -> Error {
 /// The layer at a path: a file or a block device.
 pub(super) fn layer(path: &Path, format: Format) -> Result<Layer> {
     std::fs::metadata(path).map_err(|e| Error::io("cannot look at the image", path, e))?;
-    let block_device = offline::is_block_device(path);
+    let block_device = chain::is_block_device(path);
     Ok(Layer { path: path.to_owned(), format, block_device, data_file: None })
 }
 

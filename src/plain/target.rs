@@ -19,16 +19,17 @@ use super::{Committed, FileMeta, Finish, ImageView, PlainTarget, Way, WayWish, W
 use crate::block::digest::{BlockPieces, Digest, piece_digests};
 use crate::block::tree::ZeroNodes;
 use crate::block::{BlockIndex, DiskSize};
+use crate::engine::nodefile::NodeFile;
+use crate::engine::pump::Progress;
 use crate::error::{Error, Kind, Result};
-use crate::image::foreign::{AnyFormat, Foreign};
+use crate::image::foreign::format::{AnyFormat, Foreign};
+use crate::image::foreign::writer;
 use crate::image::locks::QemuLock;
 use crate::image::open::{self, OpenOptions, Opened};
 use crate::image::raw::RawImage;
-use crate::image::{Format, Image, Layer, served};
+use crate::image::{Format, Image, Layer};
 use crate::name::DiskName;
-use crate::replica::nodefile::NodeFile;
 use crate::replica::{DiskApplied, DiskTarget, check_blocks};
-use crate::replicate::pump::Progress;
 use std::cell::RefCell;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -315,7 +316,7 @@ impl LocalTarget {
 
     /// What QEMU has written is an image of this format that holds together, and reads as it should: asked of the closed file.
     fn prove(&self, part: &Path, format: Foreign, wanted: (DiskSize, Digest)) -> Result<()> {
-        served::check_sound(part, format)?;
+        writer::check_sound(part, format)?;
         let layer = Layer { path: part.to_owned(), ..self.layer.clone() };
         let opened = open::open_foreign(&layer, format, &self.options.open)?;
         let hashed = hash(opened.image.as_ref(), self.options.workers, &Progress::default(), &|| Ok(()));

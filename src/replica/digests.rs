@@ -12,11 +12,11 @@
 
 use super::files::Dir;
 use super::manifest::{DISK_SIZE_MAX, digests_file};
-use super::nodefile::{LEVELS_START, NodeFile};
 use crate::block::DiskSize;
 use crate::block::changes::Run;
 use crate::block::digest::Digest;
 use crate::block::tree::{NodeSource, ZeroNodes};
+use crate::engine::nodefile::{LEVELS_START, NodeFile};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, PointId};
 use std::fs::File;
@@ -246,8 +246,8 @@ mod tests {
     use crate::block::BlockIndex;
     use crate::block::digest::block_digest;
     use crate::block::tree::RootBuilder;
+    use crate::engine::nodefile::Pending;
     use crate::name::RunId;
-    use crate::replica::nodefile::Pending;
     use std::os::unix::fs::MetadataExt;
 
     const BLOCKS: u64 = 200;

@@ -21,8 +21,6 @@ mod lease;
 pub mod left_out;
 mod lock;
 pub mod manifest;
-pub mod nodefile;
-pub mod pace;
 mod point;
 pub mod pointfile;
 mod promote;

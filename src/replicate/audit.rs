@@ -10,10 +10,10 @@
 //! Which blocks are sampled follows from the run's id, which nobody knows beforehand and everybody can look up afterwards.
 
 use super::cycle::Run;
-use super::pump::{Shipment, StillGood, suspects};
 use crate::block::digest::{Digest, block_digest, node_digest};
 use crate::block::extent::Content;
 use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, FANOUT, GROUP_LEN, GroupIndex};
+use crate::engine::pump::{Shipment, StillGood, suspects};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::name::{DiskName, RunId};

@@ -1,7 +1,7 @@
 //! Bitmaps that lie in every place, and budgets of every size.
 
 use super::*;
-use crate::replicate::pump::tests::{Disk, Fault, Memory, always, pattern};
+use crate::engine::pump::tests::{Disk, Fault, Memory, always, pattern};
 use std::collections::BTreeSet;
 
 const B: usize = BLOCK_LEN;

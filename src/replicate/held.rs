@@ -3,10 +3,10 @@
 use super::capture::{Capture, Source, Still};
 use super::cycle::{Run, stopped};
 use super::plan::Plan;
-use super::pump::{self, Progress, Shipment};
 use super::room::RoomWatch;
 use super::target_gate::{TargetGate, watched};
 use crate::block::ByteRange;
+use crate::engine::pump::{self, Progress, Shipment};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::image::Image;

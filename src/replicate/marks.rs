@@ -5,16 +5,16 @@
 use super::birth;
 use super::capture::{Source, Still};
 use super::cycle::Run;
-use super::offline;
 use super::plan::{CaptureKind, Plan, compared};
-use super::pump::Shipment;
 use super::report::Report;
 use super::stores;
 use super::tail;
 use super::turnover;
 use crate::block::ByteRange;
+use crate::engine::pump::Shipment;
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::{Power, Tracking};
+use crate::image::chain;
 use crate::image::{Image, Layer};
 use crate::name::DiskName;
 use crate::replica::{Mode, PointDisk, PointView, Replica};
@@ -57,7 +57,7 @@ impl Run<'_> {
     /// Where the bitmaps of the plan's disks are now; `None` if the domain has gone.
     fn shelf(&self, plan: &Plan) -> Option<Shelf<'_>> {
         let off = self.ports.hypervisor.observe_without_sizes(&plan.uuid).ok()?.power == Power::Off;
-        let keeps = |layer: &&Layer| !off || offline::keeps_no_bitmap(layer).is_none();
+        let keeps = |layer: &&Layer| !off || chain::keeps_no_bitmap(layer).is_none();
         let chains = || plan.replicated().map(|d| d.chain.0.as_slice());
         Some(Shelf {
             tracking: if off { self.ports.stored } else { self.ports.tracking },
@@ -72,7 +72,7 @@ impl Run<'_> {
         // A domain that has gone since it was planned: the freeze finds out, and says so.
         let Some(shelf) = self.shelf(plan) else { return Vec::new() };
         let layers: Vec<Layer> =
-            shelf.tops.into_iter().filter(|layer| offline::must_not_be_tracked(layer).is_none()).collect();
+            shelf.tops.into_iter().filter(|layer| chain::must_not_be_tracked(layer).is_none()).collect();
         turnover::begin(shelf.tracking, &plan.uuid, &layers, &name)
     }
 
@@ -154,7 +154,7 @@ impl Run<'_> {
     pub(super) fn retire_bitmaps(&self, report: &mut Report, plan: &Plan, sealed: bool) {
         let keys = self.keys();
         let keep = |layer: &Layer| {
-            if offline::must_not_be_tracked(layer).is_some() {
+            if chain::must_not_be_tracked(layer).is_some() {
                 return Vec::new();
             }
             let head = plan.head_run.as_ref().filter(|_| !sealed);
@@ -182,7 +182,7 @@ impl Run<'_> {
     /// drops none: the next one begins from where this one did.
     fn retire_births(&self, report: &mut Report, plan: &Plan, shelf: &Shelf, sealed: bool) {
         for disk in plan.replicated().filter(|d| shelf.tops.contains(d.chain.top())) {
-            let forbidden = offline::must_not_be_tracked(disk.chain.top()).is_some();
+            let forbidden = chain::must_not_be_tracked(disk.chain.top()).is_some();
             if !sealed && !forbidden {
                 continue;
             }

@@ -4,10 +4,10 @@
 
 use super::decide::{DiskFacts, DiskSeen, Job, OverlayFile, Phase, PowerState, Situation, Stand, Under};
 use super::journal::{DiskRecord, Record, Stamp, boot_id};
-use super::offline;
 use crate::block::{BLOCK_LEN, DiskSize};
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::hypervisor::{BlockJobKind, DiskView, DomainView, Hypervisor, Power};
+use crate::image::chain;
 use crate::image::{Chain, Layer};
 use crate::name::{DiskName, DomainUuid};
 use std::path::Path;
@@ -102,8 +102,8 @@ fn image_under(disk: &DiskRecord, view: Option<&DiskView>, runs: bool) -> Option
     }
     let files = [disk.overlay.clone(), disk.retired()];
     let there = files.iter().find(|path| path.exists())?;
-    // One that cannot be read is not committed either: see `offline::commits_into`.
-    offline::backing_of(there).ok().flatten()
+    // One that cannot be read is not committed either: see `chain::commits_into`.
+    chain::backing_of(there).ok().flatten()
 }
 
 fn disk_seen(
@@ -134,14 +134,14 @@ fn disk_seen(
             Some(_) => Job::Running,
         },
         under: match under {
-            Some(layer) if !offline::is_same_image(&layer.path, &disk.base.path) => Under::Another,
+            Some(layer) if !chain::is_same_image(&layer.path, &disk.base.path) => Under::Another,
             _ => Under::Recorded,
         },
         overlay,
         base_touched: base_changed || overlay_touched,
         // A block device has no telling times.
-        base_as_frozen: disk.off_commit || (base_unchanged && !offline::is_block_device(&disk.base.path)),
-        shared_storage: offline::on_shared_storage(&disk.base.path),
+        base_as_frozen: disk.off_commit || (base_unchanged && !chain::is_block_device(&disk.base.path)),
+        shared_storage: chain::on_shared_storage(&disk.base.path),
     };
     Ok((DiskFacts { base_complete: disk.complete_at.is_some() && !overlay_touched }, seen, stamp))
 }
@@ -205,7 +205,7 @@ fn gone_with_its_instance(overlay: OverlayFile) -> Stand {
 /// The whole chain below a definition's image, by the backing files recorded in the images. `Refused` where a format is
 /// not recorded: it is never guessed.
 pub fn resolve(top: &Layer) -> Result<Chain> {
-    offline::resolve_chain(top).map_err(|e| {
+    chain::resolve_chain(top).map_err(|e| {
         e.hint("record the format of the backing file (qemu-img rebase -u -F FORMAT -b FILE IMAGE) while the domain is off")
     })
 }

@@ -15,12 +15,12 @@ use super::decide::{
 use super::guard::PauseGuard;
 use super::journal::{self, Journal, Record, Stamp};
 use super::observe::{Observation, observe};
-use super::offline;
 use super::settle_options::SettleOptions;
 use super::stopped;
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::failpoint;
 use crate::hypervisor::{Hypervisor, is_denied};
+use crate::image::chain;
 use crate::image::locks::QemuLock;
 use crate::image::{Chain, Format, Layer, qemu_img};
 use crate::name::DiskName;
@@ -406,7 +406,7 @@ impl<'a> Settler<'a> {
             let d = self.disk(disk);
             (d.overlay.clone(), d.base.clone())
         };
-        offline::commits_into(&overlay, &base).on_disk(disk)?;
+        chain::commits_into(&overlay, &base).on_disk(disk)?;
         if self.record.phase < Phase::CommitIntent || !self.disk(disk).off_commit {
             self.record.phase = self.record.phase.max(Phase::CommitIntent);
             self.disk_mut(disk).off_commit = true;
@@ -415,11 +415,11 @@ impl<'a> Settler<'a> {
         // qemu-img takes QEMU's locks itself: a domain that was started meanwhile makes this fail, and is observed next.
         let mut layers =
             vec![Layer { path: overlay.clone(), format: Format::Qcow2, block_device: false, data_file: None }];
-        layers.extend(offline::resolve_chain(&base).on_disk(disk)?.0);
+        layers.extend(chain::resolve_chain(&base).on_disk(disk)?.0);
         qemu_img::commit(&Chain(layers)).on_disk(disk)?;
         failpoint!("7k");
         let committed = Stamp::of(&overlay)?;
-        let _overlay_lock = offline::lock_as_seen(&overlay, committed)?;
+        let _overlay_lock = chain::lock_as_seen(&overlay, committed)?;
         let again = observe(self.hypervisor, &self.record)?;
         let (_, _, now) = again.disks[self.at(disk)];
         if now.live != Stand::Absent {
@@ -462,7 +462,7 @@ impl<'a> Settler<'a> {
         let (overlay, stamp) = (self.disk(disk).overlay.clone(), self.stamp_seen(disk, seen));
         let runs = matches!(seen.power, PowerState::Running | PowerState::Paused);
         let in_freeze = runs && self.record.phase == Phase::FreezeIntent;
-        match offline::lock_as_seen(&overlay, stamp) {
+        match chain::lock_as_seen(&overlay, stamp) {
             // A node that nothing uses takes no locks.
             Ok(lock) if in_freeze => {
                 self.hypervisor.close_unused(&self.record.uuid, &overlay).on_disk(disk)?;
@@ -472,7 +472,7 @@ impl<'a> Settler<'a> {
             other => return other,
         }
         match self.hypervisor.close_unused(&self.record.uuid, &overlay) {
-            Ok(()) => return offline::lock_as_seen(&overlay, stamp),
+            Ok(()) => return chain::lock_as_seen(&overlay, stamp),
             Err(e) if e.kind() == Kind::Refused => {}
             Err(e) => return Err(e.disk(disk)),
         }

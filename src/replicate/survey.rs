@@ -10,7 +10,6 @@ use super::forecast::{self, Room};
 use super::generation::generation;
 use super::journal;
 use super::observe;
-use super::offline;
 use super::plan::{Conflict, DiskFacts, Plan, overlay_dir, plan};
 use super::report::Report;
 use super::rights;
@@ -21,6 +20,7 @@ use super::turnover::{self, Tracked};
 use crate::error::Result;
 use crate::hypervisor::backup::BackupJob;
 use crate::hypervisor::{DiskKind, DiskView, DomainView, Power};
+use crate::image::chain;
 use crate::image::open::EXPORT;
 use crate::image::{Chain, Format, qemu_img};
 use crate::name::DiskName;
@@ -116,9 +116,7 @@ fn disk_facts(
     capture: CaptureKind,
 ) -> DiskFacts {
     let chain = match (&disk.live, &disk.inactive) {
-        (Some(chain), _) if domain.power != Power::Off => {
-            offline::with_data_files(chain.clone()).map_err(|e| e.chain())
-        }
+        (Some(chain), _) if domain.power != Power::Off => chain::with_data_files(chain.clone()).map_err(|e| e.chain()),
         (_, Some(top)) => observe::resolve(top).map_err(|e| e.chain()),
         _ => Err("no image is known for it".to_owned()),
     };
@@ -153,11 +151,11 @@ fn tracked(
     let (Some(chain), Some(head)) = (chain, head) else {
         return Tracked::Untracked("there is no newest point to lead on from".into());
     };
-    if let Some(why) = offline::must_not_be_tracked(chain.top()) {
+    if let Some(why) = chain::must_not_be_tracked(chain.top()) {
         return Tracked::Untracked(why);
     }
     let off = domain.power == Power::Off;
-    if let Some(why) = offline::keeps_no_bitmap(chain.top()).filter(|_| off) {
+    if let Some(why) = chain::keeps_no_bitmap(chain.top()).filter(|_| off) {
         return Tracked::Untracked(why);
     }
     let image = turnover::identity(chain.top());
@@ -189,7 +187,7 @@ fn allocated(chain: &Chain) -> u64 {
         .0
         .iter()
         .map(|layer| match qemu_img::info(&layer.path, layer.format, true) {
-            Ok(info) if !offline::is_block_device(&layer.path) => info.actual_size_bytes,
+            Ok(info) if !chain::is_block_device(&layer.path) => info.actual_size_bytes,
             Ok(info) => info.virtual_size.0,
             Err(_) => u64::MAX / 1024,
         })

@@ -1,11 +1,11 @@
 //! Targets that take their time: some answer late, some never.
 
 use super::*;
+use crate::engine::pump::tests::{Disk, Fault, Memory, pattern, shipment};
+use crate::engine::pump::{self, Progress};
 use crate::name::{Generation, RunId};
 use crate::replica::left_out::LeftOut;
 use crate::replica::{Consistency, VerifyReport};
-use crate::replicate::pump::tests::{Disk, Fault, Memory, pattern, shipment};
-use crate::replicate::pump::{self, Progress};
 use jiff::Timestamp;
 use std::sync::Condvar;
 use std::sync::atomic::AtomicUsize;

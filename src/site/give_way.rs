@@ -2,6 +2,7 @@
 
 use super::here::Here;
 use super::{Connection, Site, SiteOptions, new_run, open_options, workers};
+use crate::engine::pump::Progress;
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::Hypervisor as _;
 use crate::hypervisor::machine::Machines as _;
@@ -14,7 +15,6 @@ use crate::replica::upkeep::Upkeep as _;
 use crate::replicate::cycle::{Request, Watch};
 use crate::replicate::freeze_hooks::FreezeHooks;
 use crate::replicate::plan::PlanOptions;
-use crate::replicate::pump::Progress;
 use crate::replicate::settle_options::SettleOptions;
 use crate::transport::ssh::SshOptions;
 use crate::transport::target::TargetUrl;

@@ -6,14 +6,14 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_replica::agent::client::AgentClient;
+use virt_replica::engine::pump::Progress;
 use virt_replica::error::{Error, Kind};
 use virt_replica::image::Format::{Qcow2, Raw};
-use virt_replica::image::foreign::{AnyFormat, Foreign};
+use virt_replica::image::foreign::format::{AnyFormat, Foreign};
 use virt_replica::image::locks::QemuLock;
 use virt_replica::plain::copy::{Copied, Copy, copy};
 use virt_replica::plain::source::{ReadOptions, Source};
 use virt_replica::plain::{Finish, WayWish, Wish};
-use virt_replica::replicate::pump::Progress;
 use virt_replica::transport::Service;
 use virt_replica::transport::local::LocalTransport;
 

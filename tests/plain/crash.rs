@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::process::{Command, Output};
 use virt_replica::error::Kind;
 use virt_replica::image::Format::Raw;
-use virt_replica::image::foreign::Foreign;
+use virt_replica::image::foreign::format::Foreign;
 use virt_replica::plain::source::Source;
 
 /// An image killed at `step` while it is changed in this way; then what `then` makes of it.

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use virt_replica::block::{BLOCK_LEN, DiskSize};
 use virt_replica::error::{Error, Kind};
 use virt_replica::image::Format::{self, Qcow2, Raw};
-use virt_replica::image::foreign::Foreign;
+use virt_replica::image::foreign::format::Foreign;
 use virt_replica::plain::source::Source;
 
 /// With options of qemu-img, where the format has kinds.

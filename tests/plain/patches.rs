@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use virt_replica::engine::pump::Progress;
 use virt_replica::error::{Error, Kind};
 use virt_replica::image::Format::Raw;
 use virt_replica::plain::diff::{KnownByDigests, Nothing, diff};
@@ -12,7 +13,6 @@ use virt_replica::plain::patchfile::{Applied, apply, look};
 use virt_replica::plain::source::{Source, hash};
 use virt_replica::plain::target::{LocalOptions, LocalTarget};
 use virt_replica::plain::{Finish, PlainTarget, Way, WayWish, Wish, kept, merge};
-use virt_replica::replicate::pump::Progress;
 
 /// States of one image, as drawn.
 const STATES: [(&str, usize); 6] =

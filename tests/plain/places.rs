@@ -10,7 +10,7 @@ use std::time::Instant;
 use virt_replica::block::DiskSize;
 use virt_replica::error::Kind;
 use virt_replica::image::Format::{Qcow2, Raw};
-use virt_replica::image::foreign::{AnyFormat, Foreign};
+use virt_replica::image::foreign::format::{AnyFormat, Foreign};
 use virt_replica::plain::{Way, WayWish};
 
 /// Contents as in the table of all pairs of formats: around the sectors of 512 bytes and of 4 KiB, zeros that end within one, and

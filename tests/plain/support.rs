@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use virt_replica::block::extent::is_zero;
 use virt_replica::block::{BLOCK_LEN, ByteRange, DiskSize};
+use virt_replica::engine::pump::Progress;
 use virt_replica::error::Result;
-use virt_replica::image::foreign::{AnyFormat, Foreign};
+use virt_replica::image::foreign::format::{AnyFormat, Foreign};
 use virt_replica::image::open::{OpenOptions, open_read};
 use virt_replica::image::{Chain, Format, ImageMut, Layer, qcow2};
 use virt_replica::patch::Compression;
@@ -17,7 +18,6 @@ use virt_replica::plain::copy::{Copied, Copy, Sending, copy};
 use virt_replica::plain::source::{ReadOptions, Source};
 use virt_replica::plain::target::{LocalOptions, LocalTarget};
 use virt_replica::plain::{FileMeta, Finish, WayWish, Wish};
-use virt_replica::replicate::pump::Progress;
 
 pub struct Bench(tempfile::TempDir);
 

@@ -11,7 +11,7 @@ use std::process::Command;
 use virt_replica::block::DiskSize;
 use virt_replica::error::Kind;
 use virt_replica::image::Format::{Qcow2, Raw};
-use virt_replica::image::foreign::{AnyFormat, Foreign};
+use virt_replica::image::foreign::format::{AnyFormat, Foreign};
 use virt_replica::image::locks::QemuLock;
 use virt_replica::plain::{Way, WayWish};
 

@@ -8,13 +8,13 @@
 //! Memory: at most [`IN_FLIGHT_MAX`] groups between reading and sending, whatever the size of the disk. A hole costs
 //! nothing on either side unless the head has data there.
 
+mod adaptive_compression;
 mod planner;
-mod worth;
 
+use self::adaptive_compression::Worth;
 use self::planner::Planner;
 pub(crate) use self::planner::expect_nodes;
-pub(super) use self::planner::suspects;
-use self::worth::Worth;
+pub(crate) use self::planner::suspects;
 use super::throttle::Throttle;
 use crate::block::digest::{BlockPieces, Digest, block_digest, node_digest, piece_digests};
 use crate::block::tree::RootBuilder;
@@ -476,4 +476,4 @@ fn flush_zeros(encoder: &RecordEncoder, run: Option<Range<u64>>, out: &mut Vec<u
 
 #[cfg(test)]
 #[path = "pump_tests.rs"]
-pub(super) mod tests;
+pub(crate) mod tests;

@@ -158,7 +158,7 @@ const SUBTREE_LEVEL: u8 = 3;
 const SUBTREE_LEN: u64 = GROUP_LEN * (FANOUT * FANOUT) as u64;
 
 /// The blocks of a group that marked ranges touch, one bit each.
-pub(in crate::replicate) fn suspects(group: GroupIndex, marked: &[ByteRange]) -> u64 {
+pub(crate) fn suspects(group: GroupIndex, marked: &[ByteRange]) -> u64 {
     let first = group.0 * FANOUT as u64;
     marked.iter().fold(0, |mask, range| {
         let blocks = range.start / BLOCK_LEN as u64 - first..range.end.div_ceil(BLOCK_LEN as u64) - first;

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 const ALIGNMENT: u64 = 4096;
 
 /// Where level 0 begins; the bytes before it are whatever the owner of the file writes there.
-pub(super) const LEVELS_START: u64 = 2 * ALIGNMENT;
+pub(crate) const LEVELS_START: u64 = 2 * ALIGNMENT;
 
 /// Nodes gathered before they are written: 32 KiB of file.
 const PENDING_MAX: usize = 1024;
@@ -31,12 +31,12 @@ pub struct NodeFile {
 
 impl NodeFile {
     /// Over a file that holds a tree of this shape already.
-    pub(super) fn over(file: File, path: PathBuf, size: DiskSize) -> Self {
+    pub(crate) fn over(file: File, path: PathBuf, size: DiskSize) -> Self {
         Self { file, path, shape: TreeShape::new(size) }
     }
 
     /// In a new file: the tree of a disk of zeros.
-    pub(super) fn create(file: File, path: PathBuf, size: DiskSize) -> Result<Self> {
+    pub(crate) fn create(file: File, path: PathBuf, size: DiskSize) -> Result<Self> {
         let this = Self::over(file, path, size);
         let len = this.offset(this.shape.top() + 1, 0);
         this.file.set_len(len).map_err(|e| this.io("cannot size", e))?;
@@ -50,7 +50,7 @@ impl NodeFile {
         Self::create(file, dir, size)
     }
 
-    pub(super) fn file(&self) -> &File {
+    pub(crate) fn file(&self) -> &File {
         &self.file
     }
 
@@ -111,7 +111,7 @@ impl NodeFile {
         Ok(root)
     }
 
-    pub(super) fn write_pending(&self, level: u8, nodes: &mut Pending) -> Result<()> {
+    pub(crate) fn write_pending(&self, level: u8, nodes: &mut Pending) -> Result<()> {
         let bytes: Vec<u8> = nodes.digests.iter().flat_map(|d| d.0).collect();
         nodes.digests.clear();
         self.file.write_all_at(&bytes, self.offset(level, nodes.start)).map_err(|e| self.io("cannot write", e))
@@ -124,11 +124,11 @@ impl NodeFile {
         LEVELS_START + lower + index * Digest::LEN as u64
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    pub(super) fn io(&self, verb: &str, e: std::io::Error) -> Error {
+    pub(crate) fn io(&self, verb: &str, e: std::io::Error) -> Error {
         Error::io(format!("{verb} the digest file"), &self.path, e)
     }
 }
@@ -141,7 +141,7 @@ impl NodeSource for &NodeFile {
 
 /// Neighbouring nodes of one level waiting to be written at once.
 #[derive(Default)]
-pub(super) struct Pending {
-    pub(super) start: u64,
-    pub(super) digests: Vec<Digest>,
+pub(crate) struct Pending {
+    pub(crate) start: u64,
+    pub(crate) digests: Vec<Digest>,
 }

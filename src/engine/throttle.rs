@@ -1,8 +1,8 @@
 //! Not to send faster than a link is given to us. One throttle is a run's, whatever disks it ships.
 
 use super::pump::StillGood;
+use crate::engine::pace::Pace;
 use crate::error::Result;
-use crate::replica::pace::Pace;
 use std::fmt;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};

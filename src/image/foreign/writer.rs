@@ -3,13 +3,13 @@
 //! Invariant: nothing ends a write into the tables of such an image that was cut short, so only a file that nobody needs yet is written: a
 //! new one, or a copy. Whoever gives it its name has closed it, asked [`check_sound`], and read it.
 
-use super::foreign::{DESCRIPTION_MAX, Foreign, bytes, check};
-use super::nbd::NbdImage;
-use super::qemu_nbd::{QemuNbd, Serve};
-use super::{Chain, Format, Image, ImageMut, Layer, qemu_img, raw};
 use crate::block::extent::Extent;
 use crate::block::{ByteRange, DiskSize};
 use crate::error::{Error, Kind, Result};
+use crate::image::foreign::format::{DESCRIPTION_MAX, Foreign, bytes, check};
+use crate::image::nbd::NbdImage;
+use crate::image::qemu_nbd::{QemuNbd, Serve};
+use crate::image::{Chain, Format, Image, ImageMut, Layer, qemu_img, raw};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;

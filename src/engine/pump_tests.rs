@@ -15,14 +15,14 @@ use crate::replica::{DiskApplied, NODES_MAX, check_blocks};
 const B: usize = BLOCK_LEN;
 
 /// A disk in memory. Runs of zero sectors are holes, as a file system would have them.
-pub(in crate::replicate) struct Disk {
+pub(crate) struct Disk {
     bytes: Vec<u8>,
     reads: AtomicU64,
-    pub(in crate::replicate) fail_at: Option<u64>,
+    pub(crate) fail_at: Option<u64>,
 }
 
 impl Disk {
-    pub(in crate::replicate) fn new(bytes: Vec<u8>) -> Disk {
+    pub(crate) fn new(bytes: Vec<u8>) -> Disk {
         Disk { bytes, reads: AtomicU64::new(0), fail_at: None }
     }
 }
@@ -52,7 +52,7 @@ impl Image for Disk {
 }
 
 /// The head's content, and the stream that was sent.
-pub(in crate::replicate) struct Memory {
+pub(crate) struct Memory {
     head: Vec<u8>,
     new: Mutex<Vec<u8>>,
     decoder: Mutex<Decoder>,
@@ -61,7 +61,7 @@ pub(in crate::replicate) struct Memory {
 }
 
 #[derive(Clone, Copy, PartialEq)]
-pub(in crate::replicate) enum Fault {
+pub(crate) enum Fault {
     None,
     TooFewNodes,
     NoPieces,
@@ -70,7 +70,7 @@ pub(in crate::replicate) enum Fault {
 }
 
 impl Memory {
-    pub(in crate::replicate) fn new(head: &[u8], size: usize, fault: Fault) -> Memory {
+    pub(crate) fn new(head: &[u8], size: usize, fault: Fault) -> Memory {
         let mut new = head.to_vec();
         new.resize(size, 0);
         Memory {
@@ -163,7 +163,7 @@ impl DiskTarget for Memory {
     }
 }
 
-pub(in crate::replicate) fn shipment(size: usize, head: Option<&[u8]>) -> Shipment {
+pub(crate) fn shipment(size: usize, head: Option<&[u8]>) -> Shipment {
     Shipment {
         uuid: DomainUuid::new("6695eb01-f6a4-8304-79aa-97f2502e193f").unwrap(),
         disk: DiskName::new("vda").unwrap(),
@@ -179,7 +179,7 @@ pub(in crate::replicate) fn shipment(size: usize, head: Option<&[u8]>) -> Shipme
     }
 }
 
-pub(in crate::replicate) fn always() -> Result<()> {
+pub(crate) fn always() -> Result<()> {
     Ok(())
 }
 
@@ -196,7 +196,7 @@ fn shipped(old: Option<&[u8]>, new: &[u8]) -> u64 {
     progress.changed_blocks.load(Ordering::Relaxed)
 }
 
-pub(in crate::replicate) fn pattern(len: usize, seed: u8) -> Vec<u8> {
+pub(crate) fn pattern(len: usize, seed: u8) -> Vec<u8> {
     (0..len).map(|i| (i / 7 % 251) as u8 ^ seed | 1).collect()
 }
 

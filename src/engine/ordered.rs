@@ -10,7 +10,7 @@ const IN_FLIGHT: usize = 4;
 
 /// Does `work` on every item, on so many threads, each with a scratch of its own, and hands the results to `consume` in
 /// the order of the items. What `consume` leaves is not worked on.
-pub(super) fn in_order<T: Send, S, R: Send, O>(
+pub(crate) fn in_order<T: Send, S, R: Send, O>(
     workers: usize,
     items: impl Iterator<Item = Result<T>> + Send,
     scratch: impl Fn() -> S + Sync,

@@ -3,11 +3,11 @@
 use crate::block::digest::{BlockPieces, Digest};
 use crate::block::tree::TreeShape;
 use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, FANOUT};
+use crate::engine::nodefile::NodeFile;
+use crate::engine::pump::expect_nodes;
 use crate::error::Result;
 use crate::name::DiskName;
-use crate::replica::nodefile::NodeFile;
 use crate::replica::{DiskApplied, DiskTarget, NODES_MAX};
-use crate::replicate::pump::expect_nodes;
 use std::ops::Range;
 
 /// Nodes that are asked for although nobody wants them, to save a question: 16 KiB on the wire are less than a round trip.
@@ -18,17 +18,17 @@ const KNOWN_MAX: usize = 1 << 20;
 
 /// What a comparison found.
 #[derive(Default)]
-pub(super) struct Found {
+pub(crate) struct Found {
     /// Whole blocks, ascending.
-    pub(super) ranges: Vec<ByteRange>,
+    pub(crate) ranges: Vec<ByteRange>,
     /// Digests of the target's blocks, with the number of the first of each run, ascending.
     known: Vec<(u64, Vec<Digest>)>,
 }
 
 /// A target of which the digests that were asked for once are not asked for again.
-pub(super) struct Remembered<'a> {
-    pub(super) target: &'a dyn DiskTarget,
-    pub(super) found: &'a Found,
+pub(crate) struct Remembered<'a> {
+    pub(crate) target: &'a dyn DiskTarget,
+    pub(crate) found: &'a Found,
 }
 
 impl DiskTarget for Remembered<'_> {
@@ -62,7 +62,7 @@ impl DiskTarget for Remembered<'_> {
 ///
 /// One question per level and run of nodes; equal subtrees are not asked for. If the image is the smaller one, its last
 /// block is among them, so that whoever builds on the target's nodes recomputes those that the cut goes through.
-pub(super) fn differing(nodes: &NodeFile, target: &dyn DiskTarget, disk: &DiskName, head: DiskSize) -> Result<Found> {
+pub(crate) fn differing(nodes: &NodeFile, target: &dyn DiskTarget, disk: &DiskName, head: DiskSize) -> Result<Found> {
     let (ours, theirs) = (nodes.shape(), TreeShape::new(head));
     // Above the lower top the other tree has no nodes to compare with.
     let mut level = ours.top().min(theirs.top());
