@@ -40,7 +40,6 @@ pub mod envelope;
 pub mod patch;
 pub mod policy;
 pub mod retention;
-pub mod wire;
 
 pub mod engine;
 

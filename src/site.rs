@@ -1,7 +1,7 @@
 //! The only module that names concrete adapters: from a hypervisor's URI and a target's name to ready-made ports.
 
 use crate::agent::client::AgentClient;
-use crate::agent::{ReplicaOpener, ServeOptions, Served, serve_stdio};
+use crate::agent::server::{ReplicaOpener, ServeOptions, Served, serve_stdio};
 use crate::block::DiskSize;
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::releases;

@@ -24,7 +24,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use virt_replica::agent::client::{AgentClient, ClientOptions};
-use virt_replica::agent::{ReplicaOpener, ServeOptions, Served, serve};
+use virt_replica::agent::server::{ReplicaOpener, ServeOptions, Served, serve};
+use virt_replica::agent::wire::{self, FrameKind, Head, Request, Role};
 use virt_replica::block::digest::{BLOCK_PIECES, BlockPieces, Digest, PieceDigest};
 use virt_replica::block::{BlockIndex, DiskSize};
 use virt_replica::error::{Error, Kind, Result};
@@ -37,7 +38,6 @@ use virt_replica::replica::upkeep::{
 use virt_replica::replica::*;
 use virt_replica::transport::pipe::{PipeReader, PipeWriter};
 use virt_replica::transport::{Channel, Closer, Transport};
-use virt_replica::wire::{self, FrameKind, Head, Request, Role};
 
 const UUID: &str = "00000000-0000-4000-8000-000000000001";
 

@@ -11,6 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+use virt_replica::agent::wire::{self, FrameKind, Head, Request, Role};
 use virt_replica::block::DiskSize;
 use virt_replica::error::{Kind, Result};
 use virt_replica::name::{DomainName, Generation, PointId};
@@ -19,7 +20,6 @@ use virt_replica::replica::manifest::{MANIFEST_MAX, SOURCE_MAX};
 use virt_replica::replica::store::{Limits, Store};
 use virt_replica::replica::upkeep::{Promoting, Upkeep};
 use virt_replica::replica::{Replica, generation};
-use virt_replica::wire::{self, FrameKind, Head, Request, Role};
 
 fn begin_as(store: &Store, generation: u64) -> Result<()> {
     let head = store.describe()?.head().map(|p| p.id.clone());

@@ -1,4 +1,4 @@
-//! A session with an agent on another host; [`super::remote`] is a replica within it.
+//! A session with an agent on another host; [`crate::agent::client::remote`] is a replica within it.
 //!
 //! One reader thread takes frames apart and wakes who waits for them; one thread says "I am alive"; requests are
 //! written by whoever makes them, behind one lock, and a full pipe makes him wait. An agent that is not heard for
@@ -14,16 +14,21 @@
 
 mod bounds;
 mod reader;
+pub mod remote;
+pub mod remote_bringup;
+pub mod remote_plain;
+pub(super) mod remote_store;
+pub(super) mod remote_upkeep;
 
 use super::patience::Patient;
-use super::remote::RemoteReplica;
-use crate::error::{Error, Kind, Result};
-use crate::name::{DomainName, DomainUuid};
-use crate::transport::{Closer, Transport};
-use crate::wire::{
+use crate::agent::client::remote::RemoteReplica;
+use crate::agent::wire::{
     Banner, FrameKind, Handle, Head, Progress, REQUEST_MAX, Reply, Request, Role, WireError, decode, encode, protocol,
     write_frame,
 };
+use crate::error::{Error, Kind, Result};
+use crate::name::{DomainName, DomainUuid};
+use crate::transport::{Closer, Transport};
 use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Write};

@@ -2,7 +2,7 @@
 
 use super::long_id;
 use crate::agent::client::AgentClient;
-use crate::agent::{ReplicaOpener, Served};
+use crate::agent::server::{ReplicaOpener, Served};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DomainName, DomainUuid, Generation, StoreId};
 use crate::replica::generation;

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use virt_replica::agent::client::AgentClient;
-use virt_replica::agent::{ServeOptions, serve_stdio};
+use virt_replica::agent::server::{ServeOptions, serve_stdio};
 use virt_replica::error::{Error, Kind};
 use virt_replica::replica::{DiskTarget as _, Replica};
 use virt_replica::transport::Transport;

@@ -6,8 +6,8 @@
 //! from running out.
 
 use super::ClientOptions;
+use crate::agent::wire::{Request, bringup, upkeep};
 use crate::error::{Error, Kind};
-use crate::wire::{Request, bringup, upkeep};
 use std::time::Duration;
 
 /// What is looked up and told: reads of small files.

@@ -2,11 +2,11 @@
 
 use super::super::patience::Patient;
 use super::{Phase, Shared, lock};
-use crate::error::{Error, Kind, Result};
-use crate::wire::{
+use crate::agent::wire::{
     Banner, Failed, FrameKind, Head, JUNK_MAX, PROTOCOL, REPLY_MAX, Role, WireError, decode, protocol, read_banner,
     read_frame,
 };
+use crate::error::{Error, Kind, Result};
 use std::io::{self, BufReader, Read};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

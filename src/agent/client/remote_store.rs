@@ -1,9 +1,9 @@
 //! The store at the other end of a session, as seen from here.
 
-use super::client::AgentClient;
+use crate::agent::client::AgentClient;
+use crate::agent::wire::{Reply, Request};
 use crate::error::{Kind, Result};
 use crate::replica::root::{StoreSeen, StoreWish};
-use crate::wire::{Reply, Request};
 
 impl AgentClient {
     /// The store that the agent serves; `None` if the agent is of a version that cannot tell.

@@ -1,10 +1,10 @@
 //! The agent's side of what is done with points that exist. It obeys or refuses: what may be removed is the store's to say.
 
-use super::{Answer, Served, Session};
+use crate::agent::server::{Answer, Served, Session};
+use crate::agent::wire::upkeep::{Ask, StreamId, Told};
+use crate::agent::wire::{BULK_MAX, FrameKind, Handle, Progress, Reply, encode, protocol};
 use crate::error::{Error, Kind, Result};
 use crate::replica::upkeep::{PatchStream, Scrubbing, Shortening};
-use crate::wire::upkeep::{Ask, StreamId, Told};
-use crate::wire::{BULK_MAX, FrameKind, Handle, Progress, Reply, encode, protocol};
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::time::Instant;
@@ -31,7 +31,7 @@ impl Stream {
 
 /// The streams of a session. They hold leases: whoever drops this without [`Streams::close_all`] leaves them to expire.
 #[derive(Default)]
-pub(super) struct Streams {
+pub(in crate::agent::server) struct Streams {
     open: BTreeMap<StreamId, (Handle, Stream)>,
     opened: StreamId,
 }
@@ -57,7 +57,7 @@ impl Streams {
     }
 
     /// Ends the streams of one replica, or all of them.
-    pub(super) fn close_all(&mut self, of: Option<Handle>) {
+    pub(in crate::agent::server) fn close_all(&mut self, of: Option<Handle>) {
         let ending: Vec<StreamId> =
             self.open.iter().filter(|(_, (handle, _))| of.is_none_or(|of| *handle == of)).map(|(id, _)| *id).collect();
         for (_, stream) in ending.iter().filter_map(|id| self.open.remove(id)) {
@@ -69,14 +69,14 @@ impl Streams {
 }
 
 impl<W: Write> Session<'_, W> {
-    pub(super) fn upkeep(&mut self, id: u64, handle: Handle, ask: Ask) -> Result<Answer> {
+    pub(in crate::agent::server) fn upkeep(&mut self, id: u64, handle: Handle, ask: Ask) -> Result<Answer> {
         let told = match ask {
             Ask::Holds {} => Told::Holds { holds: self.at(handle)?.replica.holds()? },
             Ask::Prune { remove } => {
                 let output = self.output;
                 let mut last = Instant::now();
                 let mut progress = |done_bytes, total_bytes| {
-                    if last.elapsed() >= super::PROGRESS_INTERVAL {
+                    if last.elapsed() >= crate::agent::server::PROGRESS_INTERVAL {
                         last = Instant::now();
                         // A client that is gone is noticed by the answer.
                         let _ =

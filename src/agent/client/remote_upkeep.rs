@@ -1,16 +1,16 @@
 //! The other host's points, as seen from here: every method of [`Upkeep`] is one message to the agent. A stream is read
 //! ahead, so that the way there and back does not bound its rate.
 
-use super::client::AgentClient;
 use super::remote::RemoteReplica;
+use crate::agent::client::AgentClient;
+use crate::agent::wire::upkeep::{Ask, StreamId, Told};
+use crate::agent::wire::{FrameKind, Handle, Reply, Request, protocol};
 use crate::error::Result;
 use crate::name::{DiskName, PointId};
 use crate::replica::Attachment;
 use crate::replica::upkeep::{
     Holds, PatchStream, PruneReport, ScrubStart, ScrubStep, Scrubbing, ShortenStart, ShortenStep, Shortening, Upkeep,
 };
-use crate::wire::upkeep::{Ask, StreamId, Told};
-use crate::wire::{FrameKind, Handle, Reply, Request, protocol};
 use std::collections::VecDeque;
 use std::sync::Arc;
 

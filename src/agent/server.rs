@@ -1,23 +1,22 @@
-//! The agent: our program on the target. It obeys or refuses and never decides.
+//! The agent's side of a session.
 //!
 //! Serves any [`Replica`] over one pair of pipes, one frame after the other on one thread; a second thread only says
 //! "I am alive". It ends on the client's `Bye`, at the end of its input, and when nothing was heard for
 //! [`ServeOptions::silence`]; ending drops the replicas, and with them their locks. A call into a replica is never
 //! interrupted: the end of the session is noticed when it returns.
 //!
-//! Protocol: docs/formats/wire.md. The other side: [`client`].
+//! Protocol: docs/formats/wire.md. The other side: [`super::client`].
 
 mod bringup;
-pub mod client;
-mod patience;
 mod plain;
-pub mod remote;
-pub mod remote_bringup;
-pub mod remote_plain;
-mod remote_store;
-mod remote_upkeep;
 mod upkeep;
 
+use super::patience::{Patient, up_to};
+use crate::agent::wire::{
+    BULK_MAX, Banner, Failed, FrameKind, Handle, Head, PROTOCOL, Progress, REPLY_MAX, Reply, Request, Role,
+    SAME_VERSION, Stream, WireError, decode, encode, encode_nodes, encode_pieces, protocol, read_banner, read_frame,
+    write_frame,
+};
 use crate::block::BlockIndex;
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, DomainName, DomainUuid};
@@ -28,12 +27,6 @@ use crate::replica::root::{StoreSeen, StoreWish};
 use crate::replica::upkeep::Upkeep;
 use crate::replica::{ATTACHMENT_MAX, Attachment, BeginPoint, Begun, DiskTarget, NODES_MAX, Replica, check_blocks};
 use crate::transport::pipe::{PipeReader, PipeWriter};
-use crate::wire::{
-    BULK_MAX, Banner, Failed, FrameKind, Handle, Head, PROTOCOL, Progress, REPLY_MAX, Reply, Request, Role,
-    SAME_VERSION, Stream, WireError, decode, encode, encode_nodes, encode_pieces, protocol, read_banner, read_frame,
-    write_frame,
-};
-use patience::{Patient, up_to};
 use std::collections::BTreeMap;
 use std::io::{BufReader, Read, Write};
 use std::ops::Range;

@@ -1,7 +1,9 @@
 //! A plain image on the agent's host: what goes beyond a disk's patch is a message of its own, the rest is as for a replica.
 
-use super::client::AgentClient;
 use super::remote::RemoteReplica;
+use crate::agent::client::AgentClient;
+use crate::agent::wire::plain::{Ask, Told};
+use crate::agent::wire::{Handle, Reply, Request};
 use crate::block::BlockIndex;
 use crate::block::digest::{BlockPieces, Digest};
 use crate::error::{Kind, Result};
@@ -10,8 +12,6 @@ use crate::patch::plain_names;
 use crate::plain::tree::Make;
 use crate::plain::{Committed, Finish, ImageView, PlainTarget, Whole, Wish};
 use crate::replica::{DiskApplied, DiskTarget};
-use crate::wire::plain::{Ask, Told};
-use crate::wire::{Handle, Reply, Request};
 use std::ops::Range;
 use std::sync::Arc;
 

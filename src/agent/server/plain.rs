@@ -1,25 +1,25 @@
 //! The agent's side of plain images, where its host has it serve them. It obeys or refuses: what lies where, and may be
-//! touched, is [`super::ReplicaOpener::image`]'s to say.
+//! touched, is [`crate::agent::server::ReplicaOpener::image`]'s to say.
 
-use super::{Answer, Session};
+use crate::agent::server::{Answer, Session};
+use crate::agent::wire::plain::{Ask, Told};
+use crate::agent::wire::{FrameKind, Handle, Progress, Reply, WireError, encode, protocol};
 use crate::error::Result;
 use crate::patch::plain_names;
 use crate::plain::PlainTarget;
 use crate::replica::DiskTarget;
-use crate::wire::plain::{Ask, Told};
-use crate::wire::{FrameKind, Handle, Progress, Reply, WireError, encode, protocol};
 use std::io::Write;
 use std::time::Instant;
 
 /// An open image, and why patches for it are no longer applied.
-pub(super) struct Image {
+pub(in crate::agent::server) struct Image {
     target: Box<dyn PlainTarget>,
     failed: Option<WireError>,
 }
 
 impl Image {
     /// Gives once what has to be told of a failure; what comes behind it is dropped.
-    pub(super) fn apply(&mut self, patch: &[u8]) -> Option<WireError> {
+    pub(in crate::agent::server) fn apply(&mut self, patch: &[u8]) -> Option<WireError> {
         if self.failed.is_some() {
             return None;
         }
@@ -29,7 +29,7 @@ impl Image {
     }
 
     /// The image, unless an earlier patch failed: then that failure.
-    pub(super) fn sound(&mut self) -> Result<&dyn DiskTarget> {
+    pub(in crate::agent::server) fn sound(&mut self) -> Result<&dyn DiskTarget> {
         match &self.failed {
             Some(error) => Err(error.clone().into_error(None)),
             None => Ok(self.target.as_ref()),
@@ -38,7 +38,7 @@ impl Image {
 }
 
 impl<W: Write> Session<'_, W> {
-    pub(super) fn plain(&mut self, id: u64, ask: Ask) -> Result<Answer> {
+    pub(in crate::agent::server) fn plain(&mut self, id: u64, ask: Ask) -> Result<Answer> {
         let told = match ask {
             Ask::Open { wish } => {
                 self.have_room()?;
@@ -52,7 +52,7 @@ impl<W: Write> Session<'_, W> {
                 let output = self.output;
                 let mut last = Instant::now();
                 let mut progress = |done_bytes, total_bytes| {
-                    if last.elapsed() >= super::PROGRESS_INTERVAL {
+                    if last.elapsed() >= crate::agent::server::PROGRESS_INTERVAL {
                         last = Instant::now();
                         // A client that is gone is noticed by the answer.
                         let _ =

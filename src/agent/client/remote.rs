@@ -5,7 +5,10 @@
 //!
 //! Protocol: docs/formats/wire.md.
 
-use super::client::{AgentClient, Shared, head, lock};
+use crate::agent::client::{AgentClient, Shared, head, lock};
+use crate::agent::wire::{
+    BULK_MAX, FrameKind, Handle, Head, Reply, Request, Stream, decode_nodes, decode_pieces, protocol,
+};
 use crate::block::BlockIndex;
 use crate::block::digest::{BlockPieces, Digest};
 use crate::error::{Error, Kind, Result};
@@ -15,7 +18,6 @@ use crate::replica::{
     ATTACHMENT_MAX, Attachment, BeginPoint, Begun, DiskApplied, DiskTarget, NODES_MAX, PointView, Replica, ReplicaView,
     SealPoint, VerifyReport, check_blocks,
 };
-use crate::wire::{BULK_MAX, FrameKind, Handle, Head, Reply, Request, Stream, decode_nodes, decode_pieces, protocol};
 use std::ops::Range;
 use std::sync::{Arc, RwLock};
 
@@ -29,11 +31,11 @@ pub struct RemoteReplica {
 }
 
 impl RemoteReplica {
-    pub(super) fn new(client: Arc<AgentClient>, handle: Handle) -> Self {
+    pub(in crate::agent) fn new(client: Arc<AgentClient>, handle: Handle) -> Self {
         Self { client, handle, disks: RwLock::default() }
     }
 
-    pub(super) fn session(&self) -> (&Arc<AgentClient>, Handle) {
+    pub(in crate::agent) fn session(&self) -> (&Arc<AgentClient>, Handle) {
         (&self.client, self.handle)
     }
 
@@ -41,7 +43,7 @@ impl RemoteReplica {
         &self.client.shared
     }
 
-    pub(super) fn set_disks(&self, disks: Vec<DiskName>) {
+    pub(in crate::agent) fn set_disks(&self, disks: Vec<DiskName>) {
         *self.disks.write().expect("nothing panics under this lock") = disks;
         self.shared().forget_failure(self.handle);
     }

@@ -1,7 +1,7 @@
 //! A domain is brought up by an agent as it is on this host: every verb arrives, and so does every answer, refusal and word.
 
-use super::super::client::AgentClient;
-use super::super::{ReplicaOpener, ServeOptions, Served, serve};
+use crate::agent::client::AgentClient;
+use crate::agent::server::{ReplicaOpener, ServeOptions, Served, serve};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DomainName, DomainUuid, Generation, PointId, RunId};
 use crate::recovery::bringup::{BringUp, Coming, Order, Readiness, Standing, Wanted};

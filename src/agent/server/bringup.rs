@@ -1,15 +1,15 @@
 //! The agent's side of bringing a domain up, where its host has it do so. It obeys or refuses: what may run there is
-//! [`super::ReplicaOpener::bring_up`]'s to say.
+//! [`crate::agent::server::ReplicaOpener::bring_up`]'s to say.
 
-use super::{Answer, Session};
+use crate::agent::server::{Answer, Session};
+use crate::agent::wire::bringup::{Ask, Told};
+use crate::agent::wire::{FrameKind, Progress, Reply, encode};
 use crate::error::Result;
 use crate::name::DomainUuid;
-use crate::wire::bringup::{Ask, Told};
-use crate::wire::{FrameKind, Progress, Reply, encode};
 use std::io::Write;
 
 impl<W: Write> Session<'_, W> {
-    pub(super) fn bring_up(&mut self, id: u64, uuid: &DomainUuid, ask: Ask) -> Result<Answer> {
+    pub(in crate::agent::server) fn bring_up(&mut self, id: u64, uuid: &DomainUuid, ask: Ask) -> Result<Answer> {
         let domain = self.opener.bring_up(uuid)?;
         let output = self.output;
         let say = |words: &str| {

@@ -1,14 +1,14 @@
 //! Bringing a domain up on the agent's host: every method of [`BringUp`] is one message to the agent.
 
-use super::client::AgentClient;
+use crate::agent::client::AgentClient;
+use crate::agent::wire::bringup::{Ask, Told};
+use crate::agent::wire::{Reply, Request, protocol};
 use crate::error::{Kind, Result, printable};
 use crate::name::{DomainUuid, Generation, PointId};
 use crate::recovery::bringup::{BringUp, Coming, Order, Readiness, Standing};
 use crate::recovery::failover::FailoverRecord;
 use crate::recovery::give_way::GaveWay;
 use crate::recovery::ready::Finding;
-use crate::wire::bringup::{Ask, Told};
-use crate::wire::{Reply, Request, protocol};
 use std::sync::Arc;
 
 /// One domain on the agent's host.
