@@ -10,7 +10,7 @@ use host::{Host, TWO_DISKS, freeze, inactive, live, name};
 use std::time::{Duration, Instant};
 use virt_replica::block::DiskSize;
 use virt_replica::error::Kind;
-use virt_replica::hypervisor::gate::{Call, Gate, Repeat, Wake};
+use virt_replica::hypervisor::libvirt::gate::{Call, Gate, Repeat, Wake};
 use virt_replica::hypervisor::libvirt::{Deadlines, LibvirtHypervisor};
 use virt_replica::hypervisor::{BlockJobKind, DiskKind, FreezeDisk, Hypervisor, Power};
 

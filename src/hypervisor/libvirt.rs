@@ -9,18 +9,27 @@
 //!
 //! Tried with libvirt 9.0 and QEMU 7.2 in tests/hypervisor.rs.
 
+pub(super) mod backups;
+pub(super) mod departure;
+pub mod gate;
+pub(super) mod guest_agent;
+pub(super) mod locality;
+pub(super) mod machine;
+pub mod names;
+pub(super) mod sys;
+pub(super) mod tracking;
+
 use super::bitmap;
-use super::gate::{Call, Failure, Gate, Line, Repeat};
-use super::machine_libvirt::firmware_for;
 use super::releases::{Version, version_of};
 use super::state::power_and_reason;
 pub(super) use super::state::{is_lost, power};
-use super::sys;
 use super::view::{OBSERVE_TRIES_MAX, Sizes, job_view, view};
 use super::volumes::{self, parsed};
 use super::xml::{self, DiskXml, DomainXml};
 use super::{BlockJob, Confinement, DomainView, FreezeDisk, Hypervisor, PauseReason};
 use crate::error::{Error, Kind, Result};
+use crate::hypervisor::libvirt::gate::{Call, Failure, Gate, Line, Repeat};
+use crate::hypervisor::libvirt::machine::firmware_for;
 use crate::image::Layer;
 use crate::name::{DiskName, DomainName, DomainUuid};
 use std::path::{Path, PathBuf};

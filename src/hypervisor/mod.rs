@@ -8,38 +8,20 @@
 pub mod backup;
 #[cfg(feature = "libvirt")]
 mod bitmap;
-pub mod custody;
-#[cfg(feature = "libvirt")]
-mod custody_libvirt;
+pub mod departure;
+pub mod drill_network;
 pub mod firmware;
 pub mod flatten;
-#[cfg(feature = "libvirt")]
-pub mod gate;
 pub mod guest;
 #[cfg(feature = "libvirt")]
-mod guest_agent;
-pub mod inside;
-#[cfg(feature = "libvirt")]
 pub mod libvirt;
-#[cfg(feature = "libvirt")]
-mod locality;
 pub mod machine;
-#[cfg(feature = "libvirt")]
-mod machine_libvirt;
-#[cfg(feature = "libvirt")]
-pub mod names;
-#[cfg(feature = "libvirt")]
-mod pull;
 pub mod releases;
 pub mod relocate;
 #[cfg(feature = "libvirt")]
 mod state;
-pub mod stored;
+pub mod stored_bitmaps;
 pub mod swtpm;
-#[cfg(feature = "libvirt")]
-mod sys;
-#[cfg(feature = "libvirt")]
-mod tracking;
 pub mod travel;
 #[cfg(feature = "libvirt")]
 mod view;

@@ -55,9 +55,10 @@ pub trait Relocating: Send + Sync {
 #[cfg(feature = "libvirt")]
 mod on_libvirt {
     use super::*;
-    use crate::hypervisor::gate::Repeat;
+    use crate::hypervisor::libvirt::gate::Repeat;
+    use crate::hypervisor::libvirt::sys;
     use crate::hypervisor::libvirt::{LibvirtHypervisor, lookup};
-    use crate::hypervisor::{Hypervisor as _, sys, xml};
+    use crate::hypervisor::{Hypervisor as _, xml};
     use virt::sys as c;
 
     /// Tried with libvirt 9.0 and QEMU 7.2 in tests/lab/suite/crash_raw.rs.
@@ -67,7 +68,7 @@ mod on_libvirt {
             self.query("look where the disk lies", uuid, move |conn, uuid| {
                 let domain = lookup(conn, uuid)?;
                 let power = crate::hypervisor::libvirt::power(&domain)?;
-                let of = |flags| -> Result<xml::DiskXml, crate::hypervisor::gate::Failure> {
+                let of = |flags| -> Result<xml::DiskXml, crate::hypervisor::libvirt::gate::Failure> {
                     let xml = crate::hypervisor::volumes::parsed(conn, &domain, flags)?;
                     Ok(crate::hypervisor::libvirt::live_disk(&xml, &name)?.clone())
                 };

@@ -1,7 +1,7 @@
 //! How a domain as a whole stands, in libvirt's words and in ours: whether it runs, why it is paused, which job runs on it.
 
-use super::sys;
 use super::{Ended, PauseReason, Power};
+use crate::hypervisor::libvirt::sys;
 use virt::domain::Domain;
 use virt::error::{Error as VirtError, ErrorNumber};
 use virt::sys as c;

@@ -1,15 +1,15 @@
 //! A domain as libvirt describes it, put into plain views.
 
-use super::gate::Failure;
 use super::libvirt::lookup;
 use super::state::{ended, job_of_domain, power_and_reason};
 use super::swtpm;
-use super::sys;
 use super::volumes::{self, parsed};
 use super::xml::{DiskXml, DomainXml};
 use super::{BlockJob, BlockJobKind, DiskKind, DiskView, DomainView};
 use crate::block::DiskSize;
 use crate::error::{Error, Kind};
+use crate::hypervisor::libvirt::gate::Failure;
+use crate::hypervisor::libvirt::sys;
 use crate::image::{Chain, Format};
 use std::path::Path;
 use virt::connect::Connect;

@@ -103,7 +103,7 @@ pub(super) use on_libvirt::{capacity, of, parsed};
 #[cfg(feature = "libvirt")]
 mod on_libvirt {
     use super::*;
-    use crate::hypervisor::gate::Failure;
+    use crate::hypervisor::libvirt::gate::Failure;
     use crate::hypervisor::xml::{DomainXml, parse_with, text_of};
     use std::os::unix::fs::FileTypeExt;
     use virt::connect::Connect;

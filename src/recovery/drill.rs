@@ -18,7 +18,7 @@ use super::ready::{self, Builds, Color, Room};
 use super::{definition_of, overlays};
 use crate::error::{Error, Kind, Result, printable};
 use crate::failpoint;
-use crate::hypervisor::inside;
+use crate::hypervisor::drill_network;
 use crate::hypervisor::machine::{Machines, NetworkView};
 use crate::name::{DomainName, DomainUuid, PointId, RunId};
 use crate::replica::upkeep::Held;
@@ -243,7 +243,10 @@ fn prepare(ports: &Ports, request: &Request, held: &mut dyn Held) -> Result<(Dri
     let definition = fitted.definition.clone();
     definition.xml().map_err(place)?;
     let guests: Vec<_> = request.probes.iter().filter_map(Probe::guest).collect();
-    if guests.windows(2).any(|pair| inside::beside(pair[0].0, pair[0].1) != inside::beside(pair[1].0, pair[1].1)) {
+    if guests
+        .windows(2)
+        .any(|pair| drill_network::beside(pair[0].0, pair[0].1) != drill_network::beside(pair[1].0, pair[1].1))
+    {
         return Err(place(Error::new(Kind::Usage, "the probes by tcp cannot all be reached from one address")));
     }
     for probe in &request.probes {
@@ -348,7 +351,7 @@ impl Drill<'_> {
             Probe::Serial(text) => probe::console_says(&self.console(), text),
             Probe::Tcp { guest, port, .. } => {
                 let network = self.record.network.as_deref().expect("without one the probe is refused before");
-                self.ports.machines.connects(network, inside::socket(*guest, *port), CONNECT_WITHIN)
+                self.ports.machines.connects(network, drill_network::socket(*guest, *port), CONNECT_WITHIN)
             }
             Probe::Script(path) => {
                 let console = self.console();

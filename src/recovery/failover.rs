@@ -17,7 +17,7 @@ use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::flock::Flock;
 use crate::hypervisor::Power;
-use crate::hypervisor::custody::Custody;
+use crate::hypervisor::departure::Custody;
 use crate::hypervisor::machine::Machines;
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
 use crate::replica::upkeep::{Held, Promoting};

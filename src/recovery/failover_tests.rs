@@ -2,7 +2,7 @@
 //! guest run here while its source is let in, and no overlay that it may have written to is made anew.
 
 use super::*;
-use crate::hypervisor::custody::Asking;
+use crate::hypervisor::departure::Asking;
 use crate::hypervisor::machine::{HostView, Machine};
 use crate::hypervisor::swtpm::TpmVersion;
 use crate::name::DiskName;

@@ -19,7 +19,7 @@ use super::failover;
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::hypervisor::Power;
-use crate::hypervisor::custody::Custody;
+use crate::hypervisor::departure::Custody;
 use crate::hypervisor::machine::Machines;
 use crate::name::{DomainName, DomainUuid, PointId, RunId};
 pub use crate::replicate::demoted::{DiskFormat, HandoverRecord, HandoverState, Stage};

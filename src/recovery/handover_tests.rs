@@ -9,7 +9,7 @@ use super::super::bringup::{Coming, Readiness};
 use super::super::failover::FailoverRecord;
 use super::super::ready::{Color, Finding, Question};
 use super::*;
-use crate::hypervisor::custody::Asking;
+use crate::hypervisor::departure::Asking;
 use crate::hypervisor::machine::{HostView, Machine};
 use crate::hypervisor::swtpm::TpmVersion;
 use crate::name::Generation;

@@ -2,7 +2,7 @@
 //! connection, a program of the operator's is content.
 
 use crate::error::{Error, Kind, Result};
-use crate::hypervisor::inside;
+use crate::hypervisor::drill_network;
 use crate::trust;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
@@ -73,7 +73,7 @@ fn tcp(text: &str) -> Option<Probe> {
     let (address, port) = text.rsplit_once(':')?;
     let (guest, prefix) = address.split_once('/')?;
     let (guest, prefix, port) = (guest.parse().ok()?, prefix.parse().ok()?, port.parse().ok()?);
-    inside::beside(guest, prefix)?;
+    drill_network::beside(guest, prefix)?;
     Some(Probe::Tcp { guest, prefix, port })
 }
 

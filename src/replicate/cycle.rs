@@ -44,7 +44,7 @@ use crate::engine::pump::{self, Progress};
 use crate::engine::throttle::Throttle;
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::failpoint;
-use crate::hypervisor::custody::Custody;
+use crate::hypervisor::departure::Custody;
 use crate::hypervisor::guest::GuestAgent;
 use crate::hypervisor::{Backups, DomainView, Hypervisor, Power, Tracking};
 use crate::image::Chain;

@@ -11,7 +11,7 @@ use super::journal::{read_json, remove_durably, replace_json};
 use crate::error::{Error, Kind, Result};
 use crate::flock::Flock;
 use crate::hypervisor::Power;
-use crate::hypervisor::custody::Custody;
+use crate::hypervisor::departure::Custody;
 use crate::name::{DomainName, DomainUuid, PointId, RunId};
 use crate::replica::ReplicaView;
 use jiff::Timestamp;

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::hypervisor::libvirt::LibvirtHypervisor;
-use crate::hypervisor::stored::StoredBitmaps;
+use crate::hypervisor::stored_bitmaps::StoredBitmaps;
 use crate::image::open;
 use crate::name::RunId;
 use crate::recovery::drills::DrillRecord;

@@ -7,7 +7,7 @@ use super::{
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::hypervisor::Power;
-use crate::hypervisor::custody::Asking;
+use crate::hypervisor::departure::Asking;
 use crate::recovery::bringup::{Order, refuse_red};
 use crate::replicate::demoted::Learned;
 use crate::replicate::report::millis;

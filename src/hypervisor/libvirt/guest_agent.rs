@@ -2,9 +2,9 @@
 //!
 //! Not `virDomainFSFreeze`: it waits for an answer for ever unless the domain was told otherwise, for everybody who asks it.
 
-use super::guest::GuestAgent;
-use super::libvirt::LibvirtHypervisor;
 use crate::error::{Error, Kind, Result};
+use crate::hypervisor::guest::GuestAgent;
+use crate::hypervisor::libvirt::LibvirtHypervisor;
 use crate::name::DomainUuid;
 use serde::Deserialize;
 use std::time::Duration;

@@ -2,16 +2,16 @@
 //!
 //! Tried with libvirt 9.0 in tests/lab/suite/recovery.rs.
 
-use super::Power;
-use super::firmware::{self, Loader};
 use super::gate::{Call, Failure, Line, Repeat};
-use super::inside;
-use super::libvirt::{LibvirtHypervisor, lookup};
-use super::machine::{self, Capabilities, HostView, Machine, Machines, Neighbour, NetworkView};
-use super::releases::version_of;
-use super::swtpm::{self, TpmPlace, TpmVersion};
-use super::xml::{self, escape};
 use crate::error::{Error, Kind, Result};
+use crate::hypervisor::Power;
+use crate::hypervisor::drill_network;
+use crate::hypervisor::firmware::{self, Loader};
+use crate::hypervisor::libvirt::{LibvirtHypervisor, lookup};
+use crate::hypervisor::machine::{self, Capabilities, HostView, Machine, Machines, Neighbour, NetworkView};
+use crate::hypervisor::releases::version_of;
+use crate::hypervisor::swtpm::{self, TpmPlace, TpmVersion};
+use crate::hypervisor::xml::{self, escape};
 use crate::name::DomainUuid;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -196,7 +196,10 @@ impl Machines for LibvirtHypervisor {
 
     fn power(&self, uuid: &DomainUuid) -> Result<Option<Power>> {
         self.query("look at the domain", uuid, |conn, uuid| {
-            present(lookup(conn, uuid))?.map(|domain| super::libvirt::power(&domain)).transpose().map_err(Failure::from)
+            present(lookup(conn, uuid))?
+                .map(|domain| crate::hypervisor::libvirt::power(&domain))
+                .transpose()
+                .map_err(Failure::from)
         })
     }
 
@@ -235,19 +238,19 @@ impl Machines for LibvirtHypervisor {
     }
 
     fn join_network(&self, name: &str, bridge: &str, (guest, prefix): (Ipv4Addr, u8)) -> Result<()> {
-        let ours = inside::beside(guest, prefix)
+        let ours = drill_network::beside(guest, prefix)
             .ok_or_else(|| Error::new(Kind::Usage, format!("{guest}/{prefix} has no room for another address")))?;
         // `vrd0123456789ab`, and beside it `vrp0123456789ab`.
         let device = format!("vrp{}", bridge.trim_start_matches("vrd"));
-        inside::join(name, bridge, &device, (ours, prefix))
+        drill_network::join(name, bridge, &device, (ours, prefix))
     }
 
     fn connects(&self, network: &str, to: SocketAddr, within: Duration) -> Result<bool> {
-        inside::connects(network, to, within)
+        drill_network::connects(network, to, within)
     }
 
     fn leave_network(&self, name: &str) -> Result<()> {
-        inside::leave(name)
+        drill_network::leave(name)
     }
 
     fn ping_guest_agent(&self, uuid: &DomainUuid, within: Duration) -> Result<()> {
@@ -302,7 +305,7 @@ fn capabilities(conn: &Line<'_>, machine: &Machine) -> Result<Result<Capabilitie
 }
 
 /// libvirt is asked how it would call QEMU, which starts nothing and looks at no image.
-pub(super) fn firmware_for(conn: &Line<'_>, xml: &str) -> Result<Option<PathBuf>, Failure> {
+pub(in crate::hypervisor) fn firmware_for(conn: &Line<'_>, xml: &str) -> Result<Option<PathBuf>, Failure> {
     match firmware::loader(xml)? {
         Loader::None => Ok(None),
         Loader::File(path) => Ok(Some(path)),

@@ -3,11 +3,11 @@
 //! Tried with libvirt 9.0 and QEMU 7.2: libvirt copies persistent bitmaps into an overlay and merges them back at its
 //! commit, and the frozen node can be exported read-only with its bitmap while the guest writes to the overlay.
 
-use super::bitmap::{self, Node};
-use super::libvirt::LibvirtHypervisor;
-use super::{BitmapView, Hypervisor, Tracking};
 use crate::block::ByteRange;
 use crate::error::{Error, Kind, Result};
+use crate::hypervisor::bitmap::{self, Node};
+use crate::hypervisor::libvirt::LibvirtHypervisor;
+use crate::hypervisor::{BitmapView, Hypervisor, Tracking};
 use crate::image::nbd::{NbdImage, bitmap_context};
 use crate::image::{Format, Image, Layer, qemu_img};
 use crate::name::DomainUuid;
@@ -75,7 +75,7 @@ impl Tracking for LibvirtHypervisor {
 }
 
 impl LibvirtHypervisor {
-    pub(super) fn nodes(&self, uuid: &DomainUuid) -> Result<Vec<Node>> {
+    pub(in crate::hypervisor) fn nodes(&self, uuid: &DomainUuid) -> Result<Vec<Node>> {
         bitmap::reply(&self.qmp("ask for the block nodes", uuid, bitmap::query_nodes())?)
     }
 
@@ -95,7 +95,7 @@ impl LibvirtHypervisor {
 
     /// The running domain's private directory, by the word of its QEMU; of one that does not say, where libvirt of the
     /// system keeps it. `NotFound` if there is none on this host.
-    pub(super) fn private_dir(&self, uuid: &DomainUuid) -> Result<PathBuf> {
+    pub(in crate::hypervisor) fn private_dir(&self, uuid: &DomainUuid) -> Result<PathBuf> {
         let told = bitmap::private_dir(&self.qmp("ask for the monitor's socket", uuid, bitmap::query_chardevs())?)?;
         let dir = match told {
             Some(dir) => dir,
@@ -121,7 +121,7 @@ fn private_name(id: u32, name: &str) -> String {
     format!("domain-{id}-{}", name.chars().take(20).collect::<String>())
 }
 
-pub(super) fn node_name<'a>(nodes: &'a [Node], layer: &Layer) -> Result<&'a str> {
+pub(in crate::hypervisor) fn node_name<'a>(nodes: &'a [Node], layer: &Layer) -> Result<&'a str> {
     bitmap::node_of(nodes, layer)
         .and_then(|n| n.node_name.as_deref())
         .ok_or_else(|| Error::new(Kind::Conflict, "the running QEMU has no node for this image").path(&layer.path))

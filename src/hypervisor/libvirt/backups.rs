@@ -5,15 +5,15 @@
 //! removes its own with the job, also when the domain ends; the socket it leaves behind. A scratch file without room
 //! fails the guest's write, not the job: room has to be watched.
 
-use super::backup::{Backup, BackupJob, backup_xml, parse_backup};
-use super::bitmap;
 use super::gate::{Failure, Repeat};
-use super::libvirt::{LibvirtHypervisor, is_lost, live_disk, lookup, running};
 use super::sys;
 use super::tracking::node_name;
-use super::{Backups, Tracking};
 use crate::block::ByteRange;
 use crate::error::{Error, Kind, Result};
+use crate::hypervisor::backup::{Backup, BackupJob, backup_xml, parse_backup};
+use crate::hypervisor::bitmap;
+use crate::hypervisor::libvirt::{LibvirtHypervisor, is_lost, live_disk, lookup, running};
+use crate::hypervisor::{Backups, Tracking};
 use crate::image::nbd::{NbdImage, bitmap_context};
 use crate::image::{Image, Layer};
 use crate::name::{DiskName, DomainUuid};

@@ -1,9 +1,9 @@
 //! Which domains there are, and how they are tagged: little is asked, and of no domain's QEMU.
 
 use super::gate::{Call, Repeat};
-use super::libvirt::LibvirtHypervisor;
-use super::xml;
 use crate::error::Result;
+use crate::hypervisor::libvirt::LibvirtHypervisor;
+use crate::hypervisor::xml;
 use crate::name::{DomainName, DomainUuid};
 use virt::domain::Domain;
 use virt::error::ErrorNumber;

@@ -5,9 +5,9 @@
 //! to see the same kernel count its CPU time.
 
 use super::gate::{Call, Failure, Repeat};
-use super::libvirt::LibvirtHypervisor;
 use super::sys;
 use crate::error::{Error, Kind, Result};
+use crate::hypervisor::libvirt::LibvirtHypervisor;
 
 /// CPU time of a host since it was started, in ticks: another host has other figures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,10 +1,10 @@
 //! [`Custody`] on libvirt: each verb is one call through the gate. Tried with libvirt 9.0 in tests/lab/suite/handover.rs.
 
-use super::custody::{Asking, Custody};
 use super::gate::{Failure, Repeat};
-use super::libvirt::{LibvirtHypervisor, lookup};
-use super::xml;
 use crate::error::Result;
+use crate::hypervisor::departure::{Asking, Custody};
+use crate::hypervisor::libvirt::{LibvirtHypervisor, lookup};
+use crate::hypervisor::xml;
 use crate::name::DomainUuid;
 use std::time::Duration;
 use virt::error::ErrorNumber;

@@ -2,7 +2,7 @@
 
 use super::lock;
 use crate::error::{Error, Kind, Result};
-use crate::hypervisor::sys::Event;
+use crate::hypervisor::libvirt::sys::Event;
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
