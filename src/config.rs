@@ -30,7 +30,7 @@
 
 use crate::error::{Error, Kind, Result};
 use crate::policy::{self, Policy};
-use crate::replicate::choice::CaptureWish;
+use crate::replicate::plan::capture_choice::CaptureWish;
 use crate::transport::target::TargetUrl;
 use crate::trust;
 use crate::units;

@@ -5,7 +5,7 @@ use super::here::HereArgs;
 use super::output::{Exit, Output};
 use clap::{Args, ValueEnum};
 use virt_replica::error::Result;
-use virt_replica::replicate::demoted::DiskFormat;
+use virt_replica::replicate::state::handover_record::DiskFormat;
 
 #[derive(Debug, Args)]
 pub struct DetachArgs {

@@ -42,11 +42,11 @@ mod examine {
     use virt_replica::name::DomainUuid;
     use virt_replica::recovery::drills::DrillRecord;
     use virt_replica::recovery::failover::{self, FailoverRecord};
-    use virt_replica::replicate::demoted::{self, Stage};
     use virt_replica::replicate::doctor::{Finding, Health};
-    use virt_replica::replicate::journal;
-    use virt_replica::replicate::report::Report;
-    use virt_replica::replicate::settle_options::SettleOptions;
+    use virt_replica::replicate::settle::options::SettleOptions;
+    use virt_replica::replicate::state::handover_record::{self, Stage};
+    use virt_replica::replicate::state::journal;
+    use virt_replica::replicate::state::report::Report;
     use virt_replica::site::Site;
 
     /// Examines domains, and mends them on request. Exit code 1 if anything is left to be done, 11 if another program
@@ -135,7 +135,7 @@ mod examine {
 
     /// Domains that were handed to their targets, or are on the way: where they live, and what is wrong with it.
     fn handovers(site: &Site, args: &DoctorArgs, findings: &mut Vec<Finding>) -> Result<()> {
-        for record in demoted::all(site.state())? {
+        for record in handover_record::all(site.state())? {
             if args.domain.as_ref().is_some_and(|n| record.domain.as_str() != n && record.uuid.as_str() != n) {
                 continue;
             }

@@ -39,8 +39,9 @@ mod act {
     use virt_replica::hypervisor::Hypervisor as _;
     use virt_replica::name::{DomainName, DomainUuid};
     use virt_replica::recovery::handover::{self, DiskFormat, Report};
+    use virt_replica::replicate::cycle;
     use virt_replica::replicate::plan::PlanOptions;
-    use virt_replica::replicate::{cycle, demoted};
+    use virt_replica::replicate::state::handover_record;
     use virt_replica::site::handover::Means;
     use virt_replica::site::{Connection, Site};
     use virt_replica::transport::Service;
@@ -125,7 +126,7 @@ mod act {
         match site.hypervisor().find(domain) {
             Ok(found) => Ok((found.name, found.uuid)),
             Err(e) if e.kind() == Kind::NotFound => {
-                let mut handed = demoted::all(site.state())?.into_iter();
+                let mut handed = handover_record::all(site.state())?.into_iter();
                 let found = handed.find(|r| r.domain.as_str() == domain || r.uuid.as_str() == domain);
                 found.map(|record| (record.domain, record.uuid)).ok_or(e)
             }

@@ -79,9 +79,9 @@ mod apply {
     use std::time::Duration;
     use virt_replica::error::{Error, Kind, Result};
     use virt_replica::hook::Hook;
+    use virt_replica::replicate::capture::freeze_hooks::FreezeHooks;
     use virt_replica::replicate::cycle::Request;
-    use virt_replica::replicate::forecast::OverlayLimits;
-    use virt_replica::replicate::freeze_hooks::FreezeHooks;
+    use virt_replica::replicate::plan::forecast::OverlayLimits;
 
     impl LimitArgs {
         /// Puts them into what is asked of a run.

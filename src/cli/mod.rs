@@ -69,7 +69,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use virt_replica::config::{CONFIG_FILE, Config};
 use virt_replica::error::Result;
-use virt_replica::replicate::journal::STATE_DIR;
+use virt_replica::replicate::state::journal::STATE_DIR;
 
 /// Replicates libvirt/QEMU virtual machines to another host
 #[derive(Debug, Parser)]

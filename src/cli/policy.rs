@@ -221,7 +221,7 @@ fn next(args: &NextArgs, globals: &Globals, output: Output) -> Result<Exit> {
 
 /// What the journal knows of the pair's runs.
 fn past(globals: &Globals, pair: &Pair, url: &str, now: Timestamp) -> Result<schedule::Past> {
-    use virt_replica::replicate::{journal, report::Report, stores};
+    use virt_replica::replicate::state::{journal, report::Report, stores};
     let spellings = stores::spellings(&globals.state_dir, url);
     let reports: Vec<Report> = journal::recent_reports(&globals.state_dir, &pair.domain.uuid)?;
     let begun = reports.iter().rev().find(|r| spellings.contains(&r.target) && r.point.is_some()).map(|r| r.started_at);

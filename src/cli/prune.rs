@@ -125,7 +125,7 @@ pub fn run(
 #[cfg(feature = "libvirt")]
 pub fn after_run(
     client: &Arc<AgentClient>,
-    report: &virt_replica::replicate::report::Report,
+    report: &virt_replica::replicate::state::report::Report,
     keep: Option<Keep>,
     output: Output,
 ) -> Vec<String> {

@@ -72,7 +72,7 @@ fn serve_failover(_: &AgentArgs, _: Limits, _: &Globals) -> Result<()> {
 
 #[cfg(feature = "libvirt")]
 pub fn deadman(args: &DeadmanArgs, globals: &Globals) -> Result<Exit> {
-    use virt_replica::replicate::deadman;
+    use virt_replica::replicate::settle::deadman;
     // Taken before anything slow: the driver must not be able to die unnoticed.
     let driver = deadman::parent();
     ignore_interrupts();

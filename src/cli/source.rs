@@ -7,11 +7,11 @@ use virt_replica::error::Result;
 use virt_replica::name::DomainUuid;
 use virt_replica::patch::Compression;
 use virt_replica::policy::select::SeenDomain;
-use virt_replica::replicate::choice::CaptureWish;
+use virt_replica::replicate::capture::freeze_hooks::FreezeHooks;
 use virt_replica::replicate::cycle::Request;
-use virt_replica::replicate::freeze_hooks::FreezeHooks;
 use virt_replica::replicate::plan::PlanOptions;
-use virt_replica::replicate::settle_options::SettleOptions;
+use virt_replica::replicate::plan::capture_choice::CaptureWish;
+use virt_replica::replicate::settle::options::SettleOptions;
 pub use virt_replica::site::new_run;
 use virt_replica::site::{self, Site, SiteOptions};
 

@@ -9,9 +9,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 use virt_replica::error::Result;
 use virt_replica::name::DiskName;
-use virt_replica::replicate::audit::AuditOptions;
-use virt_replica::replicate::choice::CaptureWish;
-use virt_replica::replicate::quiesce::Quiesce;
+use virt_replica::replicate::capture::quiesce::Quiesce;
+use virt_replica::replicate::plan::capture_choice::CaptureWish;
+use virt_replica::replicate::tracking::audit::AuditOptions;
 use virt_replica::retention::Keep;
 
 #[derive(Debug, Args)]
@@ -131,11 +131,11 @@ mod run {
     use virt_replica::replica::AuditStats;
     use virt_replica::replica::Replica;
     use virt_replica::replica::left_out::Cause;
+    use virt_replica::replicate::capture::quiesce::QuiesceOptions;
     use virt_replica::replicate::cycle::Request;
-    use virt_replica::replicate::forecast::SpaceOptions;
+    use virt_replica::replicate::plan::forecast::SpaceOptions;
     use virt_replica::replicate::plan::{CaptureKind, Plan, PlanOptions};
-    use virt_replica::replicate::quiesce::QuiesceOptions;
-    use virt_replica::replicate::report::{Report, RunOutcome, TargetSeen};
+    use virt_replica::replicate::state::report::{Report, RunOutcome, TargetSeen};
     use virt_replica::site::Connection;
 
     impl RunArgs {

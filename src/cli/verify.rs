@@ -15,7 +15,7 @@ use virt_replica::error::{Error, Kind, Result};
 use virt_replica::name::{DomainName, DomainUuid, PointId};
 use virt_replica::replica::upkeep::{Damage, Upkeep as _};
 use virt_replica::replica::{Replica as _, VerifyReport};
-use virt_replica::replicate::choice::CaptureWish;
+use virt_replica::replicate::plan::capture_choice::CaptureWish;
 use virt_replica::transport::target::TargetUrl;
 
 /// A script hears of progress at most this often.

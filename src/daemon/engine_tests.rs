@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::error::Kind;
 use crate::name::{DomainName, DomainUuid};
 use crate::policy::select::SeenDomain;
-use crate::replicate::stopped::GuestStopped;
+use crate::replicate::settle::stopped::GuestStopped;
 use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp};
 use std::collections::BTreeSet;

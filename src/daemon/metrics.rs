@@ -214,7 +214,7 @@ mod tests {
     use crate::daemon::checks::{Check, CheckState};
     use crate::daemon::pair::Totals;
     use crate::name::{DomainName, DomainUuid};
-    use crate::replicate::report::TargetSeen;
+    use crate::replicate::state::report::TargetSeen;
     use std::collections::BTreeMap;
 
     fn status() -> Status {

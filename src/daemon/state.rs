@@ -7,7 +7,7 @@ use super::pair::Pair;
 use crate::error::{Error, Kind, Result};
 use crate::flock::Flock;
 use crate::name::DomainUuid;
-use crate::replicate::journal::sync_dir;
+use crate::replicate::state::journal::sync_dir;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::fs::OpenOptions;

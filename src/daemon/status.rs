@@ -8,7 +8,7 @@ use super::run::Phase;
 use crate::name::{DomainName, DomainUuid};
 use crate::policy::schedule::Due;
 use crate::replica::left_out::Skipped;
-use crate::replicate::report::TargetSeen;
+use crate::replicate::state::report::TargetSeen;
 use jiff::Timestamp;
 use serde::Serialize;
 use std::collections::BTreeMap;

@@ -10,8 +10,8 @@ use crate::error::{Error, Kind, Result, printable};
 use crate::hook::{Env, Hook};
 use crate::name::DomainUuid;
 use crate::replica::lag;
-use crate::replicate::demoted::{self, Stage};
-use crate::replicate::report::{Report, RunOutcome};
+use crate::replicate::state::handover_record::{self, Stage};
+use crate::replicate::state::report::{Report, RunOutcome};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::Deserialize;
 use std::io::{BufRead, BufReader, Read};
@@ -298,7 +298,7 @@ impl Heard {
 
 /// Where a domain lives that was handed over.
 pub fn lives_on(state: &Path, uuid: &DomainUuid) -> Option<String> {
-    match demoted::peek(state, uuid) {
+    match handover_record::peek(state, uuid) {
         Ok(record) => record.filter(|record| record.stage == Stage::Moved).map(|record| record.to),
         Err(e) => {
             tracing::warn!(domain = %uuid, "{}", e.chain());
@@ -394,10 +394,10 @@ mod tests {
     #[test]
     fn the_words_of_policies_are_those_of_sync() {
         for word in crate::policy::CAPTURES {
-            assert!(word.parse::<crate::replicate::choice::CaptureWish>().is_ok(), "{word}");
+            assert!(word.parse::<crate::replicate::plan::capture_choice::CaptureWish>().is_ok(), "{word}");
         }
         for word in crate::policy::QUIESCE {
-            assert!(word.parse::<crate::replicate::quiesce::Quiesce>().is_ok(), "{word}");
+            assert!(word.parse::<crate::replicate::capture::quiesce::Quiesce>().is_ok(), "{word}");
         }
     }
 

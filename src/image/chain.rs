@@ -4,7 +4,7 @@ use crate::error::{Error, Kind, Result, printable};
 use crate::image::locks::QemuLock;
 use crate::image::qemu_img::ImageInfo;
 use crate::image::{Chain, Format, Layer, qemu_img};
-use crate::replicate::journal::Stamp;
+use crate::replicate::state::journal::Stamp;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 

@@ -13,7 +13,7 @@ use crate::hypervisor::Power;
 use crate::name::{DiskName, DomainName, Generation, PointId, RunId};
 use crate::replica::PointView;
 use crate::replica::upkeep::Promoted;
-use crate::replicate::demoted::DiskFormat;
+use crate::replicate::state::handover_record::DiskFormat;
 use serde::{Deserialize, Serialize};
 
 /// One domain, on the host of its replica. Methods block; `say` is told what is done now, in words.

@@ -8,7 +8,7 @@ use crate::image::{Image as _, ImageMut as _, qcow2};
 use crate::name::{DomainName, DomainUuid, PointId};
 use crate::recovery::point_tests::Point;
 use crate::replica::upkeep::Promoted;
-use crate::replicate::guard::Unguarded;
+use crate::replicate::settle::guard::Unguarded;
 use jiff::Timestamp;
 use std::path::PathBuf;
 use std::sync::Mutex;

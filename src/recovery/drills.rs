@@ -7,8 +7,8 @@
 use crate::error::{Error, Kind, Result};
 use crate::flock::Flock;
 use crate::name::{DomainName, DomainUuid, PointId, RunId};
-use crate::replicate::held_dir;
-use crate::replicate::journal::{read_json, remove_durably, replace, replace_json, to_json};
+use crate::replicate::state::journal::{read_json, remove_durably, replace, replace_json, to_json};
+use crate::replicate::state::locked_dir;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -72,13 +72,13 @@ impl DrillState {
     /// Of a new drill.
     pub fn create(state: &Path, id: &RunId) -> Result<DrillState> {
         let dir = drills_dir(state).join(id.as_str());
-        held_dir::make(&dir)?;
+        locked_dir::make(&dir)?;
         Self::lock(dir)?.ok_or_else(|| Error::new(Kind::Busy, format!("the drill {id} is under way")))
     }
 
     /// `None`: somebody has it.
     fn lock(dir: PathBuf) -> Result<Option<DrillState>> {
-        Ok(held_dir::lock(&dir)?.map(|lock| DrillState { dir, _lock: lock }))
+        Ok(locked_dir::lock(&dir)?.map(|lock| DrillState { dir, _lock: lock }))
     }
 
     pub fn record(&self) -> Result<Option<DrillRecord>> {

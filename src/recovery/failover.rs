@@ -21,8 +21,8 @@ use crate::hypervisor::departure::Custody;
 use crate::hypervisor::machine::Machines;
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
 use crate::replica::upkeep::{Held, Promoting};
-use crate::replicate::journal::{read_json, replace_json, sync_dir};
-use crate::replicate::{generation, held_dir};
+use crate::replicate::state::journal::{read_json, replace_json, sync_dir};
+use crate::replicate::state::{generation, locked_dir};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::ffi::OsStr;
@@ -152,9 +152,9 @@ impl FailoverState {
     /// [`Kind::Busy`] while another hand is on it.
     pub fn open(state: &Path, uuid: &DomainUuid) -> Result<FailoverState> {
         let dir = state_dir(state, uuid);
-        held_dir::make(&dir)?;
+        locked_dir::make(&dir)?;
         let busy = || Error::new(Kind::Busy, "another program works on this failover").path(&dir);
-        let lock = held_dir::lock(&dir)?.ok_or_else(busy)?;
+        let lock = locked_dir::lock(&dir)?.ok_or_else(busy)?;
         Ok(FailoverState { state: state.to_owned(), dir, _lock: lock })
     }
 

@@ -269,12 +269,12 @@ fn each_overlay_has_a_bitmap_that_leads_on_from_the_points_root_however_often_it
     };
     // The record, the promotion, overlays: the state of the TPM is what the power fails over.
     assert!(bench.run(Some(1), 1).is_err());
-    let before = crate::replicate::turnover::identity(&layer);
+    let before = crate::replicate::tracking::bitmap_rotation::identity(&layer);
     bench.run(None, 1).unwrap();
     let bitmaps = crate::image::qemu_img::info(&path, layer.format, false).unwrap().bitmaps;
     let root = bench.point(1).point().disks[0].root;
     assert_eq!(bitmaps.len(), 1, "{bitmaps:?}");
-    assert_eq!(bitmaps[0].name, crate::replicate::birth::name(&root, &layer));
+    assert_eq!(bitmaps[0].name, crate::replicate::tracking::failover_bitmap::name(&root, &layer));
     assert!(!bitmaps[0].name.ends_with(&before), "it is of the overlay that was made anew");
     assert!(bitmaps[0].is_auto() && !bitmaps[0].is_inconsistent() && bitmaps[0].granularity_bytes == 65536);
 }

@@ -22,7 +22,7 @@ use crate::hypervisor::Power;
 use crate::hypervisor::departure::Custody;
 use crate::hypervisor::machine::Machines;
 use crate::name::{DomainName, DomainUuid, PointId, RunId};
-pub use crate::replicate::demoted::{DiskFormat, HandoverRecord, HandoverState, Stage};
+pub use crate::replicate::state::handover_record::{DiskFormat, HandoverRecord, HandoverState, Stage};
 use jiff::Timestamp;
 use serde::Serialize;
 use std::sync::atomic::AtomicBool;

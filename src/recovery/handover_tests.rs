@@ -374,7 +374,9 @@ impl Bench {
     }
 
     fn stage(&self) -> Option<Stage> {
-        crate::replicate::demoted::peek(self.dir.path(), &DomainUuid::new(UUID).unwrap()).unwrap().map(|r| r.stage)
+        crate::replicate::state::handover_record::peek(self.dir.path(), &DomainUuid::new(UUID).unwrap())
+            .unwrap()
+            .map(|r| r.stage)
     }
 
     #[track_caller]

@@ -9,8 +9,8 @@ use crate::image::{Format, Layer, qemu_img};
 use crate::name::{DiskName, DomainUuid};
 use crate::replica::Attachment;
 use crate::replica::upkeep::Held;
-use crate::replicate::birth;
-use crate::replicate::journal::{Stamp, sync_dir};
+use crate::replicate::state::journal::{Stamp, sync_dir};
+use crate::replicate::tracking::failover_bitmap;
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -131,7 +131,7 @@ pub fn track(held: &dyn Held, overlays: &Overlays) -> Result<Vec<String>> {
     for (disk, path) in &overlays.disks {
         let root = held.point().disk(disk).expect("it is named after it").root;
         let layer = Layer { path: path.clone(), format: Format::Qcow2, block_device: false, data_file: None };
-        if let Err(e) = qemu_img::add_bitmap(&layer, &birth::name(&root, &layer)) {
+        if let Err(e) = qemu_img::add_bitmap(&layer, &failover_bitmap::name(&root, &layer)) {
             problems
                 .push(format!("disk '{disk}': what is written here is not tracked from the beginning: {}", e.chain()));
             fs::remove_file(path).map_err(|e| Error::io("cannot remove the overlay", path, e))?;

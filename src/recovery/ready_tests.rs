@@ -259,7 +259,7 @@ fn left(os: &str, disks: &str, skipped: &str, mapping: &str) -> Vec<(Color, Stri
     let definition = render(&xml, &wish, &mapping).unwrap();
     let (disk, cause) = skipped.split_once(' ').unwrap();
     let json = format!(r#"[{{"name":"{disk}","reason":"is encrypted by QEMU (luks)","cause":"{cause}"}}]"#);
-    let mut point = crate::replicate::report::tests::report(true).point.unwrap();
+    let mut point = crate::replicate::state::report::tests::report(true).point.unwrap();
     point.left_out = serde_json::from_str(&json).unwrap();
     let found = left_out(&definition, &point, &mapping);
     reds(&found);

@@ -1,26 +1,32 @@
 //! Three ways to make a domain's disks stand still while they are read, behind one trait: an overlay over each disk of a
-//! running domain, a backup job that serves them as they were ([`backup`](super::backup)), or nothing but attention for a
+//! running domain, a backup job that serves them as they were ([`backup`](crate::replicate::capture::backup)), or nothing but attention for a
 //! domain that is off.
 
-use super::account::Account;
+pub mod backup;
+pub mod freeze_hooks;
+pub(super) mod held;
+pub mod quiesce;
+pub(crate) mod space_watch;
+
 use super::cycle::Ports;
-use super::decide::{Job, Phase, Stand, Under};
-use super::guard::PauseGuard;
-use super::halts::halt_error;
-use super::journal::{DiskRecord, Journal, Record, Stamp, boot_id};
-use super::label;
-use super::observe::observe;
 use super::plan::{DiskPlan, Plan};
-use super::quiesce::Quiescer;
 use super::settle::{Goal, Outcome, Settler};
-use super::settle_options::SettleOptions;
-use super::stopped::{self, StoppedWatch};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::hypervisor::{DomainView, FreezeDisk, Hypervisor, Power};
 use crate::image::{Chain, qemu_img};
 use crate::name::{DiskName, DomainUuid, RunId};
 use crate::replica::Consistency;
+use crate::replicate::capture::quiesce::Quiescer;
+use crate::replicate::plan::label;
+use crate::replicate::settle::account::Account;
+use crate::replicate::settle::decide::{Job, Phase, Stand, Under};
+use crate::replicate::settle::guard::PauseGuard;
+use crate::replicate::settle::halts::halt_error;
+use crate::replicate::settle::observe::observe;
+use crate::replicate::settle::options::SettleOptions;
+use crate::replicate::settle::stopped::{self, StoppedWatch};
+use crate::replicate::state::journal::{DiskRecord, Journal, Record, Stamp, boot_id};
 use jiff::Timestamp;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -319,7 +325,7 @@ pub(super) fn overlay_path(disk: &DiskPlan, run: &RunId) -> PathBuf {
     run_file(disk, run, "qcow2")
 }
 
-/// Longest name of a file, in bytes. File systems that take less are asked in step 3: see [`rights`](super::rights).
+/// Longest name of a file, in bytes. File systems that take less are asked in step 3: see [`rights`](crate::replicate::plan::rights).
 const NAME_MAX: usize = 255;
 /// Longest path that the kernel takes, its end included.
 const PATH_MAX: usize = 4096;

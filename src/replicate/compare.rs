@@ -1,15 +1,15 @@
 //! Compares a live domain with its newest point: `verify --against-source`. The same freeze as a run, nothing sent.
 
 use super::cycle::{Ports, Request, Run, Watch, settle_domain};
-use super::held::Standing;
-use super::journal::Journal;
-use super::observe;
-use super::report::millis;
-use super::survey::make_plan;
 use super::target_gate::{Patience, TargetGate};
 use crate::engine::pump::{self, Shipment};
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::name::{DiskName, DomainUuid};
+use crate::replicate::capture::held::Standing;
+use crate::replicate::plan::survey::make_plan;
+use crate::replicate::settle::observe;
+use crate::replicate::state::journal::Journal;
+use crate::replicate::state::report::millis;
 use jiff::Timestamp;
 use std::sync::atomic::{AtomicBool, Ordering};
 

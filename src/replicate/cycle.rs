@@ -4,7 +4,7 @@
 //! 2. **observe**: the domain and its disks; connect to the target, read the replica's head and generation
 //! 3. **plan**: per disk how its changes are found, with a reason; or a conflict. Reserve space at the target
 //! 4. **freeze**: record the intent durably, arm the dead-man, put overlays over all disks in one transaction; or
-//!    begin a backup job, which needs no commit ([`backup`](super::backup))
+//!    begin a backup job, which needs no commit ([`backup`](crate::replicate::capture::backup))
 //! 5. **ship**: read the frozen images, compare, send; the target writes into an open, unnamed point
 //! 6. **seal**: everything durable at the target, then the manifest names the point: *now it exists*
 //! 7. **commit**: each overlay into its base, then pause, pivot, rename the overlay away, resume
@@ -20,25 +20,8 @@
 //! - A point is all disks of one instant and exists if and only if the manifest names it (I9, I10).
 //! - A dead or full target never costs an overlay: 2 and 3 come before 4.
 
-use super::backup::BackupCapture;
 use super::capture::{Capture, OffCapture, OverlayCapture, Release};
-use super::demoted::{self, HandoverRecord};
-use super::freeze_hooks::FreezeHooks;
-use super::guard::PauseGuard;
-use super::held::Standing;
-use super::journal::{Journal, Record};
-use super::label;
-pub use super::leftover::settle_domain;
-use super::marks::{Marked, doubted_again, unless_cut};
-use super::observe;
-pub use super::observe::record_in_domain;
 use super::plan::{CaptureKind, DiskPlan, Plan, PlanOptions};
-use super::quiesce::{self, Quiescer, Settled};
-use super::report::{Report, RunOutcome, millis};
-use super::settle_options::SettleOptions;
-use super::stopped;
-use super::surroundings::{Described, describe};
-use super::survey::make_plan;
 use super::target_gate::{Patience, TargetGate};
 use crate::engine::pump::{self, Progress};
 use crate::engine::throttle::Throttle;
@@ -53,6 +36,23 @@ use crate::name::{DiskName, DomainUuid, RunId, StoreId};
 use crate::patch::Compression;
 use crate::replica::left_out::LeftOut;
 use crate::replica::{BeginDisk, BeginPoint, DiskStats, Mode, PointView, Replica, SealDisk, SealPoint};
+use crate::replicate::attachments::{Described, describe};
+use crate::replicate::capture::backup::BackupCapture;
+use crate::replicate::capture::freeze_hooks::FreezeHooks;
+use crate::replicate::capture::held::Standing;
+use crate::replicate::capture::quiesce::{self, Quiescer, Settled};
+use crate::replicate::plan::label;
+use crate::replicate::plan::survey::make_plan;
+use crate::replicate::settle::guard::PauseGuard;
+pub use crate::replicate::settle::leftover::settle_domain;
+use crate::replicate::settle::observe;
+pub use crate::replicate::settle::observe::record_in_domain;
+use crate::replicate::settle::options::SettleOptions;
+use crate::replicate::settle::stopped;
+use crate::replicate::state::handover_record::{self, HandoverRecord};
+use crate::replicate::state::journal::{Journal, Record};
+use crate::replicate::state::report::{Report, RunOutcome, millis};
+use crate::replicate::tracking::dirty_ranges::{Marked, doubted_again, unless_cut};
 use jiff::Timestamp;
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
@@ -241,7 +241,7 @@ impl<'a> Run<'a> {
         let replica = (self.ports.replica)(uuid)?;
         let view = replica.describe()?;
         let (custody, state) = (self.ports.custody, &self.request.state);
-        report.warnings.extend(demoted::let_back(custody, state, handed.as_ref(), domain.power, &view)?);
+        report.warnings.extend(handover_record::let_back(custody, state, handed.as_ref(), domain.power, &view)?);
         failpoint!("2");
 
         self.watch.step(3, "plan, reserve space");
@@ -383,12 +383,12 @@ impl<'a> Run<'a> {
 
     /// No run goes over a domain that lives elsewhere; that it runs here too is an alarm, whatever else is found out.
     fn may_run(&self, domain: &DomainView) -> Result<Option<HandoverRecord>> {
-        let record = demoted::peek(&self.request.state, &domain.uuid)?;
+        let record = handover_record::peek(&self.request.state, &domain.uuid)?;
         if self.request.gives_way && domain.power == Power::Off {
             return Ok(None);
         }
         record.iter().filter_map(|r| r.alarm(domain.power)).for_each(|alarm| self.alarm(alarm));
-        demoted::may_run(record, domain.power, &self.request.target, self.request.handover.as_ref())
+        handover_record::may_run(record, domain.power, &self.request.target, self.request.handover.as_ref())
     }
 
     /// Step 1, and all that is needed after any crash.

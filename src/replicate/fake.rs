@@ -1,7 +1,6 @@
 //! A hypervisor of a few lines, for tests: domains, chains and block jobs in memory, the overlays as files in a directory. It
 //! answers as libvirt does, and misbehaves as it is told.
 
-use super::journal::{DiskRecord, Record, tests::record};
 use crate::block::DiskSize;
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::{
@@ -9,7 +8,8 @@ use crate::hypervisor::{
 };
 use crate::image::{Chain, Format, Layer};
 use crate::name::{DiskName, DomainName, DomainUuid};
-use crate::replicate::decide::Phase;
+use crate::replicate::settle::decide::Phase;
+use crate::replicate::state::journal::{DiskRecord, Record, tests::record};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;

@@ -1,14 +1,12 @@
 //! What a run will do, per disk and with its reason, or why it will not: decided from plain views, touching nothing.
 
-use super::audit::{self, AuditOptions, AuditPlan};
-use super::birth;
+pub mod capture_choice;
+pub mod forecast;
+pub(super) mod label;
+pub mod rights;
+pub mod survey;
+
 pub use super::capture::is_our_overlay;
-pub use super::choice::CaptureKind;
-use super::choice::{CaptureWish, Choice};
-use super::forecast::{Room, SpaceOptions};
-use super::quiesce::{self, Quiesce, QuiesceOptions};
-use super::rights::Hindrance;
-use super::turnover::{self, Tracked};
 use crate::block::DiskSize;
 use crate::block::digest::Digest;
 use crate::error::{Error, Kind};
@@ -18,6 +16,14 @@ use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
 use crate::replica::left_out::{Cause, LeftOut, Skipped};
 use crate::replica::upkeep::Promoted;
 use crate::replica::{DiskStats, HeadDamage, Mode, ReplicaView, SeedView};
+use crate::replicate::capture::quiesce::{self, Quiesce, QuiesceOptions};
+pub use crate::replicate::plan::capture_choice::CaptureKind;
+use crate::replicate::plan::capture_choice::{CaptureWish, Choice};
+use crate::replicate::plan::forecast::{Room, SpaceOptions};
+use crate::replicate::plan::rights::Hindrance;
+use crate::replicate::tracking::audit::{self, AuditOptions, AuditPlan};
+use crate::replicate::tracking::bitmap_rotation::{self, Tracked};
+use crate::replicate::tracking::failover_bitmap;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -137,7 +143,8 @@ impl DiskPlan {
 
     /// The bitmap of its failover has led to this run's point, or to the head (by a run that died before it dropped it).
     pub fn led_from_birth(&self) -> bool {
-        self.bitmap.as_deref().is_some_and(birth::is_birth) || self.head_stats.reason.starts_with(birth::REASON)
+        self.bitmap.as_deref().is_some_and(failover_bitmap::is_birth)
+            || self.head_stats.reason.starts_with(failover_bitmap::REASON)
     }
 
     /// What an operator is told when the point is sealed.
@@ -151,7 +158,7 @@ impl DiskPlan {
 
     /// What an operator is told where that is the second time in a row.
     pub fn doubted_again(&self) -> Option<String> {
-        turnover::doubted_again(&self.name, &self.head_stats, &self.reason).filter(|_| self.tracking_doubt)
+        bitmap_rotation::doubted_again(&self.name, &self.head_stats, &self.reason).filter(|_| self.tracking_doubt)
     }
 }
 
@@ -339,7 +346,7 @@ pub struct DiskFacts {
     pub tracked: Tracked,
 }
 
-/// Plans a run, by the capture that was chosen. Pure. Whether its overlays will have room is [`forecast`](super::forecast)'s.
+/// Plans a run, by the capture that was chosen. Pure. Whether its overlays will have room is [`forecast`](crate::replicate::plan::forecast)'s.
 pub fn plan(
     domain: &DomainView,
     facts: &[DiskFacts],
@@ -573,7 +580,7 @@ fn choose_mode(
         );
     }
     let recorded = match tracked {
-        Tracked::By { bitmap, .. } if birth::is_birth(bitmap) => birth::REASON.to_owned(),
+        Tracked::By { bitmap, .. } if failover_bitmap::is_birth(bitmap) => failover_bitmap::REASON.to_owned(),
         _ => format!("a dirty bitmap has recorded every change since {}", head.id),
     };
     match tracked {

@@ -5,7 +5,7 @@ use crate::hypervisor::{BlockJob, BlockJobKind, Ended};
 use crate::image::Format;
 use crate::name::RunId;
 use crate::replica::{Consistency, DiskStats, PointDisk, PointView};
-use crate::replicate::choice::{CommitFacts, choose};
+use crate::replicate::plan::capture_choice::{CommitFacts, choose};
 use jiff::Timestamp;
 
 const UUID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";

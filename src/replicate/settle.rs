@@ -7,16 +7,17 @@
 //!
 //! Step numbers are those of docs/replication.md; a failpoint stands behind each.
 
-use super::account::Account;
-use super::away::Away;
-use super::decide::{
-    Action, DiskSeen, Halt, HaltReason, Job, OverlayFile, Phase, PowerState, Stand, decide, decide_all,
-};
-use super::guard::PauseGuard;
-use super::journal::{self, Journal, Record, Stamp};
-use super::observe::{Observation, observe};
-use super::settle_options::SettleOptions;
-use super::stopped;
+pub mod account;
+pub(crate) mod away;
+pub mod deadman;
+pub mod decide;
+pub mod guard;
+pub mod halts;
+pub mod leftover;
+pub mod observe;
+pub mod options;
+pub mod stopped;
+
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::failpoint;
 use crate::hypervisor::{Hypervisor, is_denied};
@@ -24,6 +25,15 @@ use crate::image::chain;
 use crate::image::locks::QemuLock;
 use crate::image::{Chain, Format, Layer, qemu_img};
 use crate::name::DiskName;
+use crate::replicate::settle::account::Account;
+use crate::replicate::settle::away::Away;
+use crate::replicate::settle::decide::{
+    Action, DiskSeen, Halt, HaltReason, Job, OverlayFile, Phase, PowerState, Stand, decide, decide_all,
+};
+use crate::replicate::settle::guard::PauseGuard;
+use crate::replicate::settle::observe::{Observation, observe};
+use crate::replicate::settle::options::SettleOptions;
+use crate::replicate::state::journal::{self, Journal, Record, Stamp};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -544,11 +554,11 @@ impl<'a> Settler<'a> {
         }
     }
 
-    fn disk(&self, name: &DiskName) -> &super::journal::DiskRecord {
+    fn disk(&self, name: &DiskName) -> &crate::replicate::state::journal::DiskRecord {
         self.record.disks.iter().find(|d| &d.name == name).expect("decide names disks of the record")
     }
 
-    fn disk_mut(&mut self, name: &DiskName) -> &mut super::journal::DiskRecord {
+    fn disk_mut(&mut self, name: &DiskName) -> &mut crate::replicate::state::journal::DiskRecord {
         self.record.disks.iter_mut().find(|d| &d.name == name).expect("decide names disks of the record")
     }
 

@@ -3,9 +3,9 @@
 use super::*;
 use crate::hypervisor::{Confinement, PauseReason, Power};
 use crate::replicate::fake::{FakeHypervisor, layer};
-use crate::replicate::guard::Unguarded;
-use crate::replicate::halts::halt_error;
-use crate::replicate::stopped;
+use crate::replicate::settle::guard::Unguarded;
+use crate::replicate::settle::halts::halt_error;
+use crate::replicate::settle::stopped;
 use jiff::Timestamp;
 use tempfile::TempDir;
 

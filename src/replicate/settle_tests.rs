@@ -6,9 +6,9 @@ use crate::hypervisor::{
     BlockJob, BlockJobKind, DiskKind, DiskView, DomainView, Ended, FreezeDisk, Power as DomainPower,
 };
 use crate::name::DomainUuid;
-use crate::replicate::guard::Unguarded;
-use crate::replicate::halts::halt_error;
-use crate::replicate::journal::{DiskRecord, boot_id, tests::record};
+use crate::replicate::settle::guard::Unguarded;
+use crate::replicate::settle::halts::halt_error;
+use crate::replicate::state::journal::{DiskRecord, boot_id, tests::record};
 use jiff::Timestamp;
 use std::path::Path;
 use std::sync::Mutex;

@@ -10,11 +10,11 @@ use crate::recovery::failback::{self, CameHome};
 use crate::recovery::handover::{self, HandoverRecord, HandoverState, Look, Ports, Sent};
 use crate::recovery::migrate;
 use crate::replica::Replica as _;
-use crate::replicate::choice::CaptureKind;
 use crate::replicate::cycle::{Request, Watch};
-use crate::replicate::demoted::{self, Stage};
+use crate::replicate::plan::capture_choice::CaptureKind;
 use crate::replicate::plan::{Conflict, skip_reason};
-use crate::replicate::report::Report;
+use crate::replicate::state::handover_record::{self, Stage};
+use crate::replicate::state::report::Report;
 use jiff::Timestamp;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -97,7 +97,7 @@ impl Site {
     ) -> Result<CameHome> {
         let home =
             || -> Result<Box<dyn BringUp>> { Ok(Box::new(means.target.client_again()?.bring_up(&request.uuid))) };
-        let handed = demoted::peek(self.state(), &request.uuid)?;
+        let handed = handover_record::peek(self.state(), &request.uuid)?;
         failback::run(
             &failback::Ports {
                 home: &home,

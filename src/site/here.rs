@@ -19,9 +19,9 @@ use crate::replica::root::StoreSeen;
 use crate::replica::store::{self, Store};
 use crate::replica::upkeep::Held;
 use crate::replica::{Attachment, PointView, ReplicaView};
-use crate::replicate::demoted::{self, DiskFormat};
-use crate::replicate::generation;
-use crate::replicate::room::{free_bytes, may_make_files};
+use crate::replicate::capture::space_watch::{free_bytes, may_make_files};
+use crate::replicate::state::generation;
+use crate::replicate::state::handover_record::{self, DiskFormat};
 use jiff::Timestamp;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -239,7 +239,7 @@ impl Here {
         held.release();
         let record = done.map_err(|e| e.domain(&found.name))?;
         // A domain that was handed away and has come home is this host's again.
-        demoted::has_come_home(&self.options.state, &found.uuid)?;
+        handover_record::has_come_home(&self.options.state, &found.uuid)?;
         Ok(record)
     }
 

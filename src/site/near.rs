@@ -9,7 +9,7 @@ use crate::recovery::failover::{self, FailoverRecord, FailoverState};
 use crate::recovery::give_way::GaveWay;
 use crate::recovery::ready::Finding;
 use crate::replica::upkeep::Promoting as _;
-use crate::replicate::generation;
+use crate::replicate::state::generation;
 
 /// A domain of this host's store.
 pub struct HereDomain<'a> {

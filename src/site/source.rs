@@ -11,11 +11,13 @@ use crate::recovery::{detach, drill, drills};
 use crate::replica::Replica;
 use crate::replica::source::Claim;
 use crate::replicate::cycle::{Ports, Request, Watch};
-use crate::replicate::deadman::{self, Charge, Deadman};
-use crate::replicate::guard::PauseGuard;
-use crate::replicate::report::Report;
-use crate::replicate::source as source_id;
-use crate::replicate::{compare, cycle, demoted, doctor, generation, journal, plan, stores, survey};
+use crate::replicate::plan::survey;
+use crate::replicate::settle::deadman::{self, Charge, Deadman};
+use crate::replicate::settle::guard::PauseGuard;
+use crate::replicate::state::report::Report;
+use crate::replicate::state::source as source_id;
+use crate::replicate::state::{generation, handover_record, journal, stores};
+use crate::replicate::{compare, cycle, doctor, plan};
 use std::process::Command;
 
 #[derive(Debug, Clone)]
@@ -87,7 +89,7 @@ impl Site {
     pub fn examine(
         &self,
         uuid: &DomainUuid,
-        repair: Option<&crate::replicate::settle_options::SettleOptions>,
+        repair: Option<&crate::replicate::settle::options::SettleOptions>,
     ) -> Result<doctor::Finding> {
         self.with_ports(None, |ports| doctor::examine(ports, &self.options.state, uuid, repair))
     }
@@ -176,12 +178,12 @@ impl Site {
     fn respelled(&self, request: &Request) -> Request {
         let mut respelled = Request { store: Arc::default(), ..request.clone() };
         let spellings = stores::spellings(&self.options.state, &request.target);
-        let same = |record: &demoted::HandoverRecord| {
+        let same = |record: &handover_record::HandoverRecord| {
             let named = [record.domain.as_str(), record.uuid.as_str()].contains(&request.domain.as_str());
             named && spellings.contains(&record.to)
         };
         // A record that cannot be read is for the run to refuse, if it is this domain's.
-        if let Some(record) = demoted::all(&self.options.state).unwrap_or_default().into_iter().find(same) {
+        if let Some(record) = handover_record::all(&self.options.state).unwrap_or_default().into_iter().find(same) {
             respelled.target = record.to;
         }
         respelled

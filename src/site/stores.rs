@@ -8,7 +8,7 @@ use crate::name::{DomainName, DomainUuid, Generation, StoreId};
 use crate::replica::generation;
 use crate::replica::root::{self, KnownStore, StoreSeen, StoreWish};
 use crate::replica::store::{self, Limits, Store};
-use crate::replicate::stores;
+use crate::replicate::state::stores;
 use crate::transport::target::{ROOT_DEFAULT, TargetUrl};
 use jiff::Timestamp;
 use std::cell::RefCell;

@@ -1,9 +1,9 @@
 //! What a source knows and says while its libvirt is away.
 
 use super::*;
-use virt_replica::replicate::decide::Phase;
-use virt_replica::replicate::journal::{DiskRecord, Journal, Record};
-use virt_replica::replicate::report::{Report, RunOutcome};
+use virt_replica::replicate::settle::decide::Phase;
+use virt_replica::replicate::state::journal::{DiskRecord, Journal, Record};
+use virt_replica::replicate::state::report::{Report, RunOutcome};
 
 /// Where no libvirt can be.
 const NO_LIBVIRT: &str = "qemu+unix:///system?socket=/nonexistent/socket";

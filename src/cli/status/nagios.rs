@@ -4,7 +4,7 @@
 use super::view::{Row, State};
 use std::fmt::Write;
 use std::time::Duration;
-use virt_replica::replicate::report::RunOutcome;
+use virt_replica::replicate::state::report::RunOutcome;
 use virt_replica::units;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

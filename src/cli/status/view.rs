@@ -9,9 +9,9 @@ use virt_replica::recovery::bringup::Readiness;
 use virt_replica::recovery::ready::{Color, Finding};
 use virt_replica::replica::left_out::LeftOut;
 use virt_replica::replica::{Consistency, PointView};
-use virt_replica::replicate::decide::Phase;
-use virt_replica::replicate::demoted::Stage;
-use virt_replica::replicate::report::RunOutcome;
+use virt_replica::replicate::settle::decide::Phase;
+use virt_replica::replicate::state::handover_record::Stage;
+use virt_replica::replicate::state::report::RunOutcome;
 
 /// How a domain's own disks stand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

@@ -8,9 +8,9 @@
 use crate::block::BLOCK_LEN;
 use crate::image::Format;
 use crate::replica::{DiskStats, Mode};
-use crate::replicate::demoted::Learned;
 use crate::replicate::plan::Plan;
-use crate::replicate::report::Report as RunReport;
+use crate::replicate::state::handover_record::Learned;
+use crate::replicate::state::report::Report as RunReport;
 use jiff::Timestamp;
 use serde::Serialize;
 use std::time::Duration;

@@ -232,7 +232,8 @@ fn a_store_is_one_by_whatever_url_it_is_reached() {
     let nodes = vm.virsh(&["qemu-monitor-command", "{\"execute\":\"query-block\"}"]);
     let node =
         nodes.split("\"node-name\":\"").nth(1).and_then(|rest| rest.split('"').next()).expect("a node").to_owned();
-    let leftover = format!("{}0123456789abcdef-00000000", virt_replica::replicate::turnover::prefix(&three));
+    let leftover =
+        format!("{}0123456789abcdef-00000000", virt_replica::replicate::tracking::bitmap_rotation::prefix(&three));
     let add = format!(
         "{{\"execute\":\"block-dirty-bitmap-add\",\"arguments\":{{\"node\":\"{node}\",\"name\":\"{leftover}\",\"persistent\":true}}}}"
     );

@@ -1,0 +1,96 @@
+//! What goes on while the disks stand still: they are read one after the other, and their limits are watched meanwhile.
+
+use crate::block::ByteRange;
+use crate::engine::pump::{self, Progress, Shipment};
+use crate::error::{Error, Kind, Result};
+use crate::failpoint;
+use crate::image::Image;
+use crate::image::open::OpenOptions;
+use crate::name::DiskName;
+use crate::replicate::capture::space_watch::RoomWatch;
+use crate::replicate::capture::{Capture, Source, Still};
+use crate::replicate::cycle::{Run, stopped};
+use crate::replicate::plan::Plan;
+use crate::replicate::target_gate::{TargetGate, watched};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// What is done with a frozen image while it is open.
+pub(in crate::replicate) type ReadDisk<'a, T> =
+    &'a mut dyn FnMut(&dyn Image, &Shipment, &Progress, pump::StillGood) -> Result<T>;
+
+/// How the disks of one run stand still.
+pub(in crate::replicate) struct Standing<'a> {
+    pub plan: &'a Plan,
+    pub still: &'a Still,
+    pub capture: &'a dyn Capture,
+    pub gate: &'a TargetGate,
+}
+
+impl Run<'_> {
+    /// Runs `body` while a thread of its own watches the limits: age and size of the overlays, room, signals. A
+    /// limit that is reached cuts every wait for the target, however little of the disks moves.
+    pub(in crate::replicate) fn while_held<T>(&self, standing: &Standing, body: impl FnOnce() -> T) -> T {
+        let room = RoomWatch::new(standing.plan, &self.request.run, &self.request.plan.space);
+        let (stop, clock, frozen_at) = (self.stop, self.ports.clock, standing.still.frozen_at);
+        let good = || {
+            if stop.load(Ordering::Relaxed) {
+                return Err(stopped());
+            }
+            room.check(&|| clock().duration_since(frozen_at))
+        };
+        watched(standing.gate.cut(), &good, body)
+    }
+
+    /// Opens a frozen image, lets `read` work on it, and closes it however that ended: it must be closed before the
+    /// commit starts.
+    pub(in crate::replicate) fn read_disk<T>(
+        &self,
+        standing: &Standing,
+        (name, source): &(DiskName, Source),
+        dirty: Option<Vec<ByteRange>>,
+        read: ReadDisk<T>,
+    ) -> Result<T> {
+        let planned = standing.plan.disk(name).expect("what was frozen was planned");
+        let options = OpenOptions { force_share: standing.still.may_start, ..self.request.open.clone() };
+        let opened = match source {
+            Source::Chain(chain) => (self.ports.open_image)(chain, &options)?,
+            Source::Export { socket, name } => (self.ports.open_export)(socket, name, &options)?,
+        };
+        if opened.image.size() != planned.size {
+            let (was, is) = (planned.size, opened.image.size());
+            return Err(Error::new(Kind::Busy, format!("the disk was resized meanwhile, from {was} to {is} bytes"))
+                .hint("run again"));
+        }
+        failpoint!("5a");
+        let shipment = Shipment {
+            uuid: standing.plan.uuid.clone(),
+            disk: name.clone(),
+            size: planned.size,
+            head: planned.head,
+            mode: planned.mode,
+            reason: planned.reason.clone(),
+            dirty,
+            compare_only: false,
+            workers: self.request.workers,
+            compression: self.request.compression,
+            throttle: self.request.throttle.clone(),
+        };
+        let progress = Arc::new(Progress::default());
+        self.watch.disk(name, planned.size.0, planned.mode, &progress);
+        let still_good = || {
+            self.watch.tick();
+            failpoint!("5b");
+            if self.stop.load(Ordering::Relaxed) {
+                return Err(stopped());
+            }
+            standing.gate.cut().check()?;
+            standing.capture.check()
+        };
+        let result = read(opened.image.as_ref(), &shipment, &progress, &still_good);
+        let closed = opened.close();
+        let result = result?;
+        closed?;
+        Ok(result)
+    }
+}

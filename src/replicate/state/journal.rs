@@ -1,0 +1,649 @@
+//! The durable record of a run: what any later run, the dead-man or `doctor` needs to bring a domain back onto its own
+//! images (I1). One small document per domain, replaced whole: a torn record cannot exist.
+//!
+//! `STATE/domains/UUID/` holds `lock` (who works on the domain), `record.json` (only while a run is open;
+//! `backup.json` instead while one by backup is), `thaw.json` (only while the guest is owed a thaw),
+//! `after-freeze.json` (only while a hook is), `stopped.json` (only while a guest that QEMU stopped is ours to resume),
+//! `last.json` (the newest report), `history.jsonl` (the reports, see [`history`](super::history)),
+//! `generation.json` ([`generation`](super::generation)). A copy of the record's identity lies in the domain's own
+//! `<metadata>`, which survives the loss of this directory and travels with the domain.
+//!
+//! Format: docs/formats/journal.md.
+
+use crate::block::DiskSize;
+use crate::error::{Error, Kind, Result};
+use crate::file_id::{BootId, FileId};
+use crate::flock::Flock;
+use crate::image::Layer;
+use crate::name::{DiskName, DomainName, DomainUuid, PointId, RunId};
+use crate::replicate::capture::backup::BackupRecord;
+use crate::replicate::settle::decide::Phase;
+use crate::replicate::state::history::{self, HISTORY};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Largest record or report that is read, in bytes.
+const DOCUMENT_MAX: u64 = 4 << 20;
+
+/// There while the guest may hold its file systems at our word.
+const THAW: &str = "thaw.json";
+
+/// There while a hook is owed for what another was told before the freeze.
+const HOOK: &str = "after-freeze.json";
+
+/// The record of an open run by backup.
+const BACKUP: &str = "backup.json";
+
+/// There while a guest that QEMU stopped on a file of ours has not been let go.
+const STOPPED: &str = "stopped.json";
+
+/// How the dead-man calls itself when it holds a domain's lock, and how long it is waited for.
+pub const DEADMAN: &str = "dead-man";
+const DEADMAN_WITHIN: Duration = Duration::from_secs(20);
+
+/// Where this host keeps its own state.
+pub const STATE_DIR: &str = "/var/lib/virt-replica/source";
+
+/// A program that has to be run because another was, before the freeze.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwedHook {
+    pub command: Vec<String>,
+    pub timeout_s: u64,
+    pub env: Vec<(String, String)>,
+}
+
+/// A guest that ran when its disks were frozen, and that QEMU stopped for an I/O error since: ours to let go.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoppedRecord {
+    /// The run that had frozen its disks.
+    pub run: RunId,
+    /// libvirt's id of the instance, and the boot of this host in which it has that id.
+    pub instance: Option<u32>,
+    pub boot: Option<String>,
+}
+
+/// A run that has (or may have) changed something at the source, until it has been put right.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// Version of this document: 1.
+    pub format: u32,
+    pub run: RunId,
+    pub domain: DomainName,
+    pub uuid: DomainUuid,
+    /// libvirt's id of the instance that was frozen.
+    pub instance: Option<u32>,
+    /// The boot of this host in which it has that id: libvirt counts anew after each.
+    #[serde(default)]
+    pub boot: Option<String>,
+    pub persistent: bool,
+    pub phase: Phase,
+    /// We paused, or were about to pause, a domain that ran.
+    pub resume_after: bool,
+    /// The guest ran when its disks were frozen: an I/O error that has stopped it came later, and is ours.
+    #[serde(default)]
+    pub ran: bool,
+    /// libvirt's id of the instance whose QEMU was refused to write to a base; in the boot above.
+    #[serde(default)]
+    pub commit_denied: Option<u32>,
+    pub disks: Vec<DiskRecord>,
+    pub started_at: Timestamp,
+    /// When the disks stood still; set with [`Phase::Frozen`].
+    pub frozen_at: Option<Timestamp>,
+    /// The point that the run led to, once it was sealed.
+    pub point: Option<PointId>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DiskRecord {
+    pub name: DiskName,
+    /// The image that was frozen and that the domain is to end on: as planned, then as seen right below our overlay.
+    pub base: Layer,
+    pub overlay: PathBuf,
+    pub size: DiskSize,
+    /// Set with [`Phase::Frozen`]: the base as it stood, to notice a stranger's writes.
+    pub base_stamp: Option<Stamp>,
+    /// Set with [`Phase::Frozen`]: the overlay's identity.
+    pub overlay_id: Option<FileId>,
+    /// The base is complete, and the overlay was like this when that was seen.
+    pub complete_at: Option<Stamp>,
+    /// Only the running instance had the disk: when that is over no definition names it, and our record is all there is.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub live_only: bool,
+    /// A commit by `qemu-img` was begun: if the base has changed since the freeze, that is why.
+    #[serde(default)]
+    pub off_commit: bool,
+}
+
+impl DiskRecord {
+    /// The overlay's name once it is retired. The kind of name that no tool opens by itself.
+    pub fn retired(&self) -> PathBuf {
+        suffixed(&self.overlay, ".retired")
+    }
+
+    /// The overlay's name once it is set aside for a person.
+    pub fn kept(&self) -> PathBuf {
+        suffixed(&self.overlay, ".kept")
+    }
+}
+
+fn suffixed(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
+}
+
+/// Which file it is and when it was last written; equal stamps of one moment mean an untouched file, and one that was kept
+/// is compared by [`Stamp::is`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stamp {
+    pub id: FileId,
+    pub len_bytes: u64,
+    pub modified_s: i64,
+    pub modified_ns: i64,
+}
+
+impl Stamp {
+    /// `None` where there is no such file. A block device has no telling times: its stamp never changes.
+    pub fn of(path: &Path) -> Result<Option<Stamp>> {
+        match fs::metadata(path) {
+            Ok(m) => Ok(Some(Stamp {
+                id: FileId::of(&m),
+                len_bytes: m.len(),
+                modified_s: if m.is_file() { m.mtime() } else { 0 },
+                modified_ns: if m.is_file() { m.mtime_nsec() } else { 0 },
+            })),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(Error::io("cannot look at the image", path, e)),
+        }
+    }
+
+    /// Whether it is the same file, untouched. Holds over a restart of the host.
+    pub fn is(&self, other: &Stamp) -> bool {
+        let written = |s: &Stamp| (s.len_bytes, s.modified_s, s.modified_ns);
+        self.id.is(&other.id) && written(self) == written(other)
+    }
+}
+
+/// One domain's directory of state, with its lock held: one hand on a domain at a time. Released when dropped, also by
+/// `kill -9`.
+#[derive(Debug)]
+pub struct Journal {
+    dir: PathBuf,
+    _lock: Flock,
+}
+
+/// Who holds a domain's lock, as written into it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Holder {
+    pub pid: u32,
+    pub what: String,
+    pub since: Timestamp,
+}
+
+impl Journal {
+    /// Takes the domain's lock. `Busy`, naming the holder, when another program has it. What the journal says from here on is
+    /// durable: a run that died behind a rename and before its fsync is made good, or a commit would begin whose intent a
+    /// power cut takes back.
+    pub fn open(state: &Path, uuid: &DomainUuid, what: &str, now: Timestamp) -> Result<Journal> {
+        let dir = domain_dir(state, uuid);
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&dir)
+            .map_err(|e| denied(Error::io("cannot create the directory of the domain's state", &dir, e)))?;
+        let path = dir.join("lock");
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(|e| denied(Error::io("cannot open the domain's lock", &path, e)))?;
+        let locked = Flock::exclusive(file).map_err(|e| Error::io("cannot lock the domain", &path, e))?;
+        let lock = locked.map_err(|mut file| busy(&mut file, &path))?;
+        let holder = Holder { pid: std::process::id(), what: what.to_owned(), since: now };
+        let text = serde_json::to_vec(&holder).expect("a holder is plain data");
+        let mut file = lock.file();
+        file.set_len(0)
+            .and_then(|()| file.seek(SeekFrom::Start(0)))
+            .and_then(|_| file.write_all(&text))
+            .map_err(|e| Error::io("cannot write the domain's lock", &path, e))?;
+        sync_dir(&dir)?;
+        Ok(Journal { dir, _lock: lock })
+    }
+
+    /// As [`Journal::open`], and waits while it is the dead-man who holds the lock: after a crash it lets the guest go, which
+    /// takes a moment, and nobody should be turned away for that.
+    pub fn open_after_deadman(state: &Path, uuid: &DomainUuid, what: &str, now: Timestamp) -> Result<Journal> {
+        let give_up_at = Instant::now() + DEADMAN_WITHIN;
+        loop {
+            let opened = Self::open(state, uuid, what, now);
+            let deadman = || holder(state, uuid).is_ok_and(|h| h.is_none_or(|h| h.what == DEADMAN));
+            match opened {
+                Err(e) if e.kind() == Kind::Busy && deadman() && Instant::now() < give_up_at => {
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+                other => return other,
+            }
+        }
+    }
+
+    pub fn record(&self) -> Result<Option<Record>> {
+        read_record(&self.dir.join("record.json"))
+    }
+
+    /// Durable when it returns.
+    pub fn write(&self, record: &Record) -> Result<()> {
+        replace_json(&self.dir, "record.json", record)
+    }
+
+    /// The run is put right; durable when it returns.
+    pub fn close(&self) -> Result<()> {
+        self.remove("record.json")
+    }
+
+    fn remove(&self, name: &str) -> Result<()> {
+        remove_durably(&self.dir, name, "cannot remove the settled record")
+    }
+
+    /// The open run by backup, if there is one.
+    pub fn backup(&self) -> Result<Option<BackupRecord>> {
+        read_backup(&self.dir.join(BACKUP))
+    }
+
+    /// Durable when it returns.
+    pub fn write_backup(&self, record: &BackupRecord) -> Result<()> {
+        replace_json(&self.dir, BACKUP, record)
+    }
+
+    /// Whether the guest may have been asked to hold its file systems, and has not said since that it let them go.
+    pub fn is_thaw_owed(&self) -> Result<bool> {
+        Stamp::of(&self.dir.join(THAW)).map(|stamp| stamp.is_some())
+    }
+
+    /// The guest is about to be asked to hold its file systems. Durable when it returns.
+    pub fn owe_thaw(&self) -> Result<()> {
+        replace(&self.dir, THAW, b"{}\n")
+    }
+
+    /// It has let them go; durable when it returns.
+    pub fn thaw_is_paid(&self) -> Result<()> {
+        self.remove(THAW)
+    }
+
+    /// The hook that has to be run, whatever else happens.
+    pub fn owed_hook(&self) -> Result<Option<OwedHook>> {
+        read_json(&self.dir.join(HOOK))
+    }
+
+    /// Durable when it returns.
+    pub fn owe_hook(&self, hook: &OwedHook) -> Result<()> {
+        replace_json(&self.dir, HOOK, hook)
+    }
+
+    /// It was run; durable when it returns.
+    pub fn hook_is_paid(&self) -> Result<()> {
+        self.remove(HOOK)
+    }
+
+    /// The guest that stands for an I/O error that came under our hands.
+    pub fn stopped(&self) -> Result<Option<StoppedRecord>> {
+        read_json(&self.dir.join(STOPPED))
+    }
+
+    /// It is ours to let go. Durable when it returns.
+    pub fn owe_resume(&self, stopped: &StoppedRecord) -> Result<()> {
+        replace(&self.dir, STOPPED, &to_json(stopped))
+    }
+
+    /// It runs again, or its QEMU has ended; durable when it returns.
+    pub fn resume_is_paid(&self) -> Result<()> {
+        self.remove(STOPPED)
+    }
+
+    /// Nothing is left of the backup; durable when it returns.
+    pub fn close_backup(&self) -> Result<()> {
+        self.remove(BACKUP)
+    }
+
+    /// Keeps a report: the newest one whole, all of them in the history. A failed run is a report too. One of the
+    /// two that cannot be written keeps the other from nothing.
+    pub fn keep_report(&self, report: &impl Serialize) -> Result<()> {
+        let newest = replace(&self.dir, "last.json", &to_json(report));
+        let line = serde_json::to_vec(report).expect("a report is plain data");
+        newest.and(history::append(&self.dir, &line))
+    }
+
+    /// Refuses, before anything is frozen, if the record of a commit might not find room here.
+    pub fn check_room(&self) -> Result<()> {
+        history::check_room(&self.dir)
+    }
+}
+
+/// The open record of a domain, read without its lock; for `status` and `doctor`.
+pub fn peek(state: &Path, uuid: &DomainUuid) -> Result<Option<Record>> {
+    read_record(&domain_dir(state, uuid).join("record.json"))
+}
+
+/// Whether a domain's guest is owed a thaw, read without its lock; for `doctor`.
+pub fn peek_thaw(state: &Path, uuid: &DomainUuid) -> Result<bool> {
+    Stamp::of(&domain_dir(state, uuid).join(THAW)).map(|stamp| stamp.is_some())
+}
+
+/// The guest that stands for an I/O error that came under our hands, read without the domain's lock; for `doctor`.
+pub fn peek_stopped(state: &Path, uuid: &DomainUuid) -> Result<Option<StoppedRecord>> {
+    read_json(&domain_dir(state, uuid).join(STOPPED))
+}
+
+/// Whether a hook is owed for a domain, read without its lock; for `doctor` and the dead-man.
+pub fn peek_hook(state: &Path, uuid: &DomainUuid) -> Result<bool> {
+    Stamp::of(&domain_dir(state, uuid).join(HOOK)).map(|stamp| stamp.is_some())
+}
+
+/// The open run by backup of a domain, read without its lock; for `plan` and `doctor`.
+pub fn peek_backup(state: &Path, uuid: &DomainUuid) -> Result<Option<BackupRecord>> {
+    read_backup(&domain_dir(state, uuid).join(BACKUP))
+}
+
+/// The newest report as stored, or `None`.
+pub fn last_report<T: serde::de::DeserializeOwned>(state: &Path, uuid: &DomainUuid) -> Result<Option<T>> {
+    let path = domain_dir(state, uuid).join("last.json");
+    read_json(&path)
+}
+
+/// The newest reports, oldest first: as many as the last 256 KiB of the history hold. What cannot be read there (the line
+/// a crash cut short, a report of another version) is left out.
+pub fn recent_reports<T: serde::de::DeserializeOwned>(state: &Path, uuid: &DomainUuid) -> Result<Vec<T>> {
+    let path = domain_dir(state, uuid).join(HISTORY);
+    match history::tail(&path) {
+        Ok(tail) => Ok(tail.split(|b| *b == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(e) => Err(Error::io("cannot read the history", path, e)),
+    }
+}
+
+/// Who works on the domain right now, learnt without touching its lock: whoever has the lock's file open.
+pub fn holder(state: &Path, uuid: &DomainUuid) -> Result<Option<Holder>> {
+    let path = domain_dir(state, uuid).join("lock");
+    let Some(lock) = Stamp::of(&path)? else { return Ok(None) };
+    // A lock that was never written has never been held; one that is being written is, by somebody we see next time.
+    let Ok(Some(holder)) = read_json::<Holder>(&path) else { return Ok(None) };
+    let open = match fs::read_dir(format!("/proc/{}/fd", holder.pid)) {
+        Ok(open) => open,
+        // Somebody else's program: it is there, and that is all we may know.
+        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => return Ok(Some(holder)),
+        Err(_) => return Ok(None),
+    };
+    let holds = open.flatten().any(|fd| matches!(Stamp::of(&fd.path()), Ok(Some(s)) if s.id == lock.id));
+    Ok(holds.then_some(holder))
+}
+
+/// Which boot of this host it is. `None` where the kernel does not tell.
+pub fn boot_id() -> Option<String> {
+    BootId::current().map(|boot| boot.to_string())
+}
+
+/// Domains with state on this host, whether or not libvirt still knows them.
+pub fn known_domains(state: &Path) -> Result<Vec<DomainUuid>> {
+    let dir = state.join("domains");
+    let entries = match fs::read_dir(&dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(Error::io("cannot list the state", &dir, e)),
+    };
+    let mut uuids: Vec<DomainUuid> = entries
+        .filter_map(|e| e.ok()?.file_name().into_string().ok())
+        .filter_map(|name| DomainUuid::new(name).ok())
+        .collect();
+    uuids.sort();
+    Ok(uuids)
+}
+
+pub(in crate::replicate) fn domain_dir(state: &Path, uuid: &DomainUuid) -> PathBuf {
+    state.join("domains").join(uuid.as_str())
+}
+
+fn busy(file: &mut File, path: &Path) -> Error {
+    let mut text = String::new();
+    let holder =
+        file.take(4096).read_to_string(&mut text).ok().and_then(|_| serde_json::from_str::<Holder>(&text).ok());
+    let what = match holder {
+        Some(h) => format!("another program works on this domain: {} (pid {}, since {})", h.what, h.pid, h.since),
+        None => "another program works on this domain".to_owned(),
+    };
+    Error::new(Kind::Busy, what).path(path).hint("wait for it to end; the lock is free as soon as its holder is gone")
+}
+
+fn read_record(path: &Path) -> Result<Option<Record>> {
+    let Some(record) = read_json::<Record>(path)? else { return Ok(None) };
+    known_version(record.format, path)?;
+    Ok(Some(record))
+}
+
+fn read_backup(path: &Path) -> Result<Option<BackupRecord>> {
+    let Some(record) = read_json::<BackupRecord>(path)? else { return Ok(None) };
+    known_version(record.format, path)?;
+    Ok(Some(record))
+}
+
+fn known_version(format: u32, path: &Path) -> Result<()> {
+    if format == 1 {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Corrupt, format!("the record has the unknown version {format}"))
+        .path(path)
+        .hint("it was written by a newer virt-replica: use that one to settle the domain"))
+}
+
+/// An error about this host's own state; where a right is missing, with the way out.
+pub(crate) fn denied(error: Error) -> Error {
+    let cause = std::error::Error::source(&error).and_then(|cause| cause.downcast_ref::<std::io::Error>());
+    match cause.map(std::io::Error::kind) {
+        Some(std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem) => {
+            error.hint("run it as root (sudo), or name a directory of your own for the state: --state-dir DIR")
+        }
+        _ => error,
+    }
+}
+
+pub(crate) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    let mut text = Vec::new();
+    match File::open(path).and_then(|f| f.take(DOCUMENT_MAX).read_to_end(&mut text)) {
+        Ok(_) => {}
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(denied(Error::io("cannot read", path, e))),
+    }
+    serde_json::from_slice(&text).map(Some).map_err(|e| {
+        Error::new(Kind::Corrupt, "this document of our own cannot be understood")
+            .path(path)
+            .source(e)
+            .hint("it is written atomically, so something else changed it; look at it before you move it away")
+    })
+}
+
+pub(crate) fn to_json(value: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec_pretty(value).expect("our documents are plain data")
+}
+
+/// Replaces `dir/name` by this value, after it was read back by the type that reads it: what this program could not read must
+/// never take the place of what it can.
+pub(crate) fn replace_json<T: Serialize + serde::de::DeserializeOwned>(
+    dir: &Path,
+    name: &str,
+    value: &T,
+) -> Result<()> {
+    let json = to_json(value);
+    serde_json::from_slice::<T>(&json).map_err(|e| {
+        Error::new(Kind::Corrupt, "a new document could not be read again; the old one stays")
+            .path(dir.join(name))
+            .source(e)
+    })?;
+    replace(dir, name, &json)
+}
+
+/// Replaces `dir/name` whole: temp, fsync, rename, directory fsync. Refuses what [`read_json`] would cut.
+pub(crate) fn replace(dir: &Path, name: &str, content: &[u8]) -> Result<()> {
+    let path = dir.join(name);
+    if content.len() as u64 >= DOCUMENT_MAX {
+        let what = format!("a document of {} bytes is larger than any that is read again", content.len());
+        return Err(Error::new(Kind::Refused, what).path(path));
+    }
+    let fail = |e: std::io::Error| Error::io("cannot write durably", &path, e);
+    let mut temp = tempfile::Builder::new().prefix(".new-").tempfile_in(dir).map_err(fail)?;
+    temp.write_all(content).map_err(fail)?;
+    temp.as_file().sync_all().map_err(fail)?;
+    temp.persist(&path).map_err(|e| fail(e.error))?;
+    sync_dir(dir)
+}
+
+/// Removes `dir/name`. Durable when it returns, also where the name is gone already: whoever removed it may have died before
+/// the directory was synced, and the file would be back after a power cut.
+pub(crate) fn remove_durably(dir: &Path, name: &str, cannot: &'static str) -> Result<()> {
+    let path = dir.join(name);
+    match fs::remove_file(&path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(cannot, &path, e)),
+        // Nothing comes back into a directory that is not there.
+        Err(_) if !dir.is_dir() => Ok(()),
+        _ => sync_dir(dir),
+    }
+}
+
+/// Makes renames and removals in a directory durable.
+pub fn sync_dir(dir: &Path) -> Result<()> {
+    File::open(dir).and_then(|d| d.sync_all()).map_err(|e| Error::io("cannot sync the directory", dir, e))?;
+    crate::traced_step!("sync", dir);
+    Ok(())
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::image::Format;
+
+    pub(crate) fn record(phase: Phase) -> Record {
+        Record {
+            format: 1,
+            run: RunId::from_bits(7),
+            domain: DomainName::new("db01").unwrap(),
+            uuid: DomainUuid::new("6695eb01-f6a4-8304-79aa-97f2502e193f").unwrap(),
+            instance: Some(3),
+            boot: None,
+            persistent: true,
+            phase,
+            resume_after: false,
+            ran: true,
+            commit_denied: None,
+            disks: vec![DiskRecord {
+                name: DiskName::new("vda").unwrap(),
+                base: Layer {
+                    path: "/pool/a.qcow2".into(),
+                    format: Format::Qcow2,
+                    block_device: false,
+                    data_file: None,
+                },
+                overlay: "/pool/a.vr-0000.qcow2".into(),
+                size: DiskSize(1 << 30),
+                base_stamp: None,
+                overlay_id: None,
+                complete_at: None,
+                live_only: false,
+                off_commit: false,
+            }],
+            started_at: Timestamp::UNIX_EPOCH,
+            frozen_at: None,
+            point: None,
+        }
+    }
+
+    #[test]
+    fn a_second_hand_is_told_who_holds_the_domain() {
+        let state = tempfile::tempdir().unwrap();
+        let uuid = record(Phase::Frozen).uuid;
+        let first = Journal::open(state.path(), &uuid, "sync to dr1", Timestamp::UNIX_EPOCH).unwrap();
+        let e = Journal::open(state.path(), &uuid, "doctor", Timestamp::UNIX_EPOCH).unwrap_err();
+        assert_eq!(e.kind(), Kind::Busy);
+        assert_eq!(holder(state.path(), &uuid).unwrap().unwrap().what, "sync to dr1");
+        assert!(e.what().contains("sync to dr1") && e.what().contains(&std::process::id().to_string()), "{e}");
+        drop(first);
+        assert_eq!(holder(state.path(), &uuid).unwrap(), None);
+        Journal::open(state.path(), &uuid, "doctor", Timestamp::UNIX_EPOCH).unwrap();
+    }
+
+    #[test]
+    fn a_record_is_there_until_it_is_closed() {
+        let state = tempfile::tempdir().unwrap();
+        let written = record(Phase::CommitIntent);
+        let journal = Journal::open(state.path(), &written.uuid, "test", Timestamp::UNIX_EPOCH).unwrap();
+        assert_eq!(journal.record().unwrap(), None);
+        journal.write(&written).unwrap();
+        assert_eq!(peek(state.path(), &written.uuid).unwrap(), Some(written.clone()));
+        assert_eq!(known_domains(state.path()).unwrap(), std::slice::from_ref(&written.uuid));
+        journal.close().unwrap();
+        journal.close().unwrap();
+        assert_eq!(journal.record().unwrap(), None);
+    }
+
+    /// A power cut takes back what was seen and not synced: whoever takes the lock syncs before it believes, and a removal that
+    /// is found done is made durable like one's own.
+    #[cfg(feature = "failpoints")]
+    #[test]
+    fn what_a_killed_run_left_unsynced_is_made_durable_first() {
+        use crate::failpoint::traced;
+        let state = tempfile::tempdir().unwrap();
+        let uuid = record(Phase::Frozen).uuid;
+        let synced = format!("sync {}", domain_dir(state.path(), &uuid).display());
+        let open = || Journal::open(state.path(), &uuid, "test", Timestamp::UNIX_EPOCH).unwrap();
+        let (journal, steps) = traced(open);
+        assert_eq!(steps, [synced.as_str()]);
+        journal.write(&record(Phase::Frozen)).unwrap();
+        for what in ["the record is removed", "it was removed, and the directory not synced"] {
+            assert_eq!(traced(|| journal.close().unwrap()).1, [synced.as_str()], "{what}");
+        }
+        assert_eq!(traced(|| journal.thaw_is_paid().unwrap()).1, [synced.as_str()]);
+        std::fs::remove_dir_all(domain_dir(state.path(), &uuid)).unwrap();
+        journal.close().unwrap();
+        // A generation that is found raised.
+        let raise =
+            |n| crate::replicate::state::generation::raise(state.path(), &uuid, crate::name::Generation(n)).unwrap();
+        raise(3);
+        assert_eq!(traced(|| raise(3)).1, [synced.as_str()]);
+    }
+
+    /// `status` shows the last point even if the runs after it failed, and reads past what a crash cut short.
+    #[test]
+    fn the_history_is_read_from_its_end() {
+        let state = tempfile::tempdir().unwrap();
+        let uuid = record(Phase::Frozen).uuid;
+        assert_eq!(recent_reports::<u64>(state.path(), &uuid).unwrap(), Vec::<u64>::new());
+        let journal = Journal::open(state.path(), &uuid, "test", Timestamp::UNIX_EPOCH).unwrap();
+        for n in 0..60_000u64 {
+            if n % 1000 == 0 || n >= 59_998 {
+                journal.keep_report(&n).unwrap();
+            }
+        }
+        let path = domain_dir(state.path(), &uuid).join("history.jsonl");
+        OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"cut\": ").unwrap();
+        let all = recent_reports::<u64>(state.path(), &uuid).unwrap();
+        assert_eq!(all.len(), 62);
+        assert_eq!(all[60..], [59_998, 59_999]);
+        fs::write(&path, [b"7\n".as_slice(), &b"1\n".repeat(history::HISTORY_TAIL as usize / 2)].concat()).unwrap();
+        assert!(recent_reports::<u64>(state.path(), &uuid).unwrap().iter().all(|n| *n == 1));
+    }
+
+    #[test]
+    fn a_record_of_the_future_is_refused_and_kept() {
+        let state = tempfile::tempdir().unwrap();
+        let mut future = record(Phase::Frozen);
+        let journal = Journal::open(state.path(), &future.uuid, "test", Timestamp::UNIX_EPOCH).unwrap();
+        future.format = 2;
+        journal.write(&future).unwrap();
+        assert_eq!(journal.record().unwrap_err().kind(), Kind::Corrupt);
+        assert!(domain_dir(state.path(), &future.uuid).join("record.json").exists());
+    }
+}
