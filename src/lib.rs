@@ -57,4 +57,4 @@ pub mod plain;
 pub mod recovery;
 
 pub mod daemon;
-pub mod site;
+pub mod wiring;

@@ -22,8 +22,8 @@ use virt_replica::plain::source::ReadOptions;
 use virt_replica::plain::target::LocalOptions;
 use virt_replica::plain::tree::Make;
 use virt_replica::plain::{Finish, Wish, changed, meta_of};
-use virt_replica::site::plain::{self as site, Place};
-use virt_replica::site::{Connection, workers};
+use virt_replica::wiring::plain::{self as site, Place};
+use virt_replica::wiring::{Connection, workers};
 
 #[derive(Debug, Args)]
 pub struct CopyArgs {

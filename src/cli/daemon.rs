@@ -14,7 +14,7 @@ use virt_replica::policy::Policy;
 use virt_replica::policy::select::{SeenDomain, SeenReplica};
 use virt_replica::replica::lag;
 use virt_replica::replica::left_out::Skipped;
-use virt_replica::site::{self, runtime_dir};
+use virt_replica::wiring::{self, runtime_dir};
 
 #[derive(Debug, Args)]
 pub struct DaemonArgs {
@@ -155,7 +155,7 @@ pub fn replicas(policies: &[Policy]) -> Result<Vec<SeenReplica>> {
     let stores: BTreeSet<&PathBuf> = policies.iter().filter_map(|p| p.store.as_ref()).collect();
     let mut found = Vec::new();
     for store in stores {
-        found.extend(site::replicas_of(store)?.into_iter().map(|(uuid, name, _)| SeenReplica {
+        found.extend(wiring::replicas_of(store)?.into_iter().map(|(uuid, name, _)| SeenReplica {
             domain: SeenDomain { name, uuid, tags: Vec::new() },
             store: store.clone(),
         }));
@@ -185,7 +185,7 @@ mod service {
     use virt_replica::daemon::worker::Program;
     use virt_replica::error::{Error, Kind};
     use virt_replica::replica::ReplicaView;
-    use virt_replica::site::{Site, SiteOptions};
+    use virt_replica::wiring::{Site, SiteOptions};
 
     /// How often libvirt is asked which domains there are.
     const LIST_EVERY: Duration = Duration::from_secs(30);
@@ -209,7 +209,7 @@ mod service {
                     head: view.head().map(|h| h.as_of()),
                     promoted_since: view.promoted.map(|p| p.since),
                 };
-                Ok(site::replicas_of(root)?.into_iter().map(seen).collect())
+                Ok(wiring::replicas_of(root)?.into_iter().map(seen).collect())
             }),
             list_every: LIST_EVERY,
             once,

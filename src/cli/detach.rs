@@ -59,7 +59,7 @@ mod act {
     use serde_json::json;
     use std::cell::Cell;
     use virt_replica::name::DiskName;
-    use virt_replica::site::here::Told;
+    use virt_replica::wiring::local_target::Told;
 
     pub fn detach(args: &DetachArgs, globals: &Globals, output: Output) -> Result<Exit> {
         let stop = signals::listen_saying(

@@ -12,9 +12,9 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use virt_replica::engine::pump::Progress;
 use virt_replica::error::Result;
-use virt_replica::plain::kept;
+use virt_replica::plain::kept_digests;
 use virt_replica::plain::source::hash;
-use virt_replica::site::{plain as site, workers};
+use virt_replica::wiring::{plain as site, workers};
 
 #[derive(Debug, Args)]
 pub struct DigestArgs {
@@ -54,7 +54,7 @@ pub fn digest(args: &DigestArgs, globals: &Globals, output: Output) -> Result<Ex
     good()?;
     let size = source.size();
     source.close()?;
-    kept::write(&hashed.nodes, hashed.root, &mut out)?;
+    kept_digests::write(&hashed.nodes, hashed.root, &mut out)?;
     let (piped, bytes_read) = (out.is_stdout(), progress.read.load(Ordering::Relaxed));
     out.commit()?;
     let said = format!("{} has root {}; {} read", image.display(), hashed.root, render::bytes(bytes_read));

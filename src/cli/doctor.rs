@@ -47,7 +47,7 @@ mod examine {
     use virt_replica::replicate::state::handover_record::{self, Stage};
     use virt_replica::replicate::state::journal;
     use virt_replica::replicate::state::report::Report;
-    use virt_replica::site::Site;
+    use virt_replica::wiring::Site;
 
     /// Examines domains, and mends them on request. Exit code 1 if anything is left to be done, 11 if another program
     /// is at work on what was to be mended.

@@ -45,7 +45,7 @@ mod run {
     use crate::cli::{render, signals, source};
     use virt_replica::error::{Error, Kind};
     use virt_replica::recovery::drill::{Outcome, Report};
-    use virt_replica::site::here::DrillWish;
+    use virt_replica::wiring::local_target::DrillWish;
 
     /// Exit code 0 if all evidence was seen and nothing is left.
     pub fn drill(args: &DrillArgs, globals: &Globals, output: Output) -> Result<Exit> {

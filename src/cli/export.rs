@@ -17,8 +17,8 @@ use virt_replica::name::{DiskName, DomainName, DomainUuid, PointId};
 use virt_replica::replica::receive::{self, receive_file};
 use virt_replica::replica::upkeep::Upkeep as _;
 use virt_replica::replica::{PointDisk, Replica as _};
-use virt_replica::site;
 use virt_replica::transport::target::TargetUrl;
+use virt_replica::wiring;
 
 /// A script hears of progress at most this often.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
@@ -119,7 +119,7 @@ fn serve(args: &ExportArgs, target: &Target, globals: &Globals, output: Output) 
             socket.display()
         )),
     };
-    site::serve_nbd(root, &found.uuid, &found.point, &found.disk.name, socket, &ready, stop)
+    wiring::serve_nbd(root, &found.uuid, &found.point, &found.disk.name, socket, &ready, stop)
         .map_err(|e| e.domain(&found.name).point(&found.point))?;
     Ok(Exit::Done)
 }

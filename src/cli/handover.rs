@@ -42,10 +42,10 @@ mod act {
     use virt_replica::replicate::cycle;
     use virt_replica::replicate::plan::PlanOptions;
     use virt_replica::replicate::state::handover_record;
-    use virt_replica::site::handover::Means;
-    use virt_replica::site::{Connection, Site};
     use virt_replica::transport::Service;
     use virt_replica::transport::target::TargetUrl;
+    use virt_replica::wiring::handover::Means;
+    use virt_replica::wiring::{Connection, Site};
 
     /// A head that is older is brought up to date before the guest goes down.
     const HEAD_AGE_MAX: Duration = Duration::from_secs(120);

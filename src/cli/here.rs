@@ -26,14 +26,14 @@ mod connect {
     use std::path::Path;
     use virt_replica::error::Result;
     use virt_replica::recovery::mapping::{MAPPING_FILE, Mapping};
-    use virt_replica::site;
-    use virt_replica::site::here::{Here, HereOptions};
+    use virt_replica::wiring;
+    use virt_replica::wiring::local_target::{Here, HereOptions};
 
     impl HereArgs {
         /// The same, and makes a store of the directory first if that is wished and it is none.
         pub fn connect_creating(&self, globals: &Globals, wish: CreateStore) -> Result<Here> {
             if wish.create_store {
-                site::stores::create(&self.root)?;
+                wiring::stores::create(&self.root)?;
             }
             self.connect(globals)
         }

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use virt_replica::agent::client::AgentClient;
 use virt_replica::error::Result;
 use virt_replica::name::{DomainName, DomainUuid};
-use virt_replica::site;
+use virt_replica::wiring;
 
 /// The one replica that is meant; what the name alone would not have told is said.
 pub fn find(client: &Arc<AgentClient>, name_or_uuid: &str, globals: &Globals) -> Result<(DomainUuid, DomainName)> {
     let here = || here(globals, name_or_uuid);
-    let (found, note) = site::find_replica(client, name_or_uuid, &here)?;
+    let (found, note) = wiring::find_replica(client, name_or_uuid, &here)?;
     if let Some(note) = note {
         tracing::warn!("{note}");
     }

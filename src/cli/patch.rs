@@ -24,8 +24,8 @@ use virt_replica::plain::patchfile::{self, Applied, PatchInfo};
 use virt_replica::plain::source::Source;
 use virt_replica::plain::target::LocalOptions;
 use virt_replica::plain::{Finish, PlainTarget, WayWish, Wish, diff as story, kept, merge, redo};
-use virt_replica::site::plain::{self as site, Place};
-use virt_replica::site::{Connection, workers};
+use virt_replica::wiring::plain::{self as site, Place};
+use virt_replica::wiring::{Connection, workers};
 
 #[derive(Debug, Args)]
 pub struct DiffArgs {
@@ -151,7 +151,7 @@ fn make(
 
 fn open_base(args: &DiffArgs, globals: &Globals) -> Result<(Box<dyn PlainTarget>, Option<Connection>)> {
     if let Some(file) = &args.base.base_digest {
-        let (nodes, root) = kept::read(std::io::BufReader::new(input(file)?)).map_err(|e| e.path(file))?;
+        let (nodes, root) = kept_digests::read(std::io::BufReader::new(input(file)?)).map_err(|e| e.path(file))?;
         return Ok((Box::new(KnownByDigests { nodes, root }), None));
     }
     let Some(base) = &args.base.base else { return Ok((Box::new(Nothing), None)) };

@@ -10,8 +10,8 @@ use virt_replica::error::Result;
 use virt_replica::name::{DomainName, DomainUuid};
 use virt_replica::replica::upkeep::{Holds, Upkeep as _};
 use virt_replica::replica::{PointView, Replica as _, ReplicaView, lag};
-use virt_replica::site::Connection;
 use virt_replica::transport::target::TargetUrl;
+use virt_replica::wiring::Connection;
 
 #[derive(Debug, Args)]
 pub struct PointsArgs {

@@ -11,8 +11,8 @@ use std::path::PathBuf;
 use virt_replica::error::{Error, Kind, Result};
 use virt_replica::image::{Format, Layer};
 use virt_replica::name::{DiskName, DomainUuid};
-use virt_replica::site;
 use virt_replica::transport::target::ROOT_DEFAULT;
+use virt_replica::wiring;
 
 #[derive(Debug, Args)]
 pub struct SeedArgs {
@@ -46,12 +46,12 @@ pub fn seed(args: &SeedArgs, output: Output) -> Result<Exit> {
     })?;
     let path = std::path::absolute(&args.from).map_err(|e| Error::io("this cannot be an image", &args.from, e))?;
     let format = if args.format == "raw" { Format::Raw } else { Format::Qcow2 };
-    let layer = Layer { path, format, block_device: site::is_block_device(&args.from), data_file: None };
+    let layer = Layer { path, format, block_device: wiring::is_block_device(&args.from), data_file: None };
     if args.create_store.create_store {
-        site::stores::create(&args.root)?;
+        wiring::stores::create(&args.root)?;
     }
     let shown = (!output.quiet && !output.json).then(|| bar(args.disk.as_str(), 0));
-    let adopted = site::seed(&args.root, &uuid, &args.disk, (&layer, &args.backing.dirs), &mut |done, all| {
+    let adopted = wiring::seed(&args.root, &uuid, &args.disk, (&layer, &args.backing.dirs), &mut |done, all| {
         if let Some(bar) = &shown {
             bar.set_length(all);
             bar.set_position(done);

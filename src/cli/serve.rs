@@ -8,8 +8,8 @@ use std::time::Duration;
 use virt_replica::error::Result;
 use virt_replica::name::DomainUuid;
 use virt_replica::replica::store::Limits;
-use virt_replica::site;
 use virt_replica::transport::target::ROOT_DEFAULT;
+use virt_replica::wiring;
 
 #[derive(Debug, Args)]
 pub struct AgentArgs {
@@ -48,13 +48,13 @@ pub fn agent(args: &AgentArgs, globals: &Globals) -> Result<Exit> {
     ignore_interrupts();
     bound_memory();
     if args.images {
-        site::serve_images(&args.root, &globals.state_dir)?;
+        wiring::serve_images(&args.root, &globals.state_dir)?;
         return Ok(Exit::Done);
     }
-    let limits = Limits { min_age: args.min_age, depth_max: args.max_depth.unwrap_or_else(site::depth_max) };
+    let limits = Limits { min_age: args.min_age, depth_max: args.max_depth.unwrap_or_else(wiring::depth_max) };
     match args.failover {
         true => serve_failover(args, limits, globals)?,
-        false => site::serve_agent(&args.root, limits, args.operator)?,
+        false => wiring::serve_agent(&args.root, limits, args.operator)?,
     }
     Ok(Exit::Done)
 }
@@ -62,7 +62,7 @@ pub fn agent(args: &AgentArgs, globals: &Globals) -> Result<Exit> {
 #[cfg(feature = "libvirt")]
 fn serve_failover(args: &AgentArgs, limits: Limits, globals: &Globals) -> Result<()> {
     let connect = || super::here::connect(globals, &args.root, args.mapping.as_deref());
-    site::serve_failover(&args.root, limits, args.operator, &connect)
+    wiring::serve_failover(&args.root, limits, args.operator, &connect)
 }
 
 #[cfg(not(feature = "libvirt"))]

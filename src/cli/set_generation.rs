@@ -8,8 +8,8 @@ use std::io::{IsTerminal as _, Write as _};
 use std::path::PathBuf;
 use virt_replica::error::{Error, Kind, Result};
 use virt_replica::name::{DomainName, Generation};
-use virt_replica::site;
 use virt_replica::transport::target::ROOT_DEFAULT;
+use virt_replica::wiring;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -35,14 +35,14 @@ pub struct SetGenerationArgs {
 }
 
 pub fn set_generation(args: &SetGenerationArgs, _: &Globals, output: Output) -> Result<Exit> {
-    let found = site::stores::find_generation(&args.root, &args.domain)?;
+    let found = wiring::stores::find_generation(&args.root, &args.domain)?;
     let generation = Generation(args.generation);
     let question = format!(
         "The replica of {} ({}) is of generation {}. From now on it is of generation {generation}.",
         found.name, found.uuid, found.generation
     );
     confirm(args, &found.name, &question)?;
-    site::stores::set_generation(&args.root, &found.uuid, generation).map_err(|e| e.domain(&found.name))?;
+    wiring::stores::set_generation(&args.root, &found.uuid, generation).map_err(|e| e.domain(&found.name))?;
     match output.json {
         true => print_json(&json!({
             "domain": found.name, "uuid": found.uuid, "generation_before": found.generation, "generation": generation,

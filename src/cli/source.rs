@@ -12,8 +12,8 @@ use virt_replica::replicate::cycle::Request;
 use virt_replica::replicate::plan::PlanOptions;
 use virt_replica::replicate::plan::capture_choice::CaptureWish;
 use virt_replica::replicate::settle::options::SettleOptions;
-pub use virt_replica::site::new_run;
-use virt_replica::site::{self, Site, SiteOptions};
+pub use virt_replica::wiring::new_run;
+use virt_replica::wiring::{self, Site, SiteOptions};
 
 /// Overlays of block devices lie here unless a directory is configured: it exists wherever libvirt does, and QEMU
 /// may enter it.
@@ -43,7 +43,7 @@ pub fn request(
     let block_overlay_dir = defaults.block_overlay_dir.clone().unwrap_or_else(|| BLOCK_OVERLAY_DIR.into());
     let overlay_dir = wish.overlay_dir.clone().or_else(|| defaults.overlay_dir.clone());
     let capture = capture.or(defaults.capture).unwrap_or_default();
-    let workers = site::workers();
+    let workers = wiring::workers();
     Ok(Request {
         domain: domain.to_owned(),
         target: target.url.to_string(),
@@ -52,7 +52,7 @@ pub fn request(
         state: globals.state_dir.clone(),
         plan: PlanOptions { overlay_dir, block_overlay_dir, capture, ..wish },
         settle: SettleOptions::default(),
-        open: site::open_options(workers),
+        open: wiring::open_options(workers),
         with_secrets: false,
         workers,
         compression: Compression::default(),

@@ -5,8 +5,8 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 use std::path::PathBuf;
 use virt_replica::error::Result;
-use virt_replica::site::stores;
 use virt_replica::transport::target::ROOT_DEFAULT;
+use virt_replica::wiring::stores;
 
 #[derive(Debug, Args)]
 pub struct StoreArgs {

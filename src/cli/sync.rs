@@ -136,7 +136,7 @@ mod run {
     use virt_replica::replicate::plan::forecast::SpaceOptions;
     use virt_replica::replicate::plan::{CaptureKind, Plan, PlanOptions};
     use virt_replica::replicate::state::report::{Report, RunOutcome, TargetSeen};
-    use virt_replica::site::Connection;
+    use virt_replica::wiring::Connection;
 
     impl RunArgs {
         fn prepare(&self, globals: &Globals) -> Result<(Target, Request)> {

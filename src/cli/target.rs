@@ -5,9 +5,9 @@ use clap::Args;
 use std::path::PathBuf;
 use virt_replica::config::Config;
 use virt_replica::error::Result;
-use virt_replica::site::Connection;
 use virt_replica::transport::ssh::SshOptions;
 use virt_replica::transport::target::TargetUrl;
+use virt_replica::wiring::Connection;
 
 /// Where to, for commands that cannot do without.
 #[derive(Debug, Args)]

@@ -4,7 +4,6 @@
 //! - A block is written only if its content has the digest that the patch names for it, and only if it differs.
 //! - What is learned of the image beforehand ([`Base`]) is not changed by what arrives.
 
-use super::landing::Landing;
 use super::redo::Spool;
 use super::source::read_block;
 use super::undo::Undo;
@@ -19,6 +18,7 @@ use crate::image::qcow2::Qcow2Writer;
 use crate::image::raw::RawWriter;
 use crate::image::{Image, ImageMut};
 use crate::patch::{self, Decoder, Header, Item, Limits};
+use crate::plain::write_target::Landing;
 use crate::replica::DiskApplied;
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Seek};

@@ -14,23 +14,23 @@
 //!
 //! Steps and their crashes: docs/plain.md.
 
+mod beside;
 pub mod changed;
 pub mod copy;
 pub mod diff;
 pub mod identity;
 mod incoming;
-pub mod kept;
-mod landing;
+pub mod kept_digests;
 pub mod merge;
 pub mod patchfile;
-mod place;
 pub mod redo;
 pub mod source;
 pub mod target;
 pub mod tree;
 mod undo;
+mod write_target;
 
-pub use place::meta_of;
+pub use beside::meta_of;
 
 use crate::block::DiskSize;
 use crate::block::digest::Digest;

@@ -11,7 +11,6 @@
 //! ```
 
 use super::identity::Identity;
-use super::place::{NAME_MAX, dir_of, fitting, remove, sync_dir};
 use super::{file_name, source};
 use crate::block::{BlockIndex, ByteRange, DiskSize};
 use crate::error::{Error, Kind, Result};
@@ -19,6 +18,7 @@ use crate::file_id::{BootId, FileId};
 use crate::image::raw::RawWriter;
 use crate::image::{Format, Image, ImageMut, Layer};
 use crate::patch::{self, Decoder, Item, Limits, PieceMask};
+use crate::plain::beside::{NAME_MAX, dir_of, fitting, remove, sync_dir};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write};
@@ -324,7 +324,7 @@ fn write_pieces(image: &RawWriter, block: BlockIndex, mask: PieceMask, whole: &[
 
 /// Ends what was cut short on the image at `path`: says whether there was anything. Blocks.
 pub fn finish(path: &Path, device_dir: &Path) -> Result<bool> {
-    let path = super::place::real_path(path)?;
+    let path = crate::plain::beside::real_path(path)?;
     let layer = source::layer(&path, Format::Raw)?;
     let redo = path_of(&path, layer.block_device, device_dir)?;
     if !redo.exists() {

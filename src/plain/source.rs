@@ -56,10 +56,10 @@ impl Source {
     /// `options.open.force_share`; `Conflict` if an `apply` or `copy` into it was cut short. Blocks.
     pub fn open(path: &Path, format: Format, options: &ReadOptions) -> Result<Source> {
         let layer = layer(path, format)?;
-        redo::refuse_if_torn(&super::place::real_path(path)?, layer.block_device, &options.redo_dir)?;
+        redo::refuse_if_torn(&crate::plain::beside::real_path(path)?, layer.block_device, &options.redo_dir)?;
         let beside = chain::named_beside(path, &options.backing);
         let may = |file: &Path| match &options.within {
-            Some(root) => super::place::check_within(file, root).map(drop),
+            Some(root) => crate::plain::beside::check_within(file, root).map(drop),
             None => beside(file),
         };
         let chain = chain::resolve_chain_where(&layer, &may)?;
@@ -96,9 +96,9 @@ impl Source {
     /// As [`Source::open`], of an image in a format of others, which is one file.
     pub fn open_foreign(path: &Path, format: Foreign, options: &ReadOptions) -> Result<Source> {
         let layer = layer(path, Format::Raw)?;
-        redo::refuse_if_torn(&super::place::real_path(path)?, layer.block_device, &options.redo_dir)?;
+        redo::refuse_if_torn(&crate::plain::beside::real_path(path)?, layer.block_device, &options.redo_dir)?;
         if let Some(root) = &options.within {
-            super::place::check_within(path, root)?;
+            crate::plain::beside::check_within(path, root)?;
         }
         let shared = options.open.force_share;
         let locks = if shared { Vec::new() } else { vec![lock(path)?] };

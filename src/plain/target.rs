@@ -10,12 +10,10 @@
 
 use super::identity::Identity;
 use super::incoming::{Base, Begin, Finished, Incoming, Into, Outcome};
-use super::landing::{Choice, Landing, check_way, check_writable, mended};
-use super::place::{self, PartLock, part_of, remove, take_place};
 use super::redo;
 use super::source::{self, ReadOptions, Source, alone, hash};
 use super::undo::Undo;
-use super::{Committed, FileMeta, Finish, ImageView, PlainTarget, Way, WayWish, Whole, Wish, kept};
+use super::{Committed, FileMeta, Finish, ImageView, PlainTarget, Way, WayWish, Whole, Wish, kept_digests};
 use crate::block::digest::{BlockPieces, Digest, piece_digests};
 use crate::block::tree::ZeroNodes;
 use crate::block::{BlockIndex, DiskSize};
@@ -29,6 +27,8 @@ use crate::image::open::{self, OpenOptions, Opened};
 use crate::image::raw::RawImage;
 use crate::image::{Format, Image, Layer};
 use crate::name::DiskName;
+use crate::plain::beside::{self, PartLock, part_of, remove, take_place};
+use crate::plain::write_target::{Choice, Landing, check_way, check_writable, mended};
 use crate::replica::{DiskApplied, DiskTarget, check_blocks};
 use std::cell::RefCell;
 use std::ops::Range;
@@ -90,11 +90,11 @@ impl LocalTarget {
     /// `Refused` where its format or place does not allow it. Blocks.
     pub fn open(wish: &Wish, options: &LocalOptions) -> Result<LocalTarget> {
         let real = match &options.within {
-            Some(root) => place::check_within(&wish.path, root)?,
-            None => place::real_path(&wish.path)?,
+            Some(root) => beside::check_within(&wish.path, root)?,
+            None => beside::real_path(&wish.path)?,
         };
         if let (Some(root), Some(dir)) = (&options.within, &wish.digests) {
-            place::check_within(dir, root)?;
+            beside::check_within(dir, root)?;
         }
         match wish.read_only {
             true => Self::open_read_only(wish, options, real),
@@ -129,7 +129,7 @@ impl LocalTarget {
         check_way(wish, &layer)?;
         // Asked before hours of comparing, and not when the result is to take its place.
         if !(layer.block_device || exists && wish.way == WayWish::InPlace) {
-            place::check_may_put(&layer.path)?;
+            beside::check_may_put(&layer.path)?;
         }
         let mut target = Self::assemble(wish, options, layer, exists, Base::default());
         if exists {
@@ -179,7 +179,7 @@ impl LocalTarget {
             // A link would lead our writing elsewhere.
             Ok(_) => return Err(Error::new(Kind::Conflict, "this is no file of ours").path(part).hint("remove it")),
         }
-        let held = place::hold(&part)?;
+        let held = beside::hold(&part)?;
         let worthless = match self.wish.format {
             AnyFormat::Own(Format::Raw) => false,
             AnyFormat::Own(Format::Qcow2) => !mended(&part),
@@ -224,7 +224,7 @@ impl LocalTarget {
         let found = match (self.view.resumes, self.layer.block_device || self.wish.force_share) {
             (true, _) => Err("a copy that was cut short is gone on with".to_owned()),
             (_, true) => Err(UNTOLD.to_owned()),
-            _ => kept::load(&dir, &self.layer.path, Identity::of(&self.layer.path)?)?,
+            _ => kept_digests::load(&dir, &self.layer.path, Identity::of(&self.layer.path)?)?,
         };
         match found {
             Ok((nodes, root)) if nodes.size() == self.view.size => {
@@ -284,7 +284,7 @@ impl LocalTarget {
                 (nodes, root)
             }
         };
-        kept::save(dir, &self.layer.path, identity, &nodes, root).map(|()| None)
+        kept_digests::save(dir, &self.layer.path, identity, &nodes, root).map(|()| None)
     }
 
     fn put_in_place(&self, landing: Landing, outcome: &Outcome, meta: Option<&FileMeta>) -> Result<()> {
@@ -311,7 +311,7 @@ impl LocalTarget {
                 return Ok(());
             }
         }
-        meta.map_or(Ok(()), |meta| place::set_meta(image, meta))
+        meta.map_or(Ok(()), |meta| beside::set_meta(image, meta))
     }
 
     /// What QEMU has written is an image of this format that holds together, and reads as it should: asked of the closed file.
@@ -425,8 +425,8 @@ impl PlainTarget for LocalTarget {
         let Some(Finished { landing, outcome, .. }) = finished else {
             // Nothing was to be changed; but "done" means durable, whoever made it equal.
             if self.exists && !self.wish.read_only {
-                meta.map_or(Ok(()), |meta| place::set_meta(&self.layer.path, meta))?;
-                place::make_durable(&self.layer.path)?;
+                meta.map_or(Ok(()), |meta| beside::set_meta(&self.layer.path, meta))?;
+                beside::make_durable(&self.layer.path)?;
             }
             return Ok(Committed { way: None, digests_reason: self.keep(None)? });
         };

@@ -5,9 +5,9 @@
 //! - A link is never followed out of a directory: it is made anew, or left out.
 //! - Below the root of an agent nothing is made that leads out of that root.
 
-use super::place::{check_within, is_beside_an_image, real_path, set_meta, sync_dir};
 use super::{FileMeta, file_name, meta_of};
 use crate::error::{Error, Kind, Result};
+use crate::plain::beside::{check_within, is_beside_an_image, real_path, set_meta, sync_dir};
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::path::{Component, Path, PathBuf};

@@ -3,11 +3,11 @@
 //! The old contents are gathered in a file without a name; the patch is written once both roots are known, and is durable
 //! before the patch that it undoes is put in place.
 
-use super::place::{dir_of, sync_dir};
 use crate::block::digest::{Digest, block_digest};
 use crate::block::{BlockIndex, DiskSize};
 use crate::error::{Error, Kind, Result};
 use crate::patch::{Compression, Header, RecordEncoder, StreamTail};
+use crate::plain::beside::{dir_of, sync_dir};
 use std::fs::{File, OpenOptions};
 use std::io::{BufReader, BufWriter, Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;

@@ -6,11 +6,11 @@
 //! Near: `site::near`. Far: the agent's client. What the verbs do: [`super::failover`], docs/recovery.md.
 
 use super::failover::FailoverRecord;
-use super::give_way::GaveWay;
 use super::ready::{Color, Finding};
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::Power;
 use crate::name::{DiskName, DomainName, Generation, PointId, RunId};
+use crate::recovery::retire_home_copy::GaveWay;
 use crate::replica::PointView;
 use crate::replica::upkeep::Promoted;
 use crate::replicate::state::handover_record::DiskFormat;
@@ -48,7 +48,7 @@ pub trait BringUp {
     fn commit(&self, say: &dyn Fn(&str)) -> Result<Generation>;
 
     /// What the host itself has of the domain, which is off there, becomes a pinned point of its store, and its definition goes: see
-    /// [`give_way`](super::give_way).
+    /// [`give_way`](crate::recovery::retire_home_copy).
     fn give_way(&self, say: &dyn Fn(&str)) -> Result<GaveWay>;
 }
 

@@ -13,7 +13,7 @@ use crate::hypervisor::departure::Asking;
 use crate::hypervisor::machine::{HostView, Machine};
 use crate::hypervisor::swtpm::TpmVersion;
 use crate::name::Generation;
-use crate::recovery::give_way::GaveWay;
+use crate::recovery::retire_home_copy::GaveWay;
 use crate::replica::upkeep::Promoted;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;

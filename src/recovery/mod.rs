@@ -17,7 +17,6 @@ pub mod drills;
 pub mod failback;
 pub mod failover;
 pub mod fitting;
-pub mod give_way;
 pub mod hand_back;
 pub mod handover;
 pub mod mapping;
@@ -27,6 +26,7 @@ pub mod overlays;
 mod point_tests;
 pub mod probe;
 pub mod ready;
+pub mod retire_home_copy;
 pub mod suggest;
 
 use crate::error::{Error, Kind, Result};

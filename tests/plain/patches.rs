@@ -12,7 +12,7 @@ use virt_replica::plain::diff::{KnownByDigests, Nothing, diff};
 use virt_replica::plain::patchfile::{Applied, apply, look};
 use virt_replica::plain::source::{Source, hash};
 use virt_replica::plain::target::{LocalOptions, LocalTarget};
-use virt_replica::plain::{Finish, PlainTarget, Way, WayWish, Wish, kept, merge};
+use virt_replica::plain::{Finish, PlainTarget, Way, WayWish, Wish, kept_digests, merge};
 
 /// States of one image, as drawn.
 const STATES: [(&str, usize); 6] =
@@ -138,9 +138,9 @@ fn digests_alone_are_enough_for_a_patch() {
     let base = Source::open(&old, Raw, &t.read_options()).unwrap();
     let hashed = hash(base.image.as_ref(), 2, &Progress::default(), &|| Ok(())).unwrap();
     let mut file = Vec::new();
-    kept::write(&hashed.nodes, hashed.root, &mut file).unwrap();
+    kept_digests::write(&hashed.nodes, hashed.root, &mut file).unwrap();
     base.close().unwrap();
-    let (nodes, root) = kept::read(file.as_slice()).unwrap();
+    let (nodes, root) = kept_digests::read(file.as_slice()).unwrap();
     let patch = make(&t, &KnownByDigests { nodes, root }, &new);
     assert!(look(patch.as_slice(), true).unwrap().blocks_in_pieces == 0);
     put(&t, &patch, &old, WayWish::Auto, None).unwrap();

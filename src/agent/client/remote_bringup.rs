@@ -7,8 +7,8 @@ use crate::error::{Kind, Result, printable};
 use crate::name::{DomainUuid, Generation, PointId};
 use crate::recovery::bringup::{BringUp, Coming, Order, Readiness, Standing};
 use crate::recovery::failover::FailoverRecord;
-use crate::recovery::give_way::GaveWay;
 use crate::recovery::ready::Finding;
+use crate::recovery::retire_home_copy::GaveWay;
 use std::sync::Arc;
 
 /// One domain on the agent's host.

@@ -4,8 +4,8 @@
 use crate::name::{Generation, PointId};
 use crate::recovery::bringup::{Coming, Order, Readiness, Standing};
 use crate::recovery::failover::FailoverRecord;
-use crate::recovery::give_way::GaveWay;
 use crate::recovery::ready::Finding;
+use crate::recovery::retire_home_copy::GaveWay;
 use serde::{Deserialize, Serialize};
 
 /// Each is answered by the [`Told`] of the same name.

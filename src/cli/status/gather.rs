@@ -33,8 +33,8 @@ use virt_replica::replicate::state::handover_record;
 use virt_replica::replicate::state::journal::{self, Record};
 use virt_replica::replicate::state::report::{Report, RunOutcome};
 use virt_replica::replicate::state::stores;
-use virt_replica::site::{Connection, Site};
 use virt_replica::transport::Service;
+use virt_replica::wiring::{Connection, Site};
 
 /// A domain that libvirt, the journal or the target knows.
 struct Known {

@@ -92,5 +92,5 @@ fn is_off(ports: &Ports, uuid: &DomainUuid) -> Result<bool> {
 }
 
 #[cfg(test)]
-#[path = "give_way_tests.rs"]
+#[path = "retire_home_copy_tests.rs"]
 mod tests;

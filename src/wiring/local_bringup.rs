@@ -1,15 +1,15 @@
 //! One domain of this host's store, and how it is brought up here: [`BringUp`], near.
 
-use super::here::{Found, Here};
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::machine::Machines as _;
 use crate::name::{DomainUuid, Generation, PointId};
 use crate::recovery::bringup::{BringUp, Coming, Order, Readiness, Standing};
 use crate::recovery::failover::{self, FailoverRecord, FailoverState};
-use crate::recovery::give_way::GaveWay;
 use crate::recovery::ready::Finding;
+use crate::recovery::retire_home_copy::GaveWay;
 use crate::replica::upkeep::Promoting as _;
 use crate::replicate::state::generation;
+use crate::wiring::local_target::{Found, Here};
 
 /// A domain of this host's store.
 pub struct HereDomain<'a> {

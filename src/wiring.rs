@@ -1,5 +1,18 @@
 //! The only module that names concrete adapters: from a hypervisor's URI and a target's name to ready-made ports.
 
+#[cfg(feature = "libvirt")]
+pub mod handover;
+#[cfg(feature = "libvirt")]
+pub mod local_bringup;
+#[cfg(feature = "libvirt")]
+pub mod local_target;
+pub mod plain;
+#[cfg(feature = "libvirt")]
+pub mod retire_home_copy;
+#[cfg(feature = "libvirt")]
+mod source;
+pub mod stores;
+
 use crate::agent::client::AgentClient;
 use crate::agent::server::{ReplicaOpener, ServeOptions, Served, serve_stdio};
 use crate::block::DiskSize;
@@ -30,24 +43,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-#[cfg(feature = "libvirt")]
-pub mod give_way;
-#[cfg(feature = "libvirt")]
-pub mod handover;
-#[cfg(feature = "libvirt")]
-pub mod here;
-#[cfg(feature = "libvirt")]
-pub mod near;
-
 use stores::LocalStores;
 
 #[cfg(feature = "libvirt")]
 use source::start_deadman;
 #[cfg(feature = "libvirt")]
 pub use source::{Site, SiteOptions};
-
-pub mod plain;
-pub mod stores;
 
 /// Directory for sockets of this process; short, private, gone with a reboot.
 pub fn runtime_dir() -> PathBuf {
@@ -194,7 +195,7 @@ pub fn serve_failover(
     root: &Path,
     limits: Limits,
     operator: bool,
-    connect: &dyn Fn() -> Result<here::Here>,
+    connect: &dyn Fn() -> Result<local_target::Here>,
 ) -> Result<()> {
     let stores = LocalStores::new(root, limits, operator);
     serve_stdio(&Bringing { stores, connect, here: std::cell::OnceCell::new() }, ServeOptions::default())
@@ -203,8 +204,8 @@ pub fn serve_failover(
 #[cfg(feature = "libvirt")]
 struct Bringing<'a> {
     stores: LocalStores,
-    connect: &'a dyn Fn() -> Result<here::Here>,
-    here: std::cell::OnceCell<here::Here>,
+    connect: &'a dyn Fn() -> Result<local_target::Here>,
+    here: std::cell::OnceCell<local_target::Here>,
 }
 
 #[cfg(feature = "libvirt")]
@@ -382,9 +383,6 @@ fn one_of(
         }
     }
 }
-
-#[cfg(feature = "libvirt")]
-mod source;
 
 #[cfg(test)]
 mod tests {

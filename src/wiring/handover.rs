@@ -1,6 +1,5 @@
 //! A planned failover and a migration, with the adapters of this host as their ports.
 
-use super::here::Here;
 use super::{Connection, Site};
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::{DiskKind, DiskView, DomainView, Hypervisor as _, Power};
@@ -15,6 +14,7 @@ use crate::replicate::plan::capture_choice::CaptureKind;
 use crate::replicate::plan::{Conflict, skip_reason};
 use crate::replicate::state::handover_record::{self, Stage};
 use crate::replicate::state::report::Report;
+use crate::wiring::local_target::Here;
 use jiff::Timestamp;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;

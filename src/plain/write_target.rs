@@ -1,7 +1,6 @@
 //! Where a patch lands: chosen once its header has come, from what is there and what was wished.
 
 use super::incoming::Into;
-use super::place::{self, PartLock, duplicate, part_of, remove};
 use super::redo::Spool;
 use super::{Way, WayWish, Wish, file_name};
 use crate::block::digest::Digest;
@@ -15,6 +14,7 @@ use crate::image::qcow2::{self, Header as Qcow2Header};
 use crate::image::raw::RawWriter;
 use crate::image::{Format, Image, ImageMut, Layer, qemu_img};
 use crate::patch::Header;
+use crate::plain::beside::{self, PartLock, duplicate, part_of, remove};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -119,7 +119,7 @@ impl Choice {
         }
         let wish = match self.wish.way {
             WayWish::Auto if self.layer.block_device => WayWish::Redo,
-            WayWish::Auto if self.wish.format == RAW && !place::can_reflink(&self.layer.path) => WayWish::Redo,
+            WayWish::Auto if self.wish.format == RAW && !beside::can_reflink(&self.layer.path) => WayWish::Redo,
             wish => wish,
         };
         match wish {
@@ -137,7 +137,7 @@ impl Choice {
             wish => {
                 let part = part_of(&self.layer.path)?;
                 let way = duplicate(&self.layer.path, &part, wish)?;
-                let held = self.worth(place::hold(&part)?, &part);
+                let held = self.worth(beside::hold(&part)?, &part);
                 Ok(Landing { into: self.open(&part, header.size)?, way, held: Some(held) })
             }
         }
@@ -182,23 +182,23 @@ impl Choice {
         // What is there may be another program's, which began after we looked.
         let _old = match self.part {
             Some((_, held)) => Some(held),
-            None if part.symlink_metadata().is_ok() => Some(place::hold(&part)?),
+            None if part.symlink_metadata().is_ok() => Some(beside::hold(&part)?),
             None => None,
         };
         remove(&part)?;
         let format = match self.wish.format {
             AnyFormat::Own(Format::Raw) => {
                 let into = Into::Raw(RawWriter::create_exact(&part, header.size)?);
-                return Ok(Landing { into, way: Way::New, held: Some(place::hold(&part)?) });
+                return Ok(Landing { into, way: Way::New, held: Some(beside::hold(&part)?) });
             }
             AnyFormat::Own(Format::Qcow2) => {
                 let into = Into::Qcow2(qcow2::create(&part, header.size, None)?);
-                return Ok(Landing { into, way: Way::New, held: Some(place::hold(&part)?) });
+                return Ok(Landing { into, way: Way::New, held: Some(beside::hold(&part)?) });
             }
             AnyFormat::Of(format) => format,
         };
-        place::create(&part)?;
-        let held = place::hold(&part)?.or_nothing(&part);
+        beside::create(&part)?;
+        let held = beside::hold(&part)?.or_nothing(&part);
         let name = file_name(&self.layer.path)?;
         let writer = ForeignWriter::create(&part, format, header.size, &name, &self.runtime_dir)?;
         if let Some(old) = self.image.filter(|_| header.from_root.is_some()) {

@@ -91,7 +91,7 @@ pub fn save(dir: &Path, image: &Path, identity: Identity, nodes: &NodeFile, root
     out.flush().and_then(|()| out.get_ref().sync_all()).map_err(cannot)?;
     drop(out);
     part.persist(&path).map_err(|e| cannot(e.error))?;
-    super::place::sync_dir(dir)
+    crate::plain::beside::sync_dir(dir)
 }
 
 /// The kept digests of an image that has this identity now; or why there are none that can be believed.

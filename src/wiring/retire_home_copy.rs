@@ -1,6 +1,5 @@
 //! A run of a domain of this host into this host's own store: how it gives way to the domain that lives elsewhere.
 
-use super::here::Here;
 use super::{Connection, Site, SiteOptions, new_run, open_options, workers};
 use crate::engine::pump::Progress;
 use crate::error::{Error, Kind, Result};
@@ -8,8 +7,8 @@ use crate::hypervisor::Hypervisor as _;
 use crate::hypervisor::machine::Machines as _;
 use crate::name::{DiskName, DomainUuid, Generation};
 use crate::recovery::failover::{self, FailoverState};
-use crate::recovery::give_way::{self, GaveWay, Ports};
 use crate::recovery::hand_back;
+use crate::recovery::retire_home_copy::{self, GaveWay, Ports};
 use crate::replica::Mode;
 use crate::replica::upkeep::Upkeep as _;
 use crate::replicate::capture::freeze_hooks::FreezeHooks;
@@ -18,6 +17,7 @@ use crate::replicate::plan::PlanOptions;
 use crate::replicate::settle::options::SettleOptions;
 use crate::transport::ssh::SshOptions;
 use crate::transport::target::TargetUrl;
+use crate::wiring::local_target::Here;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -34,7 +34,7 @@ impl Watch for Quiet {
 }
 
 impl Here {
-    /// See [`give_way::run`].
+    /// See [`retire_home_copy::run`].
     pub fn give_way(&self, uuid: &DomainUuid, say: &dyn Fn(&str)) -> Result<GaveWay> {
         let site = Site::connect(SiteOptions { uri: self.options.uri.clone(), state: self.options.state.clone() })?;
         let connection = Connection::new(TargetUrl::Local { root: self.options.root.clone() }, SshOptions::default());
@@ -55,7 +55,7 @@ impl Here {
             undefine: &|| self.hypervisor.undefine(uuid),
             say,
         };
-        let done = give_way::run(&ports, uuid, failover::peek(&self.options.state, uuid)?.as_ref());
+        let done = retire_home_copy::run(&ports, uuid, failover::peek(&self.options.state, uuid)?.as_ref());
         connection.close()?;
         done
     }
