@@ -1,8 +1,10 @@
 //! `daemon`, and `policy run`, `status`, `pause`, `resume`: replication by policies, and a word with who does it.
 
+pub(super) mod policy;
+
 use super::Globals;
-use super::output::{Exit, Output, print, print_json};
-use super::render;
+use crate::cli::speak::output::{Exit, Output, print, print_json};
+use crate::cli::speak::render;
 use clap::Args;
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -174,8 +176,8 @@ use service::serve;
 #[cfg(feature = "libvirt")]
 mod service {
     use super::*;
-    use crate::cli::signals::{self, Signals};
-    use crate::cli::source;
+    use crate::cli::run::source;
+    use crate::cli::speak::signals::{self, Signals};
     use std::sync::mpsc::{self, Sender};
     use std::sync::{Arc, Mutex};
     use std::time::Duration;
@@ -216,7 +218,7 @@ mod service {
             control,
             http,
             notify: Notify::from_env(),
-            fields: crate::cli::logging::is_journal(),
+            fields: crate::cli::speak::logging::is_journal(),
             random: source::random,
         };
         match service::run(options, inbox, inputs)? {

@@ -3,70 +3,27 @@
 //! One file per family of commands. What a script reads is promised in docs/formats/json.md. Results go to stdout;
 //! steps, progress, warnings and errors go to stderr.
 
-mod copy;
-mod copy_tree;
 mod daemon;
-mod detach;
-mod digest;
-mod doctor;
-mod drill;
-mod envelope;
-mod export;
-mod failback;
-// A build without libvirt reads the arguments and goes no further.
-#[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
-mod failover;
-#[cfg(feature = "libvirt")]
-mod foresee;
-// A build without libvirt reads the arguments and goes no further.
-#[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
-mod give_way;
-// A build without libvirt reads the arguments and goes no further.
-#[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
-mod handover;
-// A build without libvirt reads the arguments and goes no further.
-#[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
-mod here;
-mod limits;
-mod logging;
-#[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
-mod migrate;
-// A build without libvirt prints less than it could.
-#[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
-mod named;
-mod output;
-mod patch;
-mod pin;
 mod plain;
-mod pointfile;
-mod points;
-mod policy;
-mod progress;
-mod prune;
-mod ready;
-#[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
-mod render;
-mod scrub;
-mod seed;
+mod recovery;
+mod run;
 mod serve;
-mod set_generation;
-mod shorten;
-mod signals;
-#[cfg(feature = "libvirt")]
-mod source;
+mod speak;
 mod status;
 mod store;
-mod sync;
 mod target;
-mod verify;
-#[cfg(feature = "libvirt")]
-mod watch;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
-use output::Output;
+use daemon::policy;
+use plain::{copy, digest, patch};
+use recovery::{detach, drill, failback, failover, give_way, migrate, ready};
+use run::{doctor, sync, verify};
+use speak::output::Output;
+use speak::{logging, output};
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use store::{export, pin, points, prune, scrub, seed, set_generation};
 use virt_replica::config::{CONFIG_FILE, Config};
 use virt_replica::error::Result;
 use virt_replica::replicate::state::journal::STATE_DIR;

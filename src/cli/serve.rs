@@ -1,7 +1,7 @@
 //! The programs behind the program: the agent on a target, the dead-man beside a run.
 
 use super::Globals;
-use super::output::Exit;
+use crate::cli::speak::output::Exit;
 use clap::Args;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -26,7 +26,7 @@ pub struct AgentArgs {
     #[arg(long, value_name = "FILE", requires = "failover")]
     mapping: Option<PathBuf>,
     /// Remove no point younger than this, whatever a client asks for (7d, 12h)
-    #[arg(long, value_name = "AGE", default_value = "0s", value_parser = super::render::parse_age)]
+    #[arg(long, value_name = "AGE", default_value = "0s", value_parser = crate::cli::speak::render::parse_age)]
     min_age: Duration,
     /// Once a disk of the newest point consists of this many images, give it one that stands alone [default: what libvirt of
     /// this release starts, at most 64]
@@ -61,7 +61,7 @@ pub fn agent(args: &AgentArgs, globals: &Globals) -> Result<Exit> {
 
 #[cfg(feature = "libvirt")]
 fn serve_failover(args: &AgentArgs, limits: Limits, globals: &Globals) -> Result<()> {
-    let connect = || super::here::connect(globals, &args.root, args.mapping.as_deref());
+    let connect = || crate::cli::recovery::here::connect(globals, &args.root, args.mapping.as_deref());
     wiring::serve_failover(&args.root, limits, args.operator, &connect)
 }
 
@@ -76,7 +76,7 @@ pub fn deadman(args: &DeadmanArgs, globals: &Globals) -> Result<Exit> {
     // Taken before anything slow: the driver must not be able to die unnoticed.
     let driver = deadman::parent();
     ignore_interrupts();
-    super::source::connect(globals)?.guard(&args.uuid, driver)?;
+    crate::cli::run::source::connect(globals)?.guard(&args.uuid, driver)?;
     Ok(Exit::Done)
 }
 

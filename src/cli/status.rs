@@ -32,10 +32,10 @@ pub struct StatusArgs {
     #[arg(long, conflicts_with_all = ["json", "watch"])]
     nagios: bool,
     /// With --nagios: this lag is worth a warning, whatever the policies say
-    #[arg(long, value_name = "TIME", requires = "nagios", value_parser = super::render::parse_duration)]
+    #[arg(long, value_name = "TIME", requires = "nagios", value_parser = crate::cli::speak::render::parse_duration)]
     warning: Option<Duration>,
     /// With --nagios: this lag is critical, whatever the policies say
-    #[arg(long, value_name = "TIME", requires = "nagios", value_parser = super::render::parse_duration)]
+    #[arg(long, value_name = "TIME", requires = "nagios", value_parser = crate::cli::speak::render::parse_duration)]
     critical: Option<Duration>,
 }
 
@@ -43,8 +43,8 @@ pub struct StatusArgs {
 pub fn status(
     _: &StatusArgs,
     _: &super::Globals,
-    _: super::output::Output,
-) -> virt_replica::error::Result<super::output::Exit> {
+    _: crate::cli::speak::output::Output,
+) -> virt_replica::error::Result<crate::cli::speak::output::Exit> {
     super::no_libvirt("status")
 }
 

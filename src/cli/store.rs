@@ -1,6 +1,19 @@
 //! `store`: the directory on a target that holds its replicas.
 
-use super::output::{Exit, Output, print, print_json};
+pub(super) mod export;
+// A build without libvirt prints less than it could.
+#[cfg_attr(not(feature = "libvirt"), allow(dead_code))]
+pub(super) mod named;
+pub(super) mod pin;
+pub(super) mod pointfile;
+pub(super) mod points;
+pub(super) mod prune;
+pub(super) mod scrub;
+pub(super) mod seed;
+pub(super) mod set_generation;
+pub(super) mod shorten;
+
+use crate::cli::speak::output::{Exit, Output, print, print_json};
 use clap::{Args, Subcommand};
 use serde_json::json;
 use std::path::PathBuf;

@@ -1,6 +1,6 @@
 //! What `status` shows of a domain: plain data, the verdict, and the table. Pure, except for the time zone.
 
-use crate::cli::render;
+use crate::cli::speak::render;
 use jiff::Timestamp;
 use serde::Serialize;
 use std::path::PathBuf;
