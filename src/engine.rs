@@ -3,9 +3,11 @@
 //! It stands below both stories ([`crate::replicate`], [`crate::plain`]) and below the store. It knows images, patches
 //! and the port to a disk that is written elsewhere, and neither domains nor libvirt.
 
+pub mod disk_target;
 pub(crate) mod find;
 pub mod nodefile;
 pub(crate) mod ordered;
 pub mod pace;
 pub mod pump;
+pub mod stats;
 pub mod throttle;

@@ -28,6 +28,8 @@ use virt_replica::agent::server::{ReplicaOpener, ServeOptions, Served, serve};
 use virt_replica::agent::wire::{self, FrameKind, Head, Request, Role};
 use virt_replica::block::digest::{BLOCK_PIECES, BlockPieces, Digest, PieceDigest};
 use virt_replica::block::{BlockIndex, DiskSize};
+use virt_replica::engine::disk_target::*;
+use virt_replica::engine::stats::*;
 use virt_replica::error::{Error, Kind, Result};
 use virt_replica::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
 use virt_replica::replica::root::{StoreSeen, StoreWish};

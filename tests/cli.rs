@@ -20,12 +20,13 @@ use std::process::{Command, Output, Stdio};
 use tempfile::TempDir;
 use virt_replica::block::DiskSize;
 use virt_replica::engine::pump::{self, Progress, Shipment};
+use virt_replica::engine::stats::{DiskStats, Mode};
 use virt_replica::image::open::{OpenOptions, open_read};
 use virt_replica::image::{Chain, Format, Layer};
 use virt_replica::name::{DiskName, DomainName, DomainUuid, Generation, RunId};
 use virt_replica::patch::Compression;
 use virt_replica::replica::store::Store;
-use virt_replica::replica::{BeginDisk, BeginPoint, Consistency, DiskStats, Mode, Replica, SealDisk, SealPoint};
+use virt_replica::replica::{BeginDisk, BeginPoint, Consistency, Replica, SealDisk, SealPoint};
 
 const UUID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
 const COMMANDS: [&str; 25] = [

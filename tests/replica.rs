@@ -12,10 +12,11 @@ use std::path::Path;
 use std::process::Command;
 use virt_replica::block::digest::Digest;
 use virt_replica::block::{BLOCK_LEN, DiskSize};
+use virt_replica::engine::disk_target::{DiskTarget as _, NODES_MAX};
 use virt_replica::error::Kind;
 use virt_replica::name::{DiskName, Generation, PointId};
 use virt_replica::replica::store::{Store, list};
-use virt_replica::replica::{Attachment, BeginDisk, DiskTarget as _, NODES_MAX, Replica};
+use virt_replica::replica::{Attachment, BeginDisk, Replica};
 
 const MIB: usize = 1 << 20;
 

@@ -11,11 +11,12 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, ExitStatus};
 use virt_replica::block::BLOCK_LEN;
+use virt_replica::engine::disk_target::DiskTarget as _;
 use virt_replica::error::Kind;
 use virt_replica::failpoint;
 use virt_replica::name::DiskName;
 use virt_replica::replica::store::Store;
-use virt_replica::replica::{Attachment, DiskTarget as _, PointView, Replica};
+use virt_replica::replica::{Attachment, PointView, Replica};
 
 /// The steps before the rename of the manifest, and those from it on.
 const BEFORE: [&str; 9] = ["3a", "3b", "5c", "5d", "5e", "6a", "6b", "6c", "6d.written"];

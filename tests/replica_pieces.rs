@@ -9,11 +9,12 @@ use replica_support::*;
 use virt_replica::block::digest::{BLOCK_PIECES, BlockPieces, PieceDigest, block_digest, piece_digests};
 use virt_replica::block::extent::is_zero;
 use virt_replica::block::{BLOCK_LEN, BlockIndex, PIECE_LEN};
+use virt_replica::engine::disk_target::{DiskApplied, DiskTarget as _, PIECES_MAX};
 use virt_replica::error::Kind;
 use virt_replica::name::DiskName;
 use virt_replica::patch::PieceMask;
 use virt_replica::replica::store::Store;
-use virt_replica::replica::{DiskApplied, DiskTarget as _, PIECES_MAX, PointView, Replica};
+use virt_replica::replica::{PointView, Replica};
 
 const MIB: usize = 1 << 20;
 const NO_PIECES: BlockPieces = [PieceDigest::ZERO; BLOCK_PIECES];

@@ -6,12 +6,13 @@ use replica_support::{
     Lab, Rng, assert_history, assert_image, assert_nodes, begin, content, now, patch, seal, send, sync, uuid,
 };
 use std::path::Path;
+use virt_replica::engine::disk_target::DiskTarget as _;
 use virt_replica::error::{Error, Kind, Result};
 use virt_replica::name::{DiskName, DomainName, PointId};
 use virt_replica::replica::pointfile::{self, Brought, Written};
 use virt_replica::replica::store::Store;
 use virt_replica::replica::upkeep::Upkeep as _;
-use virt_replica::replica::{Attachment, DiskTarget as _, Replica as _, SealPoint};
+use virt_replica::replica::{Attachment, Replica as _, SealPoint};
 
 fn name() -> DomainName {
     DomainName::new("db01").unwrap()

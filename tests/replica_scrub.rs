@@ -8,11 +8,12 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use virt_replica::block::BLOCK_LEN;
 use virt_replica::block::digest::Digest;
+use virt_replica::engine::disk_target::DiskTarget as _;
 use virt_replica::error::Kind;
 use virt_replica::name::{DiskName, PointId};
 use virt_replica::replica::store::Store;
 use virt_replica::replica::upkeep::{Damage, DamageKind, Held as _, ScrubStep, Scrubbing, Upkeep};
-use virt_replica::replica::{Attachment, BeginPoint, DiskTarget as _, Replica};
+use virt_replica::replica::{Attachment, BeginPoint, Replica};
 
 const BLOCK: u64 = BLOCK_LEN as u64;
 

@@ -7,12 +7,13 @@ use replica_support::*;
 use std::path::PathBuf;
 use virt_replica::block::digest::piece_digests;
 use virt_replica::block::{BLOCK_LEN, BlockIndex, DiskSize};
+use virt_replica::engine::disk_target::DiskTarget as _;
 use virt_replica::error::Kind;
 use virt_replica::image::raw::RawImage;
 use virt_replica::image::{Format, Layer};
 use virt_replica::name::DiskName;
 use virt_replica::replica::store::Store;
-use virt_replica::replica::{BeginPoint, Begun, DiskTarget as _, PointView, Replica as _};
+use virt_replica::replica::{BeginPoint, Begun, PointView, Replica as _};
 
 const B: usize = BLOCK_LEN;
 

@@ -18,6 +18,7 @@ use crate::agent::wire::{
     write_frame,
 };
 use crate::block::BlockIndex;
+use crate::engine::disk_target::{DiskTarget, NODES_MAX, check_blocks};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, DomainName, DomainUuid};
 use crate::plain::tree::Make;
@@ -25,7 +26,7 @@ use crate::plain::{PlainTarget, Wish};
 use crate::recovery::bringup::BringUp;
 use crate::replica::root::{StoreSeen, StoreWish};
 use crate::replica::upkeep::Upkeep;
-use crate::replica::{ATTACHMENT_MAX, Attachment, BeginPoint, Begun, DiskTarget, NODES_MAX, Replica, check_blocks};
+use crate::replica::{ATTACHMENT_MAX, Attachment, BeginPoint, Begun, Replica};
 use crate::transport::pipe::{PipeReader, PipeWriter};
 use std::collections::BTreeMap;
 use std::io::{BufReader, Read, Write};

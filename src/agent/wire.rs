@@ -18,11 +18,12 @@ pub use failure::{WireContext, WireError};
 
 use crate::block::BlockIndex;
 use crate::block::digest::{BLOCK_PIECES, BlockPieces, Digest, PieceDigest};
+use crate::engine::disk_target::DiskApplied;
 use crate::error::{Error, Kind, Result, printable};
 use crate::name::{DiskName, DomainName, DomainUuid, PointId};
 use crate::replica::root::{StoreSeen, StoreWish};
 use crate::replica::source::{Claim, Claimed};
-use crate::replica::{Attachment, BeginPoint, Begun, DiskApplied, PointView, ReplicaView, SealPoint, VerifyReport};
+use crate::replica::{Attachment, BeginPoint, Begun, PointView, ReplicaView, SealPoint, VerifyReport};
 use crate::words;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -669,7 +670,7 @@ mod tests {
         assert_eq!(encode_nodes(&nodes(&".".repeat(16384))).len(), 4);
         assert!(decode_nodes(&[0, 0, 0, 0x80], 0).is_err(), "a run of nothing could go on for ever");
         assert!(decode_nodes(&u32::MAX.to_le_bytes(), 5).is_err(), "a run longer than what was asked for");
-        let worst: String = ".a".repeat(crate::replica::NODES_MAX as usize / 2);
+        let worst: String = ".a".repeat(crate::engine::disk_target::NODES_MAX as usize / 2);
         assert!(encode_nodes(&nodes(&worst)).len() <= PAYLOAD_MAX);
     }
 
@@ -692,12 +693,12 @@ mod tests {
         }
         assert!(decode_pieces(&bytes, 4).is_err() && decode_pieces(&bytes, 6).is_err());
         assert!(decode_pieces(&[], 0).unwrap().is_empty());
-        let most = vec![pieces("abcdefghijklmnop"); crate::replica::PIECES_MAX];
+        let most = vec![pieces("abcdefghijklmnop"); crate::engine::disk_target::PIECES_MAX];
         assert!(encode_pieces(&most).len() <= BULK_MAX, "one frame");
         let request = Request::Pieces {
             replica: Handle(u32::MAX),
             disk: DiskName::new("v".repeat(32)).unwrap(),
-            blocks: vec![BlockIndex(u64::MAX); crate::replica::PIECES_MAX],
+            blocks: vec![BlockIndex(u64::MAX); crate::engine::disk_target::PIECES_MAX],
         };
         assert!(encode(&request).len() <= REQUEST_MAX);
     }

@@ -264,7 +264,7 @@ impl Heard {
             };
         };
         let point = report.point.as_ref();
-        let sum = |of: fn(&crate::replica::DiskStats) -> u64| {
+        let sum = |of: fn(&crate::engine::stats::DiskStats) -> u64| {
             point.map_or(0, |p| p.disks.iter().fold(0u64, |sum, d| sum.saturating_add(of(&d.stats))))
         };
         let mut alarms = report.alarms.clone();

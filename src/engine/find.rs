@@ -3,11 +3,11 @@
 use crate::block::digest::{BlockPieces, Digest};
 use crate::block::tree::TreeShape;
 use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, FANOUT};
+use crate::engine::disk_target::{DiskApplied, DiskTarget, NODES_MAX};
 use crate::engine::nodefile::NodeFile;
 use crate::engine::pump::expect_nodes;
 use crate::error::Result;
 use crate::name::DiskName;
-use crate::replica::{DiskApplied, DiskTarget, NODES_MAX};
 use std::ops::Range;
 
 /// Nodes that are asked for although nobody wants them, to save a question: 16 KiB on the wire are less than a round trip.

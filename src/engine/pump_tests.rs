@@ -9,8 +9,8 @@ use crate::block::PIECE_LEN;
 use crate::block::digest::{BlockPieces, piece_digests, root_digest};
 use crate::block::extent::{Content, Extent, is_zero, merge};
 use crate::block::tree::TreeShape;
+use crate::engine::disk_target::{DiskApplied, NODES_MAX, check_blocks};
 use crate::patch::{Decoder, Item, Limits};
-use crate::replica::{DiskApplied, NODES_MAX, check_blocks};
 
 const B: usize = BLOCK_LEN;
 

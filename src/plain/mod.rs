@@ -34,10 +34,10 @@ pub use beside::meta_of;
 
 use crate::block::DiskSize;
 use crate::block::digest::Digest;
+use crate::engine::disk_target::DiskTarget;
 use crate::error::{Error, Kind, Result};
 use crate::image::Format;
 use crate::image::foreign::format::AnyFormat;
-use crate::replica::DiskTarget;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};

@@ -17,6 +17,7 @@ use super::{Committed, FileMeta, Finish, ImageView, PlainTarget, Way, WayWish, W
 use crate::block::digest::{BlockPieces, Digest, piece_digests};
 use crate::block::tree::ZeroNodes;
 use crate::block::{BlockIndex, DiskSize};
+use crate::engine::disk_target::{DiskApplied, DiskTarget, check_blocks};
 use crate::engine::nodefile::NodeFile;
 use crate::engine::pump::Progress;
 use crate::error::{Error, Kind, Result};
@@ -29,7 +30,6 @@ use crate::image::{Format, Image, Layer};
 use crate::name::DiskName;
 use crate::plain::beside::{self, PartLock, part_of, remove, take_place};
 use crate::plain::write_target::{Choice, Landing, check_way, check_writable, mended};
-use crate::replica::{DiskApplied, DiskTarget, check_blocks};
 use std::cell::RefCell;
 use std::ops::Range;
 use std::path::{Path, PathBuf};

@@ -2,11 +2,12 @@
 
 use crate::block::DiskSize;
 use crate::block::digest::Digest;
+use crate::engine::stats::DiskStats;
 use crate::error::Result;
 use crate::image::{Chain, Format, Layer};
 use crate::name::{DiskName, Generation, PointId, RunId};
 use crate::replica::upkeep::Held;
-use crate::replica::{Attachment, Consistency, DiskStats, PointDisk, PointView};
+use crate::replica::{Attachment, Consistency, PointDisk, PointView};
 use jiff::Timestamp;
 use std::path::Path;
 

@@ -37,38 +37,15 @@ pub mod upkeep;
 mod verify;
 
 use self::left_out::LeftOut;
-use crate::block::digest::{BlockPieces, Digest};
-use crate::block::{BlockIndex, DiskSize};
-use crate::error::{Error, Kind, Result};
+use crate::block::DiskSize;
+use crate::block::digest::Digest;
+use crate::engine::disk_target::DiskTarget;
+use crate::engine::stats::DiskStats;
+use crate::error::Result;
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
-use crate::words;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use std::ops::Range;
 use std::path::PathBuf;
-
-/// The end of a patch: whatever a disk is compared with and whose content the patch brings into step. Methods block.
-pub trait DiskTarget: Send + Sync {
-    /// Nodes of the digest tree of a disk as it is before the patch: level 0 are block digests, level 1 group digests, and
-    /// so on. Beyond its size everything is zero. At most [`NODES_MAX`] in one call.
-    fn nodes(&self, disk: &DiskName, level: u8, range: Range<u64>) -> Result<Vec<Digest>>;
-
-    /// Digests of the 4 KiB pieces of these blocks, in their order, as they are in the state that the patch starts from,
-    /// whatever of the patch was applied meanwhile. Zero where that state has no such block or, of a disk begun afresh, no
-    /// content at all. `blocks` ascend; at most [`PIECES_MAX`] of them in one call.
-    ///
-    /// Costs reading those blocks, so it is asked of blocks that are known to differ. Several threads may ask at once. Of a
-    /// replica it needs an open point, whose lock keeps the head in place; a failure does not harm that point.
-    fn pieces(&self, disk: &DiskName, blocks: &[BlockIndex]) -> Result<Vec<BlockPieces>>;
-
-    /// Appends bytes of the patch stream of one disk. Any cut of the stream will do.
-    /// May return before they are applied; an error may then surface in a later call.
-    fn apply(&self, disk: &DiskName, patch_bytes: &[u8]) -> Result<()>;
-
-    /// Ends a disk's patch: returns when every record is applied, every digest matched and the resulting root
-    /// equals the patch's to-root. Not yet durable.
-    fn finish_disk(&self, disk: &DiskName) -> Result<DiskApplied>;
-}
 
 /// The replica of one domain. Methods block; any of them may fail with the connection, after which the state is
 /// learned by [`Replica::describe`] of a new one (a lost acknowledgement is resolved by asking for the head, I14).
@@ -101,27 +78,6 @@ pub trait Replica: DiskTarget {
 
     /// Re-reads a point's images and compares every block with its digest. `progress` gets (done, total) bytes.
     fn verify(&self, point: &PointId, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport>;
-}
-
-/// Most nodes in one [`DiskTarget::nodes`] call: 512 KiB on the wire at worst.
-pub const NODES_MAX: u64 = 16 << 10;
-
-/// Most blocks in one [`DiskTarget::pieces`] call: 16 MiB to read, 64 KiB of digests.
-pub const PIECES_MAX: usize = 256;
-
-/// Refuses what [`DiskTarget::pieces`] does not allow; asked by every implementation before anything else.
-pub(crate) fn check_blocks(blocks: &[BlockIndex]) -> Result<()> {
-    if blocks.len() > PIECES_MAX {
-        let what = format!("pieces of {} blocks in one call; at most {PIECES_MAX} are allowed", blocks.len());
-        return Err(Error::new(Kind::Usage, what));
-    }
-    match blocks.windows(2).find(|pair| pair[0] >= pair[1]) {
-        None => Ok(()),
-        Some(pair) => {
-            let what = format!("pieces of block {} asked for after those of block {}", pair[1].0, pair[0].0);
-            Err(Error::new(Kind::Usage, what))
-        }
-    }
 }
 
 /// Largest attachment in bytes.
@@ -217,89 +173,6 @@ pub struct PointDisk {
     pub root: Digest,
     #[serde(flatten)]
     pub stats: DiskStats,
-}
-
-/// How a disk's changes were found and what that cost.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-pub struct DiskStats {
-    pub mode: Mode,
-    /// Why this mode and no cheaper one, as a sentence.
-    #[serde(deserialize_with = "words::sentence")]
-    pub reason: String,
-    /// Bytes read from the source image.
-    pub bytes_read: u64,
-    /// Bytes of patch put on the wire for this disk.
-    pub bytes_sent: u64,
-    /// Bytes of guest data written at the target.
-    pub bytes_written: u64,
-    /// Blocks that differed, zeroed ones included.
-    #[serde(default)]
-    pub blocks_changed: u64,
-    /// Compared by digest because the dirty bitmap that should have told the changes was not there or not believed.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub tracking_doubt: bool,
-    /// What became of the check on the dirty bitmap; absent where no bitmap was relied on.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub audit: Option<AuditStats>,
-    /// Which way the content was sent; absent where that was said and not tried, and where nothing was sent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub compression: Option<CompressionStats>,
-}
-
-/// Which way content was sent where it was for the run to find out, and why so. Rates are in bytes of content, before compression,
-/// per second.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct CompressionStats {
-    /// Bytes of content that went through the compression, and those that went as they are.
-    pub compressed_bytes: u64,
-    pub stored_bytes: u64,
-    /// How often both ways were tried.
-    pub trials: u32,
-    /// What the newest trial came to; absent without one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub compressed_rate_bytes: Option<u64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub stored_rate_bytes: Option<u64>,
-    /// The way that was kept in the end, and why, as a sentence.
-    #[serde(deserialize_with = "words::sentence")]
-    pub reason: String,
-}
-
-/// Blocks that a dirty bitmap called clean and that were compared with the head all the same.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct AuditStats {
-    pub blocks: u64,
-    /// Bytes read from the source image for it, beside those in [`DiskStats::bytes_read`].
-    pub bytes_read: u64,
-    /// Of the blocks, those that had changed.
-    pub lies: u64,
-    /// Byte offset of the first of them.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub first_lie: Option<u64>,
-    /// Byte offset at which the next run's slice begins. The disk's size: the whole disk has been compared.
-    pub next_offset: u64,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Mode {
-    /// Everything that is not zero is sent; there is nothing to compare with.
-    #[default]
-    Full,
-    /// Every block is read and compared with the head's digests.
-    Digest,
-    /// Only what a dirty bitmap marks is read.
-    Bitmap,
-}
-
-impl std::fmt::Display for Mode {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Mode::Full => "full",
-            Mode::Digest => "digest",
-            Mode::Bitmap => "bitmap",
-        })
-    }
 }
 
 /// What a point promises of the state of the guest's file systems.
@@ -405,14 +278,6 @@ pub struct SeedView {
     pub root: Digest,
     /// Bytes of blocks that are not zero.
     pub data_bytes: u64,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct DiskApplied {
-    /// Root after the patch, computed by the target from what it wrote.
-    pub root: Digest,
-    pub bytes_written: u64,
-    pub blocks_changed: u64,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

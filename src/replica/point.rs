@@ -21,11 +21,12 @@ use super::manifest::{
 use super::reserve::Reservation;
 use super::seed::{self, Seed};
 use super::store::{self, Clock};
-use super::{ATTACHMENT_MAX, Attachment, BeginPoint, Begun, DiskApplied, PointView, SealPoint, TpmPrograms};
 use crate::block::digest::{BLOCK_PIECES, BlockPieces, Digest, PieceDigest};
 use crate::block::{BlockIndex, FANOUT};
+use crate::engine::disk_target::DiskApplied;
 use crate::error::{Context, Error, Kind, Result, printable};
 use crate::name::{DiskName, PointId};
+use crate::replica::{ATTACHMENT_MAX, Attachment, BeginPoint, Begun, PointView, SealPoint, TpmPrograms};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 

@@ -13,15 +13,16 @@
 use super::left_out::LeftOut;
 use super::manifest::DISKS_MAX;
 use super::upkeep::{PatchStream, Upkeep};
-use super::{
-    ATTACHMENT_MAX, Attachment, BeginDisk, BeginPoint, Consistency, DiskStats, Mode, PointDisk, PointView, Replica,
-    ReplicaView, SealDisk, SealPoint,
-};
 use crate::block::DiskSize;
 use crate::block::digest::Digest;
 use crate::block::layout::Banner;
+use crate::engine::stats::{DiskStats, Mode};
 use crate::error::{Error, Kind, Result, printable};
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
+use crate::replica::{
+    ATTACHMENT_MAX, Attachment, BeginDisk, BeginPoint, Consistency, PointDisk, PointView, Replica, ReplicaView,
+    SealDisk, SealPoint,
+};
 use crate::words;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};

@@ -26,15 +26,13 @@ use super::root::{self, StoreSeen};
 use super::seed;
 use super::source::{self, Claim, Claimed, Owner};
 use super::upkeep::Held;
-use super::{
-    Attachment, BeginPoint, Begun, DiskApplied, DiskTarget, NODES_MAX, PointView, Replica, ReplicaView, SealPoint,
-    VerifyReport, check_blocks, verify,
-};
 use crate::block::BlockIndex;
 use crate::block::digest::{BlockPieces, Digest};
+use crate::engine::disk_target::{DiskApplied, DiskTarget, NODES_MAX, check_blocks};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, StoreId};
+use crate::replica::{Attachment, BeginPoint, Begun, PointView, Replica, ReplicaView, SealPoint, VerifyReport, verify};
 use jiff::Timestamp;
 use std::ops::Range;
 use std::path::{Path, PathBuf};

@@ -1,10 +1,11 @@
 //! A domain in a tiny notation, and what is planned for it.
 
 use super::*;
+use crate::engine::stats::DiskStats;
 use crate::hypervisor::{BlockJob, BlockJobKind, Ended};
 use crate::image::Format;
 use crate::name::RunId;
-use crate::replica::{Consistency, DiskStats, PointDisk, PointView};
+use crate::replica::{Consistency, PointDisk, PointView};
 use crate::replicate::plan::capture_choice::{CommitFacts, choose};
 use jiff::Timestamp;
 

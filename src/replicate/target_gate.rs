@@ -18,11 +18,10 @@
 use super::plan::CaptureKind;
 use crate::block::BlockIndex;
 use crate::block::digest::{BlockPieces, Digest};
+use crate::engine::disk_target::{DiskApplied, DiskTarget};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, PointId};
-use crate::replica::{
-    Attachment, BeginPoint, Begun, DiskApplied, DiskTarget, PointView, Replica, ReplicaView, SealPoint, VerifyReport,
-};
+use crate::replica::{Attachment, BeginPoint, Begun, PointView, Replica, ReplicaView, SealPoint, VerifyReport};
 use crate::units::duration;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};

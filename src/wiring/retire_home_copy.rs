@@ -2,6 +2,7 @@
 
 use super::{Connection, Site, SiteOptions, new_run, open_options, workers};
 use crate::engine::pump::Progress;
+use crate::engine::stats::Mode;
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::Hypervisor as _;
 use crate::hypervisor::machine::Machines as _;
@@ -9,7 +10,6 @@ use crate::name::{DiskName, DomainUuid, Generation};
 use crate::recovery::failover::{self, FailoverState};
 use crate::recovery::hand_back;
 use crate::recovery::retire_home_copy::{self, GaveWay, Ports};
-use crate::replica::Mode;
 use crate::replica::upkeep::Upkeep as _;
 use crate::replicate::capture::freeze_hooks::FreezeHooks;
 use crate::replicate::cycle::{Request, Watch};

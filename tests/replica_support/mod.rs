@@ -7,13 +7,13 @@ use std::process::Command;
 use virt_replica::block::digest::{Digest, block_digest};
 use virt_replica::block::tree::RootBuilder;
 use virt_replica::block::{BLOCK_LEN, BlockIndex, DiskSize, PIECE_LEN};
+use virt_replica::engine::disk_target::DiskTarget as _;
+use virt_replica::engine::stats::DiskStats;
 use virt_replica::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
 use virt_replica::patch::{Compression, Header, PieceMask, RecordEncoder, StreamTail};
 use virt_replica::replica::store::Store;
 use virt_replica::replica::upkeep::Upkeep;
-use virt_replica::replica::{
-    BeginDisk, BeginPoint, Consistency, DiskStats, DiskTarget as _, PointView, Replica, SealDisk, SealPoint,
-};
+use virt_replica::replica::{BeginDisk, BeginPoint, Consistency, PointView, Replica, SealDisk, SealPoint};
 
 pub const UUID: &str = "0a1b2c3d-0000-4000-8000-000000000001";
 

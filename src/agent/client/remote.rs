@@ -11,12 +11,12 @@ use crate::agent::wire::{
 };
 use crate::block::BlockIndex;
 use crate::block::digest::{BlockPieces, Digest};
+use crate::engine::disk_target::{DiskApplied, DiskTarget, NODES_MAX, check_blocks};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, PointId};
 use crate::replica::source::{Claim, Claimed, How};
 use crate::replica::{
-    ATTACHMENT_MAX, Attachment, BeginPoint, Begun, DiskApplied, DiskTarget, NODES_MAX, PointView, Replica, ReplicaView,
-    SealPoint, VerifyReport, check_blocks,
+    ATTACHMENT_MAX, Attachment, BeginPoint, Begun, PointView, Replica, ReplicaView, SealPoint, VerifyReport,
 };
 use std::ops::Range;
 use std::sync::{Arc, RwLock};

@@ -6,12 +6,12 @@ use crate::agent::wire::plain::{Ask, Told};
 use crate::agent::wire::{Handle, Reply, Request};
 use crate::block::BlockIndex;
 use crate::block::digest::{BlockPieces, Digest};
+use crate::engine::disk_target::{DiskApplied, DiskTarget};
 use crate::error::{Kind, Result};
 use crate::name::DiskName;
 use crate::patch::plain_names;
 use crate::plain::tree::Make;
 use crate::plain::{Committed, Finish, ImageView, PlainTarget, Whole, Wish};
-use crate::replica::{DiskApplied, DiskTarget};
 use std::ops::Range;
 use std::sync::Arc;
 

@@ -4,10 +4,10 @@
 use crate::agent::server::{Answer, Session};
 use crate::agent::wire::plain::{Ask, Told};
 use crate::agent::wire::{FrameKind, Handle, Progress, Reply, WireError, encode, protocol};
+use crate::engine::disk_target::DiskTarget;
 use crate::error::Result;
 use crate::patch::plain_names;
 use crate::plain::PlainTarget;
-use crate::replica::DiskTarget;
 use std::io::Write;
 use std::time::Instant;
 

@@ -130,7 +130,7 @@ mod run {
     use crate::cli::store::shorten::keep_short;
     use crate::cli::target::{Target, hang_up};
     use std::sync::atomic::AtomicBool;
-    use virt_replica::replica::AuditStats;
+    use virt_replica::engine::stats::AuditStats;
     use virt_replica::replica::Replica;
     use virt_replica::replica::left_out::Cause;
     use virt_replica::replicate::capture::quiesce::QuiesceOptions;

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use virt_replica::engine::pump::Progress;
+use virt_replica::engine::stats::Mode;
 use virt_replica::name::DiskName;
-use virt_replica::replica::Mode;
 use virt_replica::replicate::cycle::Watch;
 
 /// A script hears of progress at most this often.

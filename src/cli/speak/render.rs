@@ -4,8 +4,9 @@ use comfy_table::{CellAlignment, Table};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use std::time::Duration;
+use virt_replica::engine::stats::CompressionStats;
+use virt_replica::replica::Consistency;
 use virt_replica::replica::upkeep::{Damage, DamageKind};
-use virt_replica::replica::{CompressionStats, Consistency};
 
 pub use virt_replica::units::{parse_age, parse_bytes, parse_duration};
 

@@ -7,7 +7,7 @@
 //!
 //! Which way was taken, and why, is in the report.
 
-use crate::replica::CompressionStats;
+use crate::engine::stats::CompressionStats;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 

@@ -6,8 +6,8 @@
 //! - Each term of the sum is shown ([`Forecast::terms`]), so that a person sees which one to doubt.
 
 use crate::block::BLOCK_LEN;
+use crate::engine::stats::{DiskStats, Mode};
 use crate::image::Format;
-use crate::replica::{DiskStats, Mode};
 use crate::replicate::plan::Plan;
 use crate::replicate::state::handover_record::Learned;
 use crate::replicate::state::report::Report as RunReport;

@@ -7,8 +7,9 @@
 //! that lies beside its image takes its room twice: the commit writes into the image what the overlay still holds.
 
 use crate::block::BLOCK_LEN;
+use crate::engine::stats::Mode;
 use crate::name::DiskName;
-use crate::replica::{Mode, PointDisk, ReplicaView};
+use crate::replica::{PointDisk, ReplicaView};
 use crate::replicate::plan::{CaptureKind, Conflict, DiskFacts, DiskPlan, OVERLAY_SPACE_MIN, Plan};
 use crate::replicate::state::report::Report;
 use crate::replicate::tracking::bitmap_rotation::Tracked;

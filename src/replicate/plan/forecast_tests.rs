@@ -3,9 +3,10 @@
 use super::*;
 use crate::block::DiskSize;
 use crate::block::digest::Digest;
+use crate::engine::stats::DiskStats;
 use crate::image::{Chain, Format, Layer};
 use crate::name::{DomainName, DomainUuid, Generation, PointId, RunId};
-use crate::replica::{Consistency, DiskStats, PointView};
+use crate::replica::{Consistency, PointView};
 use crate::replicate::capture::quiesce::Quiesce;
 use crate::replicate::state::report::RunOutcome;
 

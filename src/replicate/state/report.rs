@@ -104,8 +104,9 @@ pub fn millis(d: Duration) -> f64 {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::engine::stats::DiskStats;
     use crate::name::{DiskName, Generation, PointId};
-    use crate::replica::{Consistency, DiskStats, PointDisk};
+    use crate::replica::{Consistency, PointDisk};
 
     pub(crate) fn report(sealed: bool) -> Report {
         let run = RunId::from_bits(0xdead_beef_0000_0001);

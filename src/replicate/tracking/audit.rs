@@ -12,11 +12,12 @@
 use crate::block::digest::{Digest, block_digest, node_digest};
 use crate::block::extent::Content;
 use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, FANOUT, GROUP_LEN, GroupIndex};
+use crate::engine::disk_target::DiskTarget;
 use crate::engine::pump::{Shipment, StillGood, suspects};
+use crate::engine::stats::{AuditStats, Mode};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::name::{DiskName, RunId};
-use crate::replica::{AuditStats, DiskTarget, Mode};
 use crate::replicate::cycle::Run;
 use serde::Serialize;
 use std::ops::Range;

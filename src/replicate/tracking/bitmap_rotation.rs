@@ -8,11 +8,11 @@
 //! are not ours here.
 
 use crate::block::BLOCK_LEN;
+use crate::engine::stats::DiskStats;
 use crate::error::Result;
 use crate::hypervisor::{BitmapView, Tracking};
 use crate::image::Layer;
 use crate::name::{DiskName, DomainUuid, RunId};
-use crate::replica::DiskStats;
 
 /// What our bitmaps' names begin with.
 const PREFIX: &str = "vr-";

@@ -4,12 +4,13 @@
 
 use crate::block::ByteRange;
 use crate::engine::pump::Shipment;
+use crate::engine::stats::Mode;
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::{Power, Tracking};
 use crate::image::chain;
 use crate::image::{Image, Layer};
 use crate::name::DiskName;
-use crate::replica::{Mode, PointDisk, PointView, Replica};
+use crate::replica::{PointDisk, PointView, Replica};
 use crate::replicate::capture::{Source, Still};
 use crate::replicate::cycle::Run;
 use crate::replicate::plan::{CaptureKind, Plan, compared};

@@ -12,10 +12,10 @@
 use crate::block::digest::{Digest, block_digest};
 use crate::block::tree::TreeShape;
 use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, FANOUT};
+use crate::engine::disk_target::DiskTarget;
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::name::DiskName;
-use crate::replica::DiskTarget;
 use std::ops::Range;
 
 /// Nodes that the search may begin with: 32 KiB on the wire, and one question less than from the top.

@@ -3,7 +3,7 @@
 use super::*;
 use crate::block::digest::{BlockPieces, node_digest};
 use crate::block::extent::{Content, Extent};
-use crate::replica::{DiskApplied, DiskTarget};
+use crate::engine::disk_target::{DiskApplied, DiskTarget};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 const B: u64 = BLOCK_LEN as u64;
