@@ -5,11 +5,13 @@
 //! where the file system keeps it, and the device's number only where it does not, and only within one boot.
 //! Reason: docs/decisions/0036-which-file-it-is.md.
 
+use crate::error::{Error, Result};
 use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 use std::fs::{self, Metadata};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
 use std::sync::OnceLock;
 use std::time::UNIX_EPOCH;
 
@@ -105,6 +107,38 @@ impl fmt::Display for FileId {
             Some(born) => write!(f, ", made {born:.0}"),
             None => Ok(()),
         }
+    }
+}
+
+/// Which file it is and when it was last written; equal stamps of one moment mean an untouched file, and one that was kept
+/// is compared by [`Stamp::is`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stamp {
+    pub id: FileId,
+    pub len_bytes: u64,
+    pub modified_s: i64,
+    pub modified_ns: i64,
+}
+
+impl Stamp {
+    /// `None` where there is no such file. A block device has no telling times: its stamp never changes.
+    pub fn of(path: &Path) -> Result<Option<Stamp>> {
+        match fs::metadata(path) {
+            Ok(m) => Ok(Some(Stamp {
+                id: FileId::of(&m),
+                len_bytes: m.len(),
+                modified_s: if m.is_file() { m.mtime() } else { 0 },
+                modified_ns: if m.is_file() { m.mtime_nsec() } else { 0 },
+            })),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(Error::io("cannot look at the image", path, e)),
+        }
+    }
+
+    /// Whether it is the same file, untouched. Holds over a restart of the host.
+    pub fn is(&self, other: &Stamp) -> bool {
+        let written = |s: &Stamp| (s.len_bytes, s.modified_s, s.modified_ns);
+        self.id.is(&other.id) && written(self) == written(other)
     }
 }
 

@@ -1,10 +1,10 @@
 //! What is done to images of a domain that no QEMU runs: resolving chains, and holding QEMU's own locks.
 
 use crate::error::{Error, Kind, Result, printable};
+use crate::file_id::Stamp;
 use crate::image::locks::QemuLock;
 use crate::image::qemu_img::ImageInfo;
 use crate::image::{Chain, Format, Layer, qemu_img};
-use crate::replicate::state::journal::Stamp;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 

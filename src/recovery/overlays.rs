@@ -4,12 +4,13 @@
 use super::bringup::Coming;
 use super::definition::Definition;
 use crate::error::{Error, Kind, Result};
+use crate::file_id::Stamp;
 use crate::hypervisor::machine::Machines;
 use crate::image::{Format, Layer, qemu_img};
 use crate::name::{DiskName, DomainUuid};
 use crate::replica::Attachment;
 use crate::replica::upkeep::Held;
-use crate::replicate::state::journal::{Stamp, sync_dir};
+use crate::replicate::state::journal::sync_dir;
 use crate::replicate::tracking::failover_bitmap;
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};

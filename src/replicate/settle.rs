@@ -20,6 +20,7 @@ pub mod stopped;
 
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::failpoint;
+use crate::file_id::Stamp;
 use crate::hypervisor::{Hypervisor, is_denied};
 use crate::image::chain;
 use crate::image::locks::QemuLock;
@@ -33,7 +34,7 @@ use crate::replicate::settle::decide::{
 use crate::replicate::settle::guard::PauseGuard;
 use crate::replicate::settle::observe::{Observation, observe};
 use crate::replicate::settle::options::SettleOptions;
-use crate::replicate::state::journal::{self, Journal, Record, Stamp};
+use crate::replicate::state::journal::{self, Journal, Record};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 

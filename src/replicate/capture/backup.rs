@@ -12,6 +12,7 @@
 use super::quiesce::{Held, Quiescer};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
+use crate::file_id::Stamp;
 use crate::hypervisor::backup::{Backup, BackupDisk, BackupJob};
 use crate::hypervisor::{Backups, DomainView, Hypervisor, Power};
 use crate::name::{DomainName, DomainUuid, RunId};
@@ -21,7 +22,7 @@ use crate::replicate::plan::{DiskPlan, Plan};
 use crate::replicate::settle::account::Account;
 use crate::replicate::settle::guard::PauseGuard;
 use crate::replicate::settle::stopped::{self, StoppedWatch};
-use crate::replicate::state::journal::{Journal, Stamp, boot_id, sync_dir};
+use crate::replicate::state::journal::{Journal, boot_id, sync_dir};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};

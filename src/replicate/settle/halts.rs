@@ -2,7 +2,8 @@
 
 use super::decide::{Halt, HaltReason};
 use crate::error::{Error, Kind};
-use crate::replicate::state::journal::{Record, Stamp};
+use crate::file_id::Stamp;
+use crate::replicate::state::journal::Record;
 
 /// What tells the recorded file from the one that is there, where that is why nothing is touched.
 fn difference(record: &Record, halt: &Halt) -> String {

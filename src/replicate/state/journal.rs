@@ -12,7 +12,7 @@
 
 use crate::block::DiskSize;
 use crate::error::{Error, Kind, Result};
-use crate::file_id::{BootId, FileId};
+use crate::file_id::{BootId, FileId, Stamp};
 use crate::flock::Flock;
 use crate::image::Layer;
 use crate::name::{DiskName, DomainName, DomainUuid, PointId, RunId};
@@ -23,7 +23,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -135,38 +135,6 @@ fn suffixed(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     PathBuf::from(name)
-}
-
-/// Which file it is and when it was last written; equal stamps of one moment mean an untouched file, and one that was kept
-/// is compared by [`Stamp::is`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Stamp {
-    pub id: FileId,
-    pub len_bytes: u64,
-    pub modified_s: i64,
-    pub modified_ns: i64,
-}
-
-impl Stamp {
-    /// `None` where there is no such file. A block device has no telling times: its stamp never changes.
-    pub fn of(path: &Path) -> Result<Option<Stamp>> {
-        match fs::metadata(path) {
-            Ok(m) => Ok(Some(Stamp {
-                id: FileId::of(&m),
-                len_bytes: m.len(),
-                modified_s: if m.is_file() { m.mtime() } else { 0 },
-                modified_ns: if m.is_file() { m.mtime_nsec() } else { 0 },
-            })),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(Error::io("cannot look at the image", path, e)),
-        }
-    }
-
-    /// Whether it is the same file, untouched. Holds over a restart of the host.
-    pub fn is(&self, other: &Stamp) -> bool {
-        let written = |s: &Stamp| (s.len_bytes, s.modified_s, s.modified_ns);
-        self.id.is(&other.id) && written(self) == written(other)
-    }
 }
 
 /// One domain's directory of state, with its lock held: one hand on a domain at a time. Released when dropped, also by
