@@ -23,6 +23,7 @@
 //!       block · name · error                  words
 //! ```
 
+pub mod durable;
 pub mod error;
 pub mod failpoint;
 pub mod file_id;

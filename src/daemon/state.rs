@@ -4,10 +4,10 @@
 //! temporary file, fsync, rename, fsync of the directory.
 
 use super::pair::Pair;
+use crate::durable::sync_dir;
 use crate::error::{Error, Kind, Result};
 use crate::flock::Flock;
 use crate::name::DomainUuid;
-use crate::replicate::state::journal::sync_dir;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::fs::OpenOptions;

@@ -99,7 +99,7 @@ pub(super) fn dir_of(path: &Path) -> &Path {
     path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-pub(super) use crate::replicate::state::journal::sync_dir;
+pub(super) use crate::durable::sync_dir;
 
 /// Makes an image durable that is found to be what was wanted: whoever made it so may have died before its own fsync.
 pub(super) fn make_durable(image: &Path) -> Result<()> {

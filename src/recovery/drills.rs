@@ -4,10 +4,10 @@
 //! A record without the holder of its lock is a drill that was cut short: whoever meets it settles it.
 //! Format: docs/formats/recovery.md.
 
+use crate::durable::{read_json, remove_durably, replace, replace_json, to_json};
 use crate::error::{Error, Kind, Result};
 use crate::flock::Flock;
 use crate::name::{DomainName, DomainUuid, PointId, RunId};
-use crate::replicate::state::journal::{read_json, remove_durably, replace, replace_json, to_json};
 use crate::replicate::state::locked_dir;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};

@@ -13,6 +13,7 @@
 use super::bringup::Wanted;
 use super::definition::Definition;
 use super::overlays;
+use crate::durable::{read_json, replace_json, sync_dir};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::flock::Flock;
@@ -21,7 +22,6 @@ use crate::hypervisor::departure::Custody;
 use crate::hypervisor::machine::Machines;
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
 use crate::replica::upkeep::{Held, Promoting};
-use crate::replicate::state::journal::{read_json, replace_json, sync_dir};
 use crate::replicate::state::{generation, locked_dir};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};

@@ -3,6 +3,7 @@
 
 use super::bringup::Coming;
 use super::definition::Definition;
+use crate::durable::sync_dir;
 use crate::error::{Error, Kind, Result};
 use crate::file_id::Stamp;
 use crate::hypervisor::machine::Machines;
@@ -10,7 +11,6 @@ use crate::image::{Format, Layer, qemu_img};
 use crate::name::{DiskName, DomainUuid};
 use crate::replica::Attachment;
 use crate::replica::upkeep::Held;
-use crate::replicate::state::journal::sync_dir;
 use crate::replicate::tracking::failover_bitmap;
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};

@@ -3,6 +3,7 @@
 
 use super::cycle::{Ports, Request, Run};
 use super::plan::{CaptureKind, Plan};
+use crate::durable::to_json;
 use crate::error::{Error, Result};
 use crate::hypervisor::firmware::Firmware;
 use crate::hypervisor::{DomainView, Power, swtpm, travel, xml};
@@ -10,7 +11,6 @@ use crate::name::DiskName;
 use crate::replica::{Attachment, Replica, TpmPrograms};
 use crate::replicate::capture::freeze_hooks;
 use crate::replicate::state::handover_record;
-use crate::replicate::state::journal::to_json;
 
 /// The machine's description that travels with a point, as it was decided before the freeze.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

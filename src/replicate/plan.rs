@@ -1,6 +1,7 @@
 //! What a run will do, per disk and with its reason, or why it will not: decided from plain views, touching nothing.
 
 pub mod capture_choice;
+pub mod conflict;
 pub mod forecast;
 pub(super) mod label;
 pub mod rights;
@@ -10,18 +11,17 @@ pub use super::capture::is_our_overlay;
 use crate::block::DiskSize;
 use crate::block::digest::Digest;
 use crate::engine::stats::{DiskStats, Mode};
-use crate::error::{Error, Kind};
+use crate::error::Error;
 use crate::hypervisor::{DiskKind, DiskView, DomainView, Power};
 use crate::image::{Chain, Layer};
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
 use crate::replica::left_out::{Cause, LeftOut, Skipped};
-use crate::replica::upkeep::Promoted;
 use crate::replica::{HeadDamage, ReplicaView, SeedView};
 use crate::replicate::capture::quiesce::{self, Quiesce, QuiesceOptions};
 pub use crate::replicate::plan::capture_choice::CaptureKind;
 use crate::replicate::plan::capture_choice::{CaptureWish, Choice};
+use crate::replicate::plan::conflict::Conflict;
 use crate::replicate::plan::forecast::{Room, SpaceOptions};
-use crate::replicate::plan::rights::Hindrance;
 use crate::replicate::tracking::audit::{self, AuditOptions, AuditPlan};
 use crate::replicate::tracking::bitmap_rotation::{self, Tracked};
 use crate::replicate::tracking::failover_bitmap;
@@ -160,152 +160,6 @@ impl DiskPlan {
     /// What an operator is told where that is the second time in a row.
     pub fn doubted_again(&self) -> Option<String> {
         bitmap_rotation::doubted_again(&self.name, &self.head_stats, &self.reason).filter(|_| self.tracking_doubt)
-    }
-}
-
-/// Why a run must not begin; the facts, not a sentence.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case", tag = "conflict")]
-pub enum Conflict {
-    /// Another block job runs on a disk.
-    BlockJob { disk: DiskName },
-    /// A migration, save, dump or backup runs on the domain.
-    DomainJob { job: String },
-    /// The running domain and its definition name different images.
-    DefinitionDiffers { disk: DiskName, live: PathBuf, defined: PathBuf },
-    /// An overlay of ours without a record: an earlier run's state directory was lost.
-    StrayOverlay { disk: DiskName, overlay: PathBuf },
-    /// Something was begun with the domain and could not be ended.
-    Unsettled { what: String },
-    /// The replica belongs to a later direction of replication than this host knows.
-    Promoted { ours: Generation, theirs: Generation },
-    /// The domain was brought up on the target.
-    BroughtUp { promoted: Promoted },
-    /// No disk is left to replicate.
-    NoDisks,
-    /// An image's size is not known: libvirt cannot look at it.
-    SizeUnknown { disk: DiskName },
-    /// The overlays of a file system would have no room to grow: this disk's, and others beside it.
-    NoOverlaySpace { disk: DiskName, dir: PathBuf, free_bytes: u64, growth_bytes: u64, floor_bytes: u64, hold_s: u64 },
-    /// A block device's overlay needs a directory that is not there.
-    NoOverlayDir { disk: DiskName, dir: PathBuf },
-    /// The target has less room than this run may need.
-    NoTargetSpace { free_bytes: u64, needed_bytes: u64 },
-    /// The guest's file systems are to be held, and cannot be.
-    CannotQuiesce { why: String },
-    /// This process may not do what the run needs, or a name is too long.
-    Hindered(Hindrance),
-    /// An image cannot be read, and why.
-    Unreadable { disk: DiskName, why: String },
-}
-
-impl Conflict {
-    pub fn disk(&self) -> Option<&DiskName> {
-        match self {
-            Conflict::BlockJob { disk }
-            | Conflict::DefinitionDiffers { disk, .. }
-            | Conflict::StrayOverlay { disk, .. }
-            | Conflict::SizeUnknown { disk }
-            | Conflict::NoOverlaySpace { disk, .. }
-            | Conflict::NoOverlayDir { disk, .. }
-            | Conflict::Hindered(Hindrance { disk, .. })
-            | Conflict::Unreadable { disk, .. } => Some(disk),
-            _ => None,
-        }
-    }
-
-    fn kind(&self) -> Kind {
-        match self {
-            Conflict::BlockJob { .. } | Conflict::DomainJob { .. } => Kind::Busy,
-            Conflict::NoOverlaySpace { .. } | Conflict::NoTargetSpace { .. } => Kind::Space,
-            Conflict::NoOverlayDir { .. } => Kind::Usage,
-            Conflict::CannotQuiesce { .. } => Kind::Refused,
-            _ => Kind::Conflict,
-        }
-    }
-
-    /// What to do about it.
-    pub fn advice(&self) -> String {
-        match self {
-            Conflict::BlockJob { disk } => format!("let it finish, or end it: virsh blockjob DOMAIN {disk} --info"),
-            Conflict::DomainJob { .. } => "wait until it has ended (virsh domjobinfo DOMAIN), then run again".into(),
-            Conflict::DefinitionDiffers { .. } => {
-                "make the definition name the image the domain runs on (virsh edit), or restart the domain from its definition".into()
-            }
-            Conflict::StrayOverlay { disk, .. } => format!(
-                "commit it: virsh blockcommit DOMAIN {disk} --active --shallow --pivot --wait; then delete the file"
-            ),
-            Conflict::Unsettled { .. } => "run `virt-replica doctor DOMAIN` for what was found and what to do".into(),
-            Conflict::Promoted { .. } => {
-                "the replica was failed over, or another host became its source: decide which side is right first. If this host is, \
-                 because the domain has moved here, `virt-replica sync DOMAIN --to TARGET --take-over` says so once"
-                    .into()
-            }
-            Conflict::BroughtUp { promoted } => promoted.advice().into(),
-            Conflict::NoDisks => "see the reasons of the skipped disks".into(),
-            Conflict::SizeUnknown { .. } => "check that libvirt can open the image: virsh domblkinfo DOMAIN DISK".into(),
-            Conflict::NoOverlaySpace { .. } => {
-                "free space there, choose another directory with --overlay-dir, or keep less free with --min-free-source".into()
-            }
-            Conflict::NoOverlayDir { .. } => {
-                "overlays of block devices need a directory with room: create it, or choose one with --overlay-dir".into()
-            }
-            Conflict::NoTargetSpace { .. } => "free space at the target, or choose a store on another file system".into(),
-            Conflict::CannotQuiesce { .. } => {
-                "install and start qemu-guest-agent in the guest, and give the domain its channel (org.qemu.guest_agent.0); or let \
-                 the run go on without it: --quiesce try"
-                    .into()
-            }
-            Conflict::Hindered(hindrance) => hindrance.advice.into(),
-            Conflict::Unreadable { .. } => "put the image right, or exclude the disk with --exclude-disk".into(),
-        }
-    }
-}
-
-impl std::fmt::Display for Conflict {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Conflict::BlockJob { .. } => write!(f, "another block job runs on it"),
-            Conflict::DomainJob { job } => write!(f, "{job} runs on the domain"),
-            Conflict::DefinitionDiffers { live, defined, .. } => {
-                write!(f, "the domain runs on {} while its definition names {}", live.display(), defined.display())
-            }
-            Conflict::StrayOverlay { overlay, .. } => {
-                write!(f, "it is on {}, an overlay of virt-replica that this host has no record of", overlay.display())
-            }
-            Conflict::Unsettled { what } => write!(f, "an earlier run could not be settled: {what}"),
-            Conflict::BroughtUp { promoted } => f.write_str(&promoted.why()),
-            Conflict::Promoted { ours, theirs } => {
-                write!(f, "the replica has generation {theirs}, this host only knows generation {ours}")
-            }
-            Conflict::NoDisks => write!(f, "no disk is left to replicate"),
-            Conflict::SizeUnknown { .. } => write!(f, "its size is not known"),
-            Conflict::NoOverlaySpace { dir, free_bytes, growth_bytes, floor_bytes, hold_s, .. } => write!(
-                f,
-                "what the guest writes meanwhile would go to {}, where {} MiB are free: in the {hold_s} s that the run may take \
-                 it needs about {} MiB, and {} MiB are to stay free",
-                dir.display(),
-                free_bytes >> 20,
-                growth_bytes.div_ceil(1 << 20),
-                floor_bytes.div_ceil(1 << 20)
-            ),
-            Conflict::NoOverlayDir { dir, .. } => {
-                write!(
-                    f,
-                    "it is a block device, and the directory for what is written meanwhile, {}, is not there",
-                    dir.display()
-                )
-            }
-            Conflict::NoTargetSpace { free_bytes, needed_bytes } => write!(
-                f,
-                "the run may write {} MiB at the target, where {} MiB are free",
-                needed_bytes >> 20,
-                free_bytes >> 20
-            ),
-            Conflict::CannotQuiesce { why } => write!(f, "the guest's file systems cannot be held: {why}"),
-            Conflict::Hindered(hindrance) => f.write_str(&hindrance.why),
-            Conflict::Unreadable { why, .. } => write!(f, "its image cannot be read: {why}"),
-        }
     }
 }
 

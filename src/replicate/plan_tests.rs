@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::engine::stats::DiskStats;
+use crate::error::Kind;
 use crate::hypervisor::{BlockJob, BlockJobKind, Ended};
 use crate::image::Format;
 use crate::name::RunId;

@@ -10,6 +10,7 @@
 
 use super::stopped;
 use crate::block::DiskSize;
+use crate::durable::sync_dir;
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::hypervisor::Power;
@@ -23,7 +24,6 @@ use crate::recovery::failover::{self, FailoverRecord, FailoverState, Moving, Sta
 use crate::replica::upkeep::Held;
 use crate::replicate::settle::away::rename_durably;
 use crate::replicate::state::handover_record::DiskFormat;
-use crate::replicate::state::journal::sync_dir;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;

@@ -10,6 +10,7 @@
 //!   safe, and too little cannot be.
 
 use super::quiesce::{Held, Quiescer};
+use crate::durable::sync_dir;
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::file_id::Stamp;
@@ -22,7 +23,7 @@ use crate::replicate::plan::{DiskPlan, Plan};
 use crate::replicate::settle::account::Account;
 use crate::replicate::settle::guard::PauseGuard;
 use crate::replicate::settle::stopped::{self, StoppedWatch};
-use crate::replicate::state::journal::{Journal, boot_id, sync_dir};
+use crate::replicate::state::journal::{Journal, boot_id};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};

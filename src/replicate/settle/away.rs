@@ -4,8 +4,8 @@
 //! One hand renames and dies before it syncs; the next one finds the name gone. It must not believe its eyes: it syncs the
 //! directory before it does anything that rests on the name's absence ([`Away::make_durable`]).
 
+use crate::durable::sync_dir;
 use crate::error::{Error, Result};
-use crate::replicate::state::journal::sync_dir;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -3,9 +3,10 @@
 //! A target refuses a source of an older generation than its replica is of (I15): that is how a host that lost its domain is
 //! kept from writing over what came after. So a generation that was given must not be forgotten, and never falls.
 
-use super::journal::{domain_dir, read_json, replace_json, sync_dir};
+use crate::durable::{read_json, replace_json, sync_dir};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DomainUuid, Generation};
+use crate::replicate::state::journal::domain_dir;
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::os::unix::fs::DirBuilderExt;

@@ -6,7 +6,7 @@
 //!
 //! Format: docs/formats/recovery.md. Steps: docs/recovery.md.
 
-use super::journal::{read_json, remove_durably, replace_json};
+use crate::durable::{read_json, remove_durably, replace_json};
 use crate::error::{Error, Kind, Result};
 use crate::flock::Flock;
 use crate::hypervisor::Power;

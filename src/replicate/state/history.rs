@@ -7,7 +7,7 @@
 //!
 //! Format: docs/formats/journal.md.
 
-use super::journal::{replace, sync_dir};
+use crate::durable::{replace, sync_dir};
 use crate::error::{Error, Kind, Result};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};

@@ -3,9 +3,9 @@
 //! The kernel frees the lock when its holder dies, however it dies. The file is never removed: a lock on an unlinked file
 //! excludes nobody.
 
+use crate::durable::{denied, sync_dir};
 use crate::error::{Error, Result};
 use crate::flock::Flock;
-use crate::replicate::state::journal::{denied, sync_dir};
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;

@@ -5,7 +5,7 @@
 //!
 //! Format: docs/formats/journal.md.
 
-use super::journal::{read_json, sync_dir, to_json};
+use crate::durable::{read_json, sync_dir, to_json};
 use crate::error::{Error, Kind, Result};
 use crate::name::{Fingerprint, HostLabel};
 use crate::replica::source::SourceId;

@@ -4,7 +4,7 @@
 //!
 //! Format: docs/formats/journal.md.
 
-use super::journal::{read_json, replace, to_json};
+use crate::durable::{read_json, replace, to_json};
 use crate::error::Result;
 use crate::name::StoreId;
 use crate::replica::root::KnownStore;
