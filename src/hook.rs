@@ -3,12 +3,14 @@
 use crate::error::{Error, Kind, Result};
 use crate::trust;
 use rustix::process::{Pid, Signal};
+use serde::{Deserialize, Serialize};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 /// A program that is told of something.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Hook {
     /// The program and its arguments; never empty.
     pub command: Vec<String>,

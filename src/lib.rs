@@ -57,5 +57,7 @@ pub mod replicate;
 pub mod plain;
 pub mod recovery;
 
+pub mod run_settings;
+
 pub mod daemon;
 pub mod wiring;

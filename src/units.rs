@@ -58,6 +58,43 @@ pub fn exact_bytes(n: u64) -> String {
     }
 }
 
+/// A value in a document as an operator types it: `#[serde(with = "units::as_text")]`.
+pub mod as_text {
+    use serde::{Deserialize, Deserializer, Serializer};
+    use std::fmt::Display;
+    use std::str::FromStr;
+
+    /// Writes it by its `Display`.
+    pub fn serialize<T: Display, S: Serializer>(value: &T, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(value)
+    }
+
+    /// Reads it by its `FromStr`, whose words are the error.
+    pub fn deserialize<'de, T: FromStr<Err: Display>, D: Deserializer<'de>>(from: D) -> Result<T, D::Error> {
+        let text = String::deserialize(from)?;
+        text.parse().map_err(|why| serde::de::Error::custom(format!("'{text}': {why}")))
+    }
+}
+
+/// A list of such values.
+pub mod as_texts {
+    use serde::{Deserialize, Deserializer, Serializer};
+    use std::fmt::Display;
+    use std::str::FromStr;
+
+    /// Writes each by its `Display`.
+    pub fn serialize<T: Display, S: Serializer>(values: &[T], to: S) -> Result<S::Ok, S::Error> {
+        to.collect_seq(values.iter().map(T::to_string))
+    }
+
+    /// Reads each by its `FromStr`; the first that fails decides.
+    pub fn deserialize<'de, T: FromStr<Err: Display>, D: Deserializer<'de>>(from: D) -> Result<Vec<T>, D::Error> {
+        let texts = Vec::<String>::deserialize(from)?;
+        let parsed = |text: &String| text.parse().map_err(|why| serde::de::Error::custom(format!("'{text}': {why}")));
+        texts.iter().map(parsed).collect()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

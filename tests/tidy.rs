@@ -98,10 +98,25 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "plain",
         &["durable", "error", "file_id", "flock", "failpoint", "name", "block", "patch", "image", "engine", "replica"],
     ),
+    // How a run is to be done: what policies and the command line both say.
+    ("run_settings", &["error", "name", "patch", "policy", "replicate", "retention", "units"]),
     // It knows a run by its report and its journal, and a domain by its name; the rest is the children's.
     (
         "daemon",
-        &["durable", "engine", "error", "flock", "hook", "name", "config", "policy", "replica", "replicate", "units"],
+        &[
+            "durable",
+            "engine",
+            "error",
+            "flock",
+            "hook",
+            "name",
+            "config",
+            "policy",
+            "replica",
+            "replicate",
+            "run_settings",
+            "units",
+        ],
     ),
     (
         "wiring",

@@ -12,9 +12,10 @@ use crate::name::DomainUuid;
 use crate::replica::lag;
 use crate::replicate::state::handover_record::{self, Stage};
 use crate::replicate::state::report::{Report, RunOutcome};
+use crate::run_settings::RunSettings;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::Deserialize;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -42,54 +43,10 @@ pub struct Program {
     pub state: PathBuf,
 }
 
-/// The arguments of `sync` that say what a policy says.
+/// The arguments of a run. How it is to be done stands on its standard input ([`RunSettings`]); which domain and where to
+/// stand here too, so that a list of processes tells the runs apart.
 pub fn sync_args(job: &StartRun) -> Vec<String> {
-    let p = &job.policy;
-    let seconds = |d: Duration| format!("{}s", d.as_secs());
-    let mut args: Vec<String> =
-        ["sync", job.domain.uuid.as_str(), "--to", &job.target, "--json"].map(str::to_owned).into();
-    let mut add = |name: &str, value: String| args.extend([name.to_owned(), value]);
-    if let Some(dir) = &p.overlay_dir {
-        add("--overlay-dir", dir.to_string_lossy().into_owned());
-    }
-    if let Some(keep) = p.keep {
-        add("--keep", keep.to_string());
-    }
-    for disk in p.excluded_disks(&job.domain) {
-        add("--exclude-disk", disk.to_string());
-    }
-    add("--min-free-source", p.min_free_source_bytes.to_string());
-    add("--ready-timeout", seconds(p.ready_timeout));
-    if let Some(capture) = &p.capture {
-        add("--capture", capture.clone());
-    }
-    add("--quiesce", p.quiesce.wish.clone());
-    add("--quiesce-every", p.quiesce.every.to_string());
-    add("--freeze-budget", seconds(p.quiesce.budget));
-    add("--audit-runs", p.audit.runs.to_string());
-    add("--audit-bytes", p.audit.bytes.to_string());
-    add("--audit-time", seconds(p.audit.time));
-    if let Some(bytes) = p.overlay.bytes_max {
-        add("--overlay-max-bytes", bytes.to_string());
-    }
-    if let Some(age) = p.overlay.age_max {
-        add("--overlay-max-age", seconds(age));
-    }
-    let rates = p.bandwidth.rules();
-    rates.iter().for_each(|rule| add("--rate", rule.to_string()));
-    if let (Some(zone), false) = (p.timing.timezone.as_ref().and_then(|z| z.iana_name()), rates.is_empty()) {
-        add("--timezone", zone.to_owned());
-    }
-    add("--compress", p.compression.to_string());
-    let around = [("--before-freeze", &p.hooks.before_freeze), ("--after-freeze", &p.hooks.after_freeze)];
-    for (option, hook) in around.into_iter().filter_map(|(option, hook)| Some((option, hook.as_ref()?))) {
-        hook.command.iter().for_each(|word| add(option, word.clone()));
-        add(&format!("{option}-timeout"), seconds(hook.timeout));
-    }
-    if p.with_secrets {
-        args.push("--with-secrets".to_owned());
-    }
-    args
+    ["sync", job.domain.uuid.as_str(), "--to", &job.target, "--json", "--settings-on-stdin"].map(str::to_owned).into()
 }
 
 /// The arguments of a check.
@@ -112,14 +69,15 @@ impl Program {
         let mut command = Command::new(&self.path);
         command.args(&self.globals).args(args);
         // A signal that is meant for the daemon is not meant for its runs.
-        command.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.process_group(0).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }
 
     /// Starts a run. Its signs and its end come as events of this number. Returns a hold on the process.
     pub fn start(&self, run: u64, job: &StartRun, inputs: &Sender<Input>) -> Result<OwnedFd> {
         let (state, uuid) = (self.state.clone(), job.domain.uuid.clone());
-        self.spawn(run, &sync_args(job), job.domain.name.as_str(), inputs, move |heard, status| {
+        let settings = RunSettings::of_policy(&job.policy, &job.domain)?.to_json();
+        self.spawn(run, &sync_args(job), Some(settings), job.domain.name.as_str(), inputs, move |heard, status| {
             let mut end = heard.end(status);
             // Looked at now: it may have been handed over since the daemon asked last.
             end.lives_on = lives_on(&state, &uuid).filter(|_| end.result == RunResult::Failed);
@@ -129,7 +87,7 @@ impl Program {
 
     /// Starts a check, with signs and an end as above.
     pub fn check(&self, run: u64, check: Check, job: &StartRun, inputs: &Sender<Input>) -> Result<OwnedFd> {
-        self.spawn(run, &check_args(check, job), job.domain.name.as_str(), inputs, move |heard, status| {
+        self.spawn(run, &check_args(check, job), None, job.domain.name.as_str(), inputs, move |heard, status| {
             Event::Checked { run, error: heard.failure(status) }
         })
     }
@@ -138,19 +96,25 @@ impl Program {
     pub fn repair(&self, run: u64, uuid: &DomainUuid, ready: Duration, inputs: &Sender<Input>) -> Result<OwnedFd> {
         let ready = format!("{}s", ready.as_secs());
         let args = ["doctor", uuid.as_str(), "--repair", "--ready-timeout", &ready, "--json"].map(str::to_owned);
-        self.spawn(run, &args, uuid.as_str(), inputs, move |heard, status| Event::Ended { run, end: heard.end(status) })
+        self.spawn(run, &args, None, uuid.as_str(), inputs, move |heard, status| Event::Ended {
+            run,
+            end: heard.end(status),
+        })
     }
 
-    /// `ended`: the event that its end is, by what was heard of it.
+    /// `input`: what the child finds on its standard input. `ended`: the event that its end is, by what was heard of it.
     fn spawn(
         &self,
         run: u64,
         args: &[String],
+        input: Option<Vec<u8>>,
         name: &str,
         inputs: &Sender<Input>,
         ended: impl FnOnce(Heard, std::io::Result<ExitStatus>) -> Event + Send + 'static,
     ) -> Result<OwnedFd> {
-        let mut child = self.command(args).spawn().map_err(|e| Error::io("cannot start a run", &self.path, e))?;
+        let stdin = if input.is_some() { Stdio::piped() } else { Stdio::null() };
+        let mut child =
+            self.command(args).stdin(stdin).spawn().map_err(|e| Error::io("cannot start a run", &self.path, e))?;
         // Taken before anybody waits for the child: a number could be another process's by the time it is used.
         let hold = i32::try_from(child.id()).ok().and_then(Pid::from_raw).expect("a child has an id");
         let hold = pidfd_open(hold, PidfdFlags::empty()).map_err(|e| Error::from_io("cannot hold a run", e.into()))?;
@@ -172,6 +136,10 @@ impl Program {
         ];
         let inputs = inputs.clone();
         std::thread::spawn(move || {
+            if let (Some(mut stdin), Some(input)) = (child.stdin.take(), input) {
+                // A child that died before it read says so by its end. One that lives reads first of all.
+                let _ = stdin.write_all(&input);
+            }
             let status = child.wait();
             let until = Instant::now() + LAST_WORDS;
             while listeners.iter().any(|l| !l.is_finished()) && Instant::now() < until {
@@ -344,39 +312,10 @@ mod tests {
         }
     }
 
-    /// A key is honest only if it arrives: each with the words it becomes.
     #[test]
-    fn every_key_of_a_run_arrives_at_sync() {
-        for (line, words) in [
-            ("overlay_dir: /srv/o\n", "--overlay-dir /srv/o"),
-            ("keep: {last: 3, daily: 7}\n", "--keep last=3,daily=7"),
-            ("exclude_disks: {web*: [vdb]}\n", "--exclude-disk vdb"),
-            ("min_free_source: 1G\n", "--min-free-source 1073741824"),
-            ("ready_timeout: 2h\n", "--ready-timeout 7200s"),
-            ("overlay: {max_bytes: 1G}\n", "--overlay-max-bytes 1073741824"),
-            ("overlay: {max_age: 2h}\n", "--overlay-max-age 7200s"),
-            ("bandwidth: {rate: 5M}\n", "--rate 5M"),
-            (
-                "timezone: Europe/Berlin\nbandwidth: {times: [{from: \"08:00\", to: \"18:00\", days: [mon], rate: 1M}]}\n",
-                "--rate 1M@08:00-18:00/mon --timezone Europe/Berlin",
-            ),
-            ("compression: no\n", "--compress no"),
-            (
-                "hooks: {before_freeze: {command: [/bin/flush, \"-x\"], timeout: 5s}}\n",
-                "--before-freeze /bin/flush --before-freeze -x --before-freeze-timeout 5s",
-            ),
-            ("hooks: {after_freeze: {command: [/bin/on]}}\n", "--after-freeze /bin/on --after-freeze-timeout 60s"),
-            ("with_secrets: true\n", "--with-secrets"),
-            ("capture: backup\n", "--capture backup"),
-            ("quiesce: {wish: try, every: 4, budget: 8s}\n", "--quiesce try --quiesce-every 4 --freeze-budget 8s"),
-            ("audit: {runs: 7, bytes: 1M, time: 9s}\n", "--audit-runs 7 --audit-bytes 1048576 --audit-time 9s"),
-        ] {
-            let args = sync_args(&job(line)).join(" ");
-            assert!(args.contains(words), "{line} gives {args}");
-            assert!(!sync_args(&job("")).join(" ").contains(words), "{words} is there without its key");
-        }
-        let args = sync_args(&job("")).join(" ");
-        assert!(args.starts_with("sync 6695eb01-f6a4-8304-79aa-97f2502e193f --to dr1 --json"), "{args}");
+    fn a_list_of_processes_tells_runs_apart() {
+        let words = "sync 6695eb01-f6a4-8304-79aa-97f2502e193f --to dr1 --json --settings-on-stdin";
+        assert_eq!(sync_args(&job("")).join(" "), words);
     }
 
     #[test]

@@ -42,8 +42,8 @@ mod act {
     use virt_replica::name::{DomainName, DomainUuid};
     use virt_replica::recovery::handover::{self, DiskFormat, Report};
     use virt_replica::replicate::cycle;
-    use virt_replica::replicate::plan::PlanOptions;
     use virt_replica::replicate::state::handover_record;
+    use virt_replica::run_settings::RunSettings;
     use virt_replica::transport::Service;
     use virt_replica::transport::target::TargetUrl;
     use virt_replica::wiring::handover::Means;
@@ -75,8 +75,8 @@ mod act {
                 .hint("name a target by ssh://"));
             }
             target.ssh.service = Service::Failover;
-            let wish = PlanOptions { exclude_disks: args.exclude_disks.clone(), ..PlanOptions::default() };
-            let runs = source::request(domain, &target, globals, &config, wish, None)?;
+            let settings = RunSettings { exclude_disks: args.exclude_disks.clone(), ..RunSettings::default() };
+            let runs = source::request(domain, &target, globals, &config, &settings)?;
             let site = source::connect(globals)?;
             let (name, uuid) = find(&site, domain)?;
             let request = handover::Request {

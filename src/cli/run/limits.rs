@@ -33,25 +33,37 @@ impl LinkArgs {
     }
 
     pub fn throttle(&self) -> Result<Option<Arc<Throttle>>> {
-        let zone = match &self.timezone {
-            Some(name) => TimeZone::get(name).map_err(|_| {
-                Error::new(Kind::Usage, format!("there is no time zone '{name}'"))
-                    .hint("a name as Europe/Berlin or UTC; the package tzdata has them")
-            })?,
-            None => TimeZone::system(),
-        };
-        let bandwidth =
-            Bandwidth::of_rules(&self.rates).map_err(|why| Error::new(Kind::Usage, format!("--rate: {why}")))?;
-        let limited = bandwidth != Bandwidth::default();
-        let throttle = || Throttle::new(Box::new(move || bandwidth.rate_at(Timestamp::now(), &zone)));
-        Ok(limited.then(|| Arc::new(throttle())))
+        throttle(&self.rates, self.timezone.as_deref())
     }
+}
+
+/// The throttle of these rates; `None`: nothing is limited. [`Kind::Usage`] if they contradict one another, or if there is
+/// no such time zone.
+pub fn throttle(rates: &[RateRule], timezone: Option<&str>) -> Result<Option<Arc<Throttle>>> {
+    let zone = match timezone {
+        Some(name) => TimeZone::get(name).map_err(|_| {
+            Error::new(Kind::Usage, format!("there is no time zone '{name}'"))
+                .hint("a name as Europe/Berlin or UTC; the package tzdata has them")
+        })?,
+        None => TimeZone::system(),
+    };
+    let bandwidth = Bandwidth::of_rules(rates).map_err(|why| Error::new(Kind::Usage, format!("--rate: {why}")))?;
+    let limited = bandwidth != Bandwidth::default();
+    let throttle = || Throttle::new(Box::new(move || bandwidth.rate_at(Timestamp::now(), &zone)));
+    Ok(limited.then(|| Arc::new(throttle())))
 }
 
 #[derive(Debug, Args)]
 pub struct LimitArgs {
     #[command(flatten)]
     link: LinkArgs,
+    #[command(flatten)]
+    guest: GuestArgs,
+}
+
+/// How much of the guest's time and disks is taken.
+#[derive(Debug, Args)]
+struct GuestArgs {
     /// End the run, and commit at once, when an overlay (or scratch file) grows larger
     #[arg(long, value_name = "SIZE", value_parser = crate::cli::speak::render::parse_bytes)]
     overlay_max_bytes: Option<u64>,
@@ -74,25 +86,26 @@ pub struct LimitArgs {
 }
 
 #[cfg(feature = "libvirt")]
-mod apply {
+mod fill {
     use super::LimitArgs;
     use std::time::Duration;
     use virt_replica::error::{Error, Kind, Result};
     use virt_replica::hook::Hook;
     use virt_replica::replicate::capture::freeze_hooks::FreezeHooks;
-    use virt_replica::replicate::cycle::Request;
     use virt_replica::replicate::plan::forecast::OverlayLimits;
+    use virt_replica::run_settings::RunSettings;
 
     impl LimitArgs {
-        /// Puts them into what is asked of a run.
-        pub fn apply(&self, request: &mut Request) -> Result<()> {
-            request.compression = self.link.compression(true);
-            request.throttle = self.link.throttle()?;
-            request.plan.space.overlay =
-                OverlayLimits { bytes_max: self.overlay_max_bytes, age_max: self.overlay_max_age };
-            request.hooks = FreezeHooks {
-                before: hook(&self.before_freeze, self.before_freeze_timeout)?,
-                after: hook(&self.after_freeze, self.after_freeze_timeout)?,
+        /// Puts them into the settings of a run.
+        pub fn fill(&self, settings: &mut RunSettings) -> Result<()> {
+            settings.compression = self.link.compression(true);
+            settings.rates = self.link.rates.clone();
+            settings.timezone = self.link.timezone.clone();
+            settings.space.overlay =
+                OverlayLimits { bytes_max: self.guest.overlay_max_bytes, age_max: self.guest.overlay_max_age };
+            settings.hooks = FreezeHooks {
+                before: hook(&self.guest.before_freeze, self.guest.before_freeze_timeout)?,
+                after: hook(&self.guest.after_freeze, self.guest.after_freeze_timeout)?,
             };
             Ok(())
         }

@@ -1,17 +1,16 @@
 //! The source side of this host, as the commands need it.
 
+use super::limits::throttle;
 use crate::cli::Globals;
 use crate::cli::target::Target;
 use virt_replica::config::Config;
 use virt_replica::error::Result;
 use virt_replica::name::DomainUuid;
-use virt_replica::patch::Compression;
 use virt_replica::policy::select::SeenDomain;
-use virt_replica::replicate::capture::freeze_hooks::FreezeHooks;
 use virt_replica::replicate::cycle::Request;
 use virt_replica::replicate::plan::PlanOptions;
-use virt_replica::replicate::plan::capture_choice::CaptureWish;
 use virt_replica::replicate::settle::options::SettleOptions;
+use virt_replica::run_settings::RunSettings;
 pub use virt_replica::wiring::new_run;
 use virt_replica::wiring::{self, Site, SiteOptions};
 
@@ -30,34 +29,42 @@ pub fn seen_domains(site: &Site) -> Result<Vec<SeenDomain>> {
     Ok(names.into_iter().map(|d| SeenDomain { name: d.name, uuid: d.uuid, tags: d.tags }).collect())
 }
 
-/// What is asked of one domain. Directories that `wish` leaves open, and the way of `capture`, are those of the configuration.
+/// What is asked of one domain. What the settings leave open is as the configuration has it.
 pub fn request(
     domain: &str,
     target: &Target,
     globals: &Globals,
     config: &Config,
-    wish: PlanOptions,
-    capture: Option<CaptureWish>,
+    settings: &RunSettings,
 ) -> Result<Request> {
     let defaults = &config.defaults;
-    let block_overlay_dir = defaults.block_overlay_dir.clone().unwrap_or_else(|| BLOCK_OVERLAY_DIR.into());
-    let overlay_dir = wish.overlay_dir.clone().or_else(|| defaults.overlay_dir.clone());
-    let capture = capture.or(defaults.capture).unwrap_or_default();
     let workers = wiring::workers();
+    let plan = PlanOptions {
+        capture: settings.capture.or(defaults.capture).unwrap_or_default(),
+        quiesce: settings.quiesce.clone(),
+        overlay_dir: settings.overlay_dir.clone().or_else(|| defaults.overlay_dir.clone()),
+        block_overlay_dir: defaults.block_overlay_dir.clone().unwrap_or_else(|| BLOCK_OVERLAY_DIR.into()),
+        exclude_disks: settings.exclude_disks.clone(),
+        full: settings.full,
+        compare: settings.compare,
+        take_over: settings.take_over,
+        audit: settings.audit,
+        space: settings.space,
+    };
     Ok(Request {
         domain: domain.to_owned(),
         target: target.url.to_string(),
         store: Default::default(),
         run: new_run()?,
         state: globals.state_dir.clone(),
-        plan: PlanOptions { overlay_dir, block_overlay_dir, capture, ..wish },
-        settle: SettleOptions::default(),
+        plan,
+        settle: SettleOptions { ready_within: settings.ready_within, ..SettleOptions::default() },
         open: wiring::open_options(workers),
-        with_secrets: false,
+        with_secrets: settings.with_secrets,
         workers,
-        compression: Compression::default(),
-        throttle: None,
-        hooks: FreezeHooks::default(),
+        compression: settings.compression,
+        throttle: throttle(&settings.rates, settings.timezone.as_deref())?,
+        hooks: settings.hooks.clone(),
         handover: None,
         gives_way: false,
     })

@@ -18,10 +18,22 @@ use virt_replica::retention::Keep;
 pub struct SyncArgs {
     #[command(flatten)]
     pub run: RunArgs,
+    /// Take the settings of the run as JSON from standard input (given by the daemon)
+    #[arg(long, hide = true, conflicts_with_all = ["WishArgs", "GuestArgs", "LinkArgs", "AfterArgs"])]
+    settings_on_stdin: bool,
+    #[command(flatten)]
+    wish: WishArgs,
     #[command(flatten)]
     limits: LimitArgs,
     #[command(flatten)]
     create_store: CreateStore,
+    #[command(flatten)]
+    after: AfterArgs,
+}
+
+/// What becomes of a run's point.
+#[derive(Debug, Args)]
+struct AfterArgs {
     /// Keep secrets (graphics passwords) in the definition that travels with the point
     #[arg(long)]
     with_secrets: bool,
@@ -37,9 +49,11 @@ pub struct SyncArgs {
 pub struct PlanArgs {
     #[command(flatten)]
     pub run: RunArgs,
+    #[command(flatten)]
+    wish: WishArgs,
 }
 
-/// What decides how a run is planned.
+/// Which domain, and where to.
 #[derive(Debug, Args)]
 pub struct RunArgs {
     /// Name, UUID or id of the domain
@@ -49,6 +63,11 @@ pub struct RunArgs {
     /// Print JSON for scripts
     #[arg(long)]
     pub json: bool,
+}
+
+/// What decides how a run is planned.
+#[derive(Debug, Args)]
+pub struct WishArgs {
     /// How the disks of a running domain are made to stand still: overlay, backup, or auto (by backup where an overlay
     /// may not be committed) [default: overlay, or the configuration's]
     #[arg(long, value_name = "WAY")]
@@ -136,49 +155,74 @@ mod run {
     use virt_replica::replicate::capture::quiesce::QuiesceOptions;
     use virt_replica::replicate::cycle::Request;
     use virt_replica::replicate::plan::forecast::SpaceOptions;
-    use virt_replica::replicate::plan::{CaptureKind, Plan, PlanOptions};
+    use virt_replica::replicate::plan::{CaptureKind, Plan};
     use virt_replica::replicate::state::report::{Report, RunOutcome, TargetSeen};
+    use virt_replica::run_settings::RunSettings;
     use virt_replica::wiring::Connection;
 
-    impl RunArgs {
-        fn prepare(&self, globals: &Globals) -> Result<(Target, Request)> {
-            let config = globals.config()?;
-            let target = Target::resolve(&self.target.to, &self.target.ssh, &config)?;
-            let wish = PlanOptions {
+    impl WishArgs {
+        fn settings(&self) -> RunSettings {
+            RunSettings {
+                capture: self.capture,
+                quiesce: QuiesceOptions { wish: self.quiesce, every: self.quiesce_every, budget: self.freeze_budget },
                 overlay_dir: self.overlay_dir.clone(),
+                space: SpaceOptions { min_free_source_bytes: self.min_free_source, ..SpaceOptions::default() },
                 exclude_disks: self.exclude_disks.clone(),
-                full: self.full,
                 compare: self.compare,
+                full: self.full,
                 take_over: self.take_over,
                 audit: AuditOptions {
                     every_runs: self.audit_runs,
                     bytes_max: self.audit_bytes,
                     within: self.audit_time,
                 },
-                quiesce: QuiesceOptions { wish: self.quiesce, every: self.quiesce_every, budget: self.freeze_budget },
-                space: SpaceOptions { min_free_source_bytes: self.min_free_source, ..SpaceOptions::default() },
-                ..PlanOptions::default()
+                ..RunSettings::default()
+            }
+        }
+    }
+
+    impl SyncArgs {
+        /// From the options, or whole from standard input.
+        pub(super) fn settings(&self) -> Result<RunSettings> {
+            let mut settings = match self.settings_on_stdin {
+                true => RunSettings::read(std::io::stdin())?,
+                false => {
+                    let mut settings = self.wish.settings();
+                    self.limits.fill(&mut settings)?;
+                    settings.with_secrets = self.after.with_secrets;
+                    settings.keep = self.after.keep;
+                    settings.ready_within = self.after.ready_timeout;
+                    settings
+                }
             };
-            let request = source::request(&self.domain, &target, globals, &config, wish, self.capture)?;
+            settings.create_store |= self.create_store.create_store;
+            Ok(settings)
+        }
+    }
+
+    impl RunArgs {
+        fn prepare(&self, settings: &RunSettings, globals: &Globals) -> Result<(Target, Request)> {
+            let config = globals.config()?;
+            let target = Target::resolve(&self.target.to, &self.target.ssh, &config)?;
+            let request = source::request(&self.domain, &target, globals, &config, settings)?;
             Ok((target, request))
         }
     }
 
     /// Runs one domain once, and tells how it went.
     pub fn sync(args: &SyncArgs, globals: &Globals, output: Output) -> Result<Exit> {
-        let (target, mut request) = args.run.prepare(globals)?;
-        request.settle.ready_within = args.ready_timeout;
-        request.with_secrets = args.with_secrets;
-        args.limits.apply(&mut request)?;
+        let settings = args.settings()?;
+        let (target, request) = args.run.prepare(&settings, globals)?;
         let stop = signals::listen()?;
         let site = source::connect(globals)?;
-        let connection = target.connection_for_runs(globals, args.create_store);
+        let connection = target.connection_for_runs(globals, CreateStore { create_store: settings.create_store });
         let watcher = Watcher::new(output);
         let result = site.sync(&connection, &request, &watcher, stop);
         let times = watcher.finish();
         // Its point is sealed, and its report is kept: whatever becomes of older points, this run has been one.
         let result = result.map(|(mut report, error)| {
-            let note = report.point.is_some().then(|| tend(args, &connection, &mut report, output, stop)).flatten();
+            let note =
+                report.point.is_some().then(|| tend(settings.keep, &connection, &mut report, output, stop)).flatten();
             if let Some(point) = &report.point {
                 report.target_lacks = lacks(&target, &report.uuid, Some(&point.id));
             }
@@ -208,7 +252,7 @@ mod run {
 
     /// Step 8d: what is done about older points, and about the depth of their images. Gives what was done of the latter.
     fn tend(
-        args: &SyncArgs,
+        keep: Option<Keep>,
         connection: &Connection,
         report: &mut Report,
         output: Output,
@@ -221,7 +265,7 @@ mod run {
                 return None;
             }
         };
-        report.warnings.extend(prune::after_run(&client, report, args.keep, output));
+        report.warnings.extend(prune::after_run(&client, report, keep, output));
         let shortened = keep_short(&client, (&report.uuid, &report.domain), &report.target, output, stop);
         report.warnings.extend(shortened.warning);
         // Of what is seen now a daemon makes its metrics; a target that does not answer any more has made its point all the same.
@@ -235,7 +279,7 @@ mod run {
 
     /// Says what a run would do.
     pub fn plan(args: &PlanArgs, globals: &Globals, output: Output) -> Result<Exit> {
-        let (target, request) = args.run.prepare(globals)?;
+        let (target, request) = args.run.prepare(&args.wish.settings(), globals)?;
         let site = source::connect(globals)?;
         let connection = target.connection();
         let plan = site.plan(&connection, &request);
@@ -394,5 +438,90 @@ mod run {
             None => format!("conflict: {c}\n  {}", c.advice()),
         }));
         lines.join("\n")
+    }
+}
+
+#[cfg(all(test, feature = "libvirt"))]
+mod tests {
+    use super::*;
+    use clap::{CommandFactory, Parser};
+    use std::collections::{BTreeMap, BTreeSet};
+    use virt_replica::run_settings::RunSettings;
+
+    #[derive(Debug, Parser)]
+    struct Sync {
+        #[command(flatten)]
+        args: SyncArgs,
+    }
+
+    fn settings(words: &str) -> RunSettings {
+        let argv = ["sync", "web01", "--to", "dr1"].into_iter().chain(words.split_whitespace());
+        Sync::try_parse_from(argv).unwrap_or_else(|e| panic!("{words}: {e}")).args.settings().unwrap()
+    }
+
+    /// The options that set each key.
+    const KEYS: &[(&str, &str)] = &[
+        ("capture", "--capture backup"),
+        ("quiesce.wish", "--quiesce try"),
+        ("quiesce.every", "--quiesce-every 4"),
+        ("quiesce.budget", "--freeze-budget 8s"),
+        ("overlay_dir", "--overlay-dir /srv/o"),
+        ("space.min_free_source_bytes", "--min-free-source 1G"),
+        ("space.overlay.bytes_max", "--overlay-max-bytes 1G"),
+        ("space.overlay.age_max", "--overlay-max-age 2h"),
+        ("exclude_disks", "--exclude-disk vdb"),
+        ("compare", "--compare"),
+        ("full", "--full"),
+        ("take_over", "--take-over"),
+        ("audit.every_runs", "--audit-runs 7"),
+        ("audit.bytes_max", "--audit-bytes 1M"),
+        ("audit.within", "--audit-time 9s"),
+        ("rates", "--rate 1M@08:00-18:00/mon"),
+        ("timezone", "--timezone Europe/Berlin --rate 1M"),
+        ("compression", "--compress no"),
+        ("hooks.before", "--before-freeze /bin/flush --before-freeze -x --before-freeze-timeout 5s"),
+        ("hooks.after", "--after-freeze /bin/on"),
+        ("with_secrets", "--with-secrets"),
+        ("keep", "--keep last=3,daily=7"),
+        ("ready_within", "--ready-timeout 2h"),
+        ("create_store", "--create-store"),
+    ];
+
+    #[test]
+    fn every_key_of_the_settings_has_its_option() {
+        let plain = RunSettings::default().by_key();
+        let table: BTreeMap<&str, &str> = KEYS.iter().copied().collect();
+        let ours: BTreeSet<&str> = plain.keys().map(String::as_str).collect();
+        assert_eq!(ours, table.keys().copied().collect(), "a key has no option here, or an option no key");
+        for (key, words) in table {
+            let set = settings(words).by_key();
+            let key_is_set = set.iter().any(|(at, value)| at.starts_with(key) && plain.get(at) != Some(value));
+            assert!(key_is_set, "{words} does not arrive as {key}");
+        }
+    }
+
+    /// Whatever is an option of the run cannot be said beside the settings: it would not be heard.
+    #[test]
+    fn settings_on_stdin_stand_alone() {
+        let command = Sync::command();
+        let this = command.get_arguments().find(|a| a.get_id() == "settings_on_stdin").unwrap();
+        let conflicts: BTreeSet<String> =
+            command.get_arg_conflicts_with(this).iter().map(|a| a.get_id().to_string()).collect();
+        let beside = [
+            "domain",
+            "to",
+            "json",
+            "settings_on_stdin",
+            "create_store",
+            "identity",
+            "ssh_config",
+            "known_hosts",
+            "accept_new_host_key",
+        ];
+        for arg in command.get_arguments().map(|a| a.get_id().as_str()) {
+            assert!(beside.contains(&arg) != conflicts.contains(arg), "{arg} beside --settings-on-stdin");
+        }
+        let both = ["sync", "web01", "--to", "dr1", "--settings-on-stdin", "--full"];
+        assert_eq!(Sync::try_parse_from(both).unwrap_err().kind(), clap::error::ErrorKind::ArgumentConflict);
     }
 }

@@ -158,11 +158,16 @@ fn against_source(
 ) -> Result<Exit> {
     use crate::cli::run::{source, watch::Watcher};
     use crate::cli::speak::signals;
-    use virt_replica::replicate::plan::PlanOptions;
+    use virt_replica::run_settings::RunSettings;
 
     // A bitmap is what might be wrong: it is not asked.
-    let wish = PlanOptions { overlay_dir: args.overlay_dir.clone(), compare: true, ..PlanOptions::default() };
-    let request = source::request(&args.domain, target, globals, config, wish, args.capture)?;
+    let settings = RunSettings {
+        overlay_dir: args.overlay_dir.clone(),
+        capture: args.capture,
+        compare: true,
+        ..RunSettings::default()
+    };
+    let request = source::request(&args.domain, target, globals, config, &settings)?;
     let stop = signals::listen()?;
     let site = source::connect(globals)?;
     let connection = target.connection();

@@ -11,10 +11,12 @@ use crate::failpoint;
 use crate::hook::{Env, Hook};
 use crate::name::{DomainName, DomainUuid};
 use crate::replicate::state::journal::{Journal, OwedHook};
+use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 /// Programs around the freeze of a running domain. One that is off has nothing to wait.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct FreezeHooks {
     /// If it fails there is no point.
     pub before: Option<Hook>,

@@ -19,6 +19,7 @@ use crate::replica::{Consistency, PointView};
 use crate::replicate::settle::account::Account;
 use crate::replicate::settle::guard::PauseGuard;
 use crate::replicate::state::journal::Journal;
+use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
 /// How long libvirt may take, beside the time it was given, to find out that nobody answers.
@@ -29,7 +30,8 @@ const WORD_WITHIN: Duration = Duration::from_secs(2);
 const THAW_WITHIN: Duration = Duration::from_secs(3);
 
 /// Whether the guest agent is asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Quiesce {
     #[default]
     No,
@@ -52,7 +54,8 @@ impl std::str::FromStr for Quiesce {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct QuiesceOptions {
     pub wish: Quiesce,
     /// Only if none of the newest points, one less than this many, is consistent; 1: in every run.

@@ -15,11 +15,13 @@ use crate::replicate::plan::{CaptureKind, DiskFacts, DiskPlan, OVERLAY_SPACE_MIN
 use crate::replicate::state::report::Report;
 use crate::replicate::tracking::bitmap_rotation::Tracked;
 use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// What is kept free.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct SpaceOptions {
     /// Where overlays lie, beside what they are expected to grow to.
     pub min_free_source_bytes: u64,
@@ -27,7 +29,8 @@ pub struct SpaceOptions {
 }
 
 /// How far an overlay, or a scratch file, may go before its run is cut short.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct OverlayLimits {
     /// Of each.
     pub bytes_max: Option<u64>,

@@ -19,14 +19,15 @@ use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::name::{DiskName, RunId};
 use crate::replicate::cycle::Run;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// How much is audited.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct AuditOptions {
     /// The slices of this many runs cover a whole disk, unless the budgets cut them short; 0 audits nothing.
     pub every_runs: u32,
