@@ -1,16 +1,16 @@
-//! A patch on its way into an image: taken apart, every block checked, and written where it is to go.
+//! A patch on its way into a plain image: what it starts from, where it goes, and what is kept of the old content.
 //!
 //! Invariants
-//! - A block is written only if its content has the digest that the patch names for it, and only if it differs.
 //! - What is learned of the image beforehand ([`Base`]) is not changed by what arrives.
+//! - Blocks are checked and written by the [`applier`](crate::engine::applier), and by nobody else.
 
 use super::redo::Spool;
 use super::source::read_block;
 use super::undo::Undo;
 use crate::block::changes::{ChangesHeader, ChangesReader, ChangesWriter};
 use crate::block::digest::Digest;
-use crate::block::tree::{ChangedNode, NodeSource, TreeUpdate, ZeroNodes};
-use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize};
+use crate::block::{BlockIndex, DiskSize};
+use crate::engine::applier::{Applied, Applier, Change, PatchedImage, TreeBefore};
 use crate::engine::disk_target::DiskApplied;
 use crate::engine::nodefile::NodeFile;
 use crate::error::{Error, Kind, Result};
@@ -18,19 +18,11 @@ use crate::image::foreign::writer::ForeignWriter;
 use crate::image::qcow2::Qcow2Writer;
 use crate::image::raw::RawWriter;
 use crate::image::{Image, ImageMut};
-use crate::patch::{self, Decoder, Header, Item, Limits};
+use crate::patch::{Decoder, Header, Item, Limits, Trailer};
 use crate::plain::write_target::Landing;
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Seek};
-use std::ops::Range;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver};
-
-/// Blocks zeroed at once (256 MiB): bounds what the walk of the tree hands out in one go.
-const ZERO_STEP: u64 = 4096;
-
-type Nodes = Box<dyn FnMut(u8, Range<u64>) -> Result<Vec<Digest>> + Send>;
-type Emit = Box<dyn FnMut(ChangedNode) -> Result<()> + Send>;
 
 /// What a patch starts from.
 #[derive(Clone, Default)]
@@ -103,14 +95,35 @@ impl Outcome {
 /// What is known once the header has come.
 struct Open {
     header: Header,
+    applier: Applier,
+    image: OpenImage,
+}
+
+/// Where the patch goes, and what the image was.
+struct OpenImage {
+    /// Of the disk after the patch.
+    size: DiskSize,
     landing: Landing,
-    tree: TreeUpdate<Nodes, Emit>,
-    changed: Receiver<(BlockIndex, Digest)>,
-    list: Option<ChangesWriter<BufWriter<File>>>,
     undo: Option<Undo>,
     base: Base,
-    bytes_written: u64,
-    blocks_changed: u64,
+}
+
+impl PatchedImage for OpenImage {
+    fn image(&self) -> Result<Option<&dyn ImageMut>> {
+        Ok(self.landing.into.image())
+    }
+
+    fn block_before(&self, block: BlockIndex) -> Result<Vec<u8>> {
+        self.base.block(block, self.size)
+    }
+
+    fn before_change(&mut self, block: BlockIndex, _: Change) -> Result<()> {
+        let size = self.base.size();
+        match &mut self.undo {
+            Some(undo) if block.0 < size.blocks() => undo.push(block, &self.base.block(block, size)?),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Opens where the patch of this header goes, if it fits what is there.
@@ -139,12 +152,12 @@ impl Incoming {
             match (item, &mut self.open) {
                 (Item::Header(header), _) => self.start(header)?,
                 (Item::Trailer(_), _) => {}
-                (item, Some(open)) => open.take(item)?,
+                (item, Some(open)) => open.applier.take(item, &mut open.image)?,
                 (_, None) => return Err(Error::new(Kind::Usage, "the patch was refused already")),
             }
         }
         match &mut self.open {
-            Some(Open { landing: Landing { into: Into::Spool(spool), .. }, .. }) => {
+            Some(Open { image: OpenImage { landing: Landing { into: Into::Spool(spool), .. }, .. }, .. }) => {
                 spool.write(&std::mem::take(&mut self.early))?;
                 spool.write(bytes)
             }
@@ -159,22 +172,16 @@ impl Incoming {
     fn start(&mut self, header: Header) -> Result<()> {
         let begin = self.begin.take().ok_or_else(|| Error::new(Kind::Usage, "a second header"))?;
         let landing = begin(&header)?;
-        let (sender, changed) = mpsc::channel();
-        let emit: Emit = Box::new(move |node| {
-            if node.level == 0 {
-                // The receiver lives as long as the tree.
-                let _ = sender.send((BlockIndex(node.index), node.digest));
-            }
-            Ok(())
-        });
-        let (nodes, size_from): (Nodes, _) = match (&header.from_root, &self.base.tree) {
+        let from = match (&header.from_root, &self.base.tree) {
             (Some(_), Some((nodes, _))) => {
                 let nodes = nodes.clone();
-                (Box::new(move |level, range| nodes.nodes(level, range)), header.size_from)
+                Some(TreeBefore {
+                    nodes: Box::new(move |level, range| nodes.nodes(level, range)),
+                    size: header.size_from,
+                })
             }
-            _ => (Box::new(|level, range| ZeroNodes.nodes(level, range)), header.size),
+            _ => None,
         };
-        let tree = TreeUpdate::new(nodes, size_from, header.size, emit)?;
         let list = match self.keep_list {
             true => {
                 let file = tempfile::tempfile().map_err(|e| Error::from_io("cannot create a temporary file", e))?;
@@ -183,9 +190,9 @@ impl Incoming {
             }
             false => None,
         };
-        let (undo, base) = (self.undo.take(), self.base.clone());
-        self.open =
-            Some(Open { header, landing, tree, changed, list, undo, base, bytes_written: 0, blocks_changed: 0 });
+        let applier = Applier::new(from, header.size, list)?;
+        let image = OpenImage { size: header.size, landing, undo: self.undo.take(), base: self.base.clone() };
+        self.open = Some(Open { header, applier, image });
         Ok(())
     }
 
@@ -193,115 +200,33 @@ impl Incoming {
     pub(super) fn finish(&mut self) -> Result<Finished> {
         let trailer = self.decoder.finish()?;
         let open = self.open.take().ok_or_else(|| Error::new(Kind::Usage, "the patch was ended already"))?;
-        open.finish(trailer.to_root)
+        open.finish(&trailer)
     }
 }
 
 impl Open {
-    fn take(&mut self, item: Item) -> Result<()> {
-        match item {
-            Item::Data { block, digest, bytes } => {
-                patch::check_block(block, &bytes, digest)?;
-                self.write(block, digest, &bytes)
-            }
-            Item::Pieces { block, digest, mask, bytes } => {
-                // A block comes once in a patch, so that what is read here is what the patch starts from.
-                let mut whole = self.base.block(block, self.header.size)?;
-                mask.scatter(&bytes, &mut whole);
-                patch::check_block(block, &whole, digest)?;
-                self.write(block, digest, &whole)
-            }
-            Item::Zero { first, count } => self.zero(first, count),
-            Item::Header(_) | Item::Trailer(_) => Ok(()),
-        }
-    }
-
-    fn write(&mut self, block: BlockIndex, digest: Digest, bytes: &[u8]) -> Result<()> {
-        self.tree.push(block, digest)?;
-        if self.changed.try_recv().is_err() {
-            return Ok(());
-        }
-        self.keep_old(block)?;
-        if let Some(image) = self.landing.into.image() {
-            image.write_at(block.offset(), bytes)?;
-        }
-        self.bytes_written += bytes.len() as u64;
-        self.note(block, digest)
-    }
-
-    /// Zeroes those of the blocks that were not zero before.
-    fn zero(&mut self, first: BlockIndex, count: u64) -> Result<()> {
-        let (mut at, end) = (first.0, first.0 + count);
-        while at < end {
-            let step_end = ((at / ZERO_STEP + 1) * ZERO_STEP).min(end);
-            self.tree.push_zero(BlockIndex(at), step_end - at)?;
-            let changed: Vec<u64> = std::iter::from_fn(|| self.changed.try_recv().ok()).map(|(b, _)| b.0).collect();
-            let mut run = at..at;
-            for block in changed {
-                if block != run.end {
-                    self.zero_run(&run)?;
-                    run = block..block;
-                }
-                run.end += 1;
-                self.keep_old(BlockIndex(block))?;
-                self.note(BlockIndex(block), Digest::ZERO)?;
-            }
-            self.zero_run(&run)?;
-            at = step_end;
-        }
-        Ok(())
-    }
-
-    fn zero_run(&self, blocks: &Range<u64>) -> Result<()> {
-        match self.landing.into.image() {
-            Some(image) if !blocks.is_empty() => {
-                let end = (blocks.end * BLOCK_LEN as u64).min(self.header.size.0);
-                image.zero(ByteRange::new(blocks.start * BLOCK_LEN as u64, end))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Before the block is overwritten.
-    fn keep_old(&mut self, block: BlockIndex) -> Result<()> {
-        let size = self.base.size();
-        match &mut self.undo {
-            Some(undo) if block.0 < size.blocks() => undo.push(block, &self.base.block(block, size)?),
-            _ => Ok(()),
-        }
-    }
-
-    fn note(&mut self, block: BlockIndex, digest: Digest) -> Result<()> {
-        self.blocks_changed += 1;
-        self.list.as_mut().map_or(Ok(()), |list| list.push(block, digest))
-    }
-
-    fn finish(mut self, to_root: Digest) -> Result<Finished> {
-        let root = self.tree.finish()?;
-        if root != to_root {
-            let what = format!("the patch leads to root {root}, and says {to_root}");
-            return Err(Error::new(Kind::Corrupt, what).hint("nothing was put in place; make the patch again"));
-        }
-        if let Some(mut undo) = self.undo.take() {
-            let size = self.base.size();
+    fn finish(self, trailer: &Trailer) -> Result<Finished> {
+        let wrong = |e: Error| match e.kind() {
+            Kind::Corrupt => e.hint("nothing was put in place; make the patch again"),
+            _ => e,
+        };
+        let Applied { disk: applied, list } = self.applier.finish(trailer).map_err(wrong)?;
+        let OpenImage { landing, undo, base, .. } = self.image;
+        if let Some(mut undo) = undo {
+            let size = base.size();
             for block in self.header.size.blocks()..size.blocks() {
                 // What the patch cuts off. A disk that is cut is read there once: rarely, and to its old end.
-                let old = self.base.block(BlockIndex(block), size)?;
+                let old = base.block(BlockIndex(block), size)?;
                 undo.push(BlockIndex(block), &old)?;
             }
             let from_root = self.header.from_root.ok_or_else(|| {
                 Error::new(Kind::Usage, "the patch starts from nothing: there is nothing that could be undone")
             })?;
-            undo.finish((self.header.size_from, from_root), (self.header.size, root))?;
+            undo.finish((self.header.size_from, from_root), (self.header.size, applied.root))?;
         }
-        let list = match self.list.take() {
-            Some(list) => {
-                let out = list.finish(root)?;
-                Some(out.into_inner().map_err(|e| Error::from_io("cannot write a temporary file", e.into_error()))?)
-            }
-            None => None,
-        };
-        let applied = DiskApplied { root, bytes_written: self.bytes_written, blocks_changed: self.blocks_changed };
-        Ok(Finished { landing: self.landing, applied, outcome: Outcome { header: self.header, root, list } })
+        let written = |e: std::io::Error| Error::from_io("cannot write a temporary file", e);
+        let list = list.map(|list| list.into_inner().map_err(|e| written(e.into_error()))).transpose()?;
+        let outcome = Outcome { header: self.header, root: applied.root, list };
+        Ok(Finished { landing, applied, outcome })
     }
 }

@@ -7,13 +7,13 @@
 
 use super::PointDisk;
 use super::upkeep::PatchStream;
-use crate::block::BLOCK_LEN;
-use crate::block::tree::RootBuilder;
+use crate::block::{BLOCK_LEN, BlockIndex};
+use crate::engine::applier::{Applier, PatchedImage};
 use crate::error::{Error, Kind, Result};
 use crate::image::raw::RawWriter;
 use crate::image::{Format, ImageMut, qcow2};
 use crate::name::DomainUuid;
-use crate::patch::{self, Decoder, Item, Limits};
+use crate::patch::{Decoder, Item, Limits, Trailer};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
@@ -120,14 +120,14 @@ fn fill(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<u64> {
     let mut decoder = Decoder::new(Limits { size_max: disk.size })?;
-    let mut root = RootBuilder::new(disk.size);
-    let (mut bytes_written, mut ended) = (0, false);
+    let mut applier = Applier::new(None, disk.size, None)?;
+    let mut ended = false;
     while !ended {
         let chunk = stream.next_chunk()?;
         ended = chunk.is_empty();
         decoder.push(&chunk);
         while let Some(item) = decoder.next_item()? {
-            match item {
+            match &item {
                 Item::Header(header) => {
                     if header.domain != *domain || header.disk != disk.name || header.size != disk.size {
                         return Err(other("another disk's"));
@@ -136,27 +136,36 @@ fn fill(
                         return Err(other("one that builds on another point"));
                     }
                 }
-                Item::Data { block, digest, bytes } => {
-                    patch::check_block(block, &bytes, digest)?;
-                    root.push_block(block, digest);
-                    image.write_at(block.offset(), &bytes)?;
-                    bytes_written += bytes.len() as u64;
-                    progress(block.offset() + BLOCK_LEN as u64, disk.size.0);
-                }
-                Item::Pieces { .. } => return Err(other("one with pieces of blocks")),
-                // The file is new: it is zero where nothing is written.
-                Item::Zero { .. } | Item::Trailer(_) => {}
+                Item::Data { block, .. } => progress(block.offset() + BLOCK_LEN as u64, disk.size.0),
+                _ => {}
             }
+            applier.take(item, &mut NewFile(image))?;
         }
     }
-    decoder.finish()?;
-    let root = root.finish();
-    if root != disk.root {
-        return Err(Error::new(Kind::Corrupt, format!("what came has root {root}, the point has {}", disk.root))
-            .hint("the point is damaged: `virt-replica verify DOMAIN --to TARGET --point POINT` says where"));
-    }
+    let damaged = |e: Error| match e.kind() {
+        Kind::Corrupt => {
+            e.hint("the point is damaged: `virt-replica verify DOMAIN --to TARGET --point POINT` says where")
+        }
+        _ => e,
+    };
+    // Whatever root the stream names: it has to be the point's.
+    let trailer = Trailer { to_root: disk.root, ..decoder.finish()? };
+    let applied = applier.finish(&trailer).map_err(damaged)?;
     progress(disk.size.0, disk.size.0);
-    Ok(bytes_written)
+    Ok(applied.disk.bytes_written)
+}
+
+/// A new file: zero where nothing is written.
+struct NewFile<'a>(&'a dyn ImageMut);
+
+impl PatchedImage for NewFile<'_> {
+    fn image(&self) -> Result<Option<&dyn ImageMut>> {
+        Ok(Some(self.0))
+    }
+
+    fn block_before(&self, _: BlockIndex) -> Result<Vec<u8>> {
+        Err(other("one with pieces of blocks"))
+    }
 }
 
 fn other(what: &str) -> Error {
