@@ -11,7 +11,7 @@ setup: ## install what building, tests and demo need (Debian 12, as root)
 build: ## build the release binary
 	@cargo build --release
 
-check: ## format, lints with and without libvirt, unit tests
+check: ## format, dependencies, lints, documentation, unit tests
 	@tests/run/check
 
 test: ## everything, on a fresh machine too: setup, unit and port tests, the two-host lab

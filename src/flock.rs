@@ -1,13 +1,11 @@
 //! A lock on a file by `flock`, held until it is dropped.
 //!
-//! The kernel frees such a lock when the last descriptor of the opened file is closed, however its holder dies. Closing ours is not
-//! enough to let it go: a child that another thread forks just then has all descriptors of this process until it runs its
-//! program (O_CLOEXEC closes them there, and not before), so that the lock would seem taken for some milliseconds more, and
-//! whoever asks next without waiting would be turned away. So it is let go in so many words, which counts for every copy.
+//! The kernel frees such a lock when the last descriptor of the open file is closed, however the holder dies. Closing ours is
+//! not enough to free it at once. A child that another thread forks at that moment has copies of all descriptors until it runs
+//! its program (O_CLOEXEC closes them there, not before). For those milliseconds the lock would seem taken, and the next
+//! caller would be turned away. So dropping unlocks explicitly, which counts for every copy.
 
-use rustix::fs::FlockOperation;
-use rustix::io::Errno;
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io;
 
 /// Held until dropped.
@@ -15,21 +13,22 @@ use std::io;
 pub struct Flock(File);
 
 impl Flock {
-    /// For one holder alone. Does not wait; the file is given back where somebody has it.
+    /// A lock for one holder. It does not wait: it returns the file if another holder has any lock on it.
     pub fn exclusive(file: File) -> io::Result<Result<Flock, File>> {
-        Self::take(file, FlockOperation::NonBlockingLockExclusive)
+        Self::take(file, File::try_lock)
     }
 
-    /// The same, beside others who share it.
+    /// A lock that many may share. It does not wait: it returns the file if another holder has it exclusively.
     pub fn shared(file: File) -> io::Result<Result<Flock, File>> {
-        Self::take(file, FlockOperation::NonBlockingLockShared)
+        Self::take(file, File::try_lock_shared)
     }
 
-    fn take(file: File, how: FlockOperation) -> io::Result<Result<Flock, File>> {
-        match rustix::fs::flock(&file, how) {
+    /// std calls `flock` for both on Linux, the lock that older versions of this program take too.
+    fn take(file: File, lock: fn(&File) -> Result<(), TryLockError>) -> io::Result<Result<Flock, File>> {
+        match lock(&file) {
             Ok(()) => Ok(Ok(Flock(file))),
-            Err(Errno::WOULDBLOCK) => Ok(Err(file)),
-            Err(e) => Err(e.into()),
+            Err(TryLockError::WouldBlock) => Ok(Err(file)),
+            Err(TryLockError::Error(e)) => Err(e),
         }
     }
 
@@ -41,8 +40,8 @@ impl Flock {
 
 impl Drop for Flock {
     fn drop(&mut self) {
-        // It cannot fail on a file that is open; if it did, closing the file would have to do.
-        let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
+        // Unlocking an open file cannot fail; if it did, closing the file would free the lock.
+        let _ = self.0.unlock();
     }
 }
 
@@ -66,5 +65,22 @@ mod tests {
         drop((again, copy));
         let (one, two) = (Flock::shared(open()).unwrap(), Flock::shared(open()).unwrap());
         assert!(one.is_ok() && two.is_ok() && Flock::exclusive(open()).unwrap().is_err());
+    }
+    /// std promises no particular call. Another program, such as an older version of this one, must see the same lock.
+    #[test]
+    fn the_lock_is_that_of_flock() {
+        use rustix::fs::FlockOperation::{NonBlockingLockExclusive, NonBlockingLockShared};
+        use rustix::io::Errno;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let open = || File::options().write(true).create(true).truncate(false).open(&path).unwrap();
+        let held = Flock::exclusive(open()).unwrap().unwrap();
+        assert_eq!(rustix::fs::flock(open(), NonBlockingLockShared), Err(Errno::WOULDBLOCK));
+        drop(held);
+        let shared = Flock::shared(open()).unwrap().unwrap();
+        assert_eq!(rustix::fs::flock(open(), NonBlockingLockShared), Ok(()));
+        assert_eq!(rustix::fs::flock(open(), NonBlockingLockExclusive), Err(Errno::WOULDBLOCK));
+        drop(shared);
+        assert_eq!(rustix::fs::flock(open(), NonBlockingLockExclusive), Ok(()));
     }
 }

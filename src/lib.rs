@@ -23,6 +23,9 @@
 //!       block · name · error                  words
 //! ```
 
+// Not among the lints of Cargo.toml: clippy takes the helpers of integration tests for code that is no test.
+#![deny(clippy::unwrap_used)]
+
 pub mod durable;
 pub mod error;
 pub mod failpoint;

@@ -78,7 +78,8 @@ fn long_id() -> Result<u128> {
     Ok(u128::from_le_bytes(random_bytes()?))
 }
 
-fn random_bytes<const N: usize>() -> Result<[u8; N]> {
+/// Random bytes of the kernel: at most 256.
+pub fn random_bytes<const N: usize>() -> Result<[u8; N]> {
     let mut bits = [0u8; N];
     let got = rustix::rand::getrandom(&mut bits, rustix::rand::GetRandomFlags::empty())
         .map_err(|e| Error::from_io("cannot draw random bits", e.into()))?;

@@ -27,6 +27,7 @@ fn files_below(dir: &Path, extension: &str, found: &mut Vec<PathBuf>) {
 /// Every page: path relative to the root, text.
 fn pages() -> Vec<(PathBuf, String)> {
     let mut found = vec![root().join("README.md")];
+    found.extend(["CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"].map(|page| root().join(page)));
     files_below(&root().join("docs"), "md", &mut found);
     files_below(&root().join("policies"), "md", &mut found);
     files_below(&root().join("packaging"), "md", &mut found);
@@ -134,6 +135,15 @@ fn every_page_is_linked_from_another() {
         .collect();
     let lonely: Vec<_> = pages.iter().map(|(p, _)| p).filter(|p| !linked.contains(*p)).collect();
     assert!(lonely.is_empty(), "pages that nothing leads to: {lonely:?}");
+}
+
+/// `tests/run/check` proves the claim of Cargo.toml; the README must not make another one.
+#[test]
+fn the_readme_claims_the_compiler_of_the_manifest() {
+    let manifest = fs::read_to_string(root().join("Cargo.toml")).unwrap();
+    let claimed = manifest.lines().find_map(|l| l.strip_prefix("rust-version = \"")?.strip_suffix('"'));
+    let sentence = format!("Rust {} or newer", claimed.expect("Cargo.toml has a rust-version"));
+    assert!(fs::read_to_string(root().join("README.md")).unwrap().contains(&sentence), "README.md lacks: {sentence}");
 }
 
 #[test]

@@ -7,7 +7,7 @@
 //! Invariants
 //! - A session dies once, for one reason; after that no byte is written.
 //! - No call waits longer than the silence allowed while nothing is heard from the agent.
-//! - An agent that is heard and does not answer is waited for in bounded time too: [`bounds`] says how long for which
+//! - An agent that is heard and does not answer is waited for in bounded time too: `bounds` says how long for which
 //!   request. The session ends with it, since an agent does one thing after the other.
 //!
 //! Protocol: docs/formats/wire.md.

@@ -1,5 +1,5 @@
 //! `/` for people and `/metrics` for Prometheus, over HTTP on a loopback port: read only. A slow client holds up nobody
-//! ([`serving`](super::serving)).
+//! (`serving`).
 
 use super::service::Input;
 use super::serving::{Conversations, Socket, Timed};

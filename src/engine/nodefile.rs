@@ -1,6 +1,6 @@
 //! The nodes of one digest tree in a sparse file: the levels one after another, blocks first; a zero digest is a hole.
 //!
-//! What stands before the levels is the caller's ([`LEVELS_START`] bytes), and so is every promise of durability.
+//! What stands before the levels is the caller's (`LEVELS_START` bytes), and so is every promise of durability.
 
 use crate::block::changes::Run;
 use crate::block::digest::Digest;

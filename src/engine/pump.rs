@@ -5,7 +5,7 @@
 //! blocks that differ are encoded: whole, or, hash large and ship small, only those 4 KiB pieces that differ. One sender, the calling thread, puts the records into the patch in order and builds
 //! the root over everything that was read.
 //!
-//! Memory: at most [`IN_FLIGHT_MAX`] groups between reading and sending, whatever the size of the disk. A hole costs
+//! Memory: at most `IN_FLIGHT_MAX` groups between reading and sending, whatever the size of the disk. A hole costs
 //! nothing on either side unless the head has data there.
 
 mod adaptive_compression;

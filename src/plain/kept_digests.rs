@@ -52,7 +52,7 @@ pub fn write(nodes: &NodeFile, root: Digest, out: impl Write) -> Result<()> {
     list.finish(root).map(drop)
 }
 
-/// Reads what [`write`] wrote. `Corrupt` if it is anything else: of a point with one before it, cut, or damaged.
+/// Reads what [`write()`] wrote. `Corrupt` if it is anything else: of a point with one before it, cut, or damaged.
 pub fn read(input: impl Read) -> Result<(NodeFile, Digest)> {
     let mut list = ChangesReader::new(input)?;
     let header = *list.header();

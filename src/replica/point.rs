@@ -138,7 +138,7 @@ impl OpenPoint {
         }
     }
 
-    /// As [`DiskTarget::pieces`](super::Replica::pieces). Takes no lock that an `apply` holds.
+    /// As [`DiskTarget::pieces`](super::DiskTarget::pieces). Takes no lock that an `apply` holds.
     pub fn pieces(&self, disk: &DiskName, blocks: &[BlockIndex]) -> Result<Vec<BlockPieces>> {
         if !self.disks.contains_key(disk) {
             return Err(Error::new(Kind::Usage, "the open point has no such disk"));

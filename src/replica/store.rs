@@ -1,6 +1,6 @@
 //! The replica on this host: a directory with one qcow2 chain per disk and one manifest.
 //!
-//! Owns every file in the directory; no path is used that [`manifest`](super::manifest) did not produce.
+//! Owns every file in the directory; no path is used that [`manifest`] did not produce.
 //!
 //! Invariants
 //! - A point exists if and only if the manifest names it (I9). Directories it does not name are rubbish: the next

@@ -14,7 +14,17 @@ die() {
   exit 1
 }
 
+# Tools of our own, which `make setup` puts beside what is built.
+TOOLS=$ROOT/target/tools
+readonly TOOLS
+PATH=$PATH:$TOOLS/bin
+
+has_cargo_deny() { command -v cargo-deny >/dev/null; }
 has_nextest() { cargo nextest --version >/dev/null 2>&1; }
+
+target_directory() {
+  cargo metadata --format-version 1 --no-deps --offline | sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p'
+}
 
 # run_tests ARGS...: one run, whose summary is the last thing printed
 run_tests() {

@@ -70,12 +70,14 @@ pub fn request(
     })
 }
 
-/// A new UUID, as random as they are.
+/// A new random UUID, for a copy of a domain.
 pub fn new_uuid() -> Result<DomainUuid> {
-    let (high, low) = (new_run()?, new_run()?);
-    let (high, low) = (high.as_str(), low.as_str());
-    // Version 4, and the variant of RFC 9562.
-    DomainUuid::new(format!("{}-{}-4{}-8{}-{}", &high[..8], &high[8..12], &high[13..], &low[1..4], &low[4..]))
+    uuid_of(wiring::random_bytes()?)
+}
+
+/// The UUID of these random bits: version 4 of RFC 9562.
+fn uuid_of(bits: [u8; 16]) -> Result<DomainUuid> {
+    DomainUuid::new(uuid::Builder::from_random_bytes(bits).into_uuid().to_string())
 }
 
 /// 64 bits that shorten a wait; where no random ones are to be had, the wait is its full length.
@@ -83,4 +85,21 @@ pub fn random() -> u64 {
     let mut bits = [0xff; 8];
     let _ = rustix::rand::getrandom(&mut bits, rustix::rand::GetRandomFlags::empty());
     u64::from_le_bytes(bits)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_uuid_is_of_version_4_whatever_the_bits() {
+        for (bits, uuid) in [
+            ([0x00; 16], "00000000-0000-4000-8000-000000000000"),
+            ([0xff; 16], "ffffffff-ffff-4fff-bfff-ffffffffffff"),
+            ([0x5a; 16], "5a5a5a5a-5a5a-4a5a-9a5a-5a5a5a5a5a5a"),
+        ] {
+            assert_eq!(uuid_of(bits).unwrap().as_str(), uuid);
+        }
+        assert_ne!(new_uuid().unwrap(), new_uuid().unwrap());
+    }
 }

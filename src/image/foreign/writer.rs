@@ -14,7 +14,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-/// Refuses an image that cannot be changed, before anything is read: [`check`], and `Refused` where its kind is written once only,
+/// Refuses an image that cannot be changed, before anything is read: `check`, and `Refused` where its kind is written once only,
 /// `Corrupt` where it does not hold together. The caller has the whole lock of it.
 pub fn check_writable(layer: &Layer, format: Foreign) -> Result<()> {
     check(layer, format)?;
@@ -82,7 +82,7 @@ impl ForeignWriter {
         Ok(writer)
     }
 
-    /// Opens an image that nobody else has, to be changed. The errors are those of [`check`], and QEMU's. Blocks; starts a process.
+    /// Opens an image that nobody else has, to be changed. The errors are those of `check`, and QEMU's. Blocks; starts a process.
     pub fn open(path: &Path, format: Foreign, runtime_dir: &Path) -> Result<Self> {
         let layer = alone(path);
         check(&layer, format)?;

@@ -4,9 +4,9 @@
 //! - Where both images are there, the overlay is the disk, until both definitions name the raw image. So between the move and
 //!   the moment in which the overlay's name is durably gone (g2d) the guest runs nothing: an old image never comes back.
 //! - The raw image is complete and durable before the guest moves: the copy keeps the two equal, the guest stands, fsync, move.
-//! - The guest is held for nothing else, and a dead-man is armed first: whoever comes to it, [`let_go`] does the same.
+//! - The guest is held for nothing else, and a dead-man is armed first: whoever comes to it, `let_go` does the same.
 //!
-//! Steps: docs/recovery.md. [`next`] decides, and is pure.
+//! Steps: docs/recovery.md. `next` decides, and is pure.
 
 use super::stopped;
 use crate::block::DiskSize;

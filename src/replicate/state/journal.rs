@@ -4,7 +4,7 @@
 //! `STATE/domains/UUID/` holds `lock` (who works on the domain), `record.json` (only while a run is open;
 //! `backup.json` instead while one by backup is), `thaw.json` (only while the guest is owed a thaw),
 //! `after-freeze.json` (only while a hook is), `stopped.json` (only while a guest that QEMU stopped is ours to resume),
-//! `last.json` (the newest report), `history.jsonl` (the reports, see [`history`](super::history)),
+//! `last.json` (the newest report), `history.jsonl` (the reports, see `history`),
 //! `generation.json` ([`generation`](super::generation)). A copy of the record's identity lies in the domain's own
 //! `<metadata>`, which survives the loss of this directory and travels with the domain.
 //!
