@@ -147,13 +147,19 @@ fn runs(page: &mut Page, rows: &[Row]) {
     });
     page.family("step_seconds_total", Counter, "Time that runs spent in each step.", by_step);
     page.each("freeze_seconds_total", Counter, "Time that freeze calls took.", rows, |r| Some(r.totals.freeze_seconds));
-    page.each("pause_seconds_total", Counter, "Time that guests stood still at commits.", rows, |r| {
+    page.each("pause_seconds_total", Counter, "Time the guest stood still at commits, in all pauses.", rows, |r| {
         Some(r.totals.pause_seconds)
     });
     let last = |r: &Row, of: fn(&super::pair::End) -> f64| r.last_run.as_ref().map(|l| of(&l.end));
     page.each("freeze_seconds", Gauge, "Duration of the newest freeze call.", rows, |r| last(r, |e| e.freeze_ms / 1e3));
-    page.each("pause_seconds", Gauge, "Longest time the guest stood still in the newest run.", rows, |r| {
+    page.each("pause_seconds", Gauge, "Longest pause of the guest in the newest run.", rows, |r| {
         last(r, |e| e.pause_ms / 1e3)
+    });
+    page.each("pause_sum_seconds", Gauge, "All pauses of the guest in the newest run together.", rows, |r| {
+        r.last_run.as_ref().and_then(|l| l.end.pause_sum_ms).map(|ms| ms / 1e3)
+    });
+    page.each("pauses", Gauge, "How often the newest run paused the guest.", rows, |r| {
+        r.last_run.as_ref().and_then(|l| l.end.pauses).map(f64::from)
     });
     page.each("bytes_read_total", Counter, "Bytes read from the source's images.", rows, |r| {
         Some(r.totals.bytes_read as f64)
@@ -306,6 +312,23 @@ mod tests {
         assert_eq!(of(&format!("virt_replica_check_failed{check}")), Some(1.0));
         assert_eq!((of("virt_replica_config_ok"), of("virt_replica_libvirt_up")), (Some(0.0), Some(1.0)));
         assert_eq!(of(r#"virt_replica_build_info{version="1.2.3"}"#), Some(1.0));
+    }
+
+    /// The counter adds up all pauses; of a run of an older program only the longest is known.
+    #[test]
+    fn pauses_are_told_by_the_longest_the_sum_and_their_number() {
+        use crate::daemon::pair::{End, Key, Pair};
+        let mut all = status();
+        let (row, at) = (&mut all.domains[0], jiff::Timestamp::UNIX_EPOCH);
+        let mut pair = Pair::new(Key { uuid: row.uuid.clone(), url: "ssh://dr1".into() }, row.domain.clone(), at);
+        let end = |pause_ms, pause_sum_ms, pauses| End { pause_ms, pause_sum_ms, pauses, ..End::failed(None, "away") };
+        pair.ended(at, at, end(100.0, None, None));
+        pair.ended(at, at, end(250.0, Some(400.0), Some(3)));
+        (row.totals, row.last_run) = (pair.totals, pair.last);
+        let samples = parse(&render(&all));
+        let of = |family: &str| samples[&format!(r#"virt_replica_{family}{{domain="web\"01\\",target="ssh://dr1"}}"#)];
+        assert_eq!((of("pause_seconds"), of("pause_sum_seconds"), of("pauses")), (0.25, 0.4, 3.0));
+        assert_eq!(of("pause_seconds_total"), 0.5);
     }
 
     /// What is shipped for Prometheus and Grafana asks for nothing that is not there.

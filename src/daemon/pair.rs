@@ -63,7 +63,13 @@ pub struct End {
     #[serde(default)]
     pub guest_stopped: Option<GuestStopped>,
     pub freeze_ms: f64,
+    /// The longest pause of the guest.
     pub pause_ms: f64,
+    /// All its pauses together; absent if it is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause_sum_ms: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pauses: Option<u32>,
     pub bytes_read: u64,
     pub bytes_sent: u64,
     pub bytes_written: u64,
@@ -89,6 +95,8 @@ impl End {
             guest_stopped: None,
             freeze_ms: 0.0,
             pause_ms: 0.0,
+            pause_sum_ms: None,
+            pauses: None,
             bytes_read: 0,
             bytes_sent: 0,
             bytes_written: 0,
@@ -261,7 +269,7 @@ impl Pair {
         t.bytes_written += end.bytes_written;
         t.run_seconds += seconds as f64;
         t.freeze_seconds += end.freeze_ms / 1e3;
-        t.pause_seconds += end.pause_ms / 1e3;
+        t.pause_seconds += end.pause_sum_ms.unwrap_or(end.pause_ms) / 1e3;
         if let Some(frozen_at) = end.frozen_at {
             self.learn(started_at, frozen_at, ended_at);
             self.clock_ahead_s = end.clock_ahead_s;

@@ -255,6 +255,8 @@ impl Heard {
             guest_stopped: report.guest_stopped.clone(),
             freeze_ms: report.freeze_ms,
             pause_ms: report.pause_ms,
+            pause_sum_ms: report.pause_sum_ms,
+            pauses: report.pauses,
             bytes_read: sum(|s| s.bytes_read),
             bytes_sent: sum(|s| s.bytes_sent),
             bytes_written: sum(|s| s.bytes_written),

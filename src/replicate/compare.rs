@@ -19,7 +19,11 @@ pub struct Comparison {
     pub frozen_at: Timestamp,
     pub disks: Vec<ComparedDisk>,
     pub freeze_ms: f64,
+    /// The longest pause.
     pub pause_ms: f64,
+    /// All pauses together.
+    pub pause_sum_ms: f64,
+    pub pauses: u32,
     pub warnings: Vec<String>,
 }
 
@@ -66,13 +70,16 @@ impl Run<'_> {
         let standing = Standing { plan: &plan, still: &still, capture: capture.as_ref(), gate: &gate };
         let compared = self.while_held(&standing, || self.compare_disks(&standing));
         let released = capture.release()?;
+        let pauses = released.account.pauses;
         let mut warnings = released.account.alarms;
         warnings.extend(released.left_open);
         Ok(Comparison {
             frozen_at: still.frozen_at,
             disks: compared?,
             freeze_ms: still.freeze.map_or(0.0, millis),
-            pause_ms: released.account.pause.map_or(0.0, millis),
+            pause_ms: millis(pauses.longest),
+            pause_sum_ms: millis(pauses.sum),
+            pauses: pauses.count,
             warnings,
         })
     }

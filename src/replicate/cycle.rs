@@ -149,6 +149,8 @@ pub fn run(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBoo
         freeze_ms: 0.0,
         held_ms: None,
         pause_ms: 0.0,
+        pause_sum_ms: None,
+        pauses: None,
         duration_ms: 0.0,
         skipped: LeftOut::default(),
         alarms: Vec::new(),
@@ -511,7 +513,7 @@ impl<'a> Run<'a> {
         let settled = matches!(&released, Ok(r) if r.left_open.is_none());
         match released {
             Ok(release) => {
-                report.pause_ms = release.account.pause.map_or(report.pause_ms, millis);
+                report.paused(release.account.pauses);
                 report.warnings.extend(release.account.alarms);
                 report.guest_stopped = release.account.stopped.or(report.guest_stopped.take());
                 left_open = release.left_open;

@@ -400,8 +400,9 @@ impl<'a> Settler<'a> {
 
     fn resume(&mut self) -> Result<()> {
         self.hypervisor.resume(&self.record.uuid)?;
-        let held = self.paused_at.take().map(|t| t.elapsed());
-        self.account.pause = self.account.pause.max(held);
+        if let Some(paused_at) = self.paused_at.take() {
+            self.account.pauses.add(paused_at.elapsed());
+        }
         failpoint!("7i");
         let late = self.guard.disarm();
         self.record.phase = Phase::CommitIntent;

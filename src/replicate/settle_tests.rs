@@ -262,7 +262,9 @@ fn looks_while_the_guest_stands_do_not_grow_with_the_disks() {
 #[test]
 fn a_long_pause_ends_between_two_disks() {
     let bench = Bench::of(3);
-    bench.settle(Duration::ZERO);
+    let pauses = bench.settle(Duration::ZERO).pauses;
+    assert!(pauses.count == 3 && pauses.longest > Duration::ZERO, "{pauses:?}");
+    assert!(pauses.longest < pauses.sum && pauses.sum <= pauses.longest * 3, "each counts: {pauses:?}");
     let each = |n: usize| [Did::Paused, Did::Pivoted(format!("vd{n}")), Did::Resumed];
     assert_eq!(bench.did(), [each(0), each(1), each(2)].concat());
 }

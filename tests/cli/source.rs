@@ -56,6 +56,8 @@ fn report(store: &StoreWithPoints, outcome: RunOutcome, target: &str) -> Report 
         held_ms: None,
         freeze_ms: 1.0,
         pause_ms: 2.0,
+        pause_sum_ms: None,
+        pauses: None,
         duration_ms: 3.0,
         skipped: Default::default(),
         alarms: Vec::new(),

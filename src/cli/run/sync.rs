@@ -332,7 +332,14 @@ mod run {
             0.0 => format!("no {what}"),
             ms => format!("{what} {}", render::millis(ms)),
         };
-        let (freeze, pause) = (lasted("freeze", report.freeze_ms), lasted("pause", report.pause_ms));
+        let freeze = lasted("freeze", report.freeze_ms);
+        let pause = match (report.pauses, report.pause_sum_ms) {
+            (Some(count), Some(sum)) if count > 1 => {
+                let longest = render::millis(report.pause_ms);
+                format!("{count} pauses, together {} and at most {longest}", render::millis(sum))
+            }
+            _ => lasted("pause", report.pause_ms),
+        };
         let held = report.held_ms.map_or(String::new(), |ms| format!(", file systems held {}", render::millis(ms)));
         lines.push(format!("  {freeze}{held}, {pause}, whole run {}", render::millis(report.duration_ms)));
         lines.extend(describe_capture(report));

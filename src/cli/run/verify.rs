@@ -181,6 +181,7 @@ fn against_source(
         let body = json!({
             "domain": args.domain, "target": target.url.to_string(), "against": "source", "equal": equal,
             "frozen_at": compared.frozen_at, "freeze_ms": compared.freeze_ms, "pause_ms": compared.pause_ms,
+            "pause_sum_ms": compared.pause_sum_ms, "pauses": compared.pauses,
             "disks": compared.disks, "warnings": compared.warnings,
         });
         Message { message_type: "verify", body }.print()?;

@@ -61,6 +61,8 @@ fn run(frozen_at: i64, seconds: f64, mode: Mode, bytes: u64) -> Report {
         freeze_ms: 1.0,
         held_ms: None,
         pause_ms: 1.0,
+        pause_sum_ms: None,
+        pauses: None,
         duration_ms: seconds * 1000.0,
         skipped: Default::default(),
         alarms: Vec::new(),

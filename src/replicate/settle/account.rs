@@ -3,11 +3,27 @@
 use super::stopped::GuestStopped;
 use std::time::Duration;
 
+/// How often and how long the guest's vCPUs were held.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Pauses {
+    pub count: u32,
+    /// All of them together.
+    pub sum: Duration,
+    pub longest: Duration,
+}
+
+impl Pauses {
+    pub(super) fn add(&mut self, held: Duration) {
+        self.count += 1;
+        self.sum += held;
+        self.longest = self.longest.max(held);
+    }
+}
+
 /// What happened, for the report.
 #[derive(Debug, Default, Clone)]
 pub struct Account {
-    /// Longest time the guest's vCPUs were held in one go.
-    pub pause: Option<Duration>,
+    pub pauses: Pauses,
     /// The steps performed, in words, oldest first.
     pub steps: Vec<String>,
     /// What was unusual enough to tell an operator.

@@ -48,7 +48,7 @@ pub fn settle_domain(
     };
     account.steps.append(&mut settler.account.steps);
     account.alarms.append(&mut settler.account.alarms);
-    account.pause = settler.account.pause;
+    account.pauses = settler.account.pauses;
     stopped::conclude(ports.hypervisor, journal, uuid, left_open.is_some(), &mut account);
     Ok((Some(record), account, left_open))
 }

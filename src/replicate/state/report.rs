@@ -6,6 +6,7 @@ use crate::replica::PointView;
 use crate::replica::left_out::LeftOut;
 use crate::replicate::plan::Plan;
 use crate::replicate::plan::capture_choice::CaptureKind;
+use crate::replicate::settle::account::Pauses;
 use crate::replicate::settle::stopped::GuestStopped;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -35,8 +36,15 @@ pub struct Report {
     /// How long the guest agent held the guest's file systems, in milliseconds; absent if it did not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held_ms: Option<f64>,
-    /// Longest time the guest's vCPUs stood still at the end of the commit, in milliseconds; 0 if they did not.
+    /// Longest time the guest's vCPUs stood still at the end of the commit, in milliseconds; 0 if they did not. A run
+    /// with many disks pauses the guest more than once: this is the longest pause.
     pub pause_ms: f64,
+    /// All pauses together, in milliseconds; absent in reports of older programs, and if the domain did not come home.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause_sum_ms: Option<f64>,
+    /// How often the guest was paused; absent where `pause_sum_ms` is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pauses: Option<u32>,
     pub duration_ms: f64,
     /// Disks that are in no point, and whose decision that is.
     pub skipped: LeftOut,
@@ -86,6 +94,17 @@ impl Report {
     pub(in crate::replicate) fn planned(&mut self, plan: &Plan) {
         self.skipped = plan.skipped.clone();
         (self.capture, self.capture_reason) = (Some(plan.capture), Some(plan.capture_reason.clone()));
+    }
+
+    /// Takes down how often and how long the guest was paused.
+    pub(super) fn paused(&mut self, pauses: Pauses) {
+        self.pause_ms = millis(pauses.longest);
+        (self.pause_sum_ms, self.pauses) = (Some(millis(pauses.sum)), Some(pauses.count));
+    }
+
+    /// How long the guest stood still in all, in milliseconds. An older program reported its longest pause only.
+    pub fn stood_still_ms(&self) -> f64 {
+        self.pause_sum_ms.unwrap_or(self.pause_ms)
     }
 
     pub fn failed(mut self, error: &Error) -> Self {
@@ -144,6 +163,8 @@ pub(crate) mod tests {
             freeze_ms: 1.5,
             held_ms: None,
             pause_ms: 2.25,
+            pause_sum_ms: Some(4.5),
+            pauses: Some(3),
             duration_ms: 1000.0,
             skipped: LeftOut::default(),
             alarms: Vec::new(),
@@ -177,6 +198,25 @@ pub(crate) mod tests {
         assert_eq!(serde_json::from_value::<Report>(json).unwrap().error_kind, None);
     }
 
+    /// The longest pause and the sum of all are told apart; a report of before the sum was there counts its only pause.
+    #[test]
+    fn a_report_tells_the_longest_pause_from_the_sum() {
+        let mut now = report(true);
+        let mut pauses = Pauses::default();
+        for ms in [100, 250, 50] {
+            pauses.add(Duration::from_millis(ms));
+        }
+        now.paused(pauses);
+        assert_eq!((now.pause_ms, now.pause_sum_ms, now.pauses), (250.0, Some(400.0), Some(3)));
+        assert_eq!(now.stood_still_ms(), 400.0);
+        let mut json = serde_json::to_value(&now).unwrap();
+        for name in ["pause_sum_ms", "pauses"] {
+            assert!(json.as_object_mut().unwrap().remove(name).is_some(), "no {name}");
+        }
+        let old: Report = serde_json::from_value(json).unwrap();
+        assert_eq!((old.pause_sum_ms, old.pauses, old.stood_still_ms()), (None, None, 250.0));
+    }
+
     /// The names that docs/formats/json.md promises to scripts.
     #[test]
     fn the_names_that_scripts_depend_on_never_change() {
@@ -187,7 +227,21 @@ pub(crate) mod tests {
             }
         };
         has(&json, &["id", "generation", "frozen_at", "sealed_at", "consistency", "disks"]);
-        has(&json, &["freeze_ms", "pause_ms", "duration_ms", "outcome", "domain", "uuid", "target", "run_id"]);
+        has(
+            &json,
+            &[
+                "freeze_ms",
+                "pause_ms",
+                "pause_sum_ms",
+                "pauses",
+                "duration_ms",
+                "outcome",
+                "domain",
+                "uuid",
+                "target",
+                "run_id",
+            ],
+        );
         has(&json, &["capture", "capture_reason"]);
         has(&json["disks"][0], &["name", "image", "mode", "reason", "bytes_read", "bytes_sent", "bytes_written"]);
         assert_eq!(json["frozen_at"], "1970-01-01T00:00:00Z");

@@ -42,7 +42,7 @@ fn the_names_in_json() {
     let second = vm.sync().sealed();
     for report in [&first.report, &second.report] {
         has_shape(report);
-        for time in ["freeze_ms", "pause_ms", "duration_ms"] {
+        for time in ["freeze_ms", "pause_ms", "pause_sum_ms", "pauses", "duration_ms"] {
             assert!(report[time].is_number(), "{time} in {report:#}");
         }
     }

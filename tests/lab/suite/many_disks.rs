@@ -18,6 +18,13 @@ fn a_domain_with_sixteen_disks_is_paused_shortly() {
     let ms = |what: &str| run.report[what].as_f64().unwrap_or_else(|| panic!("no {what} in {:#}", run.report));
     println!("freeze {} ms, pause {} ms", ms("freeze_ms"), ms("pause_ms"));
     assert!(ms("pause_ms") > 0.0 && ms("pause_ms") < PAUSE_MAX_MS, "{:#}", run.report);
+    let pauses = run.report["pauses"].as_u64().unwrap_or_else(|| panic!("no number of pauses in {:#}", run.report));
+    let sum_ms = ms("pause_sum_ms");
+    assert!(
+        pauses >= 1 && ms("pause_ms") <= sum_ms && sum_ms <= ms("pause_ms") * pauses as f64 + 0.1,
+        "{:#}",
+        run.report
+    );
     assert!(ms("freeze_ms") < FREEZE_MAX_MS, "{:#}", run.report);
     vm.assert_home();
     // Nobody writes: there is no operating system.

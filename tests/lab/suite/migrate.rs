@@ -90,6 +90,41 @@ fn a_migrated_domain_starts_with_its_host_as_before_and_its_raw_disk_becomes_raw
     assert!(moved > acked, "line {acked} was acknowledged here, and {moved} are there");
 }
 
+/// A round reads a few blocks in about a second. At that rate the last run would read the disk for two minutes, and no
+/// number of rounds would change that.
+#[test]
+fn a_raw_disk_that_is_hardly_written_converges_by_what_is_assumed_of_its_storage() {
+    const DATA: u64 = 64 << 20;
+    let lab = Lab::get();
+    let vm = lab.domain("migrate-quiet").disk(Disk::raw("256M").then("write -P 0x11 0 64M")).paused();
+    let t = Traveller::of(&vm);
+    vm.virsh(&["resume"]);
+    vm.sync().sealed();
+    // About 3 KiB a second.
+    let script = r#"for ((i = 0; ; i++)); do
+          io="qemu-io -d /machine/peripheral/virtio-disk0/virtio-backend \"write -P $((i % 250 + 1)) $((i % 64 * 4))k 4k\""
+          virsh -q qemu-monitor-command "$1" --hmp "$io" >/dev/null || exit 0
+          sleep 1.3
+        done"#;
+    let _load = Job::start(Host::A.command(&["bash", "-c", script, "load", &vm.name]));
+    // It has no operating system that would hear its power button.
+    let limits = ["--max-downtime", "45s", "--timeout", "1s", "--force-off"];
+    let done = t.start("", "migrate", &limits).wait(LONG).success();
+    let report = message(&done, "migrate");
+    let last = report["rounds"].as_array().unwrap().last().unwrap();
+    let forecast = &last["forecast"];
+    println!("measured {} ms, foretold {forecast}", report["measured_ms"]);
+    assert_eq!((&last["round"], &last["decision"]["cut_over"]), (&1.into(), &"forecast".into()), "{last}");
+    // The rate of a tiny sample is no rate: each term is an assumption, and says so.
+    for assumed in ["read_rate_assumed", "shutdown_assumed", "start_assumed"] {
+        assert_eq!(forecast[assumed], true, "{assumed}: {last}");
+    }
+    let of = |what: &str| forecast[what].as_f64().unwrap_or_else(|| panic!("no {what} in {last}"));
+    assert!(of("read_bytes") >= DATA as f64, "{last}");
+    assert!(of("read_ms") < 5000.0 && of("left_bytes") < DATA as f64 / 4.0, "{last}");
+    assert!(t.there.runs() && vm.state() == "shut off");
+}
+
 /// Given up by what the guest writes and what the link carries, long before its rounds are used up.
 #[test]
 fn a_guest_that_writes_faster_than_the_link_carries_is_found_out_and_left_to_work() {
