@@ -13,7 +13,7 @@ pub struct Pauses {
 }
 
 impl Pauses {
-    pub(super) fn add(&mut self, held: Duration) {
+    pub(in crate::replicate) fn add(&mut self, held: Duration) {
         self.count += 1;
         self.sum += held;
         self.longest = self.longest.max(held);

@@ -97,7 +97,7 @@ impl Report {
     }
 
     /// Takes down how often and how long the guest was paused.
-    pub(super) fn paused(&mut self, pauses: Pauses) {
+    pub(in crate::replicate) fn paused(&mut self, pauses: Pauses) {
         self.pause_ms = millis(pauses.longest);
         (self.pause_sum_ms, self.pauses) = (Some(millis(pauses.sum)), Some(pauses.count));
     }
