@@ -29,6 +29,7 @@ mod history;
 pub mod journal;
 mod label;
 pub mod leftover;
+pub mod look;
 mod marks;
 pub mod observe;
 pub mod offline;
