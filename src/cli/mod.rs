@@ -6,6 +6,7 @@
 mod copy;
 mod copy_tree;
 mod daemon;
+mod debug;
 mod detach;
 mod digest;
 mod doctor;
@@ -195,6 +196,8 @@ enum Command {
     Apply(patch::ApplyArgs),
     /// Look at patches, check them, merge a chain of them into one
     Patch(patch::PatchArgs),
+    /// Show what is in a file of ours: to look into what somebody sent, changing nothing
+    Debug(debug::DebugArgs),
     /// On a target: set the generation of a replica right that a source drove too far
     SetGeneration(set_generation::SetGenerationArgs),
     /// Serve the store of this host to a source, over stdin and stdout (started over ssh)
@@ -244,6 +247,7 @@ impl Command {
             Command::Diff(args) => args.json,
             Command::Apply(args) => args.json,
             Command::Patch(args) => args.json(),
+            Command::Debug(args) => args.json(),
             Command::Agent(_) | Command::Daemon(_) | Command::Deadman(_) => false,
         }
     }
@@ -286,6 +290,7 @@ pub fn main() -> ExitCode {
         Command::Diff(args) => patch::diff(args, &cli.globals, output),
         Command::Apply(args) => patch::apply(args, &cli.globals, output),
         Command::Patch(args) => patch::patch(args, output),
+        Command::Debug(args) => debug::debug(args, &cli.globals, output),
         Command::Agent(args) => serve::agent(args, &cli.globals),
         Command::Deadman(args) => serve::deadman(args, &cli.globals),
     };
