@@ -9,7 +9,7 @@ use std::io::{Read, Write};
 use std::path::Path;
 
 /// Largest record or report that is read, in bytes.
-const DOCUMENT_MAX: u64 = 4 << 20;
+pub const DOCUMENT_MAX: u64 = 4 << 20;
 
 /// An error about this host's own state; where a right is missing, with the way out.
 pub(crate) fn denied(error: Error) -> Error {

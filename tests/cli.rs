@@ -3,6 +3,8 @@
 //! What is printed is compared with tests/fixtures/cli/; `VIRT_REPLICA_BLESS=1 cargo test --test cli` writes those files
 //! anew, for a person to read the difference.
 
+#[path = "cli/debug.rs"]
+mod debug;
 #[path = "cli/points.rs"]
 mod points;
 #[path = "cli/policy.rs"]
@@ -29,7 +31,7 @@ use virt_replica::replica::store::Store;
 use virt_replica::replica::{BeginDisk, BeginPoint, Consistency, Replica, SealDisk, SealPoint};
 
 const UUID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
-const COMMANDS: [&str; 25] = [
+const COMMANDS: [&str; 26] = [
     "daemon",
     "policy",
     "sync",
@@ -53,6 +55,7 @@ const COMMANDS: [&str; 25] = [
     "diff",
     "apply",
     "patch",
+    "debug",
     "store",
     "set-generation",
 ];

@@ -4,6 +4,7 @@
 //! steps, progress, warnings and errors go to stderr.
 
 mod daemon;
+mod debug;
 mod plain;
 mod recovery;
 mod run;
@@ -152,6 +153,8 @@ enum Command {
     Apply(patch::ApplyArgs),
     /// Look at patches, check them, merge a chain of them into one
     Patch(patch::PatchArgs),
+    /// Show what is in a file of ours: to look into what somebody sent, changing nothing
+    Debug(debug::DebugArgs),
     /// On a target: set the generation of a replica right that a source drove too far
     SetGeneration(set_generation::SetGenerationArgs),
     /// Serve the store of this host to a source, over stdin and stdout (started over ssh)
@@ -201,6 +204,7 @@ impl Command {
             Command::Diff(args) => args.json,
             Command::Apply(args) => args.json,
             Command::Patch(args) => args.json(),
+            Command::Debug(args) => args.json(),
             Command::Agent(_) | Command::Daemon(_) | Command::Deadman(_) => false,
         }
     }
@@ -243,6 +247,7 @@ pub fn main() -> ExitCode {
         Command::Diff(args) => patch::diff(args, &cli.globals, output),
         Command::Apply(args) => patch::apply(args, &cli.globals, output),
         Command::Patch(args) => patch::patch(args, output),
+        Command::Debug(args) => debug::debug(args, &cli.globals, output),
         Command::Agent(args) => serve::agent(args, &cli.globals),
         Command::Deadman(args) => serve::deadman(args, &cli.globals),
     };

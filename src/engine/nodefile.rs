@@ -118,7 +118,7 @@ impl NodeFile {
     }
 
     /// Where a node lies.
-    fn offset(&self, level: u8, index: u64) -> u64 {
+    pub(crate) fn offset(&self, level: u8, index: u64) -> u64 {
         let lower: u64 =
             (0..level).map(|l| (self.shape.nodes_at(l) * Digest::LEN as u64).next_multiple_of(ALIGNMENT)).sum();
         LEVELS_START + lower + index * Digest::LEN as u64

@@ -9,8 +9,8 @@ use std::io::{self, Read, Write};
 use std::path::Path;
 
 /// How files begin that age wrote.
-const BANNER: &[u8] = b"age-encryption.org/";
-const ARMOR: &[u8] = b"-----BEGIN AGE ENCRYPTED FILE-----";
+pub(super) const BANNER: &[u8] = b"age-encryption.org/";
+pub(super) const ARMOR: &[u8] = b"-----BEGIN AGE ENCRYPTED FILE-----";
 
 /// Bytes that tell whether a file is encrypted.
 pub(super) const BEGINNING_LEN: usize = ARMOR.len();

@@ -15,6 +15,7 @@
 mod aside;
 mod crypt;
 mod keyfile;
+pub mod look;
 mod sign;
 
 pub use crypt::{Identities, Recipients};
@@ -114,14 +115,22 @@ impl Unwrap {
     /// As [`Unwrap::open`]: a file is read twice, so that nothing is taken apart that was not signed. What counts is the
     /// second time, over the same bytes that are handed out.
     pub fn open_file(&self, mut file: File, signature: Option<&str>) -> Result<Opened> {
-        let cannot = |e| Error::from_io("cannot read the file", e);
-        if self.key.is_some() && file.metadata().map_err(cannot)?.is_file() {
-            let copy = file.try_clone().map_err(cannot)?;
-            let (mut input, _) = self.verifying(Box::new(copy), signature)?;
-            io::copy(&mut input, &mut io::sink()).map_err(cannot)?;
-            file.rewind().map_err(cannot)?;
-        }
+        self.verify(&mut file, signature)?;
         self.open(file, signature)
+    }
+
+    /// Reads a regular file for its signature alone, and goes back to its beginning: what the signature says beside the bytes.
+    /// `None` where there is no key to check with, and of what can be read only once.
+    pub fn verify(&self, file: &mut File, signature: Option<&str>) -> Result<Option<String>> {
+        let cannot = |e| Error::from_io("cannot read the file", e);
+        if self.key.is_none() || !file.metadata().map_err(cannot)?.is_file() {
+            return Ok(None);
+        }
+        let copy = file.try_clone().map_err(cannot)?;
+        let (mut input, signed) = self.verifying(Box::new(copy), signature)?;
+        io::copy(&mut input, &mut io::sink()).map_err(cannot)?;
+        file.rewind().map_err(cannot)?;
+        Ok(signed)
     }
 
     fn verifying(

@@ -3,6 +3,7 @@
 use crate::error::{Error, Kind, Result, printable};
 use crate::file_id::Stamp;
 use crate::image::locks::QemuLock;
+use crate::image::look::{self, Seen};
 use crate::image::qemu_img::ImageInfo;
 use crate::image::{Chain, Format, Layer, qemu_img};
 use std::path::{Path, PathBuf};
@@ -41,6 +42,41 @@ pub fn resolve_chain_where(top: &Layer, may: &dyn Fn(&Path) -> Result<()>) -> Re
         layers.push(layer);
     }
     Ok(Chain(layers))
+}
+
+/// The chain below `top` as far as its headers lead, read by us and under no lock; and why it goes no further, if it
+/// should. For a look at images from anywhere: the layers that can be read are told whatever is wrong below them.
+pub fn look_along(top: &Layer, may: &dyn Fn(&Path) -> Result<()>) -> (Vec<Seen>, Option<Error>) {
+    let mut layers: Vec<Seen> = Vec::new();
+    let mut next = Some(top.clone());
+    while let Some(layer) = next.take() {
+        if layers.len() == DEPTH_MAX {
+            let what = format!("the chain is deeper than {DEPTH_MAX} images");
+            return (layers, Some(Error::new(Kind::Refused, what).path(&top.path)));
+        }
+        let mut seen = match may(&layer.path).and_then(|()| look::look(&layer)) {
+            Ok(seen) => seen,
+            Err(e) => return (layers, Some(e)),
+        };
+        let below = named_in(&mut seen, may);
+        layers.push(seen);
+        match below {
+            Ok(below) => next = below,
+            Err(e) => return (layers, Some(e)),
+        }
+    }
+    (layers, None)
+}
+
+/// Takes note of the data file that a header names, and gives the layer below.
+fn named_in(seen: &mut Seen, may: &dyn Fn(&Path) -> Result<()>) -> Result<Option<Layer>> {
+    let (Some(header), image) = (&seen.header, &seen.layer.path) else { return Ok(None) };
+    let data_file = header.data_file.as_deref().map(|name| beside(image, name)).transpose()?;
+    data_file.as_deref().map_or(Ok(()), may)?;
+    let below = header.backing.as_deref().map(|name| backing_layer(image, name, header.backing_format.as_deref()));
+    let below = below.transpose()?;
+    seen.layer.data_file = data_file;
+    Ok(below)
 }
 
 /// For [`resolve_chain_where`], of an image from anywhere: the files that it names lie in its own directory, or below one of

@@ -4,7 +4,7 @@
 //! what it does not let others do. Whoever has the whole range excludes them all. The kernel frees it with the file; but not before
 //! the last copy of its descriptor is closed, and a child that is being forked has one: so it is let go in so many words.
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
@@ -110,9 +110,13 @@ pub fn is_open_in_qemu(path: &Path) -> Result<bool> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
         Err(e) => return Err(Error::io("cannot look for locks on the image", path, e)),
     };
+    is_locked(&file).map_err(|e| Error::io("cannot look for locks on the image", path, e))
+}
+
+/// The same, of a file that is open already.
+pub(super) fn is_locked(file: &File) -> std::io::Result<bool> {
     let mut range = range();
-    fcntl(&file, libc::F_OFD_GETLK, &mut range)
-        .map_err(|e| Error::new(Kind::Io, "cannot look for locks on the image").path(path).source(e))?;
+    fcntl(file, libc::F_OFD_GETLK, &mut range)?;
     Ok(range.l_type != libc::F_UNLCK as i16)
 }
 
@@ -137,6 +141,7 @@ fn fcntl(file: &File, command: i32, range: &mut libc::flock) -> std::io::Result<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Kind;
     use std::io::{BufRead, BufReader, Write};
     use std::process::{Command, Stdio};
 

@@ -2,7 +2,7 @@
 //!
 //! Three adapters stand behind it: [`raw`] (in process), [`qcow2`] (in process, `imago`, where it understands the image
 //! completely) and [`nbd`] (through a `qemu-nbd` child, for all the rest). [`open`] chooses and says why; [`qemu_img`] calls
-//! that program; [`foreign`] are the formats of others, and [`served`] writes them; [`locks`] keeps QEMU out of an image. Beneath them `blockdev` describes chains to QEMU's tools and `program` runs those.
+//! that program; [`foreign`] are the formats of others, and [`served`] writes them; [`locks`] keeps QEMU out of an image, and [`look`] reads its header. Beneath them `blockdev` describes chains to QEMU's tools and `program` runs those.
 //!
 //! Formats are never probed: a layer's format is what libvirt or our own manifest recorded.
 
@@ -10,6 +10,7 @@ mod blockdev;
 pub mod chain;
 pub mod foreign;
 pub mod locks;
+pub mod look;
 pub mod nbd;
 pub mod open;
 mod program;

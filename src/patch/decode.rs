@@ -105,6 +105,11 @@ impl Decoder {
         result
     }
 
+    /// Bytes of the stream that are taken apart: where the next item begins.
+    pub fn position(&self) -> u64 {
+        self.buffer_offset + self.used as u64
+    }
+
     /// To be called when no more bytes will come: the trailer, or an error if the stream was cut.
     pub fn finish(&mut self) -> Result<Trailer> {
         match (self.next_item()?, &self.state) {
@@ -123,8 +128,7 @@ impl Decoder {
     }
 
     fn corrupt(&self, why: impl AsRef<str>) -> Error {
-        Error::new(Kind::Corrupt, format!("the patch is damaged: {}", why.as_ref()))
-            .offset(self.buffer_offset + self.used as u64)
+        Error::new(Kind::Corrupt, format!("the patch is damaged: {}", why.as_ref())).offset(self.position())
     }
 
     fn corrupt_record(&self, block: Option<u64>, why: &str) -> Error {

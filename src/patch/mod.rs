@@ -150,6 +150,9 @@ pub struct Trailer {
     pub to_root: Digest,
 }
 
+/// Bytes of the header in front of each record's payload.
+pub const RECORD_HEAD_LEN: usize = record::HEAD_LEN;
+
 /// Bytes of the end of a patch: the trailer's record and its payload.
 pub const TRAILER_LEN: usize = record::HEAD_LEN + record::TRAILER_LEN;
 

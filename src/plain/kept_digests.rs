@@ -31,6 +31,12 @@ struct Of {
 
 const VERSION: u32 = 1;
 
+/// The image that kept digests are of, and how it was then, by their first line; `None` if it is no such line.
+pub fn image_of_line(line: &[u8]) -> Option<(PathBuf, Identity)> {
+    let of: Of = serde_json::from_slice(line).ok()?;
+    (of.kept == VERSION).then_some((of.path, of.identity))
+}
+
 /// Writes every digest that is not zero.
 pub fn write(nodes: &NodeFile, root: Digest, out: impl Write) -> Result<()> {
     let size = nodes.size();

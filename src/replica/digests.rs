@@ -193,16 +193,55 @@ impl DigestFile {
 
 /// The newer of the slots that are whole.
 fn read_slot(file: &File) -> std::io::Result<Option<Slot>> {
-    let mut slots = Vec::new();
-    for place in 0..2 {
+    Ok(read_slots(file)?.into_iter().flatten().max_by_key(|s| s.sequence))
+}
+
+/// Both slots; `None` in the place of one that is not whole.
+fn read_slots(file: &File) -> std::io::Result<[Option<Slot>; 2]> {
+    let mut slots = [None, None];
+    for (place, slot) in (0..).zip(&mut slots) {
         let mut bytes = [0; SLOT_LEN];
         match file.read_exact_at(&mut bytes, place * SLOT_STRIDE) {
-            Ok(()) => slots.extend(Slot::decode(&bytes)),
+            Ok(()) => *slot = Slot::decode(&bytes),
             Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {}
             Err(e) => return Err(e),
         }
     }
-    Ok(slots.into_iter().max_by_key(|s| s.sequence))
+    Ok(slots)
+}
+
+/// A header of a digest file, for a look at it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SlotSeen {
+    /// The one with the higher number counts.
+    pub sequence: u64,
+    /// An update was begun: nodes may be of the point before or of this one.
+    pub updating: bool,
+    pub binding: Binding,
+}
+
+/// Whether a file begins as one of its slots does.
+pub(super) fn is_one(file: &File) -> std::io::Result<bool> {
+    for place in 0..2 {
+        let mut bytes = [0; MAGIC.len()];
+        match file.read_exact_at(&mut bytes, place * SLOT_STRIDE) {
+            Ok(()) if bytes == MAGIC => return Ok(true),
+            Ok(()) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(false)
+}
+
+/// Both headers of a digest file, whoever's it is.
+pub(super) fn look(file: &File) -> std::io::Result<[Option<SlotSeen>; 2]> {
+    let seen = |slot: Slot| SlotSeen {
+        sequence: slot.sequence,
+        updating: slot.state == State::Updating,
+        binding: slot.binding,
+    };
+    Ok(read_slots(file)?.map(|slot| slot.map(seen)))
 }
 
 impl Slot {

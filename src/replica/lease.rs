@@ -13,6 +13,7 @@ use super::upkeep::Lease;
 use crate::error::{Error, Kind, Result};
 use crate::flock::Flock;
 use crate::name::PointId;
+use crate::words;
 use jiff::{SignedDuration, Timestamp};
 use std::fs::File;
 use std::io;
@@ -200,6 +201,23 @@ impl Holder {
             tracing::debug!(point = %self.lease.point, error = %e.chain(), "a lease is left to expire");
         }
     }
+}
+
+/// Every lease in a directory of leases with the name of its file, for a look at them; or why it is none.
+pub(super) fn look(dir: &Dir) -> Result<Vec<(String, Result<Lease, String>)>> {
+    let mut found = Vec::new();
+    for name in dir.entries()?.into_iter().filter(|n| n.ends_with(SUFFIX)).take(LEASES_MAX) {
+        let lease = match dir.read(&name, LEASE_MAX) {
+            Ok(Some(content)) => {
+                serde_json::from_slice::<Lease>(&words::of_document(&content)).map_err(|e| e.to_string())
+            }
+            // It was released while we looked.
+            Ok(None) => continue,
+            Err(e) => Err(e.what().to_owned()),
+        };
+        found.push((name, lease));
+    }
+    Ok(found)
 }
 
 #[cfg(test)]

@@ -20,6 +20,7 @@ pub mod lag;
 mod lease;
 pub mod left_out;
 mod lock;
+pub mod look;
 pub mod manifest;
 mod point;
 pub mod pointfile;

@@ -306,6 +306,51 @@ impl<R: Read> Reading<R> {
     }
 }
 
+/// A part of a stream that is looked at.
+pub enum Part<'a> {
+    /// Always the first.
+    Head(&'a Carried),
+    /// The section of this disk, or of this attachment, begins at this byte of the stream.
+    Disk(&'a CarriedDisk, u64),
+    Attachment(Attachment, u64),
+    /// Bytes of the section that is open.
+    Bytes(&'a [u8]),
+    /// The checksum is right, and nothing follows.
+    End(u64),
+}
+
+/// Whether a file that begins so is a point in a stream, of whatever version.
+pub fn is_one(beginning: &[u8]) -> bool {
+    beginning.starts_with(format!("virt-replica {} ", BANNER.what).as_bytes())
+}
+
+/// Reads a stream and tells its parts, in order and in pieces of at most 1 MiB. What was told before an error is what the
+/// stream had; whether it is right is known at the end alone. An error names the byte behind what was read.
+pub fn look(input: impl Read, told: &mut dyn FnMut(Part) -> Result<()>) -> Result<()> {
+    let mut reading = Reading::new(BufReader::new(input));
+    let looked = look_on(&mut reading, told);
+    looked.map_err(|e| e.offset(reading.bytes))
+}
+
+fn look_on<R: Read>(reading: &mut Reading<R>, told: &mut dyn FnMut(Part) -> Result<()>) -> Result<()> {
+    let head = reading.head()?;
+    told(Part::Head(&head))?;
+    let disks = head.disks.iter().map(|disk| (Some(disk), None));
+    for (disk, attachment) in disks.chain(head.attachments.iter().map(|name| (None, Some(*name)))) {
+        let at = reading.bytes;
+        disk.map_or(Ok(()), |disk| told(Part::Disk(disk, at)))?;
+        attachment.map_or(Ok(()), |name| told(Part::Attachment(name, at)))?;
+        loop {
+            match reading.piece()? {
+                [] => break,
+                piece => told(Part::Bytes(piece))?,
+            }
+        }
+    }
+    reading.end()?;
+    told(Part::End(reading.bytes))
+}
+
 fn corrupt(what: &'static str) -> Error {
     Error::new(Kind::Corrupt, what).hint("nothing was changed; write the point anew (`virt-replica diff --point`)")
 }

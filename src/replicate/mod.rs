@@ -13,6 +13,7 @@ pub mod cycle;
 pub mod doctor;
 #[cfg(test)]
 mod fake;
+pub mod look;
 pub mod plan;
 pub mod settle;
 pub mod state;

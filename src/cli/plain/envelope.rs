@@ -11,7 +11,7 @@ use virt_replica::envelope::{
 use virt_replica::error::{Error, Kind, Result};
 
 /// Longest signature that is read: two lines of comments and two of base64.
-const SIGNATURE_MAX: u64 = 64 << 10;
+pub const SIGNATURE_MAX: u64 = 64 << 10;
 
 /// How a file is protected that is written.
 #[derive(Debug, Args)]
@@ -51,7 +51,8 @@ pub struct UnwrapArgs {
     signature: Option<PathBuf>,
 }
 
-fn beside(path: &Path) -> PathBuf {
+/// Where the signature of a file lies, if nothing else is said.
+pub fn beside(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(SIGNATURE_SUFFIX);
     PathBuf::from(name)
@@ -126,6 +127,21 @@ impl KeyArgs {
         let identities = Identities::load(self.decrypt_with.iter().map(PathBuf::as_path))?;
         let key = self.verify_with.as_deref().map(PublicKey::parse).transpose()?;
         Ok(Unwrap { identities, key })
+    }
+
+    /// Whether there is a key to decrypt with.
+    pub fn decrypts(&self) -> bool {
+        !self.decrypt_with.is_empty()
+    }
+
+    /// Checks the signature of a file that is open already, if a key was named for that: what it says beside the bytes.
+    pub fn verify(&self, file: &mut File, signature: Option<&str>) -> Result<Option<String>> {
+        self.load()?.verify(file, signature)
+    }
+
+    /// A file that is open already, with the text of its signature if there is one.
+    pub fn open_file(&self, file: File, signature: Option<&str>) -> Result<Opened> {
+        self.load()?.open_file(file, signature)
     }
 
     /// All of them, with the signature of each beside it.

@@ -340,14 +340,16 @@ pub fn holder(state: &Path, uuid: &DomainUuid) -> Result<Option<Holder>> {
     let Some(lock) = Stamp::of(&path)? else { return Ok(None) };
     // A lock that was never written has never been held; one that is being written is, by somebody we see next time.
     let Ok(Some(holder)) = read_json::<Holder>(&path) else { return Ok(None) };
-    let open = match fs::read_dir(format!("/proc/{}/fd", holder.pid)) {
-        Ok(open) => open,
+    Ok(is_held(lock.id, &holder).then_some(holder))
+}
+
+/// Whether the program that a lock names has that very file open: it works on the domain right now.
+pub fn is_held(lock: FileId, holder: &Holder) -> bool {
+    match fs::read_dir(format!("/proc/{}/fd", holder.pid)) {
+        Ok(open) => open.flatten().any(|fd| matches!(Stamp::of(&fd.path()), Ok(Some(s)) if s.id == lock)),
         // Somebody else's program: it is there, and that is all we may know.
-        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => return Ok(Some(holder)),
-        Err(_) => return Ok(None),
-    };
-    let holds = open.flatten().any(|fd| matches!(Stamp::of(&fd.path()), Ok(Some(s)) if s.id == lock.id));
-    Ok(holds.then_some(holder))
+        Err(e) => e.kind() == std::io::ErrorKind::PermissionDenied,
+    }
 }
 
 /// Which boot of this host it is. `None` where the kernel does not tell.
@@ -398,7 +400,7 @@ fn read_backup(path: &Path) -> Result<Option<BackupRecord>> {
     Ok(Some(record))
 }
 
-fn known_version(format: u32, path: &Path) -> Result<()> {
+pub(in crate::replicate) fn known_version(format: u32, path: &Path) -> Result<()> {
     if format == 1 {
         return Ok(());
     }
