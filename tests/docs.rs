@@ -197,8 +197,8 @@ fn exit_codes_are_those_of_the_help() {
     let help = String::from_utf8(help.stdout).expect("help is text");
     let codes = help.split("Exit codes:").nth(1).expect("the help lists exit codes");
     let of_help: BTreeSet<u8> = codes
-        .split(';')
-        .map(|part| part.split_whitespace().next().unwrap_or_default())
+        .lines()
+        .filter_map(|line| line.split_whitespace().next())
         .map(|n| n.parse().unwrap_or_else(|_| panic!("'{n}' is no exit code: the help was misread")))
         .collect();
     let readme = fs::read_to_string(root().join("README.md")).unwrap();
