@@ -1,6 +1,9 @@
 //! The documents keep their word: links resolve, commands and make targets exist, the glossary has every word, and the
 //! sample configuration is read by the code that reads the real one. Needs no lab.
 
+#[path = "docs/prose.rs"]
+mod prose;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
@@ -207,8 +210,8 @@ fn exit_codes_are_those_of_the_help() {
     let help = String::from_utf8(help.stdout).expect("help is text");
     let codes = help.split("Exit codes:").nth(1).expect("the help lists exit codes");
     let of_help: BTreeSet<u8> = codes
-        .split(';')
-        .map(|part| part.split_whitespace().next().unwrap_or_default())
+        .lines()
+        .filter_map(|line| line.split_whitespace().next())
         .map(|n| n.parse().unwrap_or_else(|_| panic!("'{n}' is no exit code: the help was misread")))
         .collect();
     let readme = fs::read_to_string(root().join("README.md")).unwrap();

@@ -42,7 +42,7 @@ impl SocketArgs {
 
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// Ask the daemon for a run of this domain now; without it, do once all that is due, without a daemon
+    /// Ask the daemon for a run of this domain now. Without it, do once all that is due, without a daemon
     domain: Option<String>,
     #[command(flatten)]
     socket: SocketArgs,

@@ -40,11 +40,20 @@ struct Cli {
 }
 
 const EXIT_CODES: &str = "\
-Exit codes: 0 done; 1 failed; 2 wrong usage; 3 replicated, but a disk is still on an overlay;
-4 no such domain, point or target; 11 something else works on it; 12 keys or host keys;
-13 stored data is not what it was; 14 replicated, but a dirty bitmap had lied;
-15 replicated, but not all of its disks; 16 replicated, but an I/O error has stopped the guest;
-78 wrong configuration; 130 interrupted.";
+Exit codes:
+  0    done
+  1    failed
+  2    wrong usage
+  3    replicated, but a disk is still on an overlay
+  4    no such domain, point or target
+  11   something else works on it
+  12   keys or host keys
+  13   stored data is not what it was
+  14   replicated, but a dirty bitmap had lied
+  15   replicated, but not all of its disks
+  16   replicated, but an I/O error has stopped the guest
+  78   wrong configuration
+  130  interrupted";
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Global options")]
@@ -109,31 +118,32 @@ enum Command {
     Status(status::StatusArgs),
     /// Read a point again and compare it with its digests, or the source with its newest point
     Verify(verify::VerifyArgs),
-    /// Read all points again, a bit at a time, and find what has rotted
+    /// Read all points again, a bit at a time, and find damage
     Scrub(scrub::ScrubArgs),
-    /// Remove points that are not to be kept any longer
+    /// Remove the points that retention rules no longer keep
     Prune(prune::PruneArgs),
     /// Keep a point from being removed
     Pin(pin::PinArgs),
     /// Let a pinned point be removed again
     Unpin(pin::UnpinArgs),
-    /// Hand out a disk of a point: as a file, or over NBD on the target itself
+    /// Read out a disk of a point: as a file, or over NBD on the target itself
     Export(export::ExportArgs),
     /// On a target: say whether a domain could be brought up here, and what is missing
     Ready(ready::ReadyArgs),
     /// On a target: boot a throw-away copy of a point, and wait for evidence that it works
     Drill(drill::DrillArgs),
-    /// Hand a domain to its target, nothing lost; or, on a target, bring one up without its source
+    /// Hand a domain to its target without loss; or, on a target, bring one up without its source
     Failover(failover::FailoverArgs),
-    /// On a target: give a domain that was brought up here for good images of its own
+    /// On a target: give a domain that was brought up here for good its own images
     Detach(detach::DetachArgs),
-    /// On a host whose domain lives elsewhere by now: make what it has a point of its own store, and forget the domain
+    /// On the former host of a domain that lives elsewhere: make its old content a point of this host's store, and
+    /// forget the domain
     GiveWay(give_way::GiveWayArgs),
-    /// Hand a domain that was brought up on this host to its home again
+    /// Hand a domain that was brought up on this host back to its home
     Failback(Box<failback::FailbackArgs>),
-    /// Move a running domain to its target, down for no longer than it has to be
+    /// Move a running domain to its target with as little downtime as possible
     Migrate(Box<migrate::MigrateArgs>),
-    /// Explain what is left of a run that was cut short, and mend it on request
+    /// Explain what an interrupted run left, and clean it up on request
     Doctor(doctor::DoctorArgs),
     /// Check policies, and say what they mean and when
     Policy(policy::PolicyArgs),
@@ -143,7 +153,7 @@ enum Command {
     Store(store::StoreArgs),
     /// On a target: take over a copy of a disk that is here already, before the first run
     Seed(seed::SeedArgs),
-    /// Bring images, here or on another host, into step with images of this host; no libvirt needed
+    /// Bring images in step with images of this host, here or on another host; no libvirt needed
     Copy(copy::CopyArgs),
     /// Write the digests of an image, to make a patch against it elsewhere
     Digest(digest::DigestArgs),
@@ -155,11 +165,11 @@ enum Command {
     Patch(patch::PatchArgs),
     /// Show what is in a file of ours: to look into what somebody sent, changing nothing
     Debug(debug::DebugArgs),
-    /// On a target: set the generation of a replica right that a source drove too far
+    /// On a target: correct the generation of a replica that a source drove too far
     SetGeneration(set_generation::SetGenerationArgs),
     /// Serve the store of this host to a source, over stdin and stdout (started over ssh)
     Agent(serve::AgentArgs),
-    /// Let a guest go if its driver dies (started by the driver)
+    /// Resume and thaw a guest if its driver dies (started by the driver)
     #[command(hide = true)]
     Deadman(serve::DeadmanArgs),
 }

@@ -13,26 +13,28 @@ use virt_replica::wiring;
 
 #[derive(Debug, Args)]
 pub struct AgentArgs {
-    /// Directory of the store, or that below which images may be read and written
+    /// Directory of the store, or of the images that may be read and written
     #[arg(long, value_name = "DIR", default_value = ROOT_DEFAULT)]
     root: PathBuf,
     /// Serve the images below the root to `copy` and `diff`, and no store
     #[arg(long, conflicts_with_all = ["min_age", "max_depth"])]
     images: bool,
-    /// Also bring domains up from the store, or end them, when a source asks for it in a planned failover
+    /// Also bring domains up from the store, or end them, if a source asks for it in a planned failover
     #[arg(long, conflicts_with = "images")]
     failover: bool,
-    /// What networks, machine types and paths of the source are here [default: recovery.yaml beside the configuration]
+    /// Names of networks, machine types and paths of the source on this host [default: recovery.yaml beside the
+    /// configuration]
     #[arg(long, value_name = "FILE", requires = "failover")]
     mapping: Option<PathBuf>,
     /// Remove no point younger than this, whatever a client asks for (7d, 12h)
     #[arg(long, value_name = "AGE", default_value = "0s", value_parser = crate::cli::speak::render::parse_age)]
     min_age: Duration,
-    /// Once a disk of the newest point consists of this many images, give it one that stands alone [default: what libvirt of
-    /// this release starts, at most 64]
+    /// Once a disk of the newest point has this many images, give it one that stands alone [default: as many as libvirt
+    /// of this release starts, at most 64]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(2..))]
     max_depth: Option<u64>,
-    /// The operator of this host asks, not a source: what this host pinned may be unpinned (started by commands on this host)
+    /// The operator of this host asks, not a source: pins of this host may be removed (started by commands on this
+    /// host)
     #[arg(long, hide = true, conflicts_with = "images")]
     operator: bool,
 }

@@ -15,7 +15,7 @@ pub struct StatusArgs {
     /// Ask this target for the newest points (URL or name as for sync)
     #[arg(long, value_name = "TARGET")]
     to: Option<String>,
-    /// Ask it too whether each domain could be brought up there from its newest point; its host has to allow failovers
+    /// Ask it too whether each domain could be brought up there from its newest point. Its host must allow failovers
     #[arg(long, requires = "to", conflicts_with = "nagios")]
     ready: bool,
     #[command(flatten)]
@@ -23,15 +23,15 @@ pub struct StatusArgs {
     /// Print JSON for scripts
     #[arg(long)]
     pub json: bool,
-    /// Look again every so many seconds, until ended
+    /// Look again every this many seconds, until ended
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2", require_equals = true,
           conflicts_with = "json", value_parser = clap::value_parser!(u32).range(1..))]
     watch: Option<u32>,
-    /// Answer as a monitoring plugin does: one line, performance data, exit code 0, 1, 2 or 3. A lag is critical beyond
-    /// the RPO of the policy that means the domain, and worth a warning beyond four fifths of it
+    /// Answer as a monitoring plugin does: one line, performance data, exit code 0, 1, 2 or 3. A lag beyond the RPO of
+    /// the domain's policy is critical, and beyond four fifths of it a warning
     #[arg(long, conflicts_with_all = ["json", "watch"])]
     nagios: bool,
-    /// With --nagios: this lag is worth a warning, whatever the policies say
+    /// With --nagios: warn at this lag, whatever the policies say
     #[arg(long, value_name = "TIME", requires = "nagios", value_parser = crate::cli::speak::render::parse_duration)]
     warning: Option<Duration>,
     /// With --nagios: this lag is critical, whatever the policies say

@@ -29,7 +29,7 @@ pub struct StoreArgs {
 
 #[derive(Debug, Subcommand)]
 enum StoreCommand {
-    /// Create a store in this directory, or say the id of the one that is there
+    /// Create a store in this directory, or print the id of the one that exists
     Init {
         /// Directory of the store
         #[arg(value_name = "ROOT", default_value = ROOT_DEFAULT)]

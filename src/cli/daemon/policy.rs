@@ -31,7 +31,7 @@ enum PolicyCommand {
     Schema,
     /// Do once all that is due (for a timer), or ask the daemon for a run of one domain
     Run(daemon::RunArgs),
-    /// Show what the daemon does, and how every domain stands with its RPO
+    /// Show the state of the daemon, and every domain with its RPO
     Status(daemon::DaemonStatusArgs),
     /// Have the daemon begin no run of a domain, or none at all, until `resume`
     Pause(daemon::HoldArgs),
@@ -43,7 +43,7 @@ enum PolicyCommand {
 struct CheckArgs {
     /// Policies to check; without any: all beside the configuration
     files: Vec<PathBuf>,
-    /// Ask libvirt too, and check which domains are meant
+    /// Ask libvirt too, and check which domains the policies select
     #[arg(long)]
     domains: bool,
 }
@@ -58,7 +58,7 @@ struct ShowArgs {
 struct NextArgs {
     /// Only this domain
     domain: Option<String>,
-    /// So many runs of each domain and target
+    /// Show this many runs of each domain and target
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1000))]
     count: u16,
     /// From this moment on instead of now (2026-10-25T01:00:00Z)

@@ -29,9 +29,9 @@ use virt_replica::wiring::{Connection, workers};
 
 #[derive(Debug, Args)]
 pub struct CopyArgs {
-    /// The images (files, block devices, or directories of images) and, last, where to: a file or block device, or a
-    /// directory (with a slash at its end, or for several images), here or on another host as
-    /// ssh://[user@]host[:port]/path
+    /// The images, and last the place to copy to. Images: files, block devices, or directories of images. Place: a
+    /// file, a block device, or a directory (with a slash at its end, or for several images), here or on another host
+    /// as ssh://[user@]host[:port]/path
     #[arg(value_name = "PATH", num_args = 2.., required = true)]
     paths: Vec<String>,
     /// Format of the source; never guessed from the content [default: raw or qcow2, by its name]
@@ -45,16 +45,15 @@ pub struct CopyArgs {
     /// Keep the target's digests in this directory of its host, so that the next copy need not read it
     #[arg(long, value_name = "DIR")]
     digests: Option<PathBuf>,
-    /// Read only the ranges that this list names: lines `OFFSET LENGTH` in bytes, JSON, or what `thin_delta` or `era_invalidate`
-    /// print
+    /// Read only the ranges of this list: lines `OFFSET LENGTH` in bytes, JSON, or the output of `thin_delta` or
+    /// `era_invalidate`
     #[arg(long, value_name = "FILE")]
     changed: Option<PathBuf>,
-    /// How large a block of the dm-era device is: `era_invalidate` does not print it
+    /// Block size of the dm-era device, which `era_invalidate` does not print
     #[arg(long, value_name = "SIZE", requires = "changed", value_parser = crate::cli::speak::render::parse_bytes)]
     changed_block: Option<u64>,
-    /// Copy directories with all that is in them: subdirectories, hidden files and links, as rsync does. A directory
-    /// goes along under its own name, unless a slash stands at its end. Directories that are missing at the target are
-    /// made
+    /// Copy directories with everything in them: subdirectories, hidden files and links, as rsync does. A directory is
+    /// copied under its own name, unless its path ends with a slash. Missing directories at the target are made
     #[arg(short = 'r', long)]
     recursive: bool,
     /// Give the target the owner, mode and time of the source, too; with -r also its directories

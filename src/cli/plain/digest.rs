@@ -20,7 +20,7 @@ use virt_replica::wiring::{plain as site, workers};
 pub struct DigestArgs {
     /// The image: a file or block device
     image: PathBuf,
-    /// Where the digests go; - for stdout
+    /// Write the digests here; - for stdout
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
     /// Format of the image; never guessed from the content [default: raw or qcow2, by its name]
@@ -31,7 +31,7 @@ pub struct DigestArgs {
     /// Replace the file if it is there
     #[arg(long)]
     force: bool,
-    /// Read the image although a QEMU is writing to it: the digests are then of no moment that ever was
+    /// Read the image although a QEMU is writing to it. The digests then belong to no single moment
     #[arg(long)]
     force_share: bool,
     /// Print JSON for scripts

@@ -25,7 +25,7 @@ pub struct WrapArgs {
     /// The file whose first line is the password of that key
     #[arg(long, value_name = "FILE", requires = "sign_with")]
     sign_password_file: Option<PathBuf>,
-    /// Where the signature goes, if not beside it; to be said where what it signs goes to stdout
+    /// Where the signature goes, if not beside the file. Needed if the signed file goes to stdout
     #[arg(long, value_name = "FILE", requires = "sign_with")]
     signature: Option<PathBuf>,
 }
@@ -36,7 +36,7 @@ pub struct KeyArgs {
     /// Decrypt it with the identity of age in this file; may be given more than once
     #[arg(long, value_name = "KEYFILE")]
     decrypt_with: Vec<PathBuf>,
-    /// Read only what this public key of minisign signed: the key, or a file with it
+    /// Read only files that this public key of minisign signed: the key, or a file with it
     #[arg(long, value_name = "PUBKEY|FILE")]
     verify_with: Option<String>,
 }
@@ -46,7 +46,7 @@ pub struct KeyArgs {
 pub struct UnwrapArgs {
     #[command(flatten)]
     keys: KeyArgs,
-    /// Where its signature is, if not beside it as PATCH.minisig
+    /// Where the signature is, if not beside the file as PATCH.minisig
     #[arg(long, value_name = "FILE", requires = "verify_with")]
     signature: Option<PathBuf>,
 }

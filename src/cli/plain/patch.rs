@@ -36,7 +36,7 @@ pub struct DiffArgs {
     base: BaseArgs,
     #[command(flatten)]
     pub(in crate::cli) since: SinceArgs,
-    /// Where the patch goes; - for stdout
+    /// Write the patch here; - for stdout
     #[arg(short, long, value_name = "PATCH")]
     pub(in crate::cli) output: PathBuf,
     /// Format of the source; never guessed from the content [default: raw or qcow2, by its name]
@@ -53,7 +53,8 @@ pub struct DiffArgs {
     compress: Compression,
     #[command(flatten)]
     backing: BackingArgs,
-    /// Read images although a QEMU is writing to them: what the patch makes may be torn, as after a power cut or worse
+    /// Read images although a QEMU is writing to them. The result of the patch may then be torn, as after a power cut
+    /// or worse
     #[arg(long)]
     force_share: bool,
     #[command(flatten)]
@@ -78,8 +79,8 @@ struct BaseArgs {
     /// Nothing: the patch holds the whole image
     #[arg(long)]
     from_nothing: bool,
-    /// No image, but a whole recovery point of a store (--to): all disks of this domain at this point [default: the head],
-    /// and what else the point has, in one file, from nothing or from another point (--since)
+    /// No image, but a whole recovery point of a store (--to): all disks of this domain at this point [default: the
+    /// head], and everything else in the point. It goes into one file, from nothing or from another point (--since)
     #[arg(long, value_name = "DOMAIN[@POINT]", requires = "to")]
     point: Option<String>,
 }
@@ -87,10 +88,10 @@ struct BaseArgs {
 /// Which store a point is in, and what it leads on from.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct SinceArgs {
-    /// The point that the file leads on from; whoever applies it has to have this one as the newest
+    /// The point that the file leads on from. The target of the file must have it as its newest point
     #[arg(long, value_name = "POINT", requires = "point")]
     pub(in crate::cli) since: Option<PointId>,
-    /// Whose store: ssh://[user@]host[:port][/root], local:/root, /root, or a name of the configuration
+    /// The store to read: ssh://[user@]host[:port][/root], local:/root, /root, or a name of the configuration
     #[arg(long, value_name = "TARGET", requires = "point")]
     pub(in crate::cli) to: Option<String>,
 }
@@ -178,14 +179,14 @@ pub struct ApplyArgs {
     /// The patch, or the file with a point; - for stdin
     #[arg(required_unless_present = "finish")]
     patch: Option<PathBuf>,
-    /// The image: a file or block device. Of a patch that starts from nothing, a file that is not there yet
+    /// The image: a file or block device. For a patch that starts from nothing, a file that does not exist yet
     #[arg(required_unless_present_any = ["finish", "to"])]
     image: Option<PathBuf>,
-    /// Make a new point of a file with a point in the store of this target: ssh://[user@]host[:port][/root], local:/root,
-    /// /root, or a name of the configuration
+    /// Make a new point of a file with a point, in the store of this target: ssh://[user@]host[:port][/root],
+    /// local:/root, /root, or a name of the configuration
     #[arg(long, value_name = "TARGET", conflicts_with_all = ["image", "finish", "undo", "format", "atomic", "in_place", "force"])]
     to: Option<String>,
-    /// End what was cut short on this image, and do nothing else
+    /// Finish an interrupted change of this image, and do nothing else
     #[arg(long, value_name = "IMAGE", conflicts_with_all = ["patch", "image", "undo"])]
     finish: Option<PathBuf>,
     /// Write the patch that leads back into this file, before anything is changed
@@ -196,7 +197,7 @@ pub struct ApplyArgs {
     format: Option<String>,
     #[command(flatten)]
     way: WayArgs,
-    /// Let a patch that starts from nothing take the place of the image that is there
+    /// Let a patch that starts from nothing replace an existing image
     #[arg(long)]
     force: bool,
     #[command(flatten)]
@@ -293,7 +294,7 @@ pub struct PatchArgs {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Say what a patch leads from and to, and how much is in it
+    /// Say what a patch leads from and to, and how much it holds
     Info(LookArgs),
     /// Check every block of a patch that can be checked without its base
     Verify(LookArgs),
@@ -317,7 +318,7 @@ struct MergeArgs {
     /// The patches, in the order in which they are applied
     #[arg(num_args = 2.., required = true, value_name = "PATCH")]
     patches: Vec<PathBuf>,
-    /// Where the one patch goes; - for stdout
+    /// Write the one patch here; - for stdout
     #[arg(short, long, value_name = "PATCH")]
     output: PathBuf,
     /// Replace it if it is there

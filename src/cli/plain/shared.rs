@@ -24,11 +24,11 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 /// How images are changed.
 #[derive(Debug, Args)]
 pub struct WayArgs {
-    /// How an image that is there is changed without ever being torn: reflink (a clone takes its place), copy (a copy does),
-    /// redo (in place, with the patch kept beside it), or auto (the cheapest that can be had)
+    /// How to change an existing image without ever tearing it: reflink (a clone takes its place), copy (a copy does),
+    /// redo (in place, with the patch kept beside it), or auto (the cheapest that works)
     #[arg(long, value_name = "WAY", default_value = "auto")]
     atomic: WayWish,
-    /// Change it at once, without a safety net: whatever cuts it short leaves a mixture of old and new, until it is repeated
+    /// Change it at once, without a safety net: an interruption leaves a mixture of old and new, until it is repeated
     #[arg(long, conflicts_with = "atomic")]
     in_place: bool,
 }
@@ -42,8 +42,8 @@ impl WayArgs {
 /// Which files of this host an image may name.
 #[derive(Debug, Args)]
 pub struct BackingArgs {
-    /// Directory in which backing images and data files may lie that an image names; may be given more than once
-    /// [always: the image's own directory]
+    /// Allow backing images and data files of an image in this directory; may be given more than once [always: the
+    /// image's own directory]
     #[arg(long = "backing", value_name = "DIR")]
     pub dirs: Vec<PathBuf>,
 }

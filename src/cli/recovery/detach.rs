@@ -11,11 +11,11 @@ use virt_replica::replicate::state::handover_record::DiskFormat;
 pub struct DetachArgs {
     /// Name or UUID of the domain
     domain: String,
-    /// Copy at most so much in a second (100M) [default: as fast as it goes]
+    /// Copy at most this much per second (100M) [default: no limit]
     #[arg(long, value_name = "SIZE", value_parser = crate::cli::speak::render::parse_bytes)]
     rate: Option<u64>,
-    /// What its images are to be; raw ones need a copy of the whole disk, and hold the guest for a moment; same: as they were at
-    /// the source [default: as the migration asked for, or qcow2]
+    /// Format of its images. raw needs a copy of the whole disk, and holds the guest for a moment. same: as they were
+    /// at the source [default: as the migration asked for, or qcow2]
     #[arg(long, value_name = "FORMAT")]
     disk_format: Option<WantedFormat>,
     #[command(flatten)]

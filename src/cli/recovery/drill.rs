@@ -16,8 +16,8 @@ pub struct DrillArgs {
     /// The point [default: the head]
     #[arg(long, value_name = "POINT")]
     point: Option<PointId>,
-    /// Evidence to wait for: agent (the guest agent answers), serial:TEXT (the serial line says so), tcp:ADDRESS/PREFIX:PORT
-    /// (the guest accepts a connection there), script:/PATH (it ends with 0); all that are given
+    /// Evidence to wait for, may be given more than once: agent (the guest agent answers), serial:TEXT (the serial line
+    /// prints it), tcp:ADDRESS/PREFIX:PORT (the guest accepts a connection there), script:/PATH (it ends with 0)
     #[arg(long = "probe", value_name = "PROBE", required = true)]
     probes: Vec<Probe>,
     /// How long the evidence may take

@@ -14,10 +14,11 @@ pub struct FailbackArgs {
     /// Its home: ssh://[user@]host[:port][/root], or a name of the configuration
     #[arg(long, value_name = "HOME")]
     to: String,
-    /// You know that the home loses what it has of the domain: it becomes a pinned point of the home's store, and its definition goes
+    /// You know that the home loses its own content of the domain. The content becomes a pinned point of the home's
+    /// store, and the definition goes
     #[arg(long, required = true)]
     home_loses: bool,
-    /// Commit nothing: `failover --to HOME --abort --lose-its-writes` here brings it back, as long as nobody commits
+    /// Commit nothing: `failover --to HOME --abort --lose-its-writes` here brings it back, until somebody commits
     #[arg(long)]
     keep_undo: bool,
     #[command(flatten)]

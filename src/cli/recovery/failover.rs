@@ -14,7 +14,7 @@ use virt_replica::name::PointId;
 pub struct FailoverArgs {
     /// Name or UUID of the domain
     domain: String,
-    /// At the source: shut the guest down, send what is left, and have this target start it; nothing is lost
+    /// At the source: shut the guest down, send the rest, and have this target start it; nothing is lost
     #[arg(long, value_name = "TARGET", conflicts_with = "here")]
     to: Option<String>,
     /// Call a planned failover off: the target ends the domain, then it is started here again
@@ -22,7 +22,7 @@ pub struct FailoverArgs {
     abort: bool,
     #[command(flatten)]
     handover: HandoverArgs,
-    /// On the target: bring it up from a point, without its source; what it wrote since that point is not here
+    /// On the target: bring it up from a point, without its source. Its writes since that point are not here
     #[arg(long, requires = "source_is_dead")]
     unplanned: bool,
     /// You have made sure that the domain cannot run at its source any more: the host is off, or cut from storage and network
@@ -34,13 +34,14 @@ pub struct FailoverArgs {
     /// Ask libvirt of the source first (qemu+ssh://a/system), and go no further if the domain runs there
     #[arg(long, value_name = "URI", requires = "unplanned")]
     ask: Option<String>,
-    /// On the target: end it, throw away what it wrote there, and let its source replicate again
+    /// On the target: end it, throw away its writes there, and let its source replicate again
     #[arg(long, requires = "lose_its_writes")]
     undo: bool,
     /// You know that everything written on the target since the failover is lost
     #[arg(long, requires = "back")]
     lose_its_writes: bool,
-    /// On the target: make it the truth: the generation rises, the old source is refused for ever, and there is no undo
+    /// On the target: stay here for good. The generation rises, the old source is refused for ever, and there is no
+    /// undo
     #[arg(long)]
     commit: bool,
     #[command(flatten)]

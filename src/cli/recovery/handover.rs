@@ -8,13 +8,14 @@ use virt_replica::name::DiskName;
 /// How the guest goes down, and what goes with it.
 #[derive(Debug, Args)]
 pub struct HandoverArgs {
-    /// How long the guest may take to shut down; then nothing has happened
+    /// How long the guest may take to shut down. After that it keeps running, and nothing has changed
     #[arg(long, value_name = "TIME", default_value = "5m", value_parser = crate::cli::speak::render::parse_duration)]
     timeout: Duration,
-    /// Then end it as by a power cut: what it has not flushed is lost
+    /// Then end it as by a power cut: data that it has not flushed is lost
     #[arg(long)]
     force_off: bool,
-    /// Leave this disk out (vdb), as the runs before did: the domain has it no more there; may be given more than once
+    /// Leave this disk out (vdb), as the runs before did: the domain no longer has it there; may be given more than
+    /// once
     #[arg(long = "exclude-disk", value_name = "DISK")]
     exclude_disks: Vec<DiskName>,
     #[command(flatten)]

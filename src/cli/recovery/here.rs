@@ -10,7 +10,8 @@ pub struct HereArgs {
     /// Directory of the store
     #[arg(long, value_name = "DIR", default_value = ROOT_DEFAULT)]
     root: PathBuf,
-    /// What networks, machine types and paths of the source are here [default: recovery.yaml beside the configuration]
+    /// Names of networks, machine types and paths of the source on this host [default: recovery.yaml beside the
+    /// configuration]
     #[arg(long, value_name = "FILE")]
     mapping: Option<PathBuf>,
 }

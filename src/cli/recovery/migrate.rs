@@ -34,7 +34,7 @@ pub struct MigrateArgs {
     /// Do not commit it at the target: it can be undone from there
     #[arg(long)]
     keep_undo: bool,
-    /// What its images are to be there, once `detach` gives it its own; same: as they are here
+    /// Format of its images there, once `detach` gives it its own; same: as they are here
     #[arg(long, value_name = "FORMAT", default_value = "qcow2")]
     disk_format: WantedFormat,
     #[command(flatten)]

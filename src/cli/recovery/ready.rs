@@ -17,8 +17,8 @@ use virt_replica::transport::Service;
 pub struct ReadyArgs {
     /// Name or UUID of the domain
     domain: String,
-    /// Ask this target, as a planned failover would, instead of this host: ssh://[user@]host[:port][/root], or a name of the
-    /// configuration
+    /// Ask this target instead of this host, as a planned failover would: ssh://[user@]host[:port][/root], or a name of
+    /// the configuration
     #[arg(long, value_name = "TARGET", conflicts_with_all = ["root", "mapping"])]
     to: Option<String>,
     /// The point [default: the head]

@@ -10,7 +10,7 @@ use virt_replica::error::Result;
 pub struct DoctorArgs {
     /// Name or UUID of a domain [default: all domains this host knows]
     domain: Option<String>,
-    /// Mend what can be mended, as the next run would
+    /// Clean up what can be cleaned up, as the next run would
     #[arg(long)]
     repair: bool,
     /// How long a commit may take to become ready before it is left to the next run

@@ -20,8 +20,8 @@ pub struct LinkArgs {
     /// Time zone of the times in --rate, as Europe/Berlin [default: the host's]
     #[arg(long, value_name = "ZONE", requires = "rates")]
     timezone: Option<String>,
-    /// Compress what is sent: a level of zstd, 1 (fast) to 19 (small), no, or auto: level 1, unless the link is quicker
-    /// than that [default: auto]
+    /// Compression: a level of zstd, 1 (fast) to 19 (small), no, or auto: level 1, unless the link is quicker than that
+    /// [default: auto]
     #[arg(long, value_name = "LEVEL")]
     compress: Option<Compression>,
 }
@@ -70,17 +70,17 @@ struct GuestArgs {
     /// End the run, and commit at once, when its overlays get older
     #[arg(long, value_name = "TIME", value_parser = crate::cli::speak::render::parse_duration)]
     overlay_max_age: Option<Duration>,
-    /// Run this program before the disks of a running domain are frozen; if it fails there is no point. Given more than
-    /// once: its arguments
+    /// Run this program before the disks of a running domain are frozen. If it fails, there is no point. Give the
+    /// option again for each argument
     #[arg(long, value_name = "WORD", allow_hyphen_values = true)]
     before_freeze: Vec<String>,
-    /// After this long it is ended, and has failed
+    /// End that program after this time; it has then failed
     #[arg(long, value_name = "TIME", default_value = "1m", value_parser = crate::cli::speak::render::parse_duration)]
     before_freeze_timeout: Duration,
-    /// Run this program when they are frozen, whatever became of that; words as for --before-freeze
+    /// Run this program when they are frozen, even if the freeze failed; arguments as for --before-freeze
     #[arg(long, value_name = "WORD", allow_hyphen_values = true)]
     after_freeze: Vec<String>,
-    /// After this long it is ended
+    /// End that program after this time
     #[arg(long, value_name = "TIME", default_value = "1m", value_parser = crate::cli::speak::render::parse_duration)]
     after_freeze_timeout: Duration,
 }

@@ -68,41 +68,41 @@ pub struct RunArgs {
 /// What decides how a run is planned.
 #[derive(Debug, Args)]
 pub struct WishArgs {
-    /// How the disks of a running domain are made to stand still: overlay, backup, or auto (by backup where an overlay
-    /// may not be committed) [default: overlay, or the configuration's]
+    /// How to make the disks of a running domain stand still: overlay, backup, or auto (backup if an overlay may not be
+    /// committed) [default: overlay, or the configuration's]
     #[arg(long, value_name = "WAY")]
     capture: Option<CaptureWish>,
-    /// Have the guest agent hold the guest's file systems while the disks are frozen: no, try, or require (without it
-    /// there is no point)
+    /// Have the guest agent hold the guest's file systems during the freeze: no, try, or require (without it there is
+    /// no point)
     #[arg(long, value_name = "WHEN", default_value = "no", value_parser = <Quiesce as std::str::FromStr>::from_str)]
     quiesce: Quiesce,
-    /// Only if that many points less one have not been so: 4 asks in every fourth run
-    #[arg(long, value_name = "RUNS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    /// Quiesce every N-th run
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     quiesce_every: u32,
-    /// Longest time that they may be held
+    /// Longest time that the guest agent may hold them
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_freeze_budget)]
     freeze_budget: Duration,
-    /// Lay the overlays (or scratch files) of all disks into this directory instead of beside their images
+    /// Put the overlays (or scratch files) of all disks into this directory instead of beside their images
     #[arg(long, value_name = "DIR")]
     overlay_dir: Option<PathBuf>,
-    /// Keep this much free where overlays (or scratch files) lie, beside what they are expected to grow to
+    /// Keep this much free on the file systems of overlays (or scratch files), beside their expected size
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = crate::cli::speak::render::parse_bytes)]
     min_free_source: u64,
-    /// Leave this disk out (vdb); may be given more than once. A disk that cannot be replicated, and that is not named so, makes
-    /// the domain partly protected: exit code 15
+    /// Leave this disk out (vdb); may be given more than once. If a disk cannot be replicated and you do not leave it
+    /// out, the domain is partly protected: exit code 15
     #[arg(long = "exclude-disk", value_name = "DISK")]
     exclude_disks: Vec<DiskName>,
     /// Read every block and compare it, whatever a dirty bitmap says
     #[arg(long, conflicts_with = "full")]
     compare: bool,
-    /// Send everything, whatever the target has already
+    /// Send everything, whatever the target already has
     #[arg(long)]
     full: bool,
-    /// Say that this host is the domain's source from now on, though the replica follows another one or knows a later
+    /// Make this host the domain's source from now on, even if the replica follows another one or knows a later
     /// generation
     #[arg(long)]
     take_over: bool,
-    /// Check the dirty bitmaps: every so many runs have compared a whole disk once; 0 checks nothing
+    /// Check the dirty bitmaps: this many runs compare a whole disk once; 0 checks nothing
     #[arg(long, value_name = "RUNS", default_value_t = AuditOptions::default().every_runs)]
     audit_runs: u32,
     /// Most to read for that check, per disk and run

@@ -31,13 +31,13 @@ pub struct VerifyArgs {
     /// The point to read [default: the head]
     #[arg(long, value_name = "POINT")]
     point: Option<PointId>,
-    /// Freeze the domain, read it, and compare it with the head; what the guest wrote since then differs
+    /// Freeze the domain, read it, and compare it with the head. Writes of the guest since then differ
     #[arg(long, conflicts_with = "point")]
     against_source: bool,
-    /// With --against-source: lay the overlays of all disks into this directory
+    /// With --against-source: put the overlays of all disks into this directory
     #[arg(long, value_name = "DIR", requires = "against_source")]
     overlay_dir: Option<PathBuf>,
-    /// With --against-source: how the disks are made to stand still: overlay, backup, or auto
+    /// With --against-source: how to make the disks stand still: overlay, backup, or auto
     #[arg(long, value_name = "WAY", requires = "against_source")]
     capture: Option<CaptureWish>,
     /// Print JSON for scripts

@@ -36,10 +36,10 @@ pub struct ExportArgs {
     /// The disk [default: the only one]
     #[arg(long, value_name = "DISK")]
     disk: Option<DiskName>,
-    /// Write this file, here
+    /// Write this file on this host
     #[arg(long, value_name = "FILE", required_unless_present = "nbd")]
     output: Option<PathBuf>,
-    /// Of that file
+    /// Format of that file
     #[arg(long, default_value = "raw", conflicts_with = "nbd")]
     format: ExportFormat,
     /// Replace the file if it is there

@@ -17,7 +17,7 @@ pub struct PinArgs {
     point: PointId,
     #[command(flatten)]
     target: TargetArgs,
-    /// Why, for those who wonder later
+    /// The reason, for readers later
     #[arg(long, value_name = "TEXT", default_value = "")]
     reason: String,
     /// Print JSON for scripts

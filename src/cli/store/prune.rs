@@ -23,18 +23,18 @@ const BATCH: usize = 4096;
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Rules: last=3,hourly=24,daily=7,weekly=4,monthly=12, or any of these. A point is kept
-if any rule keeps it; a rule keeps the newest point of each of the last so many hours
-(days, ...) that have one, in this machine's time zone. The newest point of all is always
-kept; so are points that are pinned, in use, or too young for the target.")]
+if any rule keeps it. A rule keeps the newest point of each of the last N hours (days, ...)
+that have a point, in this machine's time zone. The newest point of all always stays. So
+do points that are pinned, in use, or too young for the target.")]
 pub struct PruneArgs {
     /// Name or UUID of the domain
     domain: String,
     #[command(flatten)]
     target: TargetArgs,
-    /// What to keep; all other points are removed
+    /// Rules for the points to keep; all other points are removed
     #[arg(long, value_name = "RULES", required_unless_present = "points")]
     keep: Option<Keep>,
-    /// Remove just this point; may be given more than once
+    /// Remove only this point; may be given more than once
     #[arg(long = "point", value_name = "POINT", conflicts_with = "keep")]
     points: Vec<PointId>,
     /// Say what would be removed and why, and remove nothing

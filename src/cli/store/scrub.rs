@@ -33,10 +33,10 @@ pub struct ScrubArgs {
     domain: String,
     #[command(flatten)]
     target: TargetArgs,
-    /// Read no more than this in a second (20M)
+    /// Read at most this much per second (20M)
     #[arg(long, value_name = "BYTES", value_parser = crate::cli::speak::render::parse_bytes)]
     rate: Option<u64>,
-    /// Begin with the oldest point again, wherever the last scrub was left
+    /// Begin again with the oldest point, even if the last scrub was interrupted
     #[arg(long)]
     restart: bool,
     /// Print JSON for scripts

@@ -24,7 +24,7 @@ pub struct SeedArgs {
     /// Its format; never guessed, because a guest can make a raw image look like any other
     #[arg(long, value_parser = ["raw", "qcow2"])]
     format: String,
-    /// The disk that it is a copy of
+    /// The disk that the copy is of
     #[arg(long, value_name = "DISK", default_value = "vda")]
     disk: DiskName,
     #[command(flatten)]

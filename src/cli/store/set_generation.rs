@@ -20,13 +20,13 @@ has: its runs name both numbers. No point and no byte of a disk is changed.")]
 pub struct SetGenerationArgs {
     /// Name or UUID of the domain
     domain: String,
-    /// The replica's generation from now on: sources of this one and later are accepted, older ones are refused
+    /// The replica's generation from now on: sources of this or a later one are accepted, older ones are refused
     #[arg(value_parser = clap::value_parser!(u64).range(1..=Generation::MAX.0))]
     generation: u64,
     /// The store on this host
     #[arg(long, value_name = "DIR", default_value = ROOT_DEFAULT)]
     root: PathBuf,
-    /// The domain's name once more, instead of typing it when asked
+    /// The domain's name again, instead of typing it when asked
     #[arg(long, value_name = "NAME")]
     confirm: Option<String>,
     /// Print JSON for scripts
