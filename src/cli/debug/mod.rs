@@ -59,7 +59,7 @@ enum Subject {
 /// What every subject takes.
 #[derive(Debug, Args)]
 pub struct LookArgs {
-    /// What to look into
+    /// Files to look into
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     /// Show 100000 entries of each list, not only 100
