@@ -7,5 +7,7 @@ mod cli;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    cli::main()
+    let code = cli::main();
+    virt_replica::wiring::end_connections();
+    code
 }

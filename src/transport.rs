@@ -55,6 +55,12 @@ pub trait Transport: Send + Sync + fmt::Debug {
     /// Blocks until the remote program was started or refused, at most about the connect timeout.
     fn open(&self) -> Result<Channel>;
 
+    /// The same, but the agent is started for this service, over what the channels share. A transport that knows one
+    /// service starts that one.
+    fn open_as(&self, _service: Service) -> Result<Channel> {
+        self.open()
+    }
+
     /// Ends what the channels share, after the last of them was closed. Idempotent; `open` may follow and starts anew.
     fn close(&self) -> Result<()>;
 }

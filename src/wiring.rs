@@ -34,9 +34,9 @@ use crate::replica::root::{StoreSeen, StoreWish};
 use crate::replica::store::{self, Limits, Store};
 use crate::replica::upkeep::Held as _;
 use crate::transport::local::LocalTransport;
-use crate::transport::ssh::{SshOptions, SshTransport};
+use crate::transport::ssh::{SshOptions, SshTransport, end_masters};
 use crate::transport::target::TargetUrl;
-use crate::transport::{Service, Transport};
+use crate::transport::{Channel, Service, Transport};
 use jiff::Timestamp;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -107,7 +107,31 @@ struct Session {
     store: Option<StoreId>,
     client: Arc<AgentClient>,
     // Dropped after the client: it carries the client's channel.
-    _transport: Box<dyn Transport>,
+    transport: Box<dyn Transport>,
+}
+
+/// A transport whose channels lead to another service than its own.
+#[derive(Debug)]
+struct Serving<'a>(&'a dyn Transport, Service);
+
+impl Transport for Serving<'_> {
+    fn host(&self) -> &str {
+        self.0.host()
+    }
+
+    fn open(&self) -> Result<Channel> {
+        self.0.open_as(self.1)
+    }
+
+    fn close(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Ends what this process has left of its connections to targets. For the very end of the program; blocks for at most
+/// two seconds.
+pub fn end_connections() {
+    end_masters();
 }
 
 impl Connection {
@@ -143,8 +167,19 @@ impl Connection {
                 stores::greet(&client, &self.target, self.state.as_deref(), self.create_store)?
             }
         };
-        *session = Some(Session { store, client: client.clone(), _transport: transport });
+        *session = Some(Session { store, client: client.clone(), transport });
         Ok(client)
+    }
+
+    /// A second agent of the target beside the session, over the same connection: one that answers whether the domain
+    /// could be brought up there. Connects; blocks as [`Connection::client`] does. The caller closes it.
+    pub fn bring_up_client(&self) -> Result<AgentClient> {
+        self.client()?;
+        let session = self.session.lock().unwrap_or_else(|e| e.into_inner());
+        match session.as_ref() {
+            Some(session) => AgentClient::connect(&Serving(session.transport.as_ref(), Service::Failover)),
+            None => Err(Error::new(Kind::Unavailable, "the session with the target has ended")),
+        }
     }
 
     /// The store at the other end; connects. `None`: its agent is of a version that cannot tell.
@@ -167,7 +202,10 @@ impl Connection {
     /// Ends the session, if there is one, in order, and waits for the agent.
     pub fn close(self) -> Result<()> {
         let session = self.session.into_inner().unwrap_or_else(|e| e.into_inner());
-        session.map_or(Ok(()), |session| session.client.close())
+        let Some(session) = session else { return Ok(()) };
+        let said = session.client.close();
+        drop(session.client);
+        said.and(session.transport.close())
     }
 }
 

@@ -46,8 +46,12 @@ impl Transport for LocalTransport {
     }
 
     fn open(&self) -> Result<Channel> {
+        self.open_as(self.service)
+    }
+
+    fn open_as(&self, service: Service) -> Result<Channel> {
         let mut child = Command::new(&self.program)
-            .args(self.service.words_of_operator(&self.root))
+            .args(service.words_of_operator(&self.root))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -10,10 +10,11 @@
 //! - Neither end of file nor an exit code ends a session: the protocol says its own last word, since ssh cannot tell a
 //!   killed program from a lost connection.
 //! - A master outlives a SIGKILL of this process; it ends after [`SshOptions::idle_persist`] without a channel, and
-//!   the channels end at once, because the kernel closes our pipes.
+//!   the channels end at once, because the kernel closes our pipes. On every other way out it is ended ([`end_masters`]).
 
 mod config;
 mod explain;
+mod masters;
 
 use super::pipe::{PipeReader, PipeWriter};
 use super::stderr::Tail;
@@ -170,13 +171,21 @@ impl SshTransport {
             Some(Ok(session)) => Arc::new(session),
             Some(Err(error)) => return Err(explain::connect(&self.target, &error)),
             None => {
+                masters::end_connecting(self.control.path());
                 let what = format!("{} did not answer within {} s", self.target.host, limit.as_secs());
                 return Err(Error::new(Kind::Unavailable, what));
             }
         };
+        masters::remember(session.control_socket());
         *held = Some(Arc::clone(&session));
         Ok(session)
     }
+}
+
+/// Ends every master that this process started and that is still there. For the end of the process: a thread may be waiting
+/// for an answer that never comes, and its channel would keep the master. Blocks for at most two seconds.
+pub fn end_masters() {
+    masters::end_all();
 }
 
 impl fmt::Debug for SshTransport {
@@ -191,8 +200,12 @@ impl Transport for SshTransport {
     }
 
     fn open(&self) -> Result<Channel> {
+        self.open_as(self.options.service)
+    }
+
+    fn open_as(&self, service: Service) -> Result<Channel> {
         let mut words = self.options.agent_command.clone();
-        words.extend(self.options.service.words(&self.target.root));
+        words.extend(service.words(&self.target.root));
         let launch = |session: &Arc<Session>| {
             self.edge.run(self.options.connect_timeout, start(Arc::clone(session), words.clone()))
         };

@@ -1,15 +1,15 @@
 //! What a target says of a domain while its source still lives: whether it could be brought up there. Asked after a
 //! run, when the guest writes to its own images again and the point is sealed; nobody waits for it for long.
 
-use crate::cli::target::{Target, hang_up};
-use std::sync::mpsc;
+use crate::cli::target::Target;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 use virt_replica::error::{Result, printable};
 use virt_replica::name::{DomainUuid, PointId};
 use virt_replica::recovery::bringup::{BringUp as _, Readiness};
 use virt_replica::recovery::ready::Color;
-use virt_replica::transport::Service;
 use virt_replica::transport::target::TargetUrl;
+use virt_replica::wiring::Connection;
 
 /// How long the target may take. An answer that comes later is worth nothing to anybody: the next run asks again.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(20);
@@ -18,39 +18,41 @@ const ANSWERS_WITHIN: Duration = Duration::from_secs(20);
 const SENTENCE_MAX: usize = 400;
 
 /// What keeps this point (`None`: the head) from being brought up on its target, a sentence each, with what to do.
-/// Nothing where all is well, where the target does not say, and where target and source are one host.
-pub fn lacks(target: &Target, uuid: &DomainUuid, point: Option<&PointId>) -> Vec<String> {
+/// Nothing where all is well, where the target does not say, and where target and source are one host. Asked over the
+/// connection of the run.
+pub fn lacks(connection: &Connection, target: &Target, uuid: &DomainUuid, point: Option<&PointId>) -> Vec<String> {
     if matches!(target.url, TargetUrl::Local { .. }) {
         return Vec::new();
     }
-    let (tell, told) = mpsc::channel();
-    let (there, uuid, point) = (target.clone(), uuid.clone(), point.cloned());
-    std::thread::spawn(move || {
-        // Whoever asked may have gone on meanwhile.
-        let _ = tell.send(ask(&there, &uuid, point.as_ref()));
-    });
-    match told.recv_timeout(ANSWERS_WITHIN) {
-        Ok(Ok(readiness)) => sentences(&readiness),
-        // An agent that may not bring anything up, or an older one, or a host without libvirt: it keeps points all
-        // the same.
-        Ok(Err(e)) => {
-            tracing::debug!("the target does not say whether it could bring the domain up: {}", e.chain());
+    match ask(connection, uuid.clone(), point.cloned()) {
+        Ok(Some(readiness)) => sentences(&readiness),
+        Ok(None) => {
+            tracing::debug!("the target did not say in time whether it could bring the domain up");
             Vec::new()
         }
-        Err(_) => {
-            tracing::debug!("the target did not say in time whether it could bring the domain up");
+        // An agent that may not bring anything up, or an older one, or a host without libvirt: it keeps points all
+        // the same.
+        Err(e) => {
+            tracing::debug!("the target does not say whether it could bring the domain up: {}", e.chain());
             Vec::new()
         }
     }
 }
 
-fn ask(target: &Target, uuid: &DomainUuid, point: Option<&PointId>) -> Result<Readiness> {
-    let mut there = target.clone();
-    there.ssh.service = Service::Failover;
-    let connection = there.connection();
-    let answer = connection.client().and_then(|client| client.bring_up(uuid).ready(point));
-    hang_up(connection);
-    answer
+/// `None`: no answer in time. What still waits for it then ends with the process.
+fn ask(connection: &Connection, uuid: DomainUuid, point: Option<PointId>) -> Result<Option<Readiness>> {
+    let client = connection.bring_up_client()?;
+    let (tell, told) = mpsc::channel();
+    std::thread::spawn(move || {
+        let client = Arc::new(client);
+        let answer = client.bring_up(&uuid).ready(point.as_ref());
+        if let Err(e) = client.close() {
+            tracing::debug!("the agent that was asked did not end in order: {}", e.chain());
+        }
+        // The run may have gone on meanwhile.
+        let _ = tell.send(answer);
+    });
+    told.recv_timeout(ANSWERS_WITHIN).ok().transpose()
 }
 
 fn sentences(readiness: &Readiness) -> Vec<String> {

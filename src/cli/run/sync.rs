@@ -224,7 +224,7 @@ mod run {
             let note =
                 report.point.is_some().then(|| tend(settings.keep, &connection, &mut report, output, stop)).flatten();
             if let Some(point) = &report.point {
-                report.target_lacks = lacks(&target, &report.uuid, Some(&point.id));
+                report.target_lacks = lacks(&connection, &target, &report.uuid, Some(&point.id));
             }
             (report, error, note)
         });
@@ -283,14 +283,17 @@ mod run {
         let site = source::connect(globals)?;
         let connection = target.connection();
         let plan = site.plan(&connection, &request);
+        // Of the definition that the newest point there has. JSON does not tell it: nobody is made to wait for it.
+        let lacking = plan.as_ref().ok().filter(|_| !output.json).and_then(|plan| {
+            let head = plan.head.as_ref()?;
+            Some(lacks(&connection, &target, &plan.uuid, Some(head)))
+        });
         hang_up(connection);
         let plan = plan?;
         match output.json {
             true => print_json(&plan)?,
             false => {
-                // Of the definition that the newest point there has.
-                let lacking = plan.head.as_ref().map(|head| lacks(&target, &plan.uuid, Some(head))).unwrap_or_default();
-                let lacking = lacking.iter().map(|l| render::wrap("warning: ", l));
+                let lacking = lacking.iter().flatten().map(|l| render::wrap("warning: ", l));
                 print(
                     &std::iter::once(describe_plan(&plan, &request.target))
                         .chain(lacking)

@@ -81,6 +81,7 @@ pub fn listen_saying(first: &'static str, second: &'static str) -> Result<&'stat
                 }
                 if STOP.swap(true, Ordering::Relaxed) {
                     progress::say(second);
+                    virt_replica::wiring::end_connections();
                     std::process::exit(130);
                 }
                 progress::say(first);
