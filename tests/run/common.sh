@@ -20,3 +20,13 @@ has_nextest() { cargo nextest --version >/dev/null 2>&1; }
 run_tests() {
   if has_nextest; then cargo nextest run "$@"; else cargo test --no-fail-fast "$@"; fi
 }
+
+# Unit tests and house rules: neither root nor a lab.
+unit_tests() {
+  if has_nextest; then
+    cargo nextest run --lib --bins --test it -E 'not binary(it) or test(/^(tidy|docs|no_file_of_tests_is_forgotten)/)'
+  else
+    cargo test --no-fail-fast --lib --bins
+    cargo test --test it -- tidy:: docs:: no_file_of_tests_is_forgotten
+  fi
+}
