@@ -23,7 +23,7 @@ test-unit: ## the tests that need neither root nor a lab
 test-lab: ## only the lab suite
 	@tests/run/test lab
 
-torture: ## what is too long for every change: the soak, and whatever comes
+torture: ## what is too long for every change: the soak, and all of the suite once more by backup
 	@tests/run/test torture
 
 soak: ## a daemon, thirty domains, two targets, a quarter of an hour of trouble

@@ -57,3 +57,22 @@ fn no_file_of_tests_is_forgotten() {
     binaries.sort();
     assert_eq!(binaries, ["hypervisor.rs", "lab.rs"].map(|name| tests.join(name)), "put it into tests/it");
 }
+
+/// A filter that names a test which is not there leaves nothing out, and nobody would notice.
+#[test]
+fn what_the_configuration_leaves_out_exists() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let configuration = fs::read_to_string(root.join(".config/nextest.toml")).unwrap();
+    let page = "docs/decisions/0061-what-does-not-depend-on-the-way-of-capture.md";
+    let page = fs::read_to_string(root.join(page)).unwrap();
+    let filter = configuration.split("^by_backup::(").nth(1).and_then(|f| f.split(")$/").next()).expect("the filter");
+    let left_out: Vec<&str> = filter.split('|').map(str::trim).collect();
+    assert!(left_out.len() > 10, "only {left_out:?}");
+    for name in left_out {
+        let (file, test) = name.split_once("::").unwrap_or_else(|| panic!("{name:?} is no name of a test"));
+        let text = fs::read_to_string(root.join(format!("tests/lab/suite/{file}.rs"))).unwrap_or_default();
+        assert!(text.contains(&format!("#[test]\nfn {test}()")), "there is no test {name}");
+        let kind = test.rsplit_once("_with_").map_or(test, |(_, kind)| kind);
+        assert!(page.contains(&format!("`{name}`")) || page.contains(&format!("`…_{kind}`")), "{name} has no row");
+    }
+}
