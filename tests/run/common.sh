@@ -74,7 +74,7 @@ name_the_slowest() {
 
 # Unit tests and house rules: neither root nor a lab.
 unit_tests() {
-  local rules='tidy:: docs:: failpoints:: no_file_of_tests_is_forgotten'
+  local rules='tidy:: docs:: failpoints:: no_file_of_tests what_the_configuration'
   patiently "building the tests" cargo test --no-run --features $FEATURES --lib --bins --test it
   if has_nextest; then
     run_nextest --features $FEATURES --lib --bins --test it -E "not binary(it) or test(/^(${rules// /|})/)"
