@@ -1,4 +1,4 @@
-.PHONY: help setup build check test test-unit test-lab soak bench demo docs clean
+.PHONY: help setup build check test test-unit test-lab torture soak bench demo docs clean
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
@@ -22,6 +22,9 @@ test-unit: ## the tests that need neither root nor a lab
 
 test-lab: ## only the lab suite
 	@tests/run/test lab
+
+torture: ## what is too long for every change: the soak, and all of the suite once more by backup
+	@tests/run/test torture
 
 soak: ## a daemon, thirty domains, two targets, a quarter of an hour of trouble
 	@tests/run/test soak

@@ -44,6 +44,8 @@ UseDNS no
 PermitRootLogin prohibit-password
 PasswordAuthentication no
 KbdInteractiveAuthentication no
+# The default's post-quantum exchange costs 70 ms of processor time at each of the suite's thousands of logins.
+KexAlgorithms curve25519-sha256
 MaxSessions 100
 MaxStartups 100
 LogLevel VERBOSE

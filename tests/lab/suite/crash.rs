@@ -3,7 +3,7 @@
 //! What has to hold afterwards is in `crash_machine`: the guest runs, unheld; the head is the old or the new point, whole;
 //! one `sync`, or one `doctor --repair`, brings the domain back onto its own images with every write that the guest had
 //! flushed; the next run seals. docs/replication.md lists which number is borne by which test, and
-//! `tests/failpoints.rs` keeps that list true.
+//! `tests/it/failpoints.rs` keeps that list true.
 
 use crate::crash_bench::{Driver, HELD_MAX, Lab, wait_for};
 use crate::crash_machine::Machine;

@@ -3,7 +3,7 @@
 //! Crash tests kill libvirtd, put other programs into the agent's place and leave corpses behind: each has a lab to
 //! itself. `crash_machine` is what is replicated.
 
-use super::support::asked_again;
+use super::support::{asked_again, rest_after};
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -24,11 +24,13 @@ pub fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
 pub fn wait_within<T>(what: &str, patience: Duration, mut ask: impl FnMut() -> Option<T>) -> T {
     let give_up_at = Instant::now() + patience;
     loop {
+        let asked = Instant::now();
         if let Some(answer) = ask() {
             return answer;
         }
-        assert!(Instant::now() < give_up_at, "waited {patience:?} in vain: {what}");
-        sleep(Duration::from_millis(20));
+        let left = give_up_at.saturating_duration_since(Instant::now());
+        assert!(!left.is_zero(), "waited {patience:?} in vain: {what}");
+        sleep(rest_after(asked.elapsed()).min(left));
     }
 }
 

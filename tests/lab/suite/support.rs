@@ -21,7 +21,8 @@ pub const STORE: &str = "/var/lib/virt-replica";
 /// What an ordinary command, and an ordinary run, may take.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The lab, and the right to use it: together with other tests, or alone.
+/// The lab, and the right to use it: together with other tests, or alone. `make test` gives each test a lab of its own, where
+/// nobody else asks; the locks are for a lab that several tests share.
 pub struct Lab {
     _turn: Option<File>,
     _use: File,
@@ -344,14 +345,22 @@ fn collect(stream: impl Read + Send + 'static, into: &Arc<Mutex<String>>) -> Joi
 /// Asks until the answer is there.
 #[track_caller]
 pub fn eventually<T>(what: &str, limit: Duration, mut ask: impl FnMut() -> Option<T>) -> T {
-    let since = Instant::now();
+    let give_up_at = Instant::now() + limit;
     loop {
+        let asked = Instant::now();
         if let Some(answer) = ask() {
             return answer;
         }
-        assert!(since.elapsed() < limit, "{what}: not within {limit:?}");
-        std::thread::sleep(Duration::from_millis(50));
+        let left = give_up_at.saturating_duration_since(Instant::now());
+        assert!(!left.is_zero(), "{what}: not within {limit:?}");
+        sleep(rest_after(asked.elapsed()).min(left));
     }
+}
+
+/// How long to rest before the same question is asked again. A question to libvirt costs 40 ms of processor time, so that one
+/// asked without rest takes half a processor from the test beside it.
+pub fn rest_after(question: Duration) -> Duration {
+    (question * 3).clamp(Duration::from_millis(20), Duration::from_millis(200))
 }
 
 /// What a `sync --json` said.

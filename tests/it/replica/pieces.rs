@@ -3,9 +3,7 @@
 //! Kept here: the answer is of the head and of nothing newer, on disks of every awkward size and over any number of
 //! points; pieces laid over the head's block either make the block that the patch promises or condemn the point (I12).
 
-mod replica_support;
-
-use replica_support::*;
+use super::support::*;
 use virt_replica::block::digest::{BLOCK_PIECES, BlockPieces, PieceDigest, block_digest, piece_digests};
 use virt_replica::block::extent::is_zero;
 use virt_replica::block::{BLOCK_LEN, BlockIndex, PIECE_LEN};

@@ -4,9 +4,8 @@
 //! with `qemu-img convert`. What we write, QEMU checks and compares. Block devices need root and are skipped, loudly,
 //! without it.
 
-#[path = "image/strangers.rs"]
+mod check;
 mod strangers;
-#[path = "image/writing.rs"]
 mod writing;
 
 use std::os::unix::fs::FileExt;
@@ -450,7 +449,7 @@ impl Loop {
             Ok(out) if out.status.success() => Some(Loop(String::from_utf8_lossy(&out.stdout).trim().to_owned())),
             other => {
                 assert!(!rustix::process::geteuid().is_root(), "root has loop devices: {other:?}");
-                eprintln!("SKIPPED: no loop device ({other:?}); run as root: cargo nextest run --test image");
+                eprintln!("SKIPPED: no loop device ({other:?}); run as root: cargo nextest run --test it image::");
                 None
             }
         }

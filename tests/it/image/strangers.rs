@@ -193,7 +193,7 @@ fn a_child_does_not_outlive_us_when_we_are_killed() {
     let place = Place::new();
     zstd(&place);
     let mut us = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "strangers::helper_that_is_killed_while_it_reads", "--nocapture"])
+        .args(["--exact", "image::strangers::helper_that_is_killed_while_it_reads", "--nocapture"])
         .env("VIRT_REPLICA_TEST_DIR", place.0.path())
         .spawn()
         .unwrap();

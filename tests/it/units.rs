@@ -48,13 +48,13 @@ impl Drop for Root {
     }
 }
 
-/// What `tests/units/inside` found.
+/// What `tests/it/units/inside` found.
 fn boot(root: &Root) -> BTreeMap<String, String> {
     let repository = Path::new(env!("CARGO_MANIFEST_DIR"));
     let unit = fs::read_to_string(repository.join("packaging/virt-replica.service")).unwrap();
     root.write("etc/systemd/system/virt-replica.service", &unit);
     root.write("units/log", "");
-    fs::copy(repository.join("tests/units/inside"), root.path().join("units/inside")).unwrap();
+    fs::copy(repository.join("tests/it/units/inside"), root.path().join("units/inside")).unwrap();
     let binary = concat!(env!("CARGO_BIN_EXE_virt-replica"), ":/usr/bin/virt-replica");
     root.write(
         "etc/systemd/system/vr-units.service",

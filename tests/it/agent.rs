@@ -3,15 +3,10 @@
 //!
 //! The replica behind the agent is a fake that remembers what it was told and misbehaves on request.
 
-#[path = "agent/conversation.rs"]
 mod conversation;
-#[path = "agent/hostile.rs"]
 mod hostile;
-#[path = "agent/mute.rs"]
 mod mute;
-#[path = "agent/ssh.rs"]
 mod ssh;
-#[path = "agent/trouble.rs"]
 mod trouble;
 
 use std::alloc::{GlobalAlloc, Layout, System};

@@ -1,8 +1,6 @@
 //! A source that lies, and what it cannot spend: the replica's generation, its manifest, the target's memory, its time.
 
-mod replica_support;
-
-use replica_support::*;
+use super::support::*;
 use serde_json::{Value, json};
 use std::cell::Cell;
 use std::io::{Read, Write};

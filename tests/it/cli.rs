@@ -1,18 +1,13 @@
 //! The program as people and scripts meet it: help, errors, exit codes, JSON. A cleared environment, no libvirt.
 //!
-//! What is printed is compared with tests/fixtures/cli/; `VIRT_REPLICA_BLESS=1 cargo test --test cli` writes those files
+//! What is printed is compared with tests/fixtures/cli/; `VIRT_REPLICA_BLESS=1 cargo test --test it cli::` writes those files
 //! anew, for a person to read the difference.
 
-#[path = "cli/debug.rs"]
 mod debug;
-#[path = "cli/points.rs"]
 mod points;
-#[path = "cli/policy.rs"]
 mod policy;
 #[cfg(feature = "libvirt")]
-#[path = "cli/source.rs"]
 mod source;
-#[path = "cli/target.rs"]
 mod target;
 
 use jiff::Timestamp;

@@ -83,8 +83,8 @@ fn crash_tests() -> BTreeMap<String, String> {
 
 /// Test -> its file, of all files of tests with this word in their names.
 fn lab_tests(word: &str) -> BTreeMap<String, String> {
-    let mut files = ["prune", "shorten"].map(|of| root().join(format!("tests/replica_{of}_crash.rs"))).to_vec();
-    files.push(root().join("tests/plain/crash.rs"));
+    let mut files = ["prune", "shorten"].map(|of| root().join(format!("tests/it/replica/{of}_crash.rs"))).to_vec();
+    files.push(root().join("tests/it/plain/crash.rs"));
     rust_files(root().join("tests/lab/suite"), &mut files);
     let mut tests = BTreeMap::new();
     for path in files.iter().filter(|p| p.file_name().unwrap().to_string_lossy().contains(word)) {

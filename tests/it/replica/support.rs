@@ -1,5 +1,5 @@
 //! What the tests of the store share: contents in a tiny notation, patches between them, and the model they are held against.
-#![allow(dead_code)] // Each test binary uses its part.
+#![allow(dead_code)] // Without failpoints some of it has no user.
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;

@@ -1,9 +1,7 @@
 //! Reading all points again: what has rotted is named with point, disk, range and readers; what was read stays read; and the
-//! next run mends the head. Over the wire: tests/agent.rs; on two hosts: tests/lab/suite/scrub.rs.
+//! next run mends the head. Over the wire: tests/it/agent; on two hosts: tests/lab/suite/scrub.rs.
 
-mod replica_support;
-
-use replica_support::*;
+use super::support::*;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use virt_replica::block::BLOCK_LEN;

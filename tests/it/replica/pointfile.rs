@@ -1,9 +1,7 @@
 //! Whole points in files: what comes out of one store goes into another, all of it or nothing, and onto the right point only.
 
-mod replica_support;
-
-use replica_support::{
-    Lab, Rng, assert_history, assert_image, assert_nodes, begin, content, now, patch, seal, send, sync, uuid,
+use super::support::{
+    self, Lab, Rng, assert_history, assert_image, assert_nodes, begin, content, now, patch, seal, send, sync, uuid,
 };
 use std::path::Path;
 use virt_replica::engine::disk_target::DiskTarget as _;
@@ -30,7 +28,7 @@ fn apply(root: &Path, file: &[u8]) -> Result<Brought> {
 }
 
 /// Two points of two disks, with attachments; the second disk grows, and the third comes with the second point.
-fn two_points(store: &Store) -> Vec<(PointId, replica_support::Model)> {
+fn two_points(store: &Store) -> Vec<(PointId, support::Model)> {
     let mut rng = Rng(7);
     let vda = content(700_000, &[(0, 3), (7, 2)]);
     let vdb = content(300_000, &[(1, 1)]);
@@ -177,7 +175,7 @@ fn a_stream_that_is_cut_or_touched_makes_no_point() {
 fn the_changes_between_any_two_points_lead_from_one_to_the_other() {
     let lab = Lab::in_memory();
     let store = lab.store();
-    let mut history = replica_support::blocks(&store, "aab..cc.. ..b-.c.zz .a...-... aaaaaaaaa ---------");
+    let mut history = support::blocks(&store, "aab..cc.. ..b-.c.zz .a...-... aaaaaaaaa ---------");
     store.prune(&[history[1].0.clone()], &mut |_, _| {}).unwrap();
     history.remove(1);
     let vda = DiskName::new("vda").unwrap();
@@ -197,7 +195,7 @@ fn the_changes_between_any_two_points_lead_from_one_to_the_other() {
             let head = sync(&there, 1, None, &[("vda", None, &old[0].1)]);
             there.begin(&begin(2, Some(head.id), &[("vda", new[0].1.len(), false)])).unwrap();
             there.apply(&vda, &found).unwrap();
-            assert_eq!(there.finish_disk(&vda).unwrap().root, replica_support::root(&new[0].1), "{since} to {point}");
+            assert_eq!(there.finish_disk(&vda).unwrap().root, support::root(&new[0].1), "{since} to {point}");
         }
     }
 }

@@ -1,10 +1,8 @@
 //! Removing points from the store, against a model: whatever is removed, in whatever order, every point that is left has
 //! its content, for us and for QEMU; what is held stays; what is younger than the host allows stays. Crashes:
-//! tests/replica_prune_crash.rs.
+//! `prune_crash`.
 
-mod replica_support;
-
-use replica_support::*;
+use super::support::*;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;

@@ -2,11 +2,8 @@
 //! reads as before, for us and for QEMU, at once and after whatever comes next: a shortening, a prune, a run.
 //!
 //! This kills processes, not machines. What a power cut would take back is seen by the order in which the next one syncs.
-#![cfg(feature = "failpoints")]
 
-mod replica_support;
-
-use replica_support::*;
+use super::support::*;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, ExitStatus};
@@ -56,7 +53,7 @@ fn child() {
 
 fn spawn(lab: &Lab, failpoint: &str) -> ExitStatus {
     Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "child", "--nocapture"])
+        .args(["--exact", "replica::shorten_crash::child", "--nocapture"])
         .env(ROOT, lab.root())
         .env(failpoint::VARIABLE, failpoint)
         .output()

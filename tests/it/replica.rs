@@ -2,14 +2,29 @@
 //!
 //! Kept here: what a point holds is what was sent, whatever comes later (I9, I10); damage is found and named (I12); what
 //! is rebuilt equals what was there; one writer (I15); a full file system costs the open point and nothing else (I18);
-//! nothing is followed out of the store (I21). Crashes: tests/replica_crash.rs.
+//! nothing is followed out of the store (I21). Crashes: tests/it/replica/crash.rs.
 
-mod replica_support;
+mod bounds;
+#[cfg(feature = "failpoints")]
+mod crash;
+mod pieces;
+mod pointfile;
+mod promote;
+mod prune;
+#[cfg(feature = "failpoints")]
+mod prune_crash;
+mod recover;
+mod scrub;
+mod seed;
+mod shorten;
+#[cfg(feature = "failpoints")]
+mod shorten_crash;
+mod support;
 
-use replica_support::*;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Command;
+use support::*;
 use virt_replica::block::digest::Digest;
 use virt_replica::block::{BLOCK_LEN, DiskSize};
 use virt_replica::engine::disk_target::{DiskTarget as _, NODES_MAX};

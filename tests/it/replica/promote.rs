@@ -1,9 +1,7 @@
 //! A replica whose domain was brought up from it: no source writes to it, and its point stays, until that is withdrawn; once it
 //! was committed, for ever.
 
-mod replica_support;
-
-use replica_support::*;
+use super::support::*;
 use virt_replica::error::Kind;
 use virt_replica::name::{Generation, PointId};
 use virt_replica::replica::Replica;

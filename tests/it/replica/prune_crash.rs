@@ -2,11 +2,8 @@
 //! again. What was removed is gone or whole, every other point reads as before, at once and after the next prune or run.
 //!
 //! This kills processes, not machines. What a power cut would take back is seen by the order in which the next one syncs.
-#![cfg(feature = "failpoints")]
 
-mod replica_support;
-
-use replica_support::*;
+use super::support::*;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, ExitStatus};
@@ -64,7 +61,7 @@ fn child() {
 
 fn spawn(lab: &Lab, gone: &str, failpoint: &str) -> ExitStatus {
     Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "child", "--nocapture"])
+        .args(["--exact", "replica::prune_crash::child", "--nocapture"])
         .env(ROOT, lab.root())
         .env(GONE, gone)
         .env(failpoint::VARIABLE, failpoint)

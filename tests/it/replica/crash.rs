@@ -2,11 +2,8 @@
 //! again. Its head is then the old point or the new one, whole, never a mixture, and the next run works (I9, I11, I14).
 //!
 //! This kills processes, not machines: the order of fsyncs is not tried here.
-#![cfg(feature = "failpoints")]
 
-mod replica_support;
-
-use replica_support::*;
+use super::support::*;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, ExitStatus};
@@ -64,7 +61,7 @@ fn child() {
 
 fn spawn(lab: &Lab, run: u64, failpoint: &str) -> ExitStatus {
     Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "child", "--nocapture"])
+        .args(["--exact", "replica::crash::child", "--nocapture"])
         .env(ROOT, lab.root())
         .env("REPLICA_CRASH_RUN", run.to_string())
         .env(failpoint::VARIABLE, failpoint)

@@ -1,24 +1,15 @@
 //! Plain images of every awkward shape, brought into step with one another in every way there is, with real files and
 //! QEMU's own tools as the judge. No libvirt, no lab.
 
-#[path = "plain/agent.rs"]
 mod agent;
 #[cfg(feature = "failpoints")]
-#[path = "plain/crash.rs"]
 mod crash;
-#[path = "plain/envelope.rs"]
 mod envelope;
-#[path = "plain/foreign.rs"]
 mod foreign;
-#[path = "plain/named.rs"]
 mod named;
-#[path = "plain/patches.rs"]
 mod patches;
-#[path = "plain/places.rs"]
 mod places;
-#[path = "plain/support.rs"]
 mod support;
-#[path = "plain/written.rs"]
 mod written;
 
 use std::os::unix::fs::{FileExt, MetadataExt};

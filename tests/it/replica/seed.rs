@@ -1,9 +1,7 @@
 //! Seeds: what a broken first copy leaves, and what an operator brings, is built on by the next first copy, and never
 //! believed.
 
-mod replica_support;
-
-use replica_support::*;
+use super::support::*;
 use std::path::PathBuf;
 use virt_replica::block::digest::piece_digests;
 use virt_replica::block::{BLOCK_LEN, BlockIndex, DiskSize};

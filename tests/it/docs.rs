@@ -1,7 +1,6 @@
 //! The documents keep their word: links resolve, commands and make targets exist, the glossary has every word, and the
 //! sample configuration is read by the code that reads the real one. Needs no lab.
 
-#[path = "docs/prose.rs"]
 mod prose;
 
 use std::collections::BTreeSet;

@@ -208,7 +208,7 @@ fn arrows_between_modules_point_down_only() {
             continue;
         }
         let Some(allowed) = rules.get(me.as_str()) else {
-            wrong.push(format!("{}: module '{me}' has no place in the order (tests/tidy.rs)", path.display()));
+            wrong.push(format!("{}: module '{me}' has no place in the order (tests/it/tidy.rs)", path.display()));
             continue;
         };
         for (line, used) in uses(without_tests(&text)) {

@@ -1,9 +1,7 @@
 //! Recovering without this program: what docs/formats/replica.md says is done, word by word, with qemu-img alone, for every
 //! point of a replica with a history: also while removed points are only half folded.
 
-mod replica_support;
-
-use replica_support::*;
+use super::support::*;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -1,10 +1,8 @@
 //! Keeping chains short, against a model: whatever is read, before, between and after, is what was sealed; no point goes; runs
-//! and readers are not in the way, or are told of. With removals in between: tests/replica_prune.rs. Crashes:
-//! tests/replica_shorten_crash.rs.
+//! and readers are not in the way, or are told of. With removals in between: `prune`. Crashes:
+//! `shorten_crash`.
 
-mod replica_support;
-
-use replica_support::*;
+use super::support::*;
 use std::path::PathBuf;
 use virt_replica::block::BLOCK_LEN;
 use virt_replica::error::Kind;

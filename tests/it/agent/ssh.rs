@@ -67,7 +67,7 @@ impl Sshd {
         std::fs::write(path("ssh_config"), "").unwrap();
         std::fs::copy(path("user.pub"), path("authorized")).unwrap();
         let agent = format!(
-            "#!/bin/sh\nexec '{}' --ignored --exact ssh::agent_process --nocapture\n",
+            "#!/bin/sh\nexec '{}' --ignored --exact agent::ssh::agent_process --nocapture\n",
             std::env::current_exe().unwrap().display()
         );
         std::fs::write(path("agent"), agent).unwrap();
