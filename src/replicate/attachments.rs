@@ -1,8 +1,7 @@
 //! What surrounds the disks of a run: the machine's description that travels with the point, and the operator's programs
 //! before and after the freeze.
 
-use super::cycle::{Ports, Request, Run};
-use super::plan::{CaptureKind, Plan};
+use super::plan::CaptureKind;
 use crate::durable::to_json;
 use crate::error::{Error, Result};
 use crate::hypervisor::firmware::Firmware;
@@ -10,6 +9,8 @@ use crate::hypervisor::{DomainView, Power, swtpm, travel, xml};
 use crate::name::DiskName;
 use crate::replica::{Attachment, Replica, TpmPrograms};
 use crate::replicate::capture::freeze_hooks;
+use crate::replicate::plan::planned::Plan;
+use crate::replicate::run::{Ports, Request, Run};
 use crate::replicate::state::handover_record;
 
 /// The machine's description that travels with a point, as it was decided before the freeze.

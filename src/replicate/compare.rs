@@ -1,12 +1,13 @@
 //! Compares a live domain with its newest point: `verify --against-source`. The same freeze as a run, nothing sent.
 
-use super::cycle::{Ports, Request, Run, Watch, settle_domain};
+use super::cycle::settle_domain;
 use super::target_gate::{Patience, TargetGate};
 use crate::engine::pump::{self, Shipment};
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::name::{DiskName, DomainUuid};
 use crate::replicate::capture::held::Standing;
 use crate::replicate::plan::survey::make_plan;
+use crate::replicate::run::{Ports, Request, Run, Watch};
 use crate::replicate::settle::observe;
 use crate::replicate::state::journal::Journal;
 use crate::replicate::state::report::millis;

@@ -19,7 +19,7 @@ use crate::replica::root::StoreSeen;
 use crate::replica::store::{self, Store};
 use crate::replica::upkeep::Held;
 use crate::replica::{Attachment, PointView, ReplicaView};
-use crate::replicate::capture::space_watch::{free_bytes, may_make_files};
+use crate::replicate::free_space::{free_bytes, may_make_files};
 use crate::replicate::state::generation;
 use crate::replicate::state::handover_record::{self, DiskFormat};
 use jiff::Timestamp;

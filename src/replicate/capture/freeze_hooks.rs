@@ -10,7 +10,8 @@ use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::hook::{Env, Hook};
 use crate::name::{DomainName, DomainUuid};
-use crate::replicate::state::journal::{Journal, OwedHook};
+use crate::replicate::state::journal::Journal;
+use crate::replicate::state::record::OwedHook;
 use std::time::Duration;
 
 /// Programs around the freeze of a running domain. One that is off has nothing to wait.

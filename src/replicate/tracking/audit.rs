@@ -18,7 +18,7 @@ use crate::engine::stats::{AuditStats, Mode};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::name::{DiskName, RunId};
-use crate::replicate::cycle::Run;
+use crate::replicate::run::Run;
 use serde::Serialize;
 use std::ops::Range;
 use std::sync::Mutex;

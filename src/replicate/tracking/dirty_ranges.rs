@@ -7,18 +7,16 @@ use crate::engine::pump::Shipment;
 use crate::engine::stats::Mode;
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::{Power, Tracking};
-use crate::image::chain;
-use crate::image::{Image, Layer};
+use crate::image::{Image, Layer, chain};
 use crate::name::DiskName;
 use crate::replica::{PointDisk, PointView, Replica};
-use crate::replicate::capture::{Source, Still};
-use crate::replicate::cycle::Run;
-use crate::replicate::plan::{CaptureKind, Plan, compared};
+use crate::replicate::capture::still::{Source, Still};
+use crate::replicate::plan::CaptureKind;
+use crate::replicate::plan::planned::{Plan, compared};
+use crate::replicate::run::Run;
 use crate::replicate::state::report::Report;
 use crate::replicate::state::stores;
-use crate::replicate::tracking::bitmap_rotation;
-use crate::replicate::tracking::end_of_disk;
-use crate::replicate::tracking::failover_bitmap;
+use crate::replicate::tracking::{bitmap_rotation, end_of_disk, failover_bitmap};
 use std::collections::BTreeMap;
 
 /// The ranges to ship of each disk that is planned by bitmap.
