@@ -5,7 +5,6 @@
 //! - What is learned of the image beforehand ([`Base`]) is not changed by what arrives.
 
 use super::redo::Spool;
-use super::source::read_block;
 use super::undo::Undo;
 use crate::block::changes::{ChangesHeader, ChangesReader, ChangesWriter};
 use crate::block::digest::Digest;
@@ -19,6 +18,7 @@ use crate::image::qcow2::Qcow2Writer;
 use crate::image::raw::RawWriter;
 use crate::image::{Image, ImageMut};
 use crate::patch::{self, Decoder, Header, Item, Limits};
+use crate::plain::reading::read_block;
 use crate::plain::write_target::Landing;
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Seek};

@@ -21,10 +21,12 @@ mod lease;
 pub mod left_out;
 mod lock;
 pub mod manifest;
+mod manifest_file;
 mod point;
 pub mod pointfile;
 mod promote;
 mod prune;
+mod reading;
 pub mod receive;
 mod reserve;
 pub mod root;
@@ -334,4 +336,14 @@ impl VerifyReport {
         self.damaged_attachments.is_empty()
             && self.disks.iter().all(|d| d.damaged_count == 0 && d.root == d.root_expected)
     }
+}
+
+/// That the domain was brought up on the host of the store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Promoted {
+    pub point: PointId,
+    pub since: Timestamp,
+    /// It is not to be undone any more.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub committed: bool,
 }

@@ -308,6 +308,8 @@ impl Tree {
                         word(t, at + 1),
                     ) {
                         self.modules[id].defined.insert(name.to_owned());
+                        at += 2;
+                        continue;
                     }
                     if w == "macro_rules" && is(t, at + 1, '!') {
                         let name = word(t, at + 2).unwrap_or_default().to_owned();
