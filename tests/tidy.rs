@@ -195,7 +195,6 @@ const NATURAL: &[(&[&str], &str)] = &[
         &["replica/prune.rs", "replica/shorten.rs"],
         "Pruning finishes a shortening that was cut off, and shortening asks pruning what is in use.",
     ),
-    (&["replicate/plan/options.rs", "replicate/run.rs", "replicate/tracking/audit.rs"], "to be broken"),
     (
         &["wiring.rs", "wiring/local_target.rs", "wiring/plain.rs", "wiring/source.rs", "wiring/stores.rs"],
         "to be broken",

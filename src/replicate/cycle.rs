@@ -31,8 +31,9 @@ use crate::hypervisor::{DomainView, Power};
 use crate::name::DomainUuid;
 use crate::replica::left_out::LeftOut;
 use crate::replica::{BeginDisk, BeginPoint, PointView, Replica, SealDisk, SealPoint};
-use crate::replicate::attachments::{Described, describe};
+use crate::replicate::attachments::{Described, attach, describe, starts_with_host, tpm_programs};
 use crate::replicate::capture::backup::BackupCapture;
+use crate::replicate::capture::freeze_hooks;
 use crate::replicate::capture::held::Standing;
 use crate::replicate::capture::quiesce::{self, Quiescer, Settled};
 use crate::replicate::capture::still::{Capture, Release};
@@ -49,7 +50,8 @@ use crate::replicate::state::handover_record::{self, HandoverRecord};
 use crate::replicate::state::journal::Journal;
 use crate::replicate::state::record::Record;
 use crate::replicate::state::report::{Report, RunOutcome, millis};
-use crate::replicate::tracking::dirty_ranges::{Marked, doubted_again, unless_cut};
+use crate::replicate::tracking::audit;
+use crate::replicate::tracking::dirty_ranges::{Bitmaps, Marked, doubted_again, unless_cut};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -157,7 +159,8 @@ impl Run<'_> {
         let gate = TargetGate::new(replica, patience);
         plan.start_from(&begun.seeds);
         failpoint!("3");
-        let untracked = self.begin_bitmaps(&plan);
+        let bitmaps = Bitmaps { ports: self.ports, request: self.request };
+        let untracked = bitmaps.begin(&plan);
         failpoint!("3c");
 
         let mut guard = self.guard(&plan)?;
@@ -186,11 +189,11 @@ impl Run<'_> {
         report.freeze_ms = still.freeze.map_or(0.0, millis);
         report.held_ms = still.held.map(millis);
         report.warnings.extend(label::told(&still));
-        let dirty = self.marked(&mut plan, &still);
+        let dirty = bitmaps.marked(&mut plan, &still);
         report.warnings.extend(untracked);
 
-        let standing = Standing { plan: &plan, still: &still, capture: capture.as_ref(), gate: &gate };
-        let sealed = self.while_held(&standing, || self.ship_and_seal(&standing, &domain, &described, &dirty));
+        let standing = Standing { run: self, plan: &plan, still: &still, capture: capture.as_ref(), gate: &gate };
+        let sealed = standing.while_held(|| self.ship_and_seal(&standing, &domain, &described, &dirty));
         let (sealed, released) = self.go_home(report, &plan, capture.as_mut(), gate, sealed);
         self.conclude(report, &plan, sealed, released)
     }
@@ -205,6 +208,21 @@ impl Run<'_> {
                 self.ports.hypervisor.warm_up(&plan.uuid)
             }
         }
+    }
+
+    /// Step 3d.
+    fn before_freeze(&self, plan: &Plan) -> Result<()> {
+        if plan.capture == CaptureKind::Off {
+            return Ok(());
+        }
+        let (domain, target, run) = ((&plan.domain, &plan.uuid), &self.request.target, self.request.run.as_str());
+        self.request.hooks.before(self.journal, &|event| freeze_hooks::told(event, domain, target, run))
+    }
+
+    /// Step 4g. Returns a warning if the hook failed.
+    fn after_freeze(&self) -> Option<String> {
+        // The journal still owes a hook that could not be noted: the next run calls it again.
+        freeze_hooks::settle(self.journal).unwrap_or_else(|e| Some(e.chain()))
     }
 
     /// Step 7: whatever became of the point, the domain goes back onto its own images. The quarrel with the target
@@ -335,16 +353,18 @@ impl Run<'_> {
         dirty: &Marked,
     ) -> Result<PointView> {
         self.watch.step(5, "read, compare, send");
-        let Standing { plan, still, capture, gate } = *standing;
+        let Standing { plan, still, capture, gate, .. } = *standing;
         let mut disks = Vec::new();
         for disk in &still.disks {
             let name = &disk.0;
             let dirty = dirty.get(name).cloned();
             let planned = plan.disk(name);
-            let shipped = self.read_disk(standing, disk, dirty, &mut |image, shipment, progress, good| {
+            let shipped = standing.read_disk(disk, dirty, &mut |image, shipment, progress, good| {
                 let shipment = unless_cut(image, gate, shipment)?;
                 let audit = planned.and_then(|d| d.audit.as_ref());
-                let (shipment, audit) = self.audited(image, gate, &shipment, audit, good)?;
+                let audited = audit::audited((image, gate), &shipment, audit, &self.request.run, good)?;
+                audited.alarm.into_iter().for_each(|lie| self.alarm(lie));
+                let (shipment, audit) = (audited.shipment, audited.stats);
                 let tracking_doubt = planned.is_some_and(|d| d.tracking_doubt || d.mode != shipment.mode);
                 let shipped = pump::ship(image, gate, &shipment, progress, good)?;
                 let stats = DiskStats { audit, tracking_doubt, ..shipped.stats };
@@ -352,7 +372,7 @@ impl Run<'_> {
             });
             disks.push(shipped.on_disk(name)?);
         }
-        self.attach(gate, domain, described)?;
+        attach(self.ports.hypervisor, gate, domain, described)?;
         failpoint!("5f");
         capture.confirm()?;
         self.watch.step(6, "seal the point");
@@ -360,8 +380,8 @@ impl Run<'_> {
             frozen_at: still.frozen_at,
             consistency: still.consistency,
             consistency_reason: still.consistency_reason.clone(),
-            autostart: self.starts_with_host(domain),
-            tpm_programs: self.tpm_programs(domain),
+            autostart: starts_with_host(self.ports.custody, &self.request.state, domain),
+            tpm_programs: tpm_programs(domain),
             disks,
             left_out: plan.skipped.clone(),
         })?;
@@ -430,7 +450,7 @@ impl Run<'_> {
             report.warnings.push(what.clone());
         }
         if settled {
-            self.retire_bitmaps(report, plan, sealed.is_ok());
+            Bitmaps { ports: self.ports, request: self.request }.retire(report, plan, sealed.is_ok());
         }
         failpoint!("8b");
         let point = sealed.map_err(|e| self.if_started(plan, e))?;

@@ -13,7 +13,7 @@ use crate::replica::{PointDisk, PointView, Replica};
 use crate::replicate::capture::still::{Source, Still};
 use crate::replicate::plan::CaptureKind;
 use crate::replicate::plan::planned::{Plan, compared};
-use crate::replicate::run::Run;
+use crate::replicate::run::{Ports, Request};
 use crate::replicate::state::report::Report;
 use crate::replicate::state::stores;
 use crate::replicate::tracking::{bitmap_rotation, end_of_disk, failover_bitmap};
@@ -56,7 +56,13 @@ pub(in crate::replicate) fn doubted_again(plan: &Plan, point: &PointView) -> Vec
     point.disks.iter().filter_map(again).collect()
 }
 
-impl Run<'_> {
+/// The bitmaps of one run's disks.
+pub(in crate::replicate) struct Bitmaps<'a> {
+    pub ports: &'a Ports<'a>,
+    pub request: &'a Request,
+}
+
+impl Bitmaps<'_> {
     /// Where the bitmaps of the plan's disks are now; `None` if the domain has gone.
     fn shelf(&self, plan: &Plan) -> Option<Shelf<'_>> {
         let off = self.ports.hypervisor.observe_without_sizes(&plan.uuid).ok()?.power == Power::Off;
@@ -70,7 +76,7 @@ impl Run<'_> {
     }
 
     /// Step 3c: this run's own bitmap on every disk. Returns what is not tracked from here on, in words.
-    pub(in crate::replicate) fn begin_bitmaps(&self, plan: &Plan) -> Vec<String> {
+    pub(in crate::replicate) fn begin(&self, plan: &Plan) -> Vec<String> {
         let name = |layer: &Layer| self.successor(layer);
         // A domain that has gone since it was planned: the freeze finds out, and says so.
         let Some(shelf) = self.shelf(plan) else { return Vec::new() };
@@ -154,7 +160,7 @@ impl Run<'_> {
 
     /// Step 8b: only the bitmaps that lead on from the newest point stay (I8). Without a new point these are the old ones,
     /// and our own as well: a seal whose answer was lost may have made the point, and the next run will know.
-    pub(in crate::replicate) fn retire_bitmaps(&self, report: &mut Report, plan: &Plan, sealed: bool) {
+    pub(in crate::replicate) fn retire(&self, report: &mut Report, plan: &Plan, sealed: bool) {
         let keys = self.keys();
         let keep = |layer: &Layer| {
             if chain::must_not_be_tracked(layer).is_some() {
