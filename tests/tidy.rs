@@ -152,7 +152,7 @@ const ADAPTERS: &[(&str, &[&str])] = &[
     ("image::foreign", &["cli", "plain"]),
     // How the bitmaps and backups of a domain are read.
     ("image::nbd", &["hypervisor"]),
-    ("image::qemu_nbd", &["hypervisor"]),
+    ("image::qemu_nbd", &["hypervisor", "replica"]),
     ("image::qemu_img", &["hypervisor", "plain", "recovery", "replica", "replicate"]),
 ];
 
@@ -194,10 +194,6 @@ const NATURAL: &[(&[&str], &str)] = &[
     (
         &["replica/prune.rs", "replica/shorten.rs"],
         "Pruning finishes a shortening that was cut off, and shortening asks pruning what is in use.",
-    ),
-    (
-        &["wiring.rs", "wiring/local_target.rs", "wiring/plain.rs", "wiring/source.rs", "wiring/stores.rs"],
-        "to be broken",
     ),
 ];
 

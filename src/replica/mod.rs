@@ -4,6 +4,7 @@
 //! A recovery point exists if and only if the manifest names it. An open point is rubbish until it is sealed.
 //! Format: docs/formats/replica.md.
 
+pub mod adopt;
 pub mod age;
 mod begin;
 mod chain;
@@ -20,6 +21,7 @@ pub mod lag;
 mod lease;
 pub mod left_out;
 mod lock;
+pub mod lookup;
 pub mod manifest;
 mod manifest_file;
 mod point;
@@ -32,6 +34,7 @@ mod reserve;
 pub mod root;
 mod scrub;
 mod seed;
+pub mod serve_nbd;
 mod shorten;
 pub mod source;
 pub mod store;
