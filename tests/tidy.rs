@@ -197,6 +197,26 @@ const NATURAL: &[(&[&str], &str)] = &[
     ),
 ];
 
+/// Types with methods in more than one file, each with its reason. The methods of any other type stand beside it.
+const SPREAD: &[(&str, &str)] = &[
+    ("agent::client::AgentClient", "the requests of a session, by family of messages"),
+    ("agent::client::Shared", "its reader thread"),
+    ("agent::client::remote::RemoteReplica", "the requests about one replica, by family of messages"),
+    ("agent::server::Session", "the answers of a session, by family of messages"),
+    ("daemon::engine::Engine", "the runs, the checks beside them, and what is told of both"),
+    ("hypervisor::libvirt::LibvirtHypervisor", "one adapter of many ports"),
+    ("hypervisor::libvirt::gate::Call", "a call's failure in words"),
+    ("policy::Policy", "a policy printed"),
+    ("recovery::definition::Rendering", "the devices of a definition"),
+    ("recovery::detach::One", "a disk that becomes raw"),
+    ("replica::Promoted", "plain data for all, judged by the store alone"),
+    ("replica::store::Store", "the writers of a store that need no open point"),
+    ("replica::upkeep::Damage", "plain data for all, built by the scrub alone"),
+    ("replicate::run::Run", "the story of a run stands on a page of its own"),
+    ("wiring::local_target::Here", "this host as a target, by port"),
+    ("wiring::source::Site", "this host as a source, by port"),
+];
+
 fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display())) {
         let path = entry.expect("readable directory").path();
@@ -318,6 +338,68 @@ fn files_form_no_circle() {
     );
     let gone: Vec<_> = natural.iter().filter(|set| !circles.contains(set)).collect();
     assert!(gone.is_empty(), "no circle any more, take them out of NATURAL (tests/tidy.rs): {gone:?}");
+}
+
+#[test]
+fn methods_stand_beside_their_type() {
+    let spread: BTreeSet<&str> = IMPORTS.distant_impls.iter().map(|a| a.item.as_str()).collect();
+    let known: BTreeSet<&str> = SPREAD.iter().map(|(item, _)| *item).collect();
+    let wrong = IMPORTS.distant_impls.iter().filter(|a| !known.contains(a.item.as_str()));
+    let wrong: Vec<String> = wrong.map(|a| format!("{}:{}: impl {}", a.from, a.line, a.item)).collect();
+    assert!(wrong.is_empty(), "methods far from their type:\n{}", wrong.join("\n"));
+    let gone: Vec<_> = known.difference(&spread).collect();
+    assert!(gone.is_empty(), "take them out of SPREAD (tests/tidy.rs): {gone:?}");
+}
+
+/// The floors that a picture of the modules draws, uppermost first: lines ` name · name   words` of its text block.
+fn floors(picture: &str) -> Vec<Vec<String>> {
+    let lines = picture.lines().map(|l| l.strip_prefix("//!").unwrap_or(l));
+    let block = lines.skip_while(|l| !l.trim_start().starts_with("```text")).skip(1);
+    block
+        .take_while(|l| !l.trim_start().starts_with("```"))
+        .filter_map(|line| line.strip_prefix(' ').filter(|l| !l.starts_with(' ')))
+        .map(|line| line.split("  ").next().unwrap_or_default().split(" · ").map(str::to_owned).collect())
+        .collect()
+}
+
+/// The floors that the arrows make, uppermost first: each module right above the highest one that it uses.
+fn floors_of(arrows: &BTreeSet<(String, String)>) -> Vec<BTreeSet<String>> {
+    let mut height: BTreeMap<&str, usize> =
+        arrows.iter().flat_map(|(a, b)| [(a.as_str(), 0), (b.as_str(), 0)]).collect();
+    // As many rounds as there are modules raise each to its floor, if there is no circle.
+    for _ in 0..height.len() {
+        for (from, to) in arrows {
+            let above = height[to.as_str()] + 1;
+            let at = height.get_mut(from.as_str()).expect("every end was put in");
+            *at = (*at).max(above);
+        }
+    }
+    let top = height.values().copied().max().unwrap_or_default();
+    let floor = |at: usize| height.iter().filter(|(_, h)| **h == at).map(|(m, _)| m.to_string()).collect();
+    (0..=top).rev().map(floor).collect()
+}
+
+#[test]
+fn the_pictures_draw_what_the_imports_say() {
+    let arrows: BTreeSet<_> = between_modules().map(|(from, to, _)| (from, to)).collect();
+    let drawn = floors_of(&arrows);
+    for page in ["src/lib.rs", "docs/architecture.md"] {
+        let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(page)).unwrap();
+        let text = text.split_once("stands as low as its imports allow").expect("the words before the picture").1;
+        let picture: Vec<BTreeSet<String>> = floors(text).into_iter().map(BTreeSet::from_iter).collect();
+        let should: Vec<String> = drawn.iter().map(|f| f.iter().cloned().collect::<Vec<_>>().join(" · ")).collect();
+        assert_eq!(picture, drawn, "{page} should draw:\n {}", should.join("\n "));
+    }
+}
+
+#[test]
+fn a_picture_is_read_and_drawn_by_floors() {
+    let text = "//! words\n//! ```text\n//! a · b_c   words · more\n//!             more words\n//! d\n//! ```\n//! e";
+    assert_eq!(floors(text), [vec!["a".to_owned(), "b_c".to_owned()], vec!["d".to_owned()]]);
+    let arrows = [("a", "d"), ("a", "b"), ("b", "d"), ("c", "d")].map(|(from, to)| (from.to_owned(), to.to_owned()));
+    let floors: Vec<Vec<String>> =
+        floors_of(&BTreeSet::from(arrows)).into_iter().map(|f| f.into_iter().collect()).collect();
+    assert_eq!(floors, [vec!["a"], vec!["b", "c"], vec!["d"]]);
 }
 
 /// A crate of a few lines for the reader of imports.
