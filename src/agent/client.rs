@@ -23,9 +23,8 @@ pub(super) mod remote_upkeep;
 use super::patience::Patient;
 pub use crate::agent::client::bounds::ClientOptions;
 use crate::agent::client::remote::RemoteReplica;
-use crate::agent::wire::handle::Handle;
 use crate::agent::wire::{
-    Banner, FrameKind, Head, Progress, REQUEST_MAX, Reply, Request, Role, WireError, decode, encode, protocol,
+    Banner, FrameKind, Handle, Head, Progress, REQUEST_MAX, Reply, Request, Role, WireError, decode, encode, protocol,
     write_frame,
 };
 use crate::error::{Error, Kind, Result};

@@ -12,10 +12,10 @@ mod plain;
 mod upkeep;
 
 use super::patience::{Patient, up_to};
-use crate::agent::wire::handle::Handle;
 use crate::agent::wire::{
-    BULK_MAX, Banner, Failed, FrameKind, Head, PROTOCOL, Progress, REPLY_MAX, Reply, Request, Role, SAME_VERSION,
-    Stream, WireError, decode, encode, encode_nodes, encode_pieces, protocol, read_banner, read_frame, write_frame,
+    BULK_MAX, Banner, Failed, FrameKind, Handle, Head, PROTOCOL, Progress, REPLY_MAX, Reply, Request, Role,
+    SAME_VERSION, Stream, WireError, decode, encode, encode_nodes, encode_pieces, protocol, read_banner, read_frame,
+    write_frame,
 };
 use crate::block::BlockIndex;
 use crate::engine::disk_target::{DiskTarget, NODES_MAX, check_blocks};

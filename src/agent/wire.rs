@@ -11,13 +11,13 @@
 
 pub mod bringup;
 mod failure;
-pub mod handle;
+mod handle;
 pub mod plain;
 pub mod upkeep;
 
 pub use failure::{WireContext, WireError};
 
-use crate::agent::wire::handle::Handle;
+pub use crate::agent::wire::handle::Handle;
 use crate::block::BlockIndex;
 use crate::block::digest::{BLOCK_PIECES, BlockPieces, Digest, PieceDigest};
 use crate::engine::disk_target::DiskApplied;

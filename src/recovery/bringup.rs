@@ -3,7 +3,7 @@
 //! Who asks may lose the answer, and an order may come late. So every verb may be repeated; [`BringUp::state`] says how it
 //! stands; and an order bears the handover that it belongs to, so that one which was called off is refused for ever.
 //!
-//! Near: `site::near`. Far: the agent's client. What the verbs do: [`super::failover`], docs/recovery.md.
+//! Near: `wiring::local_bringup`. Far: the agent's client. What the verbs do: [`super::failover`], docs/recovery.md.
 
 use super::ready::{Color, Finding};
 use crate::error::{Error, Kind, Result};

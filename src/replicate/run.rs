@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
-/// The world as a run sees it: ports only. Adapters are chosen in `site`.
+/// The world as a run sees it: ports only. `wiring` chooses the adapters.
 pub struct Ports<'a> {
     pub hypervisor: &'a dyn Hypervisor,
     /// The bitmaps of a running domain.

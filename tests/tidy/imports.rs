@@ -239,10 +239,8 @@ impl Tree {
                     let open = if is(t, at + 1, '[') { at + 1 } else { at + 2 };
                     let end = after_bracket(t, open);
                     let attribute = &t[open + 1..end - 1];
-                    if word(attribute, 0) == Some("path") {
-                        if let Some((Token::Text(path), _)) = attribute.last() {
-                            path_attribute = Some(path.clone());
-                        }
+                    if let (Some("path"), Some((Token::Text(path), _))) = (word(attribute, 0), attribute.last()) {
+                        path_attribute = Some(path.clone());
                     }
                     let names = |w: &str| (0..attribute.len()).any(|i| word(attribute, i) == Some(w));
                     if word(attribute, 0) == Some("cfg") && names("test") && !names("not") {

@@ -6,8 +6,9 @@
 //! Protocol: docs/formats/wire.md.
 
 use crate::agent::client::{AgentClient, Shared, head, lock};
-use crate::agent::wire::handle::Handle;
-use crate::agent::wire::{BULK_MAX, FrameKind, Head, Reply, Request, Stream, decode_nodes, decode_pieces, protocol};
+use crate::agent::wire::{
+    BULK_MAX, FrameKind, Handle, Head, Reply, Request, Stream, decode_nodes, decode_pieces, protocol,
+};
 use crate::block::BlockIndex;
 use crate::block::digest::{BlockPieces, Digest};
 use crate::engine::disk_target::{DiskApplied, DiskTarget, NODES_MAX, check_blocks};

@@ -2,9 +2,8 @@
 
 use super::remote::RemoteReplica;
 use crate::agent::client::AgentClient;
-use crate::agent::wire::handle::Handle;
 use crate::agent::wire::plain::{Ask, Told};
-use crate::agent::wire::{Reply, Request};
+use crate::agent::wire::{Handle, Reply, Request};
 use crate::block::BlockIndex;
 use crate::block::digest::{BlockPieces, Digest};
 use crate::engine::disk_target::{DiskApplied, DiskTarget};

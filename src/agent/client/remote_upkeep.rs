@@ -3,9 +3,8 @@
 
 use super::remote::RemoteReplica;
 use crate::agent::client::AgentClient;
-use crate::agent::wire::handle::Handle;
 use crate::agent::wire::upkeep::{Ask, StreamId, Told};
-use crate::agent::wire::{FrameKind, Reply, Request, protocol};
+use crate::agent::wire::{FrameKind, Handle, Reply, Request, protocol};
 use crate::error::Result;
 use crate::name::{DiskName, PointId};
 use crate::replica::Attachment;

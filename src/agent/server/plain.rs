@@ -2,9 +2,8 @@
 //! touched, is [`crate::agent::server::ReplicaOpener::image`]'s to say.
 
 use crate::agent::server::{Answer, Session};
-use crate::agent::wire::handle::Handle;
 use crate::agent::wire::plain::{Ask, Told};
-use crate::agent::wire::{FrameKind, Progress, Reply, WireError, encode, protocol};
+use crate::agent::wire::{FrameKind, Handle, Progress, Reply, WireError, encode, protocol};
 use crate::engine::disk_target::DiskTarget;
 use crate::error::Result;
 use crate::patch::plain_names;

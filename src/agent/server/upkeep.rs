@@ -1,9 +1,8 @@
 //! The agent's side of what is done with points that exist. It obeys or refuses: what may be removed is the store's to say.
 
 use crate::agent::server::{Answer, Served, Session};
-use crate::agent::wire::handle::Handle;
 use crate::agent::wire::upkeep::{Ask, StreamId, Told};
-use crate::agent::wire::{BULK_MAX, FrameKind, Progress, Reply, encode, protocol};
+use crate::agent::wire::{BULK_MAX, FrameKind, Handle, Progress, Reply, encode, protocol};
 use crate::error::{Error, Kind, Result};
 use crate::replica::upkeep::{PatchStream, Scrubbing, Shortening};
 use std::collections::BTreeMap;

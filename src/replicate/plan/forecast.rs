@@ -3,7 +3,7 @@
 //!
 //! How fast the guest writes was seen twice: by the bitmap, since the head, and by the runs before it. How long the disks
 //! will stand still follows from what is to be read and from how fast the last runs were. Neither is known of a first run, so
-//! a floor is kept free in any case, and [`room`](crate::replicate::capture::space_watch) watches it while the disks stand still. An overlay
+//! a floor is kept free in any case, and [`space_watch`](crate::replicate::capture::space_watch) watches it while the disks stand still. An overlay
 //! that lies beside its image takes its room twice: the commit writes into the image what the overlay still holds.
 
 use crate::block::BLOCK_LEN;

@@ -1,6 +1,6 @@
 //! The dirty bitmaps of one run: what they mark while everything stands still, and which of them stay afterwards.
 //!
-//! The words of [`turnover`], applied to the run's disks. A doubt costs a disk a comparison, never the run its point (I7).
+//! The words of [`bitmap_rotation`], applied to the run's disks. A doubt costs a disk a comparison, never the run its point (I7).
 
 use crate::block::ByteRange;
 use crate::engine::pump::Shipment;
@@ -188,7 +188,7 @@ impl Bitmaps<'_> {
         self.retire_births(report, plan, &shelf, sealed);
     }
 
-    /// Step 8b as well: the bitmaps of a failover that have done what they were for (see [`birth`]). A run without a point
+    /// Step 8b as well: the bitmaps of a failover that have done what they were for (see [`failover_bitmap`]). A run without a point
     /// drops none: the next one begins from where this one did.
     fn retire_births(&self, report: &mut Report, plan: &Plan, shelf: &Shelf, sealed: bool) {
         for disk in plan.replicated().filter(|d| shelf.tops.contains(d.chain.top())) {
