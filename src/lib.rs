@@ -1,26 +1,20 @@
 //! `virt-replica` replicates libvirt/QEMU virtual machines to another host.
 //!
-//! The map, in dependency order; arrows in the code point down this list only (a test keeps it so):
+//! The map. Each module uses only modules on lower lines, and stands as low as its imports allow. `tests/it/tidy.rs`
+//! compares this picture, and the same one in docs/architecture.md, with the imports. Start reading at
+//! [`replicate::cycle`].
 //!
 //! ```text
-//!        cli (in the binary)
-//!              |
-//!       site · daemon        site: the only file that names concrete adapters; daemon: policies obeyed, unattended
-//!              |
-//!    replicate · recovery    the story: settle, observe, plan, freeze, ship, seal, commit, retire
-//!       · plain                  (start reading at replicate/cycle.rs); what the replica is for; images of no domain
-//!              |
-//!     plan · decide           pure: plain views in, values out
-//!              |
-//!  image  hypervisor  replica  transport      ports: traits, plain views, and their adapters
-//!              |                              (agent and wire stand beside replica)
-//!  policy · retention · patch · wire          rules and formats: values or bytes in, values out
-//!  envelope                                   what protects a file on its way
-//!  manifest · xml
-//!              |
-//!     hook · yaml · units · users · flock · file_id · words · trust
-//!              |
-//!       block · name · error                  words
+//! cli                                      grammar, rendering, exit codes; in the binary. The library never prints
+//! wiring                                   construction only: names every adapter
+//! agent · daemon                           the other end of a session; policies, unattended
+//! config · recovery                        targets with names; what the replica is for: ready drill failover migrate
+//! replicate                                the story of a run: settle observe plan freeze ship seal commit retire
+//! plain · replica                          images of no domain: copy diff apply; the store of points, and its port
+//! engine · hypervisor · policy             finds and ships differences; the port to libvirt; when to run, and how
+//! durable · hook · image · patch · retention · transport    files, images, formats, the way to a host
+//! block · envelope · failpoint · file_id · name · trust · users · words · yaml    words, and what protects a file on its way
+//! error · flock · units
 //! ```
 
 // Not among the lints of Cargo.toml: clippy takes the helpers of integration tests for code that is no test.

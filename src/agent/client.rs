@@ -21,6 +21,7 @@ pub(super) mod remote_store;
 pub(super) mod remote_upkeep;
 
 use super::patience::Patient;
+pub use crate::agent::client::bounds::ClientOptions;
 use crate::agent::client::remote::RemoteReplica;
 use crate::agent::wire::{
     Banner, FrameKind, Handle, Head, Progress, REQUEST_MAX, Reply, Request, Role, WireError, decode, encode, protocol,
@@ -36,32 +37,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-
-#[derive(Debug, Clone, Copy)]
-pub struct ClientOptions {
-    /// An agent that says nothing for this long is dead. Agents say something every few seconds.
-    pub silence: Duration,
-    /// How often the client says that it is alive. Well below the agent's patience.
-    pub ping_interval: Duration,
-    /// How long an agent that is alive may take for the answer to a question, and for work. Counted from the last
-    /// movement.
-    pub question: Duration,
-    pub work: Duration,
-    /// How long it may take for its goodbye.
-    pub goodbye: Duration,
-}
-
-impl Default for ClientOptions {
-    fn default() -> Self {
-        Self {
-            silence: Duration::from_secs(30),
-            ping_interval: Duration::from_secs(5),
-            question: bounds::QUESTION,
-            work: bounds::WORK,
-            goodbye: bounds::GOODBYE,
-        }
-    }
-}
 
 /// How long a failed write waits for the reader to find out the reason (the agent's last words, its exit code).
 const VERDICT_WAIT: Duration = Duration::from_secs(7);

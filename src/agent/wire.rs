@@ -11,11 +11,13 @@
 
 pub mod bringup;
 mod failure;
+mod handle;
 pub mod plain;
 pub mod upkeep;
 
 pub use failure::{WireContext, WireError};
 
+pub use crate::agent::wire::handle::Handle;
 use crate::block::BlockIndex;
 use crate::block::digest::{BLOCK_PIECES, BlockPieces, Digest, PieceDigest};
 use crate::engine::disk_target::DiskApplied;
@@ -280,22 +282,6 @@ fn read_failed(error: io::Error) -> Error {
             Error::new(Kind::Unavailable, "the connection was lost").source(error)
         }
         _ => Error::new(Kind::Io, "cannot read from the other side").source(error),
-    }
-}
-
-/// One opened replica within one session. Never reused within it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Handle(pub u32);
-
-impl Handle {
-    pub fn to_bytes(self) -> [u8; 4] {
-        self.0.to_le_bytes()
-    }
-
-    pub fn from_bytes(bytes: &[u8]) -> Result<Handle> {
-        let bytes = bytes.try_into().map_err(|_| Error::new(Kind::Protocol, "a replica handle has four bytes"))?;
-        Ok(Handle(u32::from_le_bytes(bytes)))
     }
 }
 

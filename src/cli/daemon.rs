@@ -2,7 +2,7 @@
 
 pub(super) mod policy;
 
-use super::Globals;
+use crate::cli::globals::Globals;
 use crate::cli::speak::output::{Exit, Output, print, print_json};
 use crate::cli::speak::render;
 use clap::Args;
@@ -167,7 +167,7 @@ pub fn replicas(policies: &[Policy]) -> Result<Vec<SeenReplica>> {
 
 #[cfg(not(feature = "libvirt"))]
 fn serve(_: &Globals, _: bool, _: Option<SocketAddr>, _: Option<PathBuf>) -> Result<Exit> {
-    super::no_libvirt("daemon")
+    crate::cli::globals::no_libvirt("daemon")
 }
 
 #[cfg(feature = "libvirt")]

@@ -5,6 +5,7 @@
 
 mod daemon;
 mod debug;
+mod globals;
 mod plain;
 mod recovery;
 mod run;
@@ -14,20 +15,16 @@ mod status;
 mod store;
 mod target;
 
-use clap::{ArgAction, Args, Parser, Subcommand};
+use crate::cli::globals::Globals;
+use clap::{Parser, Subcommand};
 use daemon::policy;
 use plain::{copy, digest, patch};
 use recovery::{detach, drill, failback, failover, give_way, migrate, ready};
 use run::{doctor, sync, verify};
 use speak::output::Output;
 use speak::{logging, output};
-use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use store::{export, pin, points, prune, scrub, seed, set_generation};
-use virt_replica::config::{CONFIG_FILE, Config};
-use virt_replica::error::Result;
-use virt_replica::replicate::state::journal::STATE_DIR;
 
 /// Replicates libvirt/QEMU virtual machines to another host
 #[derive(Debug, Parser)]
@@ -54,57 +51,6 @@ Exit codes:
   16   replicated, but an I/O error has stopped the guest
   78   wrong configuration
   130  interrupted";
-
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Global options")]
-struct Globals {
-    /// libvirt's URI, as virsh has it
-    #[arg(short, long, global = true, value_name = "URI", env = "LIBVIRT_DEFAULT_URI", hide_env_values = true)]
-    connect: Option<String>,
-
-    /// Where this host keeps its own state
-    #[arg(long, global = true, value_name = "DIR", env = "VIRT_REPLICA_STATE_DIR", hide_env_values = true,
-          default_value = STATE_DIR)]
-    state_dir: PathBuf,
-
-    /// Targets with names [default: /etc/virt-replica/virt-replica.yaml]
-    #[arg(long, global = true, value_name = "FILE")]
-    config: Option<PathBuf>,
-
-    /// Say nothing but results, warnings and errors
-    #[arg(short, long, global = true, conflicts_with = "verbose")]
-    quiet: bool,
-
-    /// Log more; twice for every decision (RUST_LOG overrides it)
-    #[arg(short, long, global = true, action = ArgAction::Count)]
-    verbose: u8,
-
-    /// Use no colours (also with NO_COLOR in the environment)
-    #[arg(long, global = true)]
-    no_color: bool,
-}
-
-impl Globals {
-    /// An empty URI means the same as none.
-    #[cfg_attr(not(feature = "libvirt"), expect(dead_code, reason = "there is nothing to connect to"))]
-    fn uri(&self) -> Option<String> {
-        self.connect.clone().filter(|uri| !uri.is_empty())
-    }
-
-    fn config(&self) -> Result<Config> {
-        Config::load(self.config_path(), self.config.is_some())
-    }
-
-    /// Where the configuration is; its policies lie beside it.
-    fn config_path(&self) -> &Path {
-        self.config.as_deref().unwrap_or(CONFIG_FILE.as_ref())
-    }
-
-    fn colors(&self) -> bool {
-        let asked_not = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty());
-        !self.no_color && !asked_not && std::io::stderr().is_terminal()
-    }
-}
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -262,13 +208,4 @@ pub fn main() -> ExitCode {
         Command::Deadman(args) => serve::deadman(args, &cli.globals),
     };
     output.end(result)
-}
-
-/// A build without libvirt serves a target; it has no source side.
-#[cfg(not(feature = "libvirt"))]
-fn no_libvirt<T>(command: &str) -> Result<T> {
-    use virt_replica::error::{Error, Kind};
-    Err(Error::new(Kind::Usage, format!("this build has no libvirt: it cannot '{command}'")).hint(
-        "install the package with libvirt on the source, or build with `cargo build --release` (needs libvirt-dev)",
-    ))
 }

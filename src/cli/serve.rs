@@ -1,6 +1,6 @@
 //! The programs behind the program: the agent on a target, the dead-man beside a run.
 
-use super::Globals;
+use crate::cli::globals::Globals;
 use crate::cli::speak::output::Exit;
 use clap::Args;
 use std::path::PathBuf;
@@ -69,7 +69,7 @@ fn serve_failover(args: &AgentArgs, limits: Limits, globals: &Globals) -> Result
 
 #[cfg(not(feature = "libvirt"))]
 fn serve_failover(_: &AgentArgs, _: Limits, _: &Globals) -> Result<()> {
-    super::no_libvirt("agent --failover")
+    crate::cli::globals::no_libvirt("agent --failover")
 }
 
 #[cfg(feature = "libvirt")]
@@ -84,7 +84,7 @@ pub fn deadman(args: &DeadmanArgs, globals: &Globals) -> Result<Exit> {
 
 #[cfg(not(feature = "libvirt"))]
 pub fn deadman(args: &DeadmanArgs, _: &Globals) -> Result<Exit> {
-    super::no_libvirt(&format!("deadman {}", args.uuid))
+    crate::cli::globals::no_libvirt(&format!("deadman {}", args.uuid))
 }
 
 /// Most memory of an agent that is not backed by a file: several times what the largest replica costs.

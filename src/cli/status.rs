@@ -42,10 +42,10 @@ pub struct StatusArgs {
 #[cfg(not(feature = "libvirt"))]
 pub fn status(
     _: &StatusArgs,
-    _: &super::Globals,
+    _: &crate::cli::globals::Globals,
     _: crate::cli::speak::output::Output,
 ) -> virt_replica::error::Result<crate::cli::speak::output::Exit> {
-    super::no_libvirt("status")
+    crate::cli::globals::no_libvirt("status")
 }
 
 #[cfg(feature = "libvirt")]

@@ -1,6 +1,6 @@
 //! `--to`: a target's URL or its name in the configuration, and how ssh reaches it.
 
-use super::Globals;
+use crate::cli::globals::Globals;
 use clap::Args;
 use std::path::PathBuf;
 use virt_replica::config::Config;

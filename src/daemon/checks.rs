@@ -4,95 +4,15 @@
 //! A check takes no lock of the domain's and holds no run up; the target's disks bear it, so there is one at a time.
 
 use super::engine::{Engine, signed};
-use super::event::{About, Event, Level, Now, Order, Setup, StartRun};
+use super::event::{About, Event, Level, Now, Order, StartRun};
 use super::pair::Key;
 use super::run::hook_env;
+use crate::daemon::check::Check;
+use crate::daemon::checking::Checking;
 use crate::error::Kind;
-use crate::policy::schedule::{Due, Past, Schedule, Shift};
-use crate::policy::{Policy, retry};
+use crate::policy::retry;
+use crate::policy::schedule::{Due, Past, Shift};
 use jiff::Timestamp;
-use jiff::tz::TimeZone;
-use serde::{Deserialize, Serialize};
-use std::time::Duration;
-
-/// How long a check that was asked to end may go on before it is killed.
-const TERM_GRACE: Duration = Duration::from_secs(30);
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Check {
-    /// Every block of the head against the digest it was sealed with.
-    Verify,
-    /// All points, and the files beside them.
-    Scrub,
-    /// A throw-away copy of the head is booted on this host, the target.
-    Drill,
-}
-
-impl Check {
-    pub const ALL: [Check; 3] = [Check::Verify, Check::Scrub, Check::Drill];
-
-    /// The command that does it.
-    pub fn word(self) -> &'static str {
-        match self {
-            Check::Verify => "verify",
-            Check::Scrub => "scrub",
-            Check::Drill => "drill",
-        }
-    }
-
-    /// Those that a policy wants, and when.
-    pub fn schedules(policy: &Policy, local: &TimeZone) -> Vec<(Check, Schedule)> {
-        let wanted = Check::ALL.into_iter().filter_map(|check| {
-            let timed = match check {
-                Check::Verify => policy.verify.as_ref(),
-                Check::Scrub => policy.scrub.as_ref(),
-                Check::Drill => policy.drill.as_ref().map(|d| &d.when),
-            };
-            Some((check, policy.schedule_of(timed?, local)))
-        });
-        wanted.collect()
-    }
-}
-
-/// What is remembered of a check of one domain on one target.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct CheckState {
-    /// Begin of the newest that ended with a verdict.
-    pub begun: Option<Timestamp>,
-    /// When the newest that found everything right had ended.
-    pub whole_at: Option<Timestamp>,
-    /// What the newest found, or why it found nothing out; `None`: it was right.
-    pub error: Option<String>,
-    pub retry_at: Option<Timestamp>,
-    /// In a row.
-    pub failures: u32,
-    pub passed: u64,
-    pub failed: u64,
-}
-
-/// A check under way.
-#[derive(Debug)]
-pub struct Checking {
-    key: Key,
-    check: Check,
-    job: StartRun,
-    begun: Timestamp,
-    pub(super) last_sign: Duration,
-    terminated: bool,
-}
-
-impl Checking {
-    /// When its silence has lasted too long, by the clock that nobody sets.
-    pub(super) fn patience_ends(&self, setup: &Setup, stop_at: Option<Duration>) -> Option<Duration> {
-        Some(match (self.terminated, stop_at) {
-            (true, Some(stop_at)) => stop_at.min(self.last_sign + TERM_GRACE),
-            (true, None) => self.last_sign + TERM_GRACE,
-            (false, _) => self.last_sign + setup.stall_timeout,
-        })
-    }
-}
 
 /// Checks of a pair are spread, and not at the moment of its runs.
 fn shift(key: &Key, check: Check) -> Shift {

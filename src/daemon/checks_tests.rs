@@ -1,9 +1,9 @@
 //! The checks beside the runs, with a made-up clock.
 
-use super::checks::{Check, CheckState};
 use super::engine_tests::{Bench, said, words};
 use super::event::{Event, Level, Listed, Order};
 use super::pair::RunResult;
+use crate::daemon::check::{Check, CheckState};
 use crate::error::Kind;
 
 const CHECKED: &str = "name: p\ndomains: [\"*\"]\ntargets: [dr1]\nevery: 1h\njitter: 0s\nverify: {every: 1d}\n\

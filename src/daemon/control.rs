@@ -1,10 +1,10 @@
 //! The control socket: a line of JSON in, a line of JSON out, so that the command line and the daemon never fight over a
 //! domain. Mode 0600: whoever may open it may do this.
 
-use super::service::Input;
 use super::serving::{Conversations, Timed};
+pub use crate::daemon::input::Ask;
+use crate::daemon::input::{Input, Question};
 use crate::error::{Error, Kind, Result};
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -23,31 +23,6 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// side by side.
 const WITHIN: Duration = Duration::from_secs(20);
 const QUESTIONS_MAX: usize = 32;
-
-/// What may be asked.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "command", rename_all = "snake_case", deny_unknown_fields)]
-pub enum Ask {
-    Status {},
-    /// Without a domain: all of them.
-    Pause {
-        domain: Option<String>,
-    },
-    Resume {
-        domain: Option<String>,
-    },
-    /// A run now, to all targets of the domain.
-    Sync {
-        domain: String,
-    },
-}
-
-/// A question on its way to the daemon's loop, and where the answer is awaited.
-#[derive(Debug)]
-pub struct Question {
-    pub ask: Ask,
-    pub answer: Sender<Value>,
-}
 
 /// Puts a question to the loop and waits for the answer.
 pub fn ask(inputs: &Sender<Input>, ask: Ask) -> Option<Value> {

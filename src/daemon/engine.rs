@@ -6,16 +6,15 @@
 //! - While libvirt is not there no run begins, and nobody is forgotten.
 //! - After [`Event::Stop`] no run begins.
 
-use super::checks::Checking;
 use super::event::{About, Event, Level, Listed, Now, Order, Setup, StartRun};
 use super::pair::{End, Key, Pair, RunResult};
 use super::run::{Phase, Run, hook_env};
+use crate::daemon::checking::Checking;
 use crate::name::DomainUuid;
-use crate::policy::Policy;
 use crate::policy::admission::{self, BreachChange, Running, Waiting};
-use crate::policy::retry;
 use crate::policy::schedule::{Due, Shift};
 use crate::policy::select::{SeenDomain, SeenReplica, select, store_url};
+use crate::policy::{Policy, retry};
 use crate::replica::left_out::Skipped;
 use jiff::{SignedDuration, Timestamp};
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,8 +1,8 @@
 //! What comes to the [`engine`](super::engine) and what it orders: plain values. [`Setup`] is what the operator wrote, ready for use.
 
-use super::checks::Check;
 use super::pair::{End, Pair};
 use crate::config::Config;
+use crate::daemon::check::Check;
 use crate::error::Kind;
 use crate::hook::{Env, Hook};
 use crate::name::{DomainName, DomainUuid};

@@ -1,10 +1,10 @@
 //! `/` for people and `/metrics` for Prometheus, over HTTP on a loopback port: read only. A slow client holds up nobody
 //! (`serving`).
 
-use super::service::Input;
 use super::serving::{Conversations, Socket, Timed};
 use super::status::Status;
 use super::{metrics, page};
+use crate::daemon::input::Input;
 use crate::error::{Error, Kind, Result};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};

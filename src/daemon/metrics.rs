@@ -217,7 +217,8 @@ fn target(page: &mut Page, rows: &[Row]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::daemon::checks::{Check, CheckState};
+    use crate::daemon::check::Check;
+    use crate::daemon::check::CheckState;
     use crate::daemon::pair::Totals;
     use crate::name::{DomainName, DomainUuid};
     use crate::replicate::state::report::TargetSeen;

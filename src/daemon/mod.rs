@@ -13,6 +13,8 @@
 //! process of its own, so that its crash never takes the daemon with it; a daemon that dies takes no run with it either.
 //! docs/daemon.md.
 
+pub mod check;
+mod checking;
 pub mod checks;
 #[cfg(test)]
 mod checks_tests;
@@ -22,6 +24,7 @@ pub mod engine;
 mod engine_tests;
 pub mod event;
 pub mod http;
+pub mod input;
 pub mod metrics;
 pub mod notify;
 mod page;

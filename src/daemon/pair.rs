@@ -1,6 +1,6 @@
 //! What is remembered of one domain on one target. Plain data, kept in the state file; names are added, never renamed.
 
-use super::checks::{Check, CheckState};
+use crate::daemon::check::{Check, CheckState};
 use crate::error::Kind;
 use crate::name::{DomainName, DomainUuid};
 use crate::policy::schedule::Past;

@@ -1,22 +1,21 @@
 //! The daemon's loop: hears, asks [`engine`](super::engine), does what it orders. One thread; whatever may block has its own.
 
-use super::checks;
-use super::control::{self, Ask, Question, refusal};
+use super::control::{self, refusal};
 use super::engine::Engine;
 use super::event::{About, Event, Level, Listed, Now, Order, Setup};
-use super::http;
 use super::notify::Notify;
 use super::pair::End;
 use super::state::{self, State};
-use super::status::Status;
 use super::worker::{self, Program};
+use super::{checks, http};
 use crate::config::Config;
+pub use crate::daemon::input::Input;
+use crate::daemon::input::{Ask, Question};
 use crate::error::{Kind, Result};
 use crate::name::DomainUuid;
 use crate::policy::select::{SeenDomain, store_url};
-use crate::replicate::state::journal;
 use crate::replicate::state::report::Report;
-use crate::replicate::state::stores;
+use crate::replicate::state::{journal, stores};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use rustix::process::Signal;
@@ -29,16 +28,6 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-
-/// What comes to the loop.
-#[derive(Debug)]
-pub enum Input {
-    Event(Box<Event>),
-    /// SIGHUP: read the configuration again.
-    Reload,
-    Question(Question),
-    Status(Sender<Box<Status>>),
-}
 
 /// Lists this host's domains; may block.
 pub type Lister = Arc<dyn Fn() -> Result<Vec<SeenDomain>> + Send + Sync>;

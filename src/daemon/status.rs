@@ -1,10 +1,10 @@
 //! How everything stands, as data: the answer of the control socket, and what the metrics are made of.
 
-use super::checks::{Check, CheckState};
 use super::engine::{Engine, deadline, lives_on};
 use super::event::Now;
 use super::pair::{Brief, LastRun, Totals};
 use super::run::Phase;
+use crate::daemon::check::{Check, CheckState};
 use crate::name::{DomainName, DomainUuid};
 use crate::policy::schedule::Due;
 use crate::replica::left_out::Skipped;

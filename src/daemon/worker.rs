@@ -2,10 +2,10 @@
 //!
 //! A child is signalled by its own id and never as a group: its dead-man lives in the group, and has to outlive it.
 
-use super::checks::Check;
 use super::event::{Event, StartRun};
 use super::pair::{End, RunResult};
-use super::service::Input;
+use crate::daemon::check::Check;
+use crate::daemon::input::Input;
 use crate::error::{Error, Kind, Result, printable};
 use crate::hook::{Env, Hook};
 use crate::name::DomainUuid;

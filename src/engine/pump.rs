@@ -21,6 +21,7 @@ use crate::block::tree::RootBuilder;
 use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, FANOUT, GROUP_LEN, GroupIndex, PIECE_LEN};
 use crate::engine::disk_target::DiskTarget;
 use crate::engine::stats::{CompressionStats, DiskStats, Mode};
+pub use crate::engine::throttle::StillGood;
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::name::{DiskName, DomainUuid};
@@ -68,9 +69,6 @@ pub struct Progress {
     pub sent: AtomicU64,
     pub changed_blocks: AtomicU64,
 }
-
-/// Asked by the calling thread between groups: an error ends the shipment with it (the image no longer stands still, a signal came).
-pub type StillGood<'a> = &'a dyn Fn() -> Result<()>;
 
 #[derive(Debug)]
 pub struct Shipped {

@@ -1,6 +1,5 @@
 //! Not to send faster than a link is given to us. One throttle is a run's, whatever disks it ships.
 
-use super::pump::StillGood;
 use crate::engine::pace::Pace;
 use crate::error::Result;
 use std::fmt;
@@ -63,6 +62,9 @@ impl Throttle {
         Ok(())
     }
 }
+
+/// Asked by the calling thread between groups: an error ends the shipment with it (the image no longer stands still, a signal came).
+pub type StillGood<'a> = &'a dyn Fn() -> Result<()>;
 
 #[cfg(test)]
 mod tests {

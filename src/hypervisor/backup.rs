@@ -6,8 +6,8 @@
 //!
 //! Format: <https://libvirt.org/formatbackup.html>.
 
-use super::xml::{children, document, escape, path_text};
 use crate::error::{Error, Kind, Result};
+use crate::hypervisor::element::{children, document, escape, path_text};
 use crate::name::DiskName;
 use serde::{Deserialize, Serialize};
 use std::fmt::Write as _;

@@ -1,8 +1,8 @@
 //! The build of the UEFI firmware that a guest boots from: a file of its host, which is known elsewhere by its digest.
 
-use super::xml::{child, document, text_of};
 use crate::block::digest::Digest;
 use crate::error::{Error, Kind, Result, printable};
+use crate::hypervisor::element::{child, document, text_of};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{ErrorKind, Read as _};

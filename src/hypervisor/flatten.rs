@@ -31,10 +31,11 @@ pub trait Flattening: Send + Sync {
 mod on_libvirt {
     use super::*;
     use crate::error::{Error, Kind};
+    use crate::hypervisor::libvirt::LibvirtHypervisor;
     use crate::hypervisor::libvirt::gate::Repeat;
+    use crate::hypervisor::libvirt::queries::lookup;
     use crate::hypervisor::libvirt::sys;
     use crate::hypervisor::libvirt::tracking::node_name;
-    use crate::hypervisor::libvirt::{LibvirtHypervisor, lookup};
     use crate::hypervisor::{Hypervisor as _, bitmap};
 
     /// Tried with libvirt 9.0 and QEMU 7.2 in tests/lab/suite/crash_detach.rs.

@@ -16,20 +16,22 @@ pub(super) mod guest_agent;
 pub(super) mod locality;
 pub(super) mod machine;
 pub mod names;
+pub(super) mod queries;
 pub(super) mod sys;
 pub(super) mod tracking;
+pub(super) mod volumes;
 
-use super::bitmap;
 use super::releases::{Version, version_of};
 use super::state::power_and_reason;
 pub(super) use super::state::{is_lost, power};
 use super::view::{OBSERVE_TRIES_MAX, Sizes, job_view, view};
-use super::volumes::{self, parsed};
+use super::volumes::as_files;
 use super::xml::{self, DiskXml, DomainXml};
-use super::{BlockJob, Confinement, DomainView, FreezeDisk, Hypervisor, PauseReason};
+use super::{BlockJob, Confinement, DomainView, FreezeDisk, Hypervisor, PauseReason, bitmap};
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::libvirt::gate::{Call, Failure, Gate, Line, Repeat};
-use crate::hypervisor::libvirt::machine::firmware_for;
+use crate::hypervisor::libvirt::queries::{firmware_for, lookup};
+use crate::hypervisor::libvirt::volumes::parsed;
 use crate::image::Layer;
 use crate::name::{DiskName, DomainName, DomainUuid};
 use std::path::{Path, PathBuf};
@@ -448,16 +450,12 @@ impl Hypervisor for LibvirtHypervisor {
         self.query("read the definition", uuid, move |conn, uuid| {
             let domain = lookup(conn, uuid)?;
             let text = domain.xml_desc(flags)?;
-            Ok(volumes::as_files(&text, &volumes::of(conn, &text, domain.id().is_some())?)?)
+            Ok(as_files(&text, &volumes::of(conn, &text, domain.id().is_some())?)?)
         })
     }
 }
 
 // --- looking ---------------------------------------------------------------------------------------------------------
-
-pub(super) fn lookup(conn: &Connect, uuid: &str) -> Result<Domain, VirtError> {
-    conn.lookup_domain_by_uuid_string(uuid)
-}
 
 /// By name, then UUID, then id, as a name may look like either.
 fn look_everywhere(conn: &Connect, wanted: &str) -> Result<Option<Domain>, VirtError> {

@@ -6,8 +6,8 @@
 use super::Power;
 use super::releases::Version;
 use super::swtpm::{Programs, TpmVersion};
-use super::xml::{child, children, document, text_of};
 use crate::error::{Error, Kind, Result};
+use crate::hypervisor::element::{child, children, document, text_of};
 use crate::name::DomainUuid;
 use serde::Serialize;
 use std::net::{Ipv4Addr, SocketAddr};

@@ -10,6 +10,7 @@ pub mod backup;
 mod bitmap;
 pub mod departure;
 pub mod drill_network;
+pub(crate) mod element;
 pub mod firmware;
 pub mod flatten;
 pub mod guest;

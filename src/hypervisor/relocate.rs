@@ -55,9 +55,10 @@ pub trait Relocating: Send + Sync {
 #[cfg(feature = "libvirt")]
 mod on_libvirt {
     use super::*;
+    use crate::hypervisor::libvirt::LibvirtHypervisor;
     use crate::hypervisor::libvirt::gate::Repeat;
+    use crate::hypervisor::libvirt::queries::lookup;
     use crate::hypervisor::libvirt::sys;
-    use crate::hypervisor::libvirt::{LibvirtHypervisor, lookup};
     use crate::hypervisor::{Hypervisor as _, xml};
     use virt::sys as c;
 
@@ -69,7 +70,7 @@ mod on_libvirt {
                 let domain = lookup(conn, uuid)?;
                 let power = crate::hypervisor::libvirt::power(&domain)?;
                 let of = |flags| -> Result<xml::DiskXml, crate::hypervisor::libvirt::gate::Failure> {
-                    let xml = crate::hypervisor::volumes::parsed(conn, &domain, flags)?;
+                    let xml = crate::hypervisor::libvirt::volumes::parsed(conn, &domain, flags)?;
                     Ok(crate::hypervisor::libvirt::live_disk(&xml, &name)?.clone())
                 };
                 let live = if power == Power::Off { None } else { Some(of(0)?) };

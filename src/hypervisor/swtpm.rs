@@ -6,8 +6,8 @@
 //! but not the file, so the file has to belong to that user already.
 
 use super::releases::parse_version;
-use super::xml::child;
 use crate::error::{Error, Kind, Result, printable};
+use crate::hypervisor::element::child;
 use crate::name::DomainUuid;
 use crate::users;
 use roxmltree::Node;

@@ -12,8 +12,9 @@
 //! - Each difference that a failover would show is a note.
 //! - Two documents that agree give back the stored one, byte for byte.
 
-use super::xml::{child, children, document, domain_element, parse, splice, target, text_of};
+use super::xml::{parse, target};
 use crate::error::{Error, Kind, Result};
+use crate::hypervisor::element::{child, children, document, domain_element, splice, text_of};
 use crate::name::DiskName;
 use roxmltree::Node;
 use std::collections::BTreeSet;

@@ -1,15 +1,14 @@
 //! A domain as libvirt describes it, put into plain views.
 
-use super::libvirt::lookup;
 use super::state::{ended, job_of_domain, power_and_reason};
-use super::swtpm;
-use super::volumes::{self, parsed};
 use super::xml::{DiskXml, DomainXml};
-use super::{BlockJob, BlockJobKind, DiskKind, DiskView, DomainView};
+use super::{BlockJob, BlockJobKind, DiskKind, DiskView, DomainView, swtpm};
 use crate::block::DiskSize;
 use crate::error::{Error, Kind};
 use crate::hypervisor::libvirt::gate::Failure;
+use crate::hypervisor::libvirt::queries::lookup;
 use crate::hypervisor::libvirt::sys;
+use crate::hypervisor::libvirt::volumes::{self, parsed};
 use crate::image::{Chain, Format};
 use std::path::Path;
 use virt::connect::Connect;

@@ -1,6 +1,7 @@
 //! Tests of `xml`: notations first, then what is read, refused and spliced, then hostile input.
 
 use super::*;
+use crate::hypervisor::element::XML_LEN_MAX;
 
 const HEAD: &str = "<name>db &amp; co</name>\n  <uuid>11111111-2222-3333-4444-555555555555</uuid>\n";
 

@@ -28,11 +28,9 @@ use crate::block::layout::{Banner, Fields};
 use crate::block::{BLOCK_LEN, BlockIndex, DiskSize};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, DomainUuid};
+use crate::patch::record::{CHECK_LEN, check_of};
 
 const BANNER: Banner = Banner { what: "patch", version: 1 };
-
-/// Bytes of the checks that guard headers: the first bytes of their BLAKE3.
-const CHECK_LEN: usize = 8;
 
 /// Bytes of a UUID as text.
 const UUID_LEN: usize = 36;
@@ -170,10 +168,6 @@ pub fn check_block(block: BlockIndex, bytes: &[u8], expected: Digest) -> Result<
     }
     let what = format!("block {} does not have the digest that the patch promises ({found}, not {expected})", block.0);
     Err(Error::new(Kind::Corrupt, what).offset(block.offset()))
-}
-
-fn check_of(bytes: &[u8]) -> [u8; CHECK_LEN] {
-    blake3::hash(bytes).as_bytes()[..CHECK_LEN].try_into().expect("a hash is longer than a check")
 }
 
 fn text(bytes: &[u8]) -> Option<&str> {

@@ -2,7 +2,7 @@
 //!
 //! Byte table: docs/formats/patch.md.
 
-use super::{CHECK_LEN, PieceMask, check_of};
+use super::PieceMask;
 use crate::block::digest::Digest;
 use crate::block::layout::Fields;
 
@@ -107,4 +107,11 @@ impl Head {
             digest: to_root,
         }
     }
+}
+
+/// Bytes of the checks that guard headers: the first bytes of their BLAKE3.
+pub(crate) const CHECK_LEN: usize = 8;
+
+pub(crate) fn check_of(bytes: &[u8]) -> [u8; CHECK_LEN] {
+    blake3::hash(bytes).as_bytes()[..CHECK_LEN].try_into().expect("a hash is longer than a check")
 }

@@ -5,7 +5,6 @@
 //! - Blocks are checked and written by the [`applier`](crate::engine::applier), and by nobody else.
 
 use super::redo::Spool;
-use super::source::read_block;
 use super::undo::Undo;
 use crate::block::changes::{ChangesHeader, ChangesReader, ChangesWriter};
 use crate::block::digest::Digest;
@@ -19,6 +18,7 @@ use crate::image::qcow2::Qcow2Writer;
 use crate::image::raw::RawWriter;
 use crate::image::{Image, ImageMut};
 use crate::patch::{Decoder, Header, Item, Limits, Trailer};
+use crate::plain::reading::read_block;
 use crate::plain::write_target::Landing;
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Seek};

@@ -23,6 +23,7 @@ mod incoming;
 pub mod kept_digests;
 pub mod merge;
 pub mod patchfile;
+mod reading;
 pub mod redo;
 pub mod source;
 pub mod target;

@@ -10,8 +10,9 @@
 //! i3   the redo file is gone, durably
 //! ```
 
+use super::file_name;
 use super::identity::Identity;
-use super::{file_name, source};
+use super::reading;
 use crate::block::{BlockIndex, ByteRange, DiskSize};
 use crate::error::{Error, Kind, Result};
 use crate::file_id::{BootId, FileId};
@@ -300,7 +301,7 @@ fn apply(image: &RawWriter, size: DiskSize, item: Item, just_checked: bool) -> R
             write_pieces(image, block, mask, &whole)
         }
         Item::Pieces { block, digest, mask, bytes } => {
-            let mut whole = source::read_block(image, block, size)?;
+            let mut whole = reading::read_block(image, block, size)?;
             mask.scatter(&bytes, &mut whole);
             patch::check_block(block, &whole, digest).map_err(|e| {
                 e.hint(
@@ -325,12 +326,12 @@ fn write_pieces(image: &RawWriter, block: BlockIndex, mask: PieceMask, whole: &[
 /// Ends what was cut short on the image at `path`: says whether there was anything. Blocks.
 pub fn finish(path: &Path, device_dir: &Path) -> Result<bool> {
     let path = crate::plain::beside::real_path(path)?;
-    let layer = source::layer(&path, Format::Raw)?;
+    let layer = reading::layer(&path, Format::Raw)?;
     let redo = path_of(&path, layer.block_device, device_dir)?;
     if !redo.exists() {
         return sync_dir_if_there(dir_of(&redo)).map(|()| false);
     }
-    let _lock = super::target::lock_whole(&path)?;
+    let _lock = crate::plain::reading::lock_whole(&path)?;
     roll(&layer, &redo, false)
 }
 

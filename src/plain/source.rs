@@ -11,12 +11,12 @@ use crate::engine::nodefile::NodeFile;
 use crate::engine::ordered::in_order;
 use crate::engine::pump::{EXTENT_WINDOW, Progress, read_group};
 use crate::error::{Error, Kind, Result};
-use crate::image::chain;
 use crate::image::foreign::format::{AnyFormat, Foreign};
 use crate::image::locks::ReadLock;
 use crate::image::open::{self, OpenOptions, Opened};
 use crate::image::raw::RawImage;
-use crate::image::{Chain, Format, Image, Layer};
+use crate::image::{Chain, Format, Image, Layer, chain};
+use crate::plain::reading::{in_use, layer};
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -142,21 +142,6 @@ fn lock(path: &Path) -> Result<ReadLock> {
     ReadLock::take(path)?.ok_or_else(|| in_use(path, "a QEMU program has the image open for writing"))
 }
 
-/// The error of an image that somebody else has.
-pub(super) fn in_use(path: &Path, what: &'static str) -> Error {
-    Error::new(Kind::Busy, what).path(path).hint(
-        "`fuser -v FILE` names it; a running domain is replicated with `virt-replica sync`, \
-         or read as it is, torn, with --force-share",
-    )
-}
-
-/// The layer at a path: a file or a block device.
-pub(super) fn layer(path: &Path, format: Format) -> Result<Layer> {
-    std::fs::metadata(path).map_err(|e| Error::io("cannot look at the image", path, e))?;
-    let block_device = chain::is_block_device(path);
-    Ok(Layer { path: path.to_owned(), format, block_device, data_file: None })
-}
-
 /// A chain of one layer.
 pub(super) fn alone(layer: &Layer) -> Chain {
     Chain(vec![layer.clone()])
@@ -279,14 +264,4 @@ impl Iterator for Groups<'_> {
         }
         self.ready.pop_front().map(Ok)
     }
-}
-
-/// Reads one block, which lies in the image at least in part, as it would be in a disk of `size`: cut, or zeros behind its end.
-pub(super) fn read_block(image: &dyn Image, block: BlockIndex, size: DiskSize) -> Result<Vec<u8>> {
-    let wanted = block.bytes(size).len() as usize;
-    let mut bytes = vec![0; wanted.max(block.bytes(image.size()).len() as usize).min(BLOCK_LEN)];
-    let there = block.bytes(image.size()).len().min(wanted as u64) as usize;
-    image.read_at(block.offset().min(image.size().0), &mut bytes[..there])?;
-    bytes.truncate(wanted);
-    Ok(bytes)
 }

@@ -10,10 +10,10 @@
 
 use super::identity::Identity;
 use super::incoming::{Base, Begin, Finished, Incoming, Into, Outcome};
-use super::redo;
-use super::source::{self, ReadOptions, Source, alone, hash};
+use super::reading;
+use super::source::{ReadOptions, Source, alone, hash};
 use super::undo::Undo;
-use super::{Committed, FileMeta, Finish, ImageView, PlainTarget, Way, WayWish, Whole, Wish, kept_digests};
+use super::{Committed, FileMeta, Finish, ImageView, PlainTarget, Way, WayWish, Whole, Wish, kept_digests, redo};
 use crate::block::digest::{BlockPieces, Digest, piece_digests};
 use crate::block::tree::ZeroNodes;
 use crate::block::{BlockIndex, DiskSize};
@@ -29,6 +29,7 @@ use crate::image::raw::RawImage;
 use crate::image::{Format, Image, Layer};
 use crate::name::DiskName;
 use crate::plain::beside::{self, PartLock, part_of, remove, take_place};
+use crate::plain::reading::lock_whole;
 use crate::plain::write_target::{Choice, Landing, check_way, check_writable, mended};
 use std::cell::RefCell;
 use std::ops::Range;
@@ -53,11 +54,6 @@ pub struct LocalOptions {
     pub redo_dir: PathBuf,
     /// Where to write the patch that leads back.
     pub undo: Option<PathBuf>,
-}
-
-/// Takes the whole lock of an image that is to be written. `Busy` if a QEMU has it open.
-pub(super) fn lock_whole(path: &Path) -> Result<QemuLock> {
-    QemuLock::take(path)?.ok_or_else(|| source::in_use(path, "a QEMU program has the image open, or another copy"))
 }
 
 pub struct LocalTarget {
@@ -112,7 +108,7 @@ impl LocalTarget {
             backing: options.backing.clone(),
         };
         let source = Source::open_any(&real, wish.format, &read)?;
-        let layer = source::layer(&real, wish.format.of_layer())?;
+        let layer = reading::layer(&real, wish.format.of_layer())?;
         let base = Base { image: Some(source.image.clone()), tree: None };
         let mut target = Self::assemble(wish, options, layer, true, base);
         target.source = Some(source);
@@ -123,7 +119,7 @@ impl LocalTarget {
     fn open_write(wish: &Wish, options: &LocalOptions, real: PathBuf) -> Result<LocalTarget> {
         let exists = real.symlink_metadata().is_ok();
         let layer = match exists {
-            true => source::layer(&real, wish.format.of_layer())?,
+            true => reading::layer(&real, wish.format.of_layer())?,
             false => Layer { path: real.clone(), format: wish.format.of_layer(), block_device: false, data_file: None },
         };
         check_way(wish, &layer)?;

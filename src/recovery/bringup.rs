@@ -3,17 +3,15 @@
 //! Who asks may lose the answer, and an order may come late. So every verb may be repeated; [`BringUp::state`] says how it
 //! stands; and an order bears the handover that it belongs to, so that one which was called off is refused for ever.
 //!
-//! Near: `site::near`. Far: the agent's client. What the verbs do: [`super::failover`], docs/recovery.md.
+//! Near: `wiring::local_bringup`. Far: the agent's client. What the verbs do: [`super::failover`], docs/recovery.md.
 
-use super::failover::FailoverRecord;
 use super::ready::{Color, Finding};
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::Power;
 use crate::name::{DiskName, DomainName, Generation, PointId, RunId};
-use crate::recovery::retire_home_copy::GaveWay;
-use crate::replica::PointView;
+pub use crate::recovery::record::Wanted;
+use crate::recovery::record::{FailoverRecord, GaveWay};
 use crate::replica::upkeep::Promoted;
-use crate::replicate::state::handover_record::DiskFormat;
 use serde::{Deserialize, Serialize};
 
 /// One domain, on the host of its replica. Methods block; `say` is told what is done now, in words.
@@ -59,25 +57,6 @@ pub struct Order {
     pub point: PointId,
     #[serde(default)]
     pub wanted: Wanted,
-}
-
-/// What a domain is to be like where it is brought up, beside what its definition says: by order, or as its point says. An agent
-/// that does not know of it goes without.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Wanted {
-    /// It starts with the host, as it did at its source.
-    #[serde(default)]
-    pub autostart: bool,
-    #[serde(default)]
-    pub disk_format: DiskFormat,
-}
-
-impl Wanted {
-    /// By nobody's order. A point that does not say whether its domain started with its host leaves that off: to start what
-    /// nobody wanted is worse than to wait for a word.
-    pub fn of(point: &PointView) -> Wanted {
-        Wanted { autostart: point.autostart == Some(true), ..Wanted::default() }
-    }
 }
 
 /// A domain as its next point would bring it, told before that point is made.

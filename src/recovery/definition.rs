@@ -15,6 +15,7 @@ mod devices;
 pub mod limits;
 pub mod remark;
 mod render;
+mod rule;
 mod rules;
 mod size;
 
@@ -27,8 +28,9 @@ use crate::recovery::mapping::{Attach, Mapping};
 use boot_disk::boot_disk;
 use limits::Limits;
 use remark::{Remark, Verdict};
-use render::{Check, LeaveOut, Out, is_word, path_of, shown};
+use render::{LeaveOut, Out, path_of, shown};
 use roxmltree::Node;
+use rule::{Check, is_word};
 use size::Size;
 use std::path::{Path, PathBuf};
 

@@ -14,13 +14,14 @@
 
 pub mod raw;
 
-use super::failover::{FailoverRecord, FailoverState, Instance, Stage};
+use super::failover::FailoverState;
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::hypervisor::flatten::Flattening;
 use crate::hypervisor::relocate::Relocating;
 use crate::image::{Chain, Format, Layer, qemu_img};
 use crate::name::{DiskName, Generation};
+use crate::recovery::record::{FailoverRecord, Instance, Stage};
 use crate::replica::upkeep::{Held, Promoting};
 use crate::replicate::settle::guard::PauseGuard;
 use crate::replicate::state::journal::boot_id;

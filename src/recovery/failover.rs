@@ -10,7 +10,6 @@
 //!
 //! Steps: docs/recovery.md.
 
-use super::bringup::Wanted;
 use super::definition::Definition;
 use super::overlays;
 use crate::durable::{read_json, replace_json, sync_dir};
@@ -20,7 +19,9 @@ use crate::flock::Flock;
 use crate::hypervisor::Power;
 use crate::hypervisor::departure::Custody;
 use crate::hypervisor::machine::Machines;
-use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
+use crate::name::{DomainName, DomainUuid, Generation, RunId};
+use crate::recovery::record::Wanted;
+pub use crate::recovery::record::{FailoverRecord, Stage};
 use crate::replica::upkeep::{Held, Promoting};
 use crate::replicate::state::{generation, locked_dir};
 use jiff::Timestamp;
@@ -40,83 +41,6 @@ const CALLED_OFF_MAX: usize = 64;
 struct CalledOff {
     format: u32,
     handovers: Vec<RunId>,
-}
-
-/// A failover, from its first step until it was undone.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FailoverRecord {
-    /// Version of this document: 1.
-    pub format: u32,
-    pub domain: DomainName,
-    pub uuid: DomainUuid,
-    pub point: PointId,
-    /// When that point's disks stood still.
-    pub frozen_at: Timestamp,
-    /// Its overlays.
-    pub dir: PathBuf,
-    pub stage: Stage,
-    pub started_at: Timestamp,
-    /// As it was asked for by whoever handed the domain over; without an order, as the point says it was at the source.
-    #[serde(default)]
-    pub wanted: Wanted,
-    /// See [`detach`](super::detach): the disks that stand alone, durably.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub detached: Vec<DiskName>,
-    /// Who had the images open when the next one of them was begun.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub detaching_in: Option<Instance>,
-    /// It has the state of a TPM here, which came with the point.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub tpm: bool,
-    /// The disks whose own image is to be raw.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub raw: Vec<DiskName>,
-    /// The guest may be held, for this.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub moving: Option<Moving>,
-}
-
-/// A disk whose guest moves from its overlay to its raw image.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Moving {
-    pub disk: DiskName,
-    /// The guest ran before, and is let run again.
-    pub resume: bool,
-}
-
-/// One running of a domain: libvirt counts anew after each boot of the host.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Instance {
-    pub id: u32,
-    pub boot: Option<String>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Stage {
-    /// The guest was never started: what there is of overlays is worth nothing.
-    Begun,
-    /// The overlays are complete, and the guest may have written to them.
-    Made,
-    /// It was started.
-    Running,
-    /// It is to be thrown away.
-    Undoing,
-    /// It is what the domain is now.
-    Committed,
-    /// The same, and it is given images of its own.
-    Detaching,
-    /// They are complete; the replica may not know yet.
-    Detached,
-    /// The domain lives elsewhere again: see [`hand_back`](super::hand_back).
-    HandingBack,
-}
-
-impl Stage {
-    /// There is no way back by undoing.
-    pub fn is_committed(self) -> bool {
-        matches!(self, Stage::Committed | Stage::Detaching | Stage::Detached | Stage::HandingBack)
-    }
 }
 
 /// A name for the overlays of a domain's failover: the first, and others where images of an earlier one have stayed.

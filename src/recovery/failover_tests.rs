@@ -5,7 +5,7 @@ use super::*;
 use crate::hypervisor::departure::Asking;
 use crate::hypervisor::machine::{HostView, Machine};
 use crate::hypervisor::swtpm::TpmVersion;
-use crate::name::DiskName;
+use crate::name::{DiskName, PointId};
 use crate::recovery::definition::{self, Macs, Nics, Wish};
 use crate::recovery::mapping::Mapping;
 use crate::recovery::point_tests::Point;

@@ -8,11 +8,12 @@
 //!
 //! Steps: docs/recovery.md.
 
-use super::failover::{FailoverState, Ports, Stage, remove_files};
+use super::failover::{FailoverState, Ports, remove_files};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::hypervisor::Power;
 use crate::name::Generation;
+use crate::recovery::record::Stage;
 
 /// Durable when it returns. No error where the domain reads no point here (any more): then it has images of its own, which stay.
 /// `generation`: that of the new home.

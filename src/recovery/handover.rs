@@ -14,7 +14,7 @@
 mod run;
 
 use self::run::Run;
-use super::bringup::{BringUp, Order, Standing, Wanted};
+use super::bringup::{BringUp, Order, Standing};
 use super::failover;
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
@@ -22,6 +22,7 @@ use crate::hypervisor::Power;
 use crate::hypervisor::departure::Custody;
 use crate::hypervisor::machine::Machines;
 use crate::name::{DomainName, DomainUuid, PointId, RunId};
+use crate::recovery::record::Wanted;
 pub use crate::replicate::state::handover_record::{DiskFormat, HandoverRecord, HandoverState, Stage};
 use jiff::Timestamp;
 use serde::Serialize;

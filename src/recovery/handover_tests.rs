@@ -6,14 +6,13 @@
 mod crash;
 
 use super::super::bringup::{Coming, Readiness};
-use super::super::failover::FailoverRecord;
 use super::super::ready::{Color, Finding, Question};
 use super::*;
 use crate::hypervisor::departure::Asking;
 use crate::hypervisor::machine::{HostView, Machine};
 use crate::hypervisor::swtpm::TpmVersion;
 use crate::name::Generation;
-use crate::recovery::retire_home_copy::GaveWay;
+use crate::recovery::record::{FailoverRecord, GaveWay};
 use crate::replica::upkeep::Promoted;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;

@@ -26,6 +26,7 @@ pub mod overlays;
 mod point_tests;
 pub mod probe;
 pub mod ready;
+pub mod record;
 pub mod retire_home_copy;
 pub mod suggest;
 

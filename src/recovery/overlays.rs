@@ -9,6 +9,7 @@ use crate::file_id::Stamp;
 use crate::hypervisor::machine::Machines;
 use crate::image::{Format, Layer, qemu_img};
 use crate::name::{DiskName, DomainUuid};
+use crate::recovery::record::Copied;
 use crate::replica::Attachment;
 use crate::replica::upkeep::Held;
 use crate::replicate::tracking::failover_bitmap;
@@ -26,17 +27,6 @@ pub struct Overlays {
     pub tpm: bool,
     /// Images that a disk may consist of, the overlay included; `None`: as many as there are.
     pub images_max: Option<u64>,
-}
-
-/// What is copied out of a point's images because a disk may not consist of as many as that.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Copied {
-    /// Images of the deepest disk, the overlay included.
-    pub deepest: u64,
-    /// The uppermost ones of a disk that are copied, at most.
-    pub images: u64,
-    /// What they hold, of all disks; 0 where nothing is copied.
-    pub bytes: u64,
 }
 
 /// How many of the uppermost images below an overlay have to be in it themselves.

@@ -8,12 +8,12 @@
 //!
 //! Steps: docs/recovery.md.
 
-use super::failover::FailoverRecord;
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::hypervisor::Power;
 use crate::name::{DomainUuid, PointId};
-use serde::{Deserialize, Serialize};
+use crate::recovery::record::FailoverRecord;
+pub use crate::recovery::record::GaveWay;
 
 /// Why such a point is pinned.
 pub const REASON: &str = "what this host had when its domain lived elsewhere; unpin it when nobody misses anything";
@@ -32,13 +32,6 @@ pub struct Ports<'a> {
     pub undefine: &'a dyn Fn() -> Result<()>,
     /// Told what is done now, in words.
     pub say: &'a dyn Fn(&str),
-}
-
-/// What has given way.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct GaveWay {
-    /// The point that holds what the host had; `None`: libvirt knows no such domain, so there was nothing.
-    pub point: Option<PointId>,
 }
 
 /// Durable when it returns; takes as long as a first copy of the disks. `failover`: the domain reads a point of this store.

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::name::{DomainName, RunId};
-use crate::recovery::failover::Stage;
+use crate::recovery::record::Stage;
 use jiff::Timestamp;
 use std::cell::RefCell;
 use std::path::PathBuf;

@@ -138,6 +138,9 @@ fn write(replica: &Dir, look: &Look, boot: &BootTime) -> Result<()> {
     replica.rename(&aside, FILE)
 }
 
+/// Tells the time of this host; an argument, so that tests own it.
+pub(super) type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
+
 #[cfg(test)]
 mod tests {
     use super::*;

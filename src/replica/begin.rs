@@ -1,9 +1,9 @@
 //! Whether a point may begin: by whom, with what, and upon which head.
 
+use super::BeginPoint;
 use super::files::Dir;
 use super::manifest::{self, MANIFEST_FILE, Manifest};
 use super::source::{self, Claim, Claimed};
-use super::{BeginPoint, generation};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DomainUuid, Generation, PointId};
 
@@ -63,7 +63,7 @@ pub(super) fn check_head(request: &BeginPoint, manifest: &Manifest) -> Result<()
         return Err(e.hint(promotion.advice()));
     }
     if !manifest.generation.may_step_to(request.generation) {
-        return Err(generation::too_far(manifest.generation, request.generation).domain(&request.name));
+        return Err(too_far(manifest.generation, request.generation).domain(&request.name));
     }
     if request.generation < manifest.generation {
         return Err(Error::new(
@@ -94,3 +94,22 @@ pub(super) fn check_head(request: &BeginPoint, manifest: &Manifest) -> Result<()
     }
     Ok(())
 }
+
+/// A peer would go further at once than any peer may.
+pub(super) fn too_far(from: Generation, to: Generation) -> Error {
+    let what = format!(
+        "a step from generation {from} to generation {to} is refused: one step is at most {}, and the last generation is {}",
+        Generation::STEP_MAX,
+        Generation::MAX
+    );
+    Error::new(Kind::Conflict, what).hint(ADVICE)
+}
+
+pub(super) fn at_the_end() -> Error {
+    let what = format!("the replica is of the last generation there is, {}", Generation::MAX);
+    Error::new(Kind::Refused, what).hint(ADVICE)
+}
+
+/// The advice that goes with every error about generations.
+pub(crate) const ADVICE: &str =
+    "if that is not so, the operator of the target sets it right: `virt-replica set-generation --help`";

@@ -220,7 +220,7 @@ fn rebuild(
         other => return other,
     }
     let images = images(points, manifest, &wanted.point, disk)?;
-    let reading = super::verify::runs_of(&images, wanted.size)?;
+    let reading = crate::replica::reading::runs_of(&images, wanted.size)?;
     DigestFile::rebuild(digests, disk, wanted, reading).map_err(|e| match e.kind() {
         Kind::Corrupt => Error::new(Kind::Corrupt, "neither the change lists nor the images are what was sealed")
             .source(e)

@@ -21,6 +21,7 @@ use crate::image::qcow2::{self, Qcow2Writer};
 use crate::image::{Format, Image, ImageMut};
 use crate::name::{DiskName, DomainUuid, PointId};
 use crate::patch::{self, Decoder, Item, Limits};
+use crate::replica::files::image_size;
 use crate::replica::{BeginDisk, SeedView};
 use std::fs::File;
 use std::io::BufWriter;
@@ -302,9 +303,4 @@ impl DiskWriter {
 fn create_image(dir: &Dir, disk: &BeginDisk, backing: Option<&str>) -> Result<Qcow2Writer> {
     let path = dir.join(&image_file(&disk.name));
     qcow2::create(&path, image_size(disk.size), backing.map(|name| (name, Format::Qcow2)))
-}
-
-/// Of the image of a disk of this size.
-pub(super) fn image_size(disk: DiskSize) -> DiskSize {
-    disk.whole_sectors()
 }

@@ -6,11 +6,10 @@
 //!
 //! Memory: one chunk. Holes cost nothing. The points are leased as long as the stream is read.
 
-use super::Attachment;
-use super::chain;
-use super::store::{Clock, Reading, Store};
+use super::store::{Reading, Store};
 use super::upkeep::PatchStream;
 use super::verify::{blocks_of, read_attachment};
+use super::{Attachment, chain};
 use crate::block::digest::{Digest, block_digest};
 use crate::block::extent::Content;
 use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize};
@@ -19,6 +18,7 @@ use crate::image::Image;
 use crate::image::qcow2::Qcow2Image;
 use crate::name::{DiskName, PointId};
 use crate::patch::{Compression, Header, PieceMask, RecordEncoder, StreamTail};
+use crate::replica::age::Clock;
 use std::iter::Peekable;
 
 /// A chunk is handed out when it has this many bytes, and one record more.

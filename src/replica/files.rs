@@ -4,6 +4,7 @@
 //! Modes do not depend on the umask: directories 0700, files 0600 while they grow, 0400 once sealed. Errors carry the
 //! path. A failed fsync condemns the file: nothing here retries one, because the kernel marks pages clean after it.
 
+use crate::block::DiskSize;
 use crate::error::{Error, Kind, Result};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
@@ -303,6 +304,11 @@ impl Space {
     pub fn floor_bytes(self) -> u64 {
         (64 << 20).max(self.total_bytes / 100)
     }
+}
+
+/// Of the image of a disk of this size.
+pub(super) fn image_size(disk: DiskSize) -> DiskSize {
+    disk.whole_sectors()
 }
 
 #[cfg(test)]

@@ -22,7 +22,6 @@ use super::chain::{self, point_dir};
 use super::copy::{self, Copier, data_blocks};
 use super::files::Dir;
 use super::manifest::{self, Manifest, Point, changes_file, folded_changes_file, image_file};
-use super::store;
 use crate::block::DiskSize;
 use crate::block::changes::{ChangesWriter, Run, Without};
 use crate::error::{Error, Kind, Result};
@@ -30,6 +29,7 @@ use crate::image::locks::QemuLock;
 use crate::image::qcow2::{self, Qcow2Image};
 use crate::image::{Chain, Layer, qemu_img};
 use crate::name::{DiskName, PointId};
+use crate::replica::manifest_file::publish;
 use std::io::BufWriter;
 use std::path::Path;
 
@@ -74,7 +74,7 @@ impl Folder<'_> {
         // step p6
         let mut next = manifest.clone();
         next.folded(above)?;
-        store::publish(self.replica, &next)?;
+        publish(self.replica, &next)?;
         *manifest = next;
         crate::failpoint!("p6");
         // step p7

@@ -8,61 +8,14 @@
 
 use super::files::Dir;
 use super::lock::WriterLock;
-use super::manifest::{MANIFEST_FILE, MANIFEST_MAX, Manifest, REPLICAS_DIR};
-use super::store::{Store, publish};
+use super::manifest::{MANIFEST_FILE, MANIFEST_MAX, REPLICAS_DIR};
+use super::store::Store;
 use crate::error::{Error, Kind, Result};
 use crate::name::{DomainName, DomainUuid, Generation};
-use serde_json::{Map, Value};
+use crate::replica::manifest::set;
+use crate::replica::manifest_file::publish;
+use serde_json::Value;
 use std::path::Path;
-
-/// The advice that goes with every error about generations.
-const ADVICE: &str =
-    "if that is not so, the operator of the target sets it right: `virt-replica set-generation --help`";
-
-/// A peer would go further at once than any peer may.
-pub(super) fn too_far(from: Generation, to: Generation) -> Error {
-    let what = format!(
-        "a step from generation {from} to generation {to} is refused: one step is at most {}, and the last generation is {}",
-        Generation::STEP_MAX,
-        Generation::MAX
-    );
-    Error::new(Kind::Conflict, what).hint(ADVICE)
-}
-
-pub(super) fn at_the_end() -> Error {
-    let what = format!("the replica is of the last generation there is, {}", Generation::MAX);
-    Error::new(Kind::Refused, what).hint(ADVICE)
-}
-
-/// Adds the way out, where generations are all that is wrong with a manifest.
-pub(super) fn explain(json: &[u8], error: Error) -> Error {
-    match error.kind() == Kind::Corrupt && set(json, Generation(1)).is_ok() {
-        true => error.hint(
-            "only its generations are wrong: `virt-replica set-generation DOMAIN GENERATION` on this host sets them right",
-        ),
-        false => error,
-    }
-}
-
-/// The manifest with this generation, and no point above it.
-fn set(json: &[u8], generation: Generation) -> Result<Manifest> {
-    let not_json = |e| Error::new(Kind::Corrupt, "the manifest cannot be read").source(e);
-    if json.len() > MANIFEST_MAX {
-        return Err(Error::new(Kind::Corrupt, "the manifest is too large"));
-    }
-    let mut document: Map<String, Value> = serde_json::from_slice(json).map_err(not_json)?;
-    for list in ["points", "links"] {
-        let points = document.get_mut(list).and_then(Value::as_array_mut);
-        for point in points.into_iter().flatten().filter_map(Value::as_object_mut) {
-            if point.get("generation").and_then(Value::as_u64).is_none_or(|of| of > generation.0) {
-                point.insert("generation".to_owned(), generation.0.into());
-            }
-        }
-    }
-    document.insert("generation".to_owned(), generation.0.into());
-    let json = serde_json::to_vec(&document).map_err(not_json)?;
-    Manifest::parse_sound(&json)
-}
 
 /// A replica of this host whose generation may be set.
 #[derive(Debug, Clone, PartialEq, Eq)]

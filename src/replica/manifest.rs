@@ -18,19 +18,18 @@
 //! A reader ignores fields it does not know and refuses a version it does not know.
 //! Format: docs/formats/replica.md.
 
-use super::generation;
 use super::left_out::LeftOut;
 use super::source::Owner;
-use super::upkeep::Promoted;
 use crate::block::DiskSize;
 use crate::block::digest::Digest;
 use crate::engine::stats::DiskStats;
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
-use crate::replica::{Attachment, Consistency, PointDisk, PointView};
+use crate::replica::{Attachment, Consistency, PointDisk, PointView, Promoted};
 use crate::words;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use std::path::Path;
 
 /// First field of every manifest, so that `head -2` tells what the file is.
@@ -240,7 +239,7 @@ impl Manifest {
 
     /// Reads and checks a manifest. [`Kind::Protocol`] for another program's version, [`Kind::Corrupt`] for the rest.
     pub fn parse(json: &[u8]) -> Result<Self> {
-        Self::parse_sound(json).map_err(|e| generation::explain(json, e))
+        Self::parse_sound(json).map_err(|e| explain(json, e))
     }
 
     /// The same, without advice.
@@ -540,6 +539,36 @@ pub(super) fn no_room() -> Error {
 
 fn corrupt(what: impl Into<std::borrow::Cow<'static, str>>) -> Error {
     Error::new(Kind::Corrupt, what)
+}
+
+/// Adds the way out, where generations are all that is wrong with a manifest.
+pub(super) fn explain(json: &[u8], error: Error) -> Error {
+    match error.kind() == Kind::Corrupt && set(json, Generation(1)).is_ok() {
+        true => error.hint(
+            "only its generations are wrong: `virt-replica set-generation DOMAIN GENERATION` on this host sets them right",
+        ),
+        false => error,
+    }
+}
+
+/// The manifest with this generation, and no point above it.
+pub(crate) fn set(json: &[u8], generation: Generation) -> Result<Manifest> {
+    let not_json = |e| Error::new(Kind::Corrupt, "the manifest cannot be read").source(e);
+    if json.len() > MANIFEST_MAX {
+        return Err(Error::new(Kind::Corrupt, "the manifest is too large"));
+    }
+    let mut document: Map<String, Value> = serde_json::from_slice(json).map_err(not_json)?;
+    for list in ["points", "links"] {
+        let points = document.get_mut(list).and_then(Value::as_array_mut);
+        for point in points.into_iter().flatten().filter_map(Value::as_object_mut) {
+            if point.get("generation").and_then(Value::as_u64).is_none_or(|of| of > generation.0) {
+                point.insert("generation".to_owned(), generation.0.into());
+            }
+        }
+    }
+    document.insert("generation".to_owned(), generation.0.into());
+    let json = serde_json::to_vec(&document).map_err(not_json)?;
+    Manifest::parse_sound(&json)
 }
 
 #[cfg(test)]

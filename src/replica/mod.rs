@@ -4,6 +4,7 @@
 //! A recovery point exists if and only if the manifest names it. An open point is rubbish until it is sealed.
 //! Format: docs/formats/replica.md.
 
+pub mod adopt;
 pub mod age;
 mod begin;
 mod chain;
@@ -21,16 +22,20 @@ mod lease;
 pub mod left_out;
 mod lock;
 pub mod look;
+pub mod lookup;
 pub mod manifest;
+mod manifest_file;
 mod point;
 pub mod pointfile;
 mod promote;
 mod prune;
+mod reading;
 pub mod receive;
 mod reserve;
 pub mod root;
 mod scrub;
 mod seed;
+pub mod serve_nbd;
 mod shorten;
 pub mod source;
 pub mod store;
@@ -335,4 +340,14 @@ impl VerifyReport {
         self.damaged_attachments.is_empty()
             && self.disks.iter().all(|d| d.damaged_count == 0 && d.root == d.root_expected)
     }
+}
+
+/// That the domain was brought up on the host of the store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Promoted {
+    pub point: PointId,
+    pub since: Timestamp,
+    /// It is not to be undone any more.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub committed: bool,
 }

@@ -18,14 +18,15 @@ use super::lock::WriterLock;
 use super::manifest::{
     self, Attached, MANIFEST_FILE, Manifest, Point, SOURCE_MAX, digests_file, seed_list_file, seed_patch_file,
 };
+use super::manifest_file::write_aside;
 use super::reserve::Reservation;
 use super::seed::{self, Seed};
-use super::store::{self, Clock};
 use crate::block::digest::{BLOCK_PIECES, BlockPieces, Digest, PieceDigest};
 use crate::block::{BlockIndex, FANOUT};
 use crate::engine::disk_target::DiskApplied;
 use crate::error::{Context, Error, Kind, Result, printable};
 use crate::name::{DiskName, PointId};
+use crate::replica::age::Clock;
 use crate::replica::{ATTACHMENT_MAX, Attachment, BeginPoint, Begun, PointView, SealPoint, TpmPrograms};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -325,7 +326,7 @@ impl OpenPoint {
         let mut manifest = self.manifest.clone();
         manifest.name = self.request.name.clone();
         manifest.push(point)?;
-        let temporary = store::write_aside(&self.replica, &manifest, SOURCE_MAX)?;
+        let temporary = write_aside(&self.replica, &manifest, SOURCE_MAX)?;
         crate::failpoint!("6d.written");
         self.replica.rename(temporary, MANIFEST_FILE)?;
         crate::failpoint!("6d.renamed");

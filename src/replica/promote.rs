@@ -8,12 +8,14 @@
 //! - A promotion that is withdrawn, or over, has changed nothing of any point.
 //! - A source of an older generation than the one that a promotion was committed or concluded with is refused for ever.
 
-use super::generation;
+use super::begin;
 use super::lease::Leases;
-use super::store::{Store, publish};
-use super::upkeep::{Promoted, Promoting};
+use super::store::Store;
+use super::upkeep::Promoting;
 use crate::error::{Error, Kind, Result};
 use crate::name::{Generation, PointId};
+use crate::replica::Promoted;
+use crate::replica::manifest_file::publish;
 
 impl Promoting for Store {
     fn promoted(&self) -> Result<Option<Promoted>> {
@@ -69,7 +71,7 @@ impl Promoting for Store {
         };
         if !promotion.committed {
             promotion.committed = true;
-            manifest.generation = manifest.generation.next().ok_or_else(generation::at_the_end)?;
+            manifest.generation = manifest.generation.next().ok_or_else(begin::at_the_end)?;
             publish(&dir, &manifest)?;
         }
         Ok(manifest.generation)
@@ -85,7 +87,7 @@ impl Promoting for Store {
             return Err(Error::new(Kind::Refused, what));
         }
         if !manifest.generation.may_step_to(generation) {
-            return Err(generation::too_far(manifest.generation, generation));
+            return Err(begin::too_far(manifest.generation, generation));
         }
         if manifest.promotion.take().is_some() || manifest.generation < generation {
             manifest.generation = generation;

@@ -8,21 +8,19 @@
 //!
 //! Crash order: docs/replication.md, step p1 (the others in `fold.rs`).
 
-use super::Attachment;
-use super::age;
-use super::chain;
 use super::damage::State;
 use super::files::Dir;
 use super::fold::Folder;
 use super::lease::{Gate, Leases};
 use super::lock::WriterLock;
 use super::manifest::{MANIFEST_MAX, Manifest, POINTS_DIR, Pinned, Point, SOURCE_MAX, image_file};
-use super::shorten;
-use super::store::{self, Store, publish, read_manifest};
+use super::store::{self, Store, read_manifest};
 use super::upkeep::{Holds, Kept, Lease, PatchStream, Pin, PruneReport, ScrubTold, Scrubbing, Shortening, Upkeep};
+use super::{Attachment, age, chain, shorten};
 use crate::error::{Error, Kind, Result, printable};
 use crate::image::locks::is_open_in_qemu;
 use crate::name::{DiskName, PointId};
+use crate::replica::manifest_file::{publish, publish_within};
 use jiff::Timestamp;
 
 /// Longest reason of a pin, in bytes.
@@ -108,7 +106,7 @@ impl Upkeep for Store {
         record.pinned = reason.map(|reason| Pinned { since, reason: printable(reason, REASON_MAX), by_target });
         // Room for the records of recovery is this host's own.
         let bytes_max = if self.for_source && reason.is_some() { SOURCE_MAX } else { MANIFEST_MAX };
-        store::publish_within(&dir, &manifest, bytes_max)
+        publish_within(&dir, &manifest, bytes_max)
     }
 
     fn export(&self, point: &PointId, disk: &DiskName) -> Result<Box<dyn PatchStream>> {

@@ -12,10 +12,8 @@
 //! Format: docs/formats/replica.md.
 
 use super::digests::{Binding, DigestFile};
-use super::disk::image_size;
 use super::files::Dir;
 use super::manifest::{Manifest, SEEDS_DIR, image_file, seed_list_file};
-use super::verify::runs_of;
 use super::{BeginDisk, SeedView};
 use crate::block::changes::{ChangesHeader, ChangesReader, ChangesWriter, Run, root_of_runs};
 use crate::block::digest::Digest;
@@ -24,6 +22,8 @@ use crate::error::{Error, Kind, Result};
 use crate::image::qcow2::{self, Qcow2Writer, check::check_plain};
 use crate::image::{Chain, Format, Image, ImageMut, Layer};
 use crate::name::{DiskName, PointId};
+use crate::replica::files::image_size;
+use crate::replica::reading::runs_of;
 use std::fs::File;
 use std::io::{BufReader, BufWriter};
 use std::os::unix::fs::MetadataExt;

@@ -16,7 +16,6 @@
 
 use super::chain::{self, point_dir};
 use super::copy::{Copier, data_blocks, room_bytes};
-use super::disk::image_size;
 use super::files::Dir;
 use super::lease::Leases;
 use super::lock::WriterLock;
@@ -24,7 +23,7 @@ use super::manifest::{
     self, Manifest, POINTS_DIR, Point, alone_changes_file, alone_image_file, changes_file, image_file,
 };
 use super::prune::{in_use, reads_through};
-use super::store::{Reading, Store, publish, read_manifest};
+use super::store::{Reading, Store, read_manifest};
 use super::upkeep::{Lease, SHORTEN_STEP_MAX, ShortenStart, ShortenStep, Shortening};
 use crate::block::changes::{ChangesHeader, ChangesReader, ChangesWriter, MergedChanges};
 use crate::block::digest::Digest;
@@ -32,6 +31,8 @@ use crate::error::{Error, Kind, Result};
 use crate::flock::Flock;
 use crate::image::qcow2::{self, Qcow2Image};
 use crate::name::{DiskName, PointId};
+use crate::replica::files::image_size;
+use crate::replica::manifest_file::publish;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{BufReader, BufWriter};

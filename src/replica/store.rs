@@ -12,35 +12,29 @@
 //!
 //! Format: docs/formats/replica.md. Crash order: docs/replication.md, steps 5 and 6.
 
-use super::age;
 use super::begin::{check_head, check_request, check_room, judge_claim};
-use super::chain;
-use super::damage;
 use super::digests::DigestFile;
 use super::files::{Dir, Space};
-use super::lease;
 use super::lock::WriterLock;
 use super::manifest::{self, MANIFEST_FILE, MANIFEST_MAX, Manifest, POINTS_DIR, REPLICAS_DIR};
 use super::point::OpenPoint;
 use super::root::{self, StoreSeen};
-use super::seed;
 use super::source::{self, Claim, Claimed, Owner};
 use super::upkeep::Held;
+use super::{age, chain, damage, lease, seed};
 use crate::block::BlockIndex;
 use crate::block::digest::{BlockPieces, Digest};
 use crate::engine::disk_target::{DiskApplied, DiskTarget, NODES_MAX, check_blocks};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, StoreId};
+use crate::replica::age::Clock;
 use crate::replica::{Attachment, BeginPoint, Begun, PointView, Replica, ReplicaView, SealPoint, VerifyReport, verify};
 use jiff::Timestamp;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-
-/// Tells the time of this host; an argument, so that tests own it.
-pub(super) type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
 
 /// What the host of a store demands, whoever asks.
 #[derive(Debug, Clone, Copy)]
@@ -205,41 +199,6 @@ pub(super) fn read_manifest(dir: &Dir, uuid: &DomainUuid) -> Result<Option<Manif
         return Err(at(Error::new(Kind::Corrupt, format!("the manifest is that of domain {}", manifest.uuid))));
     }
     Ok(Some(manifest))
-}
-
-/// Writes the manifest, of at most `bytes_max`, into a new file, synced, and gives its name: to be renamed to
-/// [`MANIFEST_FILE`]. It is read back first: what this program could not read must never take the place of what it can.
-pub(super) fn write_aside(dir: &Dir, manifest: &Manifest, bytes_max: usize) -> Result<&'static str> {
-    let name = const { concat!("manifest.json", ".new") };
-    let json = manifest.to_json()?;
-    if json.len() > bytes_max {
-        return Err(manifest::no_room());
-    }
-    dir.remove_all(name)?;
-    dir.write_new(name, &json)?;
-    let back = dir.read(name, MANIFEST_MAX)?.unwrap_or_default();
-    let sound = match back == json {
-        true => Manifest::parse_sound(&back).map(drop),
-        false => Err(Error::new(Kind::Corrupt, "other bytes are read than were written")),
-    };
-    if let Err(e) = sound {
-        dir.remove(name)?;
-        let what = "the new manifest could not be read again; the old one stays, and nothing was changed";
-        return Err(Error::new(Kind::Corrupt, what).path(dir.join(MANIFEST_FILE)).source(e));
-    }
-    Ok(name)
-}
-
-/// Replaces the manifest: what it says holds, durably, when this returns.
-pub(super) fn publish(dir: &Dir, manifest: &Manifest) -> Result<()> {
-    publish_within(dir, manifest, MANIFEST_MAX)
-}
-
-/// The same, of a manifest of at most so many bytes.
-pub(super) fn publish_within(dir: &Dir, manifest: &Manifest, bytes_max: usize) -> Result<()> {
-    let name = write_aside(dir, manifest, bytes_max)?;
-    dir.rename(name, MANIFEST_FILE)?;
-    dir.sync()
 }
 
 /// Directories of points that `manifest` does not name, by name. Whatever is not named like a point is not ours.

@@ -6,6 +6,7 @@ use super::{Attachment, PointView};
 use crate::error::Result;
 use crate::image::Chain;
 use crate::name::{DiskName, Generation, PointId};
+pub use crate::replica::Promoted;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -86,16 +87,6 @@ pub trait Promoting: Send + Sync {
     /// later are accepted, older ones are not; durable. No error if there is no promotion; [`Kind::Refused`](crate::error::Kind::Refused)
     /// if `generation` is older than the replica.
     fn conclude(&self, generation: Generation) -> Result<()>;
-}
-
-/// That the domain was brought up on the host of the store.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Promoted {
-    pub point: PointId,
-    pub since: Timestamp,
-    /// It is not to be undone any more.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub committed: bool,
 }
 
 /// Images that stand alone under way. As with a scrub, nothing happens but in [`Shortening::step`]; what was copied of a

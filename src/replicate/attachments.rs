@@ -1,16 +1,16 @@
-//! What surrounds the disks of a run: the machine's description that travels with the point, and the operator's programs
-//! before and after the freeze.
+//! What surrounds the disks of a run: the machine's description that travels with the point.
 
-use super::cycle::{Ports, Request, Run};
-use super::plan::{CaptureKind, Plan};
 use crate::durable::to_json;
 use crate::error::{Error, Result};
+use crate::hypervisor::departure::Custody;
 use crate::hypervisor::firmware::Firmware;
-use crate::hypervisor::{DomainView, Power, swtpm, travel, xml};
+use crate::hypervisor::{DomainView, Hypervisor, Power, swtpm, travel, xml};
 use crate::name::DiskName;
 use crate::replica::{Attachment, Replica, TpmPrograms};
-use crate::replicate::capture::freeze_hooks;
+use crate::replicate::plan::planned::Plan;
+use crate::replicate::run::{Ports, Request};
 use crate::replicate::state::handover_record;
+use std::path::Path;
 
 /// The machine's description that travels with a point, as it was decided before the freeze.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -57,76 +57,64 @@ fn decided(
     Ok(Described { stored: bare(stored)?, live: bare(live)? })
 }
 
-impl Run<'_> {
-    /// Step 3d.
-    pub(super) fn before_freeze(&self, plan: &Plan) -> Result<()> {
-        if plan.capture == CaptureKind::Off {
-            return Ok(());
-        }
-        let (domain, target, run) = ((&plan.domain, &plan.uuid), &self.request.target, self.request.run.as_str());
-        self.request.hooks.before(self.journal, &|event| freeze_hooks::told(event, domain, target, run))
-    }
-
-    /// Step 4g. What of it has to be known.
-    pub(super) fn after_freeze(&self) -> Option<String> {
-        // What could not be noted is owed still, and run again by whoever comes next.
-        freeze_hooks::settle(self.journal).unwrap_or_else(|e| Some(e.chain()))
-    }
-
-    /// The machine's description: its definitions as they were decided before the freeze, the rest as it is a moment after.
-    pub(super) fn attach(&self, replica: &dyn Replica, domain: &DomainView, described: &Described) -> Result<()> {
-        for (name, xml) in [(Attachment::InactiveXml, &described.stored), (Attachment::LiveXml, &described.live)] {
-            if let Some(xml) = xml {
-                replica.attach(name, xml.as_bytes())?;
-            }
-        }
-        let files = [
-            (Attachment::Nvram, &domain.nvram, "cannot read the UEFI variables"),
-            (Attachment::Tpm, &domain.tpm, "cannot read the state of the TPM"),
-        ];
-        for (name, path, failed) in files {
-            let Some(path) = path else { continue };
-            match std::fs::read(path) {
-                Ok(content) => replica.attach(name, &content)?,
-                // Not there before the first start.
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-                Err(e) => return Err(Error::io(failed, path, e)),
-            }
-        }
-        match self.firmware(domain) {
-            Ok(Some(firmware)) => replica.attach(Attachment::Firmware, &to_json(&firmware)),
-            Ok(None) => Ok(()),
-            // The point is as good without; what it comes from is then not known where it is asked for.
-            Err(e) => {
-                tracing::warn!(error = e.chain(), "the point does not say which firmware its source boots from");
-                Ok(())
-            }
+/// The machine's description: its definitions as they were decided before the freeze, the rest as it is a moment after.
+pub(super) fn attach(
+    hypervisor: &dyn Hypervisor,
+    replica: &dyn Replica,
+    domain: &DomainView,
+    described: &Described,
+) -> Result<()> {
+    for (name, xml) in [(Attachment::InactiveXml, &described.stored), (Attachment::LiveXml, &described.live)] {
+        if let Some(xml) = xml {
+            replica.attach(name, xml.as_bytes())?;
         }
     }
-
-    /// Whether the domain starts with this host, which its definition does not say. `None` where that could not be found out: the
-    /// point is as good without.
-    pub(super) fn starts_with_host(&self, domain: &DomainView) -> Option<bool> {
-        // In this order: a handover is on record before it takes autostart away (h2), and the record says how it was.
-        let asked = self.ports.custody.autostart(&domain.uuid);
-        match (asked, handover_record::peek(&self.request.state, &domain.uuid)) {
-            (_, Ok(Some(handed))) => Some(handed.autostart),
-            (Ok(autostart), Ok(None)) => Some(autostart),
-            (Err(e), _) | (_, Err(e)) => {
-                tracing::warn!(error = e.chain(), "the point does not say whether the domain starts with its host");
-                None
-            }
+    let files = [
+        (Attachment::Nvram, &domain.nvram, "cannot read the UEFI variables"),
+        (Attachment::Tpm, &domain.tpm, "cannot read the state of the TPM"),
+    ];
+    for (name, path, failed) in files {
+        let Some(path) = path else { continue };
+        match std::fs::read(path) {
+            Ok(content) => replica.attach(name, &content)?,
+            // Not there before the first start.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) => return Err(Error::io(failed, path, e)),
         }
     }
-
-    /// What has written the state of the domain's TPM. `None`: it has none, or the programs do not say: the point is as good without.
-    pub(super) fn tpm_programs(&self, domain: &DomainView) -> Option<TpmPrograms> {
-        domain.tpm.as_ref()?;
-        swtpm::programs().map(|swtpm::Programs { swtpm, libtpms }| TpmPrograms { swtpm, libtpms })
+    match firmware(hypervisor, domain) {
+        Ok(Some(firmware)) => replica.attach(Attachment::Firmware, &to_json(&firmware)),
+        Ok(None) => Ok(()),
+        // The point is as good without; what it comes from is then not known where it is asked for.
+        Err(e) => {
+            tracing::warn!(error = e.chain(), "the point does not say which firmware its source boots from");
+            Ok(())
+        }
     }
+}
 
-    fn firmware(&self, domain: &DomainView) -> Result<Option<Firmware>> {
-        let path = self.ports.hypervisor.firmware(&domain.uuid)?;
-        path.map_or(Ok(None), |path| Firmware::of(&path))
+/// Whether the domain starts with this host, which its definition does not say. `None` where that could not be found out: the
+/// point is as good without.
+pub(super) fn starts_with_host(custody: &dyn Custody, state: &Path, domain: &DomainView) -> Option<bool> {
+    // In this order: a handover is on record before it takes autostart away (h2), and the record says how it was.
+    let asked = custody.autostart(&domain.uuid);
+    match (asked, handover_record::peek(state, &domain.uuid)) {
+        (_, Ok(Some(handed))) => Some(handed.autostart),
+        (Ok(autostart), Ok(None)) => Some(autostart),
+        (Err(e), _) | (_, Err(e)) => {
+            tracing::warn!(error = e.chain(), "the point does not say whether the domain starts with its host");
+            None
+        }
     }
+}
+
+/// What has written the state of the domain's TPM. `None`: it has none, or the programs do not say: the point is as good without.
+pub(super) fn tpm_programs(domain: &DomainView) -> Option<TpmPrograms> {
+    domain.tpm.as_ref()?;
+    swtpm::programs().map(|swtpm::Programs { swtpm, libtpms }| TpmPrograms { swtpm, libtpms })
+}
+
+fn firmware(hypervisor: &dyn Hypervisor, domain: &DomainView) -> Result<Option<Firmware>> {
+    let path = hypervisor.firmware(&domain.uuid)?;
+    path.map_or(Ok(None), |path| Firmware::of(&path))
 }

@@ -5,11 +5,11 @@
 pub mod backup;
 pub mod freeze_hooks;
 pub(super) mod held;
+pub mod names;
 pub mod quiesce;
 pub(crate) mod space_watch;
+pub mod still;
 
-use super::cycle::Ports;
-use super::plan::{DiskPlan, Plan};
 use super::settle::{Goal, Outcome, Settler};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
@@ -18,8 +18,12 @@ use crate::hypervisor::{DomainView, FreezeDisk, Hypervisor, Power};
 use crate::image::{Chain, qemu_img};
 use crate::name::{DiskName, DomainUuid, RunId};
 use crate::replica::Consistency;
+use crate::replicate::capture::names::overlay_path;
 use crate::replicate::capture::quiesce::Quiescer;
+use crate::replicate::capture::still::{Capture, Release, Source, Still};
 use crate::replicate::plan::label;
+use crate::replicate::plan::planned::{DiskPlan, Plan};
+use crate::replicate::run::Ports;
 use crate::replicate::settle::account::Account;
 use crate::replicate::settle::decide::{Job, Phase, Stand, Under};
 use crate::replicate::settle::guard::PauseGuard;
@@ -27,59 +31,11 @@ use crate::replicate::settle::halts::halt_error;
 use crate::replicate::settle::observe::observe;
 use crate::replicate::settle::options::SettleOptions;
 use crate::replicate::settle::stopped::{self, StoppedWatch};
-use crate::replicate::state::journal::{DiskRecord, Journal, Record, boot_id};
+use crate::replicate::state::journal::{Journal, boot_id};
+use crate::replicate::state::record::{DiskRecord, Record};
 use jiff::Timestamp;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
-
-/// Makes disks stand still and lets them go again.
-pub trait Capture {
-    /// From when this returns until [`Capture::release`], the images in the answer do not change, and are one instant
-    /// of all disks. On an error nothing is left behind, or what is left is in the journal.
-    fn freeze(&mut self) -> Result<Still>;
-
-    /// Whether they still stand still; `Interrupted` if not. Cheap; asked many times while reading.
-    fn check(&self) -> Result<()>;
-
-    /// Asked once after the last byte was read and before the point is sealed: did they stand still all along (I5)?
-    fn confirm(&self) -> Result<()>;
-
-    /// Brings the domain back onto its own images. Runs whether or not the point was sealed: the guest comes first.
-    fn release(&mut self) -> Result<Release>;
-}
-
-/// Images that stand still.
-#[derive(Debug, Clone)]
-pub struct Still {
-    pub disks: Vec<(DiskName, Source)>,
-    /// Taken just before the disks were frozen: nothing acknowledged earlier can be missing.
-    pub frozen_at: Timestamp,
-    pub consistency: Consistency,
-    /// Why it is not `file_system` although that was asked for.
-    pub consistency_reason: Option<String>,
-    /// How long the guest's file systems were held.
-    pub held: Option<Duration>,
-    /// Duration of the freeze call, an upper bound of what the guest can have felt of it.
-    pub freeze: Option<Duration>,
-    /// A domain that is off may be started at any time: readers must not take QEMU's locks.
-    pub may_start: bool,
-}
-
-/// Where the still content of a disk is read.
-#[derive(Debug, Clone)]
-pub enum Source {
-    /// From images that stand still.
-    Chain(Chain),
-    /// From an NBD server on a unix socket.
-    Export { socket: PathBuf, name: String },
-}
-
-#[derive(Debug, Clone)]
-pub struct Release {
-    pub account: Account,
-    /// The commit did not become ready in time, or a person has to look: the domain still is on its overlay.
-    pub left_open: Option<String>,
-}
 
 /// From so many disks on the overlays are made before the freeze call, whoever holds the guest meanwhile.
 const PREPARED_FROM: usize = 4;
@@ -320,40 +276,6 @@ fn new_disk_record(disk: &DiskPlan, run: &RunId, domain: &DomainView) -> DiskRec
         off_commit: false,
     }
 }
-
-/// `DIR/STEM.DISK.vr-RUN.qcow2`: a human sees whose it is, AppArmor sees an image's suffix, and no two runs meet.
-pub(super) fn overlay_path(disk: &DiskPlan, run: &RunId) -> PathBuf {
-    run_file(disk, run, "qcow2")
-}
-
-/// Longest name of a file, in bytes. File systems that take less are asked in step 3: see [`rights`](crate::replicate::plan::rights).
-const NAME_MAX: usize = 255;
-/// Longest path that the kernel takes, its end included.
-const PATH_MAX: usize = 4096;
-/// What is put behind the name of an overlay that is put away: `.retired`, or `.kept`.
-const PUT_AWAY_LEN: usize = ".retired".len();
-
-/// A file of a run for a disk, where its overlays lie. Of an image's long name only the beginning is kept: disk and run
-/// tell it apart.
-pub(super) fn run_file(disk: &DiskPlan, run: &RunId, suffix: &str) -> PathBuf {
-    let stem = disk.chain.top().path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
-    // Block devices of different domains share names like "dm-3"; the disk's own name keeps two of one domain apart.
-    let rest = format!(".{}{OVERLAY_MARK}{}.{suffix}", disk.name, &run.as_str()[..8]);
-    let dir_len = disk.overlay_dir.as_os_str().len() + "/".len() + "\0".len();
-    let room = NAME_MAX.min(PATH_MAX.saturating_sub(dir_len)).saturating_sub(rest.len() + PUT_AWAY_LEN);
-    let kept = (0..=stem.len().min(room)).rev().find(|at| stem.is_char_boundary(*at)).unwrap_or(0);
-    disk.overlay_dir.join(format!("{}{rest}", &stem[..kept]))
-}
-
-/// Whether a file's name says that it is an overlay of ours.
-pub fn is_our_overlay(path: &Path) -> bool {
-    let Some(name) = path.file_name().and_then(|n| n.to_str()) else { return false };
-    let Some((_, rest)) = name.rsplit_once(OVERLAY_MARK) else { return false };
-    rest.strip_suffix(".qcow2").is_some_and(|run| run.len() == 8 && run.bytes().all(|b| b.is_ascii_hexdigit()))
-}
-
-/// In the file name of every overlay of ours.
-pub const OVERLAY_MARK: &str = ".vr-";
 
 /// A domain that is off: read as it is, and noticed when it starts.
 pub struct OffCapture<'a> {

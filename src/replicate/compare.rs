@@ -1,12 +1,13 @@
 //! Compares a live domain with its newest point: `verify --against-source`. The same freeze as a run, nothing sent.
 
-use super::cycle::{Ports, Request, Run, Watch, settle_domain};
+use super::cycle::settle_domain;
 use super::target_gate::{Patience, TargetGate};
 use crate::engine::pump::{self, Shipment};
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::name::{DiskName, DomainUuid};
 use crate::replicate::capture::held::Standing;
 use crate::replicate::plan::survey::make_plan;
+use crate::replicate::run::{Ports, Request, Run, Watch};
 use crate::replicate::settle::observe;
 use crate::replicate::state::journal::Journal;
 use crate::replicate::state::report::millis;
@@ -45,59 +46,57 @@ pub fn compare(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &Atomi
     let journal =
         Journal::open_after_deadman(&request.state, &found.uuid, &what, (ports.clock)()).on_domain(&found.name)?;
     let run = Run::new(ports, request, watch, stop, &journal);
-    run.compare(&found.uuid).on_domain(&found.name)
+    compared(&run, &found.uuid).on_domain(&found.name)
 }
 
-impl Run<'_> {
-    fn compare(&self, uuid: &DomainUuid) -> Result<Comparison> {
-        let (_, _, left_open) = settle_domain(self.ports, self.journal, uuid, &self.request.settle)?;
-        if let Some(what) = left_open {
-            return Err(Error::new(Kind::Conflict, format!("an earlier run could not be settled: {what}")));
-        }
-        let domain = self.ports.hypervisor.observe(uuid)?;
-        let replica = (self.ports.replica)(uuid)?;
-        let view = replica.describe()?;
-        if view.head().is_none() {
-            return Err(Error::new(Kind::NotFound, "the target has no point to compare with")
-                .hint("`virt-replica sync DOMAIN --to TARGET` makes the first one"));
-        }
-        let plan = make_plan(self.ports, self.request, &domain, &view)?;
-        self.ready_to_freeze(&plan)?;
-        let gate = TargetGate::new(replica, Patience::of(plan.capture, false));
-        let mut guard = self.guard(&plan)?;
-        let mut capture = self.capture(&mut guard, &plan, &domain);
-        let still = capture.freeze()?;
-        let standing = Standing { plan: &plan, still: &still, capture: capture.as_ref(), gate: &gate };
-        let compared = self.while_held(&standing, || self.compare_disks(&standing));
-        let released = capture.release()?;
-        let pauses = released.account.pauses;
-        let mut warnings = released.account.alarms;
-        warnings.extend(released.left_open);
-        Ok(Comparison {
-            frozen_at: still.frozen_at,
-            disks: compared?,
-            freeze_ms: still.freeze.map_or(0.0, millis),
-            pause_ms: millis(pauses.longest),
-            pause_sum_ms: millis(pauses.sum),
-            pauses: pauses.count,
-            warnings,
-        })
+fn compared(run: &Run, uuid: &DomainUuid) -> Result<Comparison> {
+    let (_, _, left_open) = settle_domain(run.ports, run.journal, uuid, &run.request.settle)?;
+    if let Some(what) = left_open {
+        return Err(Error::new(Kind::Conflict, format!("an earlier run could not be settled: {what}")));
     }
+    let domain = run.ports.hypervisor.observe(uuid)?;
+    let replica = (run.ports.replica)(uuid)?;
+    let view = replica.describe()?;
+    if view.head().is_none() {
+        return Err(Error::new(Kind::NotFound, "the target has no point to compare with")
+            .hint("`virt-replica sync DOMAIN --to TARGET` makes the first one"));
+    }
+    let plan = make_plan(run.ports, run.request, &domain, &view)?;
+    run.ready_to_freeze(&plan)?;
+    let gate = TargetGate::new(replica, Patience::of(plan.capture, false));
+    let mut guard = run.guard(&plan)?;
+    let mut capture = run.capture(&mut guard, &plan, &domain);
+    let still = capture.freeze()?;
+    let standing = Standing { run, plan: &plan, still: &still, capture: capture.as_ref(), gate: &gate };
+    let compared = standing.while_held(|| compare_disks(&standing));
+    let released = capture.release()?;
+    let pauses = released.account.pauses;
+    let mut warnings = released.account.alarms;
+    warnings.extend(released.left_open);
+    Ok(Comparison {
+        frozen_at: still.frozen_at,
+        disks: compared?,
+        freeze_ms: still.freeze.map_or(0.0, millis),
+        pause_ms: millis(pauses.longest),
+        pause_sum_ms: millis(pauses.sum),
+        pauses: pauses.count,
+        warnings,
+    })
+}
 
-    fn compare_disks(&self, standing: &Standing) -> Result<Vec<ComparedDisk>> {
-        let mut disks = Vec::new();
-        for disk in &standing.still.disks {
-            let name = &disk.0;
-            let compared = self.read_disk(standing, disk, None, &mut |image, shipment, progress, good| {
-                let shipment = &Shipment { compare_only: true, ..shipment.clone() };
-                let (root, blocks_differ) = pump::compare(image, standing.gate, shipment, progress, good)?;
-                let equal = shipment.head == Some((shipment.size, root));
-                let bytes_read = progress.read.load(Ordering::Relaxed);
-                Ok(ComparedDisk { name: name.clone(), size: shipment.size, blocks_differ, bytes_read, equal })
-            });
-            disks.push(compared.on_disk(name)?);
-        }
-        standing.capture.confirm()?;
-        Ok(disks)
+fn compare_disks(standing: &Standing) -> Result<Vec<ComparedDisk>> {
+    let mut disks = Vec::new();
+    for disk in &standing.still.disks {
+        let name = &disk.0;
+        let compared = standing.read_disk(disk, None, &mut |image, shipment, progress, good| {
+            let shipment = &Shipment { compare_only: true, ..shipment.clone() };
+            let (root, blocks_differ) = pump::compare(image, standing.gate, shipment, progress, good)?;
+            let equal = shipment.head == Some((shipment.size, root));
+            let bytes_read = progress.read.load(Ordering::Relaxed);
+            Ok(ComparedDisk { name: name.clone(), size: shipment.size, blocks_differ, bytes_read, equal })
+        });
+        disks.push(compared.on_disk(name)?);
     }
+    standing.capture.confirm()?;
+    Ok(disks)
 }

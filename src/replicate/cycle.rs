@@ -20,110 +20,40 @@
 //! - A point is all disks of one instant and exists if and only if the manifest names it (I9, I10).
 //! - A dead or full target never costs an overlay: 2 and 3 come before 4.
 
-use super::capture::{Capture, OffCapture, OverlayCapture, Release};
-use super::plan::{CaptureKind, DiskPlan, Plan, PlanOptions};
+use super::capture::{OffCapture, OverlayCapture};
+use super::plan::CaptureKind;
 use super::target_gate::{Patience, TargetGate};
-use crate::engine::pump::{self, Progress};
-use crate::engine::stats::{DiskStats, Mode};
-use crate::engine::throttle::Throttle;
+use crate::engine::pump;
+use crate::engine::stats::DiskStats;
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::failpoint;
-use crate::hypervisor::departure::Custody;
-use crate::hypervisor::guest::GuestAgent;
-use crate::hypervisor::{Backups, DomainView, Hypervisor, Power, Tracking};
-use crate::image::Chain;
-use crate::image::open::{OpenOptions, Opened};
-use crate::name::{DiskName, DomainUuid, RunId, StoreId};
-use crate::patch::Compression;
+use crate::hypervisor::{DomainView, Power};
+use crate::name::DomainUuid;
 use crate::replica::left_out::LeftOut;
 use crate::replica::{BeginDisk, BeginPoint, PointView, Replica, SealDisk, SealPoint};
-use crate::replicate::attachments::{Described, describe};
+use crate::replicate::attachments::{Described, attach, describe, starts_with_host, tpm_programs};
 use crate::replicate::capture::backup::BackupCapture;
-use crate::replicate::capture::freeze_hooks::FreezeHooks;
+use crate::replicate::capture::freeze_hooks;
 use crate::replicate::capture::held::Standing;
 use crate::replicate::capture::quiesce::{self, Quiescer, Settled};
+use crate::replicate::capture::still::{Capture, Release};
 use crate::replicate::plan::label;
+use crate::replicate::plan::planned::{DiskPlan, Plan};
 use crate::replicate::plan::survey::make_plan;
+pub use crate::replicate::run::{Ports, Request, Watch};
+use crate::replicate::run::{Run, stopped};
 use crate::replicate::settle::guard::PauseGuard;
 pub use crate::replicate::settle::leftover::settle_domain;
-use crate::replicate::settle::observe;
 pub use crate::replicate::settle::observe::record_in_domain;
-use crate::replicate::settle::options::SettleOptions;
-use crate::replicate::settle::stopped;
+use crate::replicate::settle::{observe, stopped};
 use crate::replicate::state::handover_record::{self, HandoverRecord};
-use crate::replicate::state::journal::{Journal, Record};
+use crate::replicate::state::journal::Journal;
+use crate::replicate::state::record::Record;
 use crate::replicate::state::report::{Report, RunOutcome, millis};
-use crate::replicate::tracking::dirty_ranges::{Marked, doubted_again, unless_cut};
-use jiff::Timestamp;
-use std::cell::RefCell;
-use std::path::{Path, PathBuf};
+use crate::replicate::tracking::audit;
+use crate::replicate::tracking::dirty_ranges::{Bitmaps, Marked, doubted_again, unless_cut};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::time::Instant;
-
-/// The world as a run sees it: ports only. Adapters are chosen in `site`.
-pub struct Ports<'a> {
-    pub hypervisor: &'a dyn Hypervisor,
-    /// The bitmaps of a running domain.
-    pub tracking: &'a dyn Tracking,
-    /// Those that lie in the images of a domain that is off.
-    pub stored: &'a dyn Tracking,
-    /// The guest agent of a running domain.
-    pub guest: &'a dyn GuestAgent,
-    /// A domain that was handed to its target and comes back.
-    pub custody: &'a dyn Custody,
-    /// Backup jobs of a running domain.
-    pub backups: &'a dyn Backups,
-    /// Connects to the replica of a domain on the target.
-    pub replica: &'a dyn Fn(&DomainUuid) -> Result<Box<dyn Replica>>,
-    /// Starts a dead-man for a domain.
-    pub guard: &'a dyn Fn(&DomainUuid) -> Result<Box<dyn PauseGuard>>,
-    /// Opens a chain for reading.
-    pub open_image: &'a dyn Fn(&Chain, &OpenOptions) -> Result<Opened>,
-    /// Opens an export on a unix socket for reading.
-    pub open_export: &'a dyn Fn(&Path, &str, &OpenOptions) -> Result<Opened>,
-    /// Says how a chain would be read, and why.
-    pub explain_image: &'a dyn Fn(&Chain) -> Result<String>,
-    pub clock: &'a (dyn Fn() -> Timestamp + Sync),
-}
-
-/// What to do.
-#[derive(Debug, Clone)]
-pub struct Request {
-    /// Name, UUID or id of the domain.
-    pub domain: String,
-    /// The target's canonical URL.
-    pub target: String,
-    /// The store that the target was found to be, once it is connected: the key of its dirty bitmaps from then on.
-    pub store: Arc<OnceLock<StoreId>>,
-    pub run: RunId,
-    pub state: PathBuf,
-    pub plan: PlanOptions,
-    pub settle: SettleOptions,
-    pub open: OpenOptions,
-    /// Keep secrets (graphics passwords) in the definitions that travel with the point.
-    pub with_secrets: bool,
-    pub workers: usize,
-    pub compression: Compression,
-    /// How fast the run may send; `None`: as fast as it goes.
-    pub throttle: Option<Arc<Throttle>>,
-    pub hooks: FreezeHooks,
-    /// The handover that this run belongs to.
-    pub handover: Option<RunId>,
-    /// The domain lives elsewhere, and what is here becomes a point of this host's own store; only while it is off.
-    pub gives_way: bool,
-}
-
-/// Told what happens while it happens. Called from several threads.
-pub trait Watch: Sync {
-    /// A step of the run begins, by its number in docs/replication.md.
-    fn step(&self, number: u8, what: &str);
-    /// A disk is about to be read; `progress` counts from now on.
-    fn disk(&self, name: &DiskName, size_bytes: u64, mode: Mode, progress: &Arc<Progress>);
-    /// Called now and then while a disk is read.
-    fn tick(&self);
-    fn warn(&self, text: &str);
-}
 
 /// How often a domain that was started while it was read as off is begun again.
 const STARTS_MAX: u32 = 3;
@@ -171,7 +101,7 @@ pub fn run(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBoo
         result = run.eight_steps(&found.uuid, &mut report);
     }
     report.duration_ms = millis(started.elapsed());
-    report.alarms = run.alarms.take();
+    report.alarms = run.take_alarms();
     let error = match result {
         Ok(()) => None,
         Err(Retry::StartedMeanwhile) => {
@@ -205,34 +135,7 @@ impl From<Error> for Retry {
     }
 }
 
-/// One run while it lasts.
-pub(super) struct Run<'a> {
-    pub(super) ports: &'a Ports<'a>,
-    pub(super) request: &'a Request,
-    pub(super) watch: &'a dyn Watch,
-    pub(super) stop: &'a AtomicBool,
-    pub(super) journal: &'a Journal,
-    /// What must not be lost, however the run ends.
-    alarms: RefCell<Vec<String>>,
-}
-
-impl<'a> Run<'a> {
-    pub(super) fn new(
-        ports: &'a Ports<'a>,
-        request: &'a Request,
-        watch: &'a dyn Watch,
-        stop: &'a AtomicBool,
-        journal: &'a Journal,
-    ) -> Self {
-        Self { ports, request, watch, stop, journal, alarms: RefCell::default() }
-    }
-
-    /// Something that an operator must learn of: said at once, and kept for the report, whether or not a point is made.
-    pub(super) fn alarm(&self, text: String) {
-        self.watch.warn(&text);
-        self.alarms.borrow_mut().push(text);
-    }
-
+impl Run<'_> {
     fn eight_steps(&self, uuid: &DomainUuid, report: &mut Report) -> Result<(), Retry> {
         self.watch.step(1, "settle what an earlier run left");
         self.settle(uuid, report)?;
@@ -258,7 +161,8 @@ impl<'a> Run<'a> {
         let gate = TargetGate::new(replica, patience);
         plan.start_from(&begun.seeds);
         failpoint!("3");
-        let untracked = self.begin_bitmaps(&plan);
+        let bitmaps = Bitmaps { ports: self.ports, request: self.request };
+        let untracked = bitmaps.begin(&plan);
         failpoint!("3c");
 
         let mut guard = self.guard(&plan)?;
@@ -287,11 +191,11 @@ impl<'a> Run<'a> {
         report.freeze_ms = still.freeze.map_or(0.0, millis);
         report.held_ms = still.held.map(millis);
         report.warnings.extend(label::told(&still));
-        let dirty = self.marked(&mut plan, &still);
+        let dirty = bitmaps.marked(&mut plan, &still);
         report.warnings.extend(untracked);
 
-        let standing = Standing { plan: &plan, still: &still, capture: capture.as_ref(), gate: &gate };
-        let sealed = self.while_held(&standing, || self.ship_and_seal(&standing, &domain, &described, &dirty));
+        let standing = Standing { run: self, plan: &plan, still: &still, capture: capture.as_ref(), gate: &gate };
+        let sealed = standing.while_held(|| self.ship_and_seal(&standing, &domain, &described, &dirty));
         let (sealed, released) = self.go_home(report, &plan, capture.as_mut(), gate, sealed);
         self.conclude(report, &plan, sealed, released)
     }
@@ -306,6 +210,21 @@ impl<'a> Run<'a> {
                 self.ports.hypervisor.warm_up(&plan.uuid)
             }
         }
+    }
+
+    /// Step 3d.
+    fn before_freeze(&self, plan: &Plan) -> Result<()> {
+        if plan.capture == CaptureKind::Off {
+            return Ok(());
+        }
+        let (domain, target, run) = ((&plan.domain, &plan.uuid), &self.request.target, self.request.run.as_str());
+        self.request.hooks.before(self.journal, &|event| freeze_hooks::told(event, domain, target, run))
+    }
+
+    /// Step 4g. Returns a warning if the hook failed.
+    fn after_freeze(&self) -> Option<String> {
+        // The journal still owes a hook that could not be noted: the next run calls it again.
+        freeze_hooks::settle(self.journal).unwrap_or_else(|e| Some(e.chain()))
     }
 
     /// Step 7: whatever became of the point, the domain goes back onto its own images. The quarrel with the target
@@ -436,16 +355,18 @@ impl<'a> Run<'a> {
         dirty: &Marked,
     ) -> Result<PointView> {
         self.watch.step(5, "read, compare, send");
-        let Standing { plan, still, capture, gate } = *standing;
+        let Standing { plan, still, capture, gate, .. } = *standing;
         let mut disks = Vec::new();
         for disk in &still.disks {
             let name = &disk.0;
             let dirty = dirty.get(name).cloned();
             let planned = plan.disk(name);
-            let shipped = self.read_disk(standing, disk, dirty, &mut |image, shipment, progress, good| {
+            let shipped = standing.read_disk(disk, dirty, &mut |image, shipment, progress, good| {
                 let shipment = unless_cut(image, gate, shipment)?;
                 let audit = planned.and_then(|d| d.audit.as_ref());
-                let (shipment, audit) = self.audited(image, gate, &shipment, audit, good)?;
+                let audited = audit::audited((image, gate), &shipment, audit, &self.request.run, good)?;
+                audited.alarm.into_iter().for_each(|lie| self.alarm(lie));
+                let (shipment, audit) = (audited.shipment, audited.stats);
                 let tracking_doubt = planned.is_some_and(|d| d.tracking_doubt || d.mode != shipment.mode);
                 let shipped = pump::ship(image, gate, &shipment, progress, good)?;
                 let stats = DiskStats { audit, tracking_doubt, ..shipped.stats };
@@ -453,7 +374,7 @@ impl<'a> Run<'a> {
             });
             disks.push(shipped.on_disk(name)?);
         }
-        self.attach(gate, domain, described)?;
+        attach(self.ports.hypervisor, gate, domain, described)?;
         failpoint!("5f");
         capture.confirm()?;
         self.watch.step(6, "seal the point");
@@ -461,8 +382,8 @@ impl<'a> Run<'a> {
             frozen_at: still.frozen_at,
             consistency: still.consistency,
             consistency_reason: still.consistency_reason.clone(),
-            autostart: self.starts_with_host(domain),
-            tpm_programs: self.tpm_programs(domain),
+            autostart: starts_with_host(self.ports.custody, &self.request.state, domain),
+            tpm_programs: tpm_programs(domain),
             disks,
             left_out: plan.skipped.clone(),
         })?;
@@ -531,7 +452,7 @@ impl<'a> Run<'a> {
             report.warnings.push(what.clone());
         }
         if settled {
-            self.retire_bitmaps(report, plan, sealed.is_ok());
+            Bitmaps { ports: self.ports, request: self.request }.retire(report, plan, sealed.is_ok());
         }
         failpoint!("8b");
         let point = sealed.map_err(|e| self.if_started(plan, e))?;
@@ -548,8 +469,4 @@ fn abandon(replica: &dyn Replica) {
         // It is rubbish by definition; the next run throws it away.
         tracing::debug!("cannot abandon the open point: {}", e.chain());
     }
-}
-
-pub(super) fn stopped() -> Error {
-    Error::new(Kind::Interrupted, "stopped by a signal")
 }

@@ -1,17 +1,19 @@
 //! Explains in words what is wrong with a domain, and mends it on request, through the same loop as every run.
 
-use super::cycle::{Ports, record_in_domain, settle_domain};
+use super::cycle::{record_in_domain, settle_domain};
 use super::plan::is_our_overlay;
 use crate::error::{Kind, Result};
 use crate::hypervisor::DomainView;
 use crate::name::DomainUuid;
 use crate::replicate::capture::backup;
+use crate::replicate::run::Ports;
 use crate::replicate::settle::decide::{Action, Job, OverlayFile, Phase, PowerState, Stand, Under, decide};
 use crate::replicate::settle::halts::halt_error;
 use crate::replicate::settle::observe::observe;
 use crate::replicate::settle::options::SettleOptions;
 use crate::replicate::settle::stopped;
-use crate::replicate::state::journal::{self, Journal, Record};
+use crate::replicate::state::journal::{self, Journal};
+use crate::replicate::state::record::Record;
 use serde::Serialize;
 use std::path::Path;
 

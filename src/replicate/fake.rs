@@ -9,7 +9,8 @@ use crate::hypervisor::{
 use crate::image::{Chain, Format, Layer};
 use crate::name::{DiskName, DomainName, DomainUuid};
 use crate::replicate::settle::decide::Phase;
-use crate::replicate::state::journal::{DiskRecord, Record, tests::record};
+use crate::replicate::state::journal::tests::record;
+use crate::replicate::state::record::{DiskRecord, Record};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;

@@ -5,8 +5,9 @@
 
 use crate::error::{Error, Kind, Result};
 use crate::name::Generation;
-use crate::replicate::capture::backup::BackupRecord;
-use crate::replicate::state::journal::{Holder, OwedHook, Record, StoppedRecord, known_version};
+
+use crate::replicate::state::journal::{Holder, known_version};
+use crate::replicate::state::record::{BackupRecord, OwedHook, Record, StoppedRecord};
 use crate::replicate::state::report::Report;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};

@@ -13,8 +13,10 @@ pub mod cycle;
 pub mod doctor;
 #[cfg(test)]
 mod fake;
+pub(crate) mod free_space;
 pub mod look;
 pub mod plan;
+pub mod run;
 pub mod settle;
 pub mod state;
 mod target_gate;

@@ -2,204 +2,32 @@
 
 pub mod capture_choice;
 pub mod conflict;
+pub mod facts;
 pub mod forecast;
 pub(super) mod label;
+pub mod options;
+pub mod planned;
 pub mod rights;
 pub mod survey;
 
-pub use super::capture::is_our_overlay;
 use crate::block::DiskSize;
-use crate::block::digest::Digest;
-use crate::engine::stats::{DiskStats, Mode};
-use crate::error::Error;
+use crate::engine::stats::Mode;
 use crate::hypervisor::{DiskKind, DiskView, DomainView, Power};
 use crate::image::{Chain, Layer};
-use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
+use crate::name::{DiskName, Generation};
 use crate::replica::left_out::{Cause, LeftOut, Skipped};
-use crate::replica::{HeadDamage, ReplicaView, SeedView};
-use crate::replicate::capture::quiesce::{self, Quiesce, QuiesceOptions};
-pub use crate::replicate::plan::capture_choice::CaptureKind;
-use crate::replicate::plan::capture_choice::{CaptureWish, Choice};
+use crate::replica::{HeadDamage, ReplicaView};
+pub use crate::replicate::capture::names::is_our_overlay;
+use crate::replicate::capture::quiesce::{self, Quiesce};
+use crate::replicate::plan::capture_choice::Choice;
 use crate::replicate::plan::conflict::Conflict;
-use crate::replicate::plan::forecast::{Room, SpaceOptions};
-use crate::replicate::tracking::audit::{self, AuditOptions, AuditPlan};
-use crate::replicate::tracking::bitmap_rotation::{self, Tracked};
-use crate::replicate::tracking::failover_bitmap;
-use serde::Serialize;
+use crate::replicate::plan::facts::DiskFacts;
+pub use crate::replicate::plan::options::{CaptureKind, PlanOptions};
+pub use crate::replicate::plan::planned::Plan;
+use crate::replicate::plan::planned::{DiskPlan, compared, in_words};
+use crate::replicate::tracking::bitmap_rotation::Tracked;
+use crate::replicate::tracking::{audit, failover_bitmap};
 use std::path::{Path, PathBuf};
-
-/// Space that is kept free where overlays lie unless told otherwise, in bytes, or the freeze is not begun.
-pub const OVERLAY_SPACE_MIN: u64 = 256 << 20;
-
-#[derive(Debug, Clone, Serialize)]
-pub struct Plan {
-    pub domain: DomainName,
-    pub uuid: DomainUuid,
-    pub capture: CaptureKind,
-    /// Why so.
-    pub capture_reason: String,
-    /// Whether the guest agent is asked, this time.
-    #[serde(skip)]
-    pub quiesce: Quiesce,
-    pub generation: Generation,
-    /// The head the patches start from.
-    pub head: Option<PointId>,
-    /// The run that made it, whose bitmaps lead on from it.
-    #[serde(skip)]
-    pub head_run: Option<RunId>,
-    /// Seconds that the disks will stand still, as far as that can be foreseen; absent where nothing is frozen.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub hold_s: Option<u64>,
-    pub disks: Vec<DiskPlan>,
-    pub skipped: LeftOut,
-    /// Why the run would not begin. Empty: it would.
-    pub conflicts: Vec<Conflict>,
-    /// What an operator should know beforehand.
-    pub notes: Vec<String>,
-}
-
-impl Plan {
-    pub fn disk(&self, name: &DiskName) -> Option<&DiskPlan> {
-        self.disks.iter().find(|d| &d.name == name)
-    }
-
-    pub fn replicated(&self) -> impl Iterator<Item = &DiskPlan> {
-        self.disks.iter()
-    }
-
-    /// Disks that turn out to start from a seed are compared with it.
-    pub fn start_from(&mut self, seeds: &[SeedView]) {
-        for disk in &mut self.disks {
-            let Some(seed) = seeds.iter().find(|s| s.name == disk.name) else { continue };
-            disk.mode = Mode::Digest;
-            disk.head = Some((seed.size, seed.root));
-            disk.reason = format!(
-                "the newest point does not have this disk, but the target has {} MiB of a copy: every block is compared with that",
-                seed.data_bytes >> 20
-            );
-        }
-    }
-
-    /// The first conflict as the error a run ends with.
-    pub fn refusal(&self) -> Option<Error> {
-        let conflict = self.conflicts.first()?;
-        let mut e = Error::new(conflict.kind(), conflict.to_string()).hint(conflict.advice()).domain(&self.domain);
-        if let Some(disk) = conflict.disk() {
-            e = e.disk(disk);
-        }
-        Some(e)
-    }
-}
-
-#[derive(Debug, Clone, Serialize)]
-pub struct DiskPlan {
-    pub name: DiskName,
-    pub size: DiskSize,
-    pub mode: Mode,
-    /// Why this mode and no cheaper one.
-    pub reason: String,
-    /// How the frozen image will be read, and why so.
-    pub reader: String,
-    /// Most bytes that will be written at the target, as far as it can be known: reserved there.
-    pub reserve_bytes: u64,
-    /// What its overlay, or its scratch file, is expected to grow to; absent where nobody has seen yet how fast the guest writes.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub overlay_bytes: Option<u64>,
-    /// Most that its commit can add to the image on the overlay's own file system.
-    #[serde(skip)]
-    pub commit_bytes_max: u64,
-    /// What is read: the chain as it stands now, uppermost first.
-    pub chain: Chain,
-    /// The bitmap whose marks are shipped, in mode `bitmap`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub bitmap: Option<String>,
-    /// What is compared although the bitmap calls it clean, beside a random sample.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub audit: Option<AuditPlan>,
-    /// What its images occupy: a run that reads it from end to end reads no more.
-    #[serde(skip)]
-    pub data_bytes: u64,
-    #[serde(skip)]
-    pub overlay_dir: PathBuf,
-    #[serde(skip)]
-    pub head: Option<(DiskSize, Digest)>,
-    /// Compared by digest because its tracking is in doubt.
-    #[serde(skip)]
-    pub tracking_doubt: bool,
-    /// What a scrub found damaged in the head's copy, which this run therefore sends again.
-    #[serde(skip)]
-    pub repairs: Option<HeadDamage>,
-    /// How the head's copy of it came about.
-    #[serde(skip)]
-    pub head_stats: DiskStats,
-}
-
-impl DiskPlan {
-    /// Compares by digest after all, because its tracking is in doubt.
-    pub fn doubt(&mut self, why: &str) {
-        self.mode = Mode::Digest;
-        self.tracking_doubt = true;
-        self.reason = compared(why);
-    }
-
-    /// The bitmap of its failover has led to this run's point, or to the head (by a run that died before it dropped it).
-    pub fn led_from_birth(&self) -> bool {
-        self.bitmap.as_deref().is_some_and(failover_bitmap::is_birth)
-            || self.head_stats.reason.starts_with(failover_bitmap::REASON)
-    }
-
-    /// What an operator is told when the point is sealed.
-    pub fn repaired(&self) -> Option<String> {
-        let damage = self.repairs.as_ref()?;
-        let (name, what) = (&self.name, in_words(damage));
-        Some(format!(
-            "disk {name}: a scrub of the target had found {what} in the newest point; this run has sent again what was damaged, and the new point is whole. Older points stay as they are: look at the target's storage"
-        ))
-    }
-
-    /// What an operator is told where that is the second time in a row.
-    pub fn doubted_again(&self) -> Option<String> {
-        bitmap_rotation::doubted_again(&self.name, &self.head_stats, &self.reason).filter(|_| self.tracking_doubt)
-    }
-}
-
-/// What the operator asked for.
-#[derive(Debug, Clone, Default)]
-pub struct PlanOptions {
-    /// How the disks of a running domain are made to stand still.
-    pub capture: CaptureWish,
-    /// Whether the guest agent holds the guest's file systems meanwhile.
-    pub quiesce: QuiesceOptions,
-    /// Directory for the overlays of all disks; of block devices only, if `None` means "beside the image".
-    pub overlay_dir: Option<PathBuf>,
-    /// Directory for overlays of block devices where no other is given.
-    pub block_overlay_dir: PathBuf,
-    pub exclude_disks: Vec<DiskName>,
-    /// Read everything and send everything, whatever the target has.
-    pub full: bool,
-    /// Read everything and compare, whatever a bitmap says.
-    pub compare: bool,
-    /// The operator says that this host is the domain's source from now on, whatever the replica knows.
-    pub take_over: bool,
-    pub audit: AuditOptions,
-    pub space: SpaceOptions,
-}
-
-/// What was found out about a disk beyond libvirt's view; gathered by the caller, so that planning stays pure.
-#[derive(Debug, Clone)]
-pub struct DiskFacts {
-    pub name: DiskName,
-    /// The chain to read: the live one, or for a domain that is off the resolved one; or why there is none.
-    pub chain: Result<Chain, String>,
-    /// Bytes the chain's images occupy, all together.
-    pub allocated_bytes: u64,
-    /// How the image will be read.
-    pub reader: String,
-    /// Where the overlay would lie; `None` if there is no such directory.
-    pub overlay_room: Option<Room>,
-    /// Whether the changes since the head are known.
-    pub tracked: Tracked,
-}
 
 /// Plans a run, by the capture that was chosen. Pure. Whether its overlays will have room is [`forecast`](crate::replicate::plan::forecast)'s.
 pub fn plan(
@@ -380,11 +208,6 @@ fn reserve(mode: Mode, size: DiskSize, head_size: Option<DiskSize>, facts: &Disk
     }
 }
 
-/// The reason of a comparison by digest that a bitmap would have saved.
-pub(super) fn compared(why: &str) -> String {
-    format!("{why}: every block is read and compared by digest")
-}
-
 /// The mode of a disk of which the head is damaged, and its reason. Where that is content, it is compared with what is
 /// really stored; where there is nothing to compare with any more, the disk starts anew.
 fn repair_mode(
@@ -398,13 +221,6 @@ fn repair_mode(
         true => (Mode::Full, format!("{found}: there is nothing to compare with, the disk starts anew")),
         false => (Mode::Digest, format!("{found}: every block is compared with what is really stored there")),
     })
-}
-
-fn in_words(damage: &HeadDamage) -> String {
-    match damage.beyond_repair {
-        true => "a damaged image or change list".to_owned(),
-        false => format!("{} damaged bytes", damage.bytes),
-    }
 }
 
 /// The mode, its reason, and whether a doubt about the tracking is that reason.

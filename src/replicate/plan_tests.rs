@@ -1,13 +1,15 @@
 //! A domain in a tiny notation, and what is planned for it.
 
 use super::*;
+use crate::block::digest::Digest;
 use crate::engine::stats::DiskStats;
 use crate::error::Kind;
 use crate::hypervisor::{BlockJob, BlockJobKind, Ended};
 use crate::image::Format;
-use crate::name::RunId;
+use crate::name::{DomainName, DomainUuid, PointId, RunId};
 use crate::replica::{Consistency, PointDisk, PointView};
 use crate::replicate::plan::capture_choice::{CommitFacts, choose};
+use crate::replicate::plan::facts::Room;
 use jiff::Timestamp;
 
 const UUID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
@@ -393,7 +395,7 @@ fn overlays_lie_beside_files_and_in_their_own_directory_for_devices() {
 
 #[test]
 fn a_long_name_of_an_image_leaves_room_for_those_of_its_overlay() {
-    use crate::replicate::capture::run_file;
+    use crate::replicate::capture::names::run_file;
     let run = RunId::from_bits(0x1234_5678_9abc_def0);
     let domain = domain("vda");
     let mut disk = plan(&domain, &facts(&domain), &replica(""), Generation(1), &PlanOptions::default()).disks.remove(0);

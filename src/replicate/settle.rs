@@ -22,9 +22,8 @@ use crate::error::{Error, Kind, Result, ResultExt};
 use crate::failpoint;
 use crate::file_id::Stamp;
 use crate::hypervisor::{Hypervisor, is_denied};
-use crate::image::chain;
 use crate::image::locks::QemuLock;
-use crate::image::{Chain, Format, Layer, qemu_img};
+use crate::image::{Chain, Format, Layer, chain, qemu_img};
 use crate::name::DiskName;
 use crate::replicate::settle::account::Account;
 use crate::replicate::settle::away::Away;
@@ -34,7 +33,8 @@ use crate::replicate::settle::decide::{
 use crate::replicate::settle::guard::PauseGuard;
 use crate::replicate::settle::observe::{Observation, observe};
 use crate::replicate::settle::options::SettleOptions;
-use crate::replicate::state::journal::{self, Journal, Record};
+use crate::replicate::state::journal::{self, Journal};
+use crate::replicate::state::record::Record;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -556,11 +556,11 @@ impl<'a> Settler<'a> {
         }
     }
 
-    fn disk(&self, name: &DiskName) -> &crate::replicate::state::journal::DiskRecord {
+    fn disk(&self, name: &DiskName) -> &crate::replicate::state::record::DiskRecord {
         self.record.disks.iter().find(|d| &d.name == name).expect("decide names disks of the record")
     }
 
-    fn disk_mut(&mut self, name: &DiskName) -> &mut crate::replicate::state::journal::DiskRecord {
+    fn disk_mut(&mut self, name: &DiskName) -> &mut crate::replicate::state::record::DiskRecord {
         self.record.disks.iter_mut().find(|d| &d.name == name).expect("decide names disks of the record")
     }
 

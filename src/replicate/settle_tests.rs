@@ -8,7 +8,9 @@ use crate::hypervisor::{
 use crate::name::DomainUuid;
 use crate::replicate::settle::guard::Unguarded;
 use crate::replicate::settle::halts::halt_error;
-use crate::replicate::state::journal::{DiskRecord, boot_id, tests::record};
+use crate::replicate::state::journal::boot_id;
+use crate::replicate::state::journal::tests::record;
+use crate::replicate::state::record::DiskRecord;
 use jiff::Timestamp;
 use std::path::Path;
 use std::sync::Mutex;

@@ -5,6 +5,7 @@ pub mod handover_record;
 pub(super) mod history;
 pub mod journal;
 pub(crate) mod locked_dir;
+pub mod record;
 pub mod report;
 pub mod source;
 pub mod stores;

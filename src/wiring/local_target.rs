@@ -1,6 +1,7 @@
 //! This host as a target that runs what it keeps: its store, its libvirt, and what the operator says of both.
 
-use super::{SiteOptions, one_of, start_deadman, stores};
+use super::source::{SiteOptions, start_deadman};
+use super::stores;
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::Power;
 use crate::hypervisor::firmware::Firmware;
@@ -15,11 +16,12 @@ use crate::recovery::mapping::{MacPolicy, Mapping};
 use crate::recovery::overlays::Overlays;
 use crate::recovery::ready::{self, Builds, Color, Finding, Question, Room};
 use crate::recovery::{definition_of, detach, drill, drills, overlays, suggest};
+use crate::replica::lookup::one_of;
 use crate::replica::root::StoreSeen;
 use crate::replica::store::{self, Store};
 use crate::replica::upkeep::Held;
 use crate::replica::{Attachment, PointView, ReplicaView};
-use crate::replicate::capture::space_watch::{free_bytes, may_make_files};
+use crate::replicate::free_space::{free_bytes, may_make_files};
 use crate::replicate::state::generation;
 use crate::replicate::state::handover_record::{self, DiskFormat};
 use jiff::Timestamp;

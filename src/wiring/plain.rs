@@ -1,6 +1,7 @@
 //! Plain images on this host and on others.
 
-use super::{Connection, open_options, workers};
+use super::connection::Connection;
+use super::host::{open_options, workers};
 use crate::error::Result;
 use crate::image::open::OpenOptions;
 use crate::plain::source::ReadOptions;

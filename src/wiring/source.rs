@@ -1,10 +1,12 @@
 //! This host as a source: the ports of its runs, over its libvirt and its own state.
 
-use super::*;
+use super::connection::Connection;
+use super::host::{long_id, runtime_dir};
+use crate::error::{Error, Kind, Result};
 use crate::hypervisor::libvirt::LibvirtHypervisor;
 use crate::hypervisor::stored_bitmaps::StoredBitmaps;
 use crate::image::open;
-use crate::name::RunId;
+use crate::name::{DomainUuid, RunId};
 use crate::recovery::drills::DrillRecord;
 use crate::recovery::failover::{self, FailoverRecord};
 use crate::recovery::{detach, drill, drills};
@@ -18,7 +20,11 @@ use crate::replicate::state::report::Report;
 use crate::replicate::state::source as source_id;
 use crate::replicate::state::{generation, handover_record, journal, stores};
 use crate::replicate::{compare, cycle, doctor, plan};
+use jiff::Timestamp;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 #[derive(Debug, Clone)]
 pub struct SiteOptions {

@@ -1,18 +1,22 @@
 //! Stores: the one of this host that an agent serves, and the one at the other end of a session.
 
-use super::long_id;
+use super::host::{long_id, open_options};
 use crate::agent::client::AgentClient;
 use crate::agent::server::{ReplicaOpener, Served};
+use crate::block::DiskSize;
 use crate::error::{Error, Kind, Result};
-use crate::name::{DomainName, DomainUuid, Generation, StoreId};
-use crate::replica::generation;
+use crate::hypervisor::releases;
+use crate::image::Layer;
+use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, StoreId};
 use crate::replica::root::{self, KnownStore, StoreSeen, StoreWish};
 use crate::replica::store::{self, Limits, Store};
+use crate::replica::{ReplicaView, adopt, generation, serve_nbd};
 use crate::replicate::state::stores;
 use crate::transport::target::{ROOT_DEFAULT, TargetUrl};
 use jiff::Timestamp;
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 /// Creates a store at `root` on this host, or finds that there is one.
 pub fn create(root: &Path) -> Result<StoreSeen> {
@@ -24,6 +28,50 @@ pub fn create(root: &Path) -> Result<StoreSeen> {
 pub fn open(root: &Path) -> Result<StoreSeen> {
     let root = absolute(root)?;
     root::open(&root, &StoreId::from_bits(long_id()?)).inspect(said)
+}
+
+/// How many images a disk of the newest point may consist of in a store on this host, unless somebody says otherwise:
+/// as many as its libvirt starts below an overlay. No connection is made for it.
+pub fn depth_max() -> u64 {
+    let most = Limits::default().depth_max;
+    #[cfg(feature = "libvirt")]
+    let libvirt = crate::hypervisor::libvirt::library_version();
+    #[cfg(not(feature = "libvirt"))]
+    let libvirt = None;
+    releases::images_max(libvirt).map_or(most, |images| most.min(images - 1))
+}
+
+/// Serves a disk of a point in the store at `root` on this host over NBD, read-only, on a unix socket, until `stop` is
+/// set or the server ends. Blocks. The point is leased meanwhile. `ready` is told when it serves.
+pub fn serve_nbd(
+    root: &Path,
+    uuid: &DomainUuid,
+    point: &PointId,
+    disk: &DiskName,
+    socket: &Path,
+    ready: &dyn Fn() -> Result<()>,
+    stop: &AtomicBool,
+) -> Result<()> {
+    let store = Store::within(&open(root)?, uuid, Timestamp::now)?;
+    serve_nbd::serve(&store, point, disk, socket, ready, stop)
+}
+
+/// Adopts the image at `top`, with all below it in its directory or below `backing`, as the seed of a disk in the store at `root` of this host. Returns its size
+/// and the bytes of data copied. Blocks as long as the storage needs.
+pub fn seed(
+    root: &Path,
+    uuid: &DomainUuid,
+    disk: &DiskName,
+    image: (&Layer, &[PathBuf]),
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<(DiskSize, u64)> {
+    let store = Store::within(&open(root)?, uuid, Timestamp::now)?;
+    adopt::adopt(&store, disk, image, &open_options(1), progress)
+}
+
+/// The replicas of a store on this host that have a point; as [`store::list`].
+pub fn replicas_of(root: &Path) -> Result<Vec<(DomainUuid, DomainName, ReplicaView)>> {
+    store::list(root)
 }
 
 fn absolute(root: &Path) -> Result<PathBuf> {

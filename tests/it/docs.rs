@@ -148,6 +148,33 @@ fn the_readme_claims_the_compiler_of_the_manifest() {
     assert!(fs::read_to_string(root().join("README.md")).unwrap().contains(&sentence), "README.md lacks: {sentence}");
 }
 
+/// Paths `src/….rs` in a text.
+fn sources_named(text: &str) -> Vec<String> {
+    let path = |at: usize| {
+        let rest = &text[at..];
+        let end = rest.find(|c: char| !(c.is_alphanumeric() || matches!(c, '/' | '_' | '.'))).unwrap_or(rest.len());
+        let end = rest[..end].rfind(".rs")? + ".rs".len();
+        Some(rest[..end].to_owned())
+    };
+    text.match_indices("src/").filter_map(|(at, _)| path(at)).collect()
+}
+
+#[test]
+fn every_source_file_that_is_named_exists() {
+    let mut missing = Vec::new();
+    let mut found = 0;
+    for (page, text) in pages() {
+        for path in sources_named(&text) {
+            found += 1;
+            if !root().join(&path).is_file() {
+                missing.push(format!("{}: {path}", page.display()));
+            }
+        }
+    }
+    assert!(found > 30, "found only {found} paths: looked in the wrong way");
+    assert!(missing.is_empty(), "no such file:\n{}", missing.join("\n"));
+}
+
 #[test]
 fn every_make_target_exists() {
     let makefile = fs::read_to_string(root().join("Makefile")).unwrap();
@@ -371,6 +398,7 @@ fn the_helpers_of_this_test_see_what_they_should() {
     assert_eq!(links(text), [(2, "a.md#b".to_owned()), (2, "../c".to_owned())]);
     assert_eq!(headings(text).iter().map(|h| anchor(h)).collect::<Vec<_>>(), ["a-b-c-d-e"]);
     assert_eq!(code(text).iter().flat_map(|c| subcommands(c)).collect::<Vec<_>>(), ["sync"]);
+    assert_eq!(sources_named("`src/a/b_c.rs`, (src/d.rs). src/no src/e.rs."), ["src/a/b_c.rs", "src/d.rs", "src/e.rs"]);
     assert_eq!(normal(Path::new("docs/a/../b.md")), Some("docs/b.md".into()));
     assert_eq!(normal(Path::new("../b.md")), None);
 }

@@ -5,7 +5,6 @@
 //! pings not counted. An answer that is long on its way, or a request behind megabytes on a thin link, keeps them
 //! from running out.
 
-use super::ClientOptions;
 use crate::agent::wire::{Request, bringup, upkeep};
 use crate::error::{Error, Kind};
 use std::time::Duration;
@@ -68,5 +67,31 @@ pub(super) fn of(request: &Request, options: &ClientOptions) -> Owed {
         Request::Upkeep { .. } => work("go on with its points"),
         Request::Plain { .. } => work("go on with the image"),
         Request::BringUp { .. } => work("go on with bringing the domain up"),
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct ClientOptions {
+    /// An agent that says nothing for this long is dead. Agents say something every few seconds.
+    pub silence: Duration,
+    /// How often the client says that it is alive. Well below the agent's patience.
+    pub ping_interval: Duration,
+    /// How long an agent that is alive may take for the answer to a question, and for work. Counted from the last
+    /// movement.
+    pub question: Duration,
+    pub work: Duration,
+    /// How long it may take for its goodbye.
+    pub goodbye: Duration,
+}
+
+impl Default for ClientOptions {
+    fn default() -> Self {
+        Self {
+            silence: Duration::from_secs(30),
+            ping_interval: Duration::from_secs(5),
+            question: QUESTION,
+            work: WORK,
+            goodbye: GOODBYE,
+        }
     }
 }

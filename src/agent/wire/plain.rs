@@ -1,7 +1,7 @@
 //! Requests and replies about plain images: what [`crate::plain::PlainTarget`] offers. Its digests and patches travel as those of
 //! a replica's disk.
 
-use super::Handle;
+use crate::agent::wire::handle::Handle;
 use crate::plain::tree::Make;
 use crate::plain::{Committed, Finish, ImageView, Whole, Wish};
 use serde::{Deserialize, Serialize};

@@ -1,8 +1,9 @@
 //! `policy`: are the policies right, what do they mean, when do they run.
 
+use crate::cli::daemon;
+use crate::cli::globals::Globals;
 use crate::cli::speak::output::{Exit, Output, print, print_json};
 use crate::cli::speak::render;
-use crate::cli::{Globals, daemon};
 use clap::{Args, Subcommand};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
@@ -166,7 +167,7 @@ fn domains(globals: &Globals) -> Result<Vec<SeenDomain>> {
 
 #[cfg(not(feature = "libvirt"))]
 fn domains(_: &Globals) -> Result<Vec<SeenDomain>> {
-    crate::cli::no_libvirt("policy")
+    crate::cli::globals::no_libvirt("policy")
 }
 
 fn selection(policies: &[Policy], config: &Config, globals: &Globals) -> Result<Selection> {

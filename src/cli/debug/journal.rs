@@ -10,9 +10,10 @@ use std::path::Path;
 use virt_replica::durable::DOCUMENT_MAX;
 use virt_replica::error::{Error, Kind, Result};
 use virt_replica::file_id::FileId;
-use virt_replica::replicate::capture::backup::BackupRecord;
+
 use virt_replica::replicate::look::{self, DOCUMENTS, Document, HISTORIES};
-use virt_replica::replicate::state::journal::{self, DiskRecord, Holder, OwedHook, Record, StoppedRecord};
+use virt_replica::replicate::state::journal::{self, Holder};
+use virt_replica::replicate::state::record::{BackupRecord, DiskRecord, OwedHook, Record, StoppedRecord};
 use virt_replica::replicate::state::report::{Report, RunOutcome};
 use virt_replica::words;
 

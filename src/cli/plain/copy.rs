@@ -1,7 +1,7 @@
 //! `copy`: images brought into step, here or over ssh.
 
 use super::copy_tree::{Job, Pair, job};
-use crate::cli::Globals;
+use crate::cli::globals::Globals;
 use crate::cli::plain::shared::{
     BackingArgs, FORMATS, WayArgs, absolute, format, listen, open_source, unless_stopped, watched,
 };

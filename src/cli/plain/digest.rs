@@ -1,6 +1,6 @@
 //! `digest`: the digests of an image in a file.
 
-use crate::cli::Globals;
+use crate::cli::globals::Globals;
 use crate::cli::plain::shared::{
     BackingArgs, FORMATS, OutFile, absolute, beside, listen, open_source, print_beside, unless_stopped, watched,
 };

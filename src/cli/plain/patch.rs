@@ -1,7 +1,7 @@
 //! `diff`, `apply` and `patch`: patches of plain images in files and pipes.
 
 use super::envelope::{KeyArgs, ProtectedOut, UnwrapArgs, WrapArgs};
-use crate::cli::Globals;
+use crate::cli::globals::Globals;
 use crate::cli::plain::shared::{
     BackingArgs, FORMATS, WayArgs, absolute, beside, format, input, listen, open_source, print_beside, unless_stopped,
     watched,

@@ -1,7 +1,7 @@
 //! `detach`: images of its own for a domain that was brought up on this host for good.
 
 use super::here::HereArgs;
-use crate::cli::Globals;
+use crate::cli::globals::Globals;
 use crate::cli::speak::output::{Exit, Output};
 use clap::{Args, ValueEnum};
 use virt_replica::error::Result;
@@ -45,7 +45,7 @@ impl From<WantedFormat> for DiskFormat {
 
 #[cfg(not(feature = "libvirt"))]
 pub fn detach(_: &DetachArgs, _: &Globals, _: Output) -> Result<Exit> {
-    crate::cli::no_libvirt("detach")
+    crate::cli::globals::no_libvirt("detach")
 }
 
 #[cfg(feature = "libvirt")]

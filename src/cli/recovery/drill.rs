@@ -1,7 +1,7 @@
 //! `drill`: boots a throw-away copy of a point on this host, and waits for evidence that it works.
 
 use super::here::HereArgs;
-use crate::cli::Globals;
+use crate::cli::globals::Globals;
 use crate::cli::speak::output::{Exit, Output};
 use clap::Args;
 use std::time::Duration;
@@ -32,7 +32,7 @@ pub struct DrillArgs {
 
 #[cfg(not(feature = "libvirt"))]
 pub fn drill(_: &DrillArgs, _: &Globals, _: Output) -> Result<Exit> {
-    crate::cli::no_libvirt("drill")
+    crate::cli::globals::no_libvirt("drill")
 }
 
 #[cfg(feature = "libvirt")]

@@ -2,7 +2,7 @@
 
 use super::handover::HandoverArgs;
 use super::here::HereArgs;
-use crate::cli::Globals;
+use crate::cli::globals::Globals;
 use crate::cli::speak::output::{Exit, Output};
 use clap::Args;
 use virt_replica::error::Result;
@@ -32,7 +32,7 @@ pub struct FailbackArgs {
 
 #[cfg(not(feature = "libvirt"))]
 pub fn failback(_: &FailbackArgs, _: &Globals, _: Output) -> Result<Exit> {
-    crate::cli::no_libvirt("failback")
+    crate::cli::globals::no_libvirt("failback")
 }
 
 #[cfg(feature = "libvirt")]

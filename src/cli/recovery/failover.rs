@@ -3,7 +3,7 @@
 
 use super::handover::HandoverArgs;
 use super::here::HereArgs;
-use crate::cli::Globals;
+use crate::cli::globals::Globals;
 use crate::cli::speak::output::{Exit, Output};
 use clap::{ArgGroup, Args};
 use virt_replica::error::Result;
@@ -53,7 +53,7 @@ pub struct FailoverArgs {
 
 #[cfg(not(feature = "libvirt"))]
 pub fn failover(_: &FailoverArgs, _: &Globals, _: Output) -> Result<Exit> {
-    crate::cli::no_libvirt("failover")
+    crate::cli::globals::no_libvirt("failover")
 }
 
 #[cfg(feature = "libvirt")]

@@ -1,7 +1,7 @@
 //! `give-way`: what this host has of a domain that lives elsewhere becomes a point of its own store.
 
 use super::here::HereArgs;
-use crate::cli::Globals;
+use crate::cli::globals::Globals;
 use crate::cli::speak::output::{Exit, Output};
 use crate::cli::target::CreateStore;
 use clap::Args;
@@ -25,7 +25,7 @@ pub struct GiveWayArgs {
 
 #[cfg(not(feature = "libvirt"))]
 pub fn give_way(_: &GiveWayArgs, _: &Globals, _: Output) -> Result<Exit> {
-    crate::cli::no_libvirt("give-way")
+    crate::cli::globals::no_libvirt("give-way")
 }
 
 #[cfg(feature = "libvirt")]

@@ -30,7 +30,7 @@ pub use act::{Prepared, abort, describe, planned};
 #[cfg(feature = "libvirt")]
 mod act {
     use super::*;
-    use crate::cli::Globals;
+    use crate::cli::globals::Globals;
     use crate::cli::run::source;
     use crate::cli::run::watch::Watcher;
     use crate::cli::speak::output::{Exit, Message, Output, print};

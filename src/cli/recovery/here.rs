@@ -22,7 +22,7 @@ pub use connect::connect;
 #[cfg(feature = "libvirt")]
 mod connect {
     use super::*;
-    use crate::cli::Globals;
+    use crate::cli::globals::Globals;
     use crate::cli::target::CreateStore;
     use std::path::Path;
     use virt_replica::error::Result;

@@ -2,7 +2,7 @@
 
 use super::detach::WantedFormat;
 use super::handover::HandoverArgs;
-use crate::cli::Globals;
+use crate::cli::globals::Globals;
 use crate::cli::run::limits::LinkArgs;
 use crate::cli::speak::output::{Exit, Output};
 use clap::Args;
@@ -63,7 +63,7 @@ fn next_time(time: Time, now: Timestamp, zone: TimeZone) -> std::result::Result<
 
 #[cfg(not(feature = "libvirt"))]
 pub fn migrate(_: &MigrateArgs, _: &Globals, _: Output) -> Result<Exit> {
-    crate::cli::no_libvirt("migrate")
+    crate::cli::globals::no_libvirt("migrate")
 }
 
 #[cfg(feature = "libvirt")]

@@ -1,7 +1,7 @@
 //! `ready`: whether a domain could be brought up on this host, or on a target, and what is missing.
 
 use super::here::HereArgs;
-use crate::cli::Globals;
+use crate::cli::globals::Globals;
 use crate::cli::speak::output::{Exit, Output, print, print_json};
 use crate::cli::speak::render;
 use crate::cli::target::{SshArgs, Target, hang_up};
@@ -91,7 +91,7 @@ fn here(args: &ReadyArgs, globals: &Globals) -> Result<Answer> {
 #[cfg(not(feature = "libvirt"))]
 fn here(args: &ReadyArgs, _: &Globals) -> Result<Answer> {
     let _ = &args.here;
-    crate::cli::no_libvirt("ready without --to")
+    crate::cli::globals::no_libvirt("ready without --to")
 }
 
 /// Of another host's words: printable ones only, a line each.

@@ -1,6 +1,6 @@
 //! `doctor`: what is left of runs that were cut short, in words, and the way back.
 
-use crate::cli::Globals;
+use crate::cli::globals::Globals;
 use crate::cli::speak::output::{Exit, Output};
 use clap::Args;
 use std::time::Duration;
@@ -24,7 +24,7 @@ pub struct DoctorArgs {
 
 #[cfg(not(feature = "libvirt"))]
 pub fn doctor(_: &DoctorArgs, _: &Globals, _: Output) -> Result<Exit> {
-    crate::cli::no_libvirt("doctor")
+    crate::cli::globals::no_libvirt("doctor")
 }
 
 #[cfg(feature = "libvirt")]

@@ -1,7 +1,7 @@
 //! The source side of this host, as the commands need it.
 
 use super::limits::throttle;
-use crate::cli::Globals;
+use crate::cli::globals::Globals;
 use crate::cli::target::Target;
 use virt_replica::config::Config;
 use virt_replica::error::Result;

@@ -1,7 +1,7 @@
 //! `sync` and `plan`: one run of one domain, done or only thought through.
 
 use super::limits::LimitArgs;
-use crate::cli::Globals;
+use crate::cli::globals::Globals;
 use crate::cli::speak::output::{Exit, Output};
 use crate::cli::target::{CreateStore, TargetArgs};
 use clap::Args;
@@ -124,12 +124,12 @@ fn parse_freeze_budget(text: &str) -> std::result::Result<Duration, String> {
 
 #[cfg(not(feature = "libvirt"))]
 pub fn sync(_: &SyncArgs, _: &Globals, _: Output) -> Result<Exit> {
-    crate::cli::no_libvirt("sync")
+    crate::cli::globals::no_libvirt("sync")
 }
 
 #[cfg(not(feature = "libvirt"))]
 pub fn plan(_: &PlanArgs, _: &Globals, _: Output) -> Result<Exit> {
-    crate::cli::no_libvirt("plan")
+    crate::cli::globals::no_libvirt("plan")
 }
 
 #[cfg(feature = "libvirt")]

@@ -1,6 +1,6 @@
 //! `verify`: a point against its own digests, or the live domain against its newest point.
 
-use crate::cli::Globals;
+use crate::cli::globals::Globals;
 use crate::cli::speak::output::{Exit, Message, Output, print};
 use crate::cli::speak::progress::bar;
 use crate::cli::speak::render;
@@ -145,7 +145,7 @@ fn against_source(
     _: &Target,
     _: Output,
 ) -> Result<Exit> {
-    crate::cli::no_libvirt("verify --against-source")
+    crate::cli::globals::no_libvirt("verify --against-source")
 }
 
 #[cfg(feature = "libvirt")]

@@ -2,7 +2,7 @@
 
 use super::output::Output;
 use super::progress;
-use crate::cli::Globals;
+use crate::cli::globals::Globals;
 use std::os::unix::fs::MetadataExt;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;

@@ -3,7 +3,7 @@
 use super::StatusArgs;
 use super::nagios::{self, Limits};
 use super::view::{Alarm, Head, HeadFrom, LastRun, Overlay, Ready, Row, Seen, describe, state};
-use crate::cli::Globals;
+use crate::cli::globals::Globals;
 use crate::cli::run::source;
 use crate::cli::speak::output::{Exit, Output, print, print_json};
 use crate::cli::speak::progress::say;
@@ -30,10 +30,9 @@ use virt_replica::replicate::settle::decide::{Action, decide};
 use virt_replica::replicate::settle::halts::halt_error;
 use virt_replica::replicate::settle::observe::observe;
 use virt_replica::replicate::settle::stopped;
-use virt_replica::replicate::state::handover_record;
 use virt_replica::replicate::state::journal::{self, Record};
 use virt_replica::replicate::state::report::{Report, RunOutcome};
-use virt_replica::replicate::state::stores;
+use virt_replica::replicate::state::{handover_record, stores};
 use virt_replica::transport::Service;
 use virt_replica::wiring::{Connection, Site};
 

@@ -1,6 +1,6 @@
 //! `export`: a disk of a point, as a file on this host, or over NBD on the host of the store.
 
-use crate::cli::Globals;
+use crate::cli::globals::Globals;
 use crate::cli::speak::output::{Exit, Message, Output, print};
 use crate::cli::speak::progress::bar;
 use crate::cli::speak::render;

@@ -1,7 +1,7 @@
 //! Finds a replica by the name of its domain. Names are not unique over time, and this host knows most: where it has a
 //! domain of that name, its UUID says which replica is meant.
 
-use crate::cli::Globals;
+use crate::cli::globals::Globals;
 use std::sync::Arc;
 use virt_replica::agent::client::AgentClient;
 use virt_replica::error::Result;

@@ -1,6 +1,6 @@
 //! `pin` and `unpin`: a point that is not to be removed.
 
-use crate::cli::Globals;
+use crate::cli::globals::Globals;
 use crate::cli::speak::output::{Exit, print, print_json};
 use crate::cli::target::{TargetArgs, hang_up};
 use clap::Args;

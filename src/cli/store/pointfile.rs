@@ -1,6 +1,6 @@
 //! `diff --point` and `apply --to`: whole recovery points in files and pipes.
 
-use crate::cli::Globals;
+use crate::cli::globals::Globals;
 use crate::cli::plain::envelope::{ProtectedOut, UnwrapArgs};
 use crate::cli::plain::patch::DiffArgs;
 use crate::cli::plain::shared::{beside, listen, print_beside, unless_stopped, watched};

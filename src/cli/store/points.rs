@@ -1,6 +1,6 @@
 //! `points`: what a target has of a domain. Works where the source, or its libvirt, is gone.
 
-use crate::cli::Globals;
+use crate::cli::globals::Globals;
 use crate::cli::speak::output::{Exit, Output, print, print_json};
 use crate::cli::speak::render;
 use crate::cli::target::{TargetArgs, hang_up};

@@ -1,7 +1,7 @@
 //! `prune`: which points go and why, and then their end; the same at the end of `sync --keep`.
 
 use super::shorten::{Shortened, keep_short};
-use crate::cli::Globals;
+use crate::cli::globals::Globals;
 use crate::cli::speak::output::{Exit, Message, Output, print};
 use crate::cli::speak::{render, signals};
 use crate::cli::target::{TargetArgs, hang_up};

@@ -1,6 +1,6 @@
 //! `scrub`: all points of a replica read again, as slowly as is wished; an interrupt leaves the rest to the next one.
 
-use crate::cli::Globals;
+use crate::cli::globals::Globals;
 use crate::cli::speak::output::{Exit, Message, Output, print};
 use crate::cli::speak::progress::{bar, say};
 use crate::cli::speak::{render, signals};

@@ -1,6 +1,6 @@
 //! `set-generation`: on a target, sets the generation of a replica right that a peer drove too far.
 
-use crate::cli::Globals;
+use crate::cli::globals::Globals;
 use crate::cli::speak::output::{Exit, Output, print, print_json};
 use clap::Args;
 use serde_json::json;

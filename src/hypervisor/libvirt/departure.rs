@@ -3,7 +3,8 @@
 use super::gate::{Failure, Repeat};
 use crate::error::Result;
 use crate::hypervisor::departure::{Asking, Custody};
-use crate::hypervisor::libvirt::{LibvirtHypervisor, lookup};
+use crate::hypervisor::libvirt::LibvirtHypervisor;
+use crate::hypervisor::libvirt::queries::lookup;
 use crate::hypervisor::xml;
 use crate::name::DomainUuid;
 use std::time::Duration;

@@ -4,14 +4,13 @@
 
 use super::gate::{Call, Failure, Line, Repeat};
 use crate::error::{Error, Kind, Result};
-use crate::hypervisor::Power;
-use crate::hypervisor::drill_network;
-use crate::hypervisor::firmware::{self, Loader};
-use crate::hypervisor::libvirt::{LibvirtHypervisor, lookup};
+use crate::hypervisor::element::escape;
+use crate::hypervisor::libvirt::LibvirtHypervisor;
+use crate::hypervisor::libvirt::queries::{firmware_for, lookup};
 use crate::hypervisor::machine::{self, Capabilities, HostView, Machine, Machines, Neighbour, NetworkView};
 use crate::hypervisor::releases::version_of;
 use crate::hypervisor::swtpm::{self, TpmPlace, TpmVersion};
-use crate::hypervisor::xml::{self, escape};
+use crate::hypervisor::{Power, drill_network, xml};
 use crate::name::DomainUuid;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -301,22 +300,6 @@ fn capabilities(conn: &Line<'_>, machine: &Machine) -> Result<Result<Capabilitie
         Ok(xml) => Ok(Ok(machine::parse_capabilities(&xml)?)),
         Err(e) if e.domain().is(virt::error::ErrorDomain::Rpc) => Err(e.into()),
         Err(e) => Ok(Err(crate::error::printable(e.message(), 200))),
-    }
-}
-
-/// libvirt is asked how it would call QEMU, which starts nothing and looks at no image.
-pub(in crate::hypervisor) fn firmware_for(conn: &Line<'_>, xml: &str) -> Result<Option<PathBuf>, Failure> {
-    match firmware::loader(xml)? {
-        Loader::None => Ok(None),
-        Loader::File(path) => Ok(Some(path)),
-        Loader::Chosen => match conn.domain_xml_to_native("qemu-argv", xml, 0) {
-            Ok(command) => Ok(firmware::in_command_line(&command)),
-            Err(e) if e.domain().is(virt::error::ErrorDomain::Rpc) => Err(e.into()),
-            Err(e) => {
-                tracing::debug!(said = e.message(), "libvirt does not say which firmware it would choose");
-                Ok(None)
-            }
-        },
     }
 }
 

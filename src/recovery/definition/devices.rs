@@ -1,13 +1,14 @@
 //! The devices of a definition: those that touch the host are made anew, the others go by their rule.
 
 use super::remark::Verdict;
-use super::render::{Check, Out, is_word, number, shown};
+use super::render::{Out, shown};
 use super::{Macs, Nics, Rendering, Tpm, rules};
 use crate::error::Result;
 use crate::hypervisor::releases;
 use crate::hypervisor::swtpm::TpmVersion;
 use crate::hypervisor::xml::{child, path_text};
 use crate::name::{DiskName, DomainUuid};
+use crate::recovery::definition::rule::{Check, is_word, number};
 use crate::recovery::mapping::Attach;
 use roxmltree::Node;
 use std::path::PathBuf;
@@ -145,7 +146,7 @@ impl Rendering<'_> {
     }
 
     /// The children of a device that have a rule; of the others the reason that there is.
-    fn inside_of(&mut self, node: Node, rules: &[super::render::Rule], path: &str) -> Result<()> {
+    fn inside_of(&mut self, node: Node, rules: &[crate::recovery::definition::rule::Rule], path: &str) -> Result<()> {
         for inner in node.children().filter(Node::is_element) {
             let name = inner.tag_name().name();
             let path = format!("{path}/{name}");
@@ -393,7 +394,7 @@ impl Rendering<'_> {
         Ok(())
     }
 
-    fn optional(&mut self, node: Node, rule: &super::render::Rule, path: &str) -> Result<()> {
+    fn optional(&mut self, node: Node, rule: &crate::recovery::definition::rule::Rule, path: &str) -> Result<()> {
         match child(node, rule.name) {
             Some(inner) => Out::copy(&mut self.out, inner, rule, &format!("{path}/{}", rule.name)),
             None => Ok(()),

@@ -6,8 +6,10 @@
 //! Terms: <https://libvirt.org/formatdomain.html>.
 
 use super::remark::Verdict::{self, LeftOut, Missing, Refused};
-use super::render::Check::{Count, Hex, OneOf, Replaced, Signed, Switch, Text, Word, WordBut};
-use super::render::{Check, Rule, el, needs, text};
+use crate::recovery::definition::rule::Check::{
+    self, Count, Hex, OneOf, Replaced, Signed, Switch, Text, Word, WordBut,
+};
+use crate::recovery::definition::rule::{Rule, el, needs, text};
 
 const UNIT: &[(&str, Check)] = &[("unit", Word)];
 const STATE: &[(&str, Check)] = &[("state", Switch)];

@@ -3,8 +3,9 @@
 
 use super::limits::{Limits, VCPUS_PLAIN_MAX};
 use super::remark::{Remark, Verdict};
-use super::render::{number, shown};
+use super::render::shown;
 use crate::hypervisor::xml::{child, children, text_of};
+use crate::recovery::definition::rule::number;
 use roxmltree::Node;
 
 /// Most memory that slots for more of it may lead to. QEMU refuses what the processor cannot address, and no host

@@ -16,16 +16,16 @@ use crate::failpoint;
 use crate::file_id::Stamp;
 use crate::hypervisor::backup::{Backup, BackupDisk, BackupJob};
 use crate::hypervisor::{Backups, DomainView, Hypervisor, Power};
-use crate::name::{DomainName, DomainUuid, RunId};
-use crate::replicate::capture::{Capture, Release, Source, Still, run_file};
-use crate::replicate::cycle::Ports;
-use crate::replicate::plan::{DiskPlan, Plan};
+use crate::name::{DomainUuid, RunId};
+use crate::replicate::capture::names::scratch_path;
+use crate::replicate::capture::still::{Capture, Release, Source, Still};
+use crate::replicate::plan::planned::{DiskPlan, Plan};
+use crate::replicate::run::Ports;
 use crate::replicate::settle::account::Account;
 use crate::replicate::settle::guard::PauseGuard;
 use crate::replicate::settle::stopped::{self, StoppedWatch};
 use crate::replicate::state::journal::{Journal, boot_id};
-use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
+use crate::replicate::state::record::BackupRecord;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -38,25 +38,6 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
 /// How long a job may take to end once libvirt was told.
 const END_WITHIN: Duration = Duration::from_secs(30);
-
-/// A backup that was, or may have been, begun, until nothing of it is left.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct BackupRecord {
-    /// Version of this document: 1.
-    pub format: u32,
-    pub run: RunId,
-    pub domain: DomainName,
-    pub uuid: DomainUuid,
-    /// libvirt's id of the instance it was begun on, and the boot of this host in which it has that id. For people: the
-    /// job is known by its files.
-    pub instance: Option<u32>,
-    pub boot: Option<String>,
-    /// The guest ran when the job was begun: an I/O error that has stopped it came later, and is ours.
-    #[serde(default)]
-    pub ran: bool,
-    pub backup: Backup,
-    pub started_at: Timestamp,
-}
 
 /// Disks as a running (or paused) domain's QEMU serves them.
 pub struct BackupCapture<'a> {
@@ -233,11 +214,6 @@ impl Capture for BackupCapture<'_> {
         stopped::conclude(hypervisor, self.journal, uuid, false, &mut account);
         Ok(Release { account, left_open })
     }
-}
-
-/// `DIR/STEM.vr-RUN.scratch.qcow2`, where the disk's overlay would lie.
-pub(in crate::replicate) fn scratch_path(disk: &DiskPlan, run: &RunId) -> PathBuf {
-    run_file(disk, run, "scratch.qcow2")
 }
 
 /// What to do about a recorded backup.

@@ -3,8 +3,9 @@
 use super::*;
 use crate::block::ByteRange;
 use crate::image::Layer;
-use crate::name::DiskName;
+use crate::name::{DiskName, DomainName};
 use crate::replicate::fake::FakeHypervisor;
+use jiff::Timestamp;
 
 /// What runs, and what was asked. `stuck`: the job does not end when it is told.
 struct Fake {

@@ -10,7 +10,8 @@ use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::hook::{Env, Hook};
 use crate::name::{DomainName, DomainUuid};
-use crate::replicate::state::journal::{Journal, OwedHook};
+use crate::replicate::state::journal::Journal;
+use crate::replicate::state::record::OwedHook;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 

@@ -8,9 +8,9 @@ use crate::image::Image;
 use crate::image::open::OpenOptions;
 use crate::name::DiskName;
 use crate::replicate::capture::space_watch::RoomWatch;
-use crate::replicate::capture::{Capture, Source, Still};
-use crate::replicate::cycle::{Run, stopped};
-use crate::replicate::plan::Plan;
+use crate::replicate::capture::still::{Capture, Source, Still};
+use crate::replicate::plan::planned::Plan;
+use crate::replicate::run::{Run, stopped};
 use crate::replicate::target_gate::{TargetGate, watched};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -21,41 +21,41 @@ pub(in crate::replicate) type ReadDisk<'a, T> =
 
 /// How the disks of one run stand still.
 pub(in crate::replicate) struct Standing<'a> {
+    pub run: &'a Run<'a>,
     pub plan: &'a Plan,
     pub still: &'a Still,
     pub capture: &'a dyn Capture,
     pub gate: &'a TargetGate,
 }
 
-impl Run<'_> {
+impl Standing<'_> {
     /// Runs `body` while a thread of its own watches the limits: age and size of the overlays, room, signals. A
     /// limit that is reached cuts every wait for the target, however little of the disks moves.
-    pub(in crate::replicate) fn while_held<T>(&self, standing: &Standing, body: impl FnOnce() -> T) -> T {
-        let room = RoomWatch::new(standing.plan, &self.request.run, &self.request.plan.space);
-        let (stop, clock, frozen_at) = (self.stop, self.ports.clock, standing.still.frozen_at);
+    pub(in crate::replicate) fn while_held<T>(&self, body: impl FnOnce() -> T) -> T {
+        let room = RoomWatch::new(self.plan, &self.run.request.run, &self.run.request.plan.space);
+        let (stop, clock, frozen_at) = (self.run.stop, self.run.ports.clock, self.still.frozen_at);
         let good = || {
             if stop.load(Ordering::Relaxed) {
                 return Err(stopped());
             }
             room.check(&|| clock().duration_since(frozen_at))
         };
-        watched(standing.gate.cut(), &good, body)
+        watched(self.gate.cut(), &good, body)
     }
 
     /// Opens a frozen image, lets `read` work on it, and closes it however that ended: it must be closed before the
     /// commit starts.
     pub(in crate::replicate) fn read_disk<T>(
         &self,
-        standing: &Standing,
         (name, source): &(DiskName, Source),
         dirty: Option<Vec<ByteRange>>,
         read: ReadDisk<T>,
     ) -> Result<T> {
-        let planned = standing.plan.disk(name).expect("what was frozen was planned");
-        let options = OpenOptions { force_share: standing.still.may_start, ..self.request.open.clone() };
+        let planned = self.plan.disk(name).expect("what was frozen was planned");
+        let options = OpenOptions { force_share: self.still.may_start, ..self.run.request.open.clone() };
         let opened = match source {
-            Source::Chain(chain) => (self.ports.open_image)(chain, &options)?,
-            Source::Export { socket, name } => (self.ports.open_export)(socket, name, &options)?,
+            Source::Chain(chain) => (self.run.ports.open_image)(chain, &options)?,
+            Source::Export { socket, name } => (self.run.ports.open_export)(socket, name, &options)?,
         };
         if opened.image.size() != planned.size {
             let (was, is) = (planned.size, opened.image.size());
@@ -64,7 +64,7 @@ impl Run<'_> {
         }
         failpoint!("5a");
         let shipment = Shipment {
-            uuid: standing.plan.uuid.clone(),
+            uuid: self.plan.uuid.clone(),
             disk: name.clone(),
             size: planned.size,
             head: planned.head,
@@ -72,20 +72,20 @@ impl Run<'_> {
             reason: planned.reason.clone(),
             dirty,
             compare_only: false,
-            workers: self.request.workers,
-            compression: self.request.compression,
-            throttle: self.request.throttle.clone(),
+            workers: self.run.request.workers,
+            compression: self.run.request.compression,
+            throttle: self.run.request.throttle.clone(),
         };
         let progress = Arc::new(Progress::default());
-        self.watch.disk(name, planned.size.0, planned.mode, &progress);
+        self.run.watch.disk(name, planned.size.0, planned.mode, &progress);
         let still_good = || {
-            self.watch.tick();
+            self.run.watch.tick();
             failpoint!("5b");
-            if self.stop.load(Ordering::Relaxed) {
+            if self.run.stop.load(Ordering::Relaxed) {
                 return Err(stopped());
             }
-            standing.gate.cut().check()?;
-            standing.capture.check()
+            self.gate.cut().check()?;
+            self.capture.check()
         };
         let result = read(opened.image.as_ref(), &shipment, &progress, &still_good);
         let closed = opened.close();

@@ -7,12 +7,13 @@
 //! for. When one comes near its end, the run is cut short: no point is made, and the overlays are committed at
 //! once, while there still is room for what the guest writes meanwhile.
 
-use super::backup::scratch_path;
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, RunId};
-use crate::replicate::capture::overlay_path;
-use crate::replicate::plan::forecast::{OverlayLimits, SpaceOptions};
-use crate::replicate::plan::{CaptureKind, Plan};
+use crate::replicate::capture::names::{overlay_path, scratch_path};
+use crate::replicate::free_space::free_bytes;
+use crate::replicate::plan::CaptureKind;
+use crate::replicate::plan::options::{OverlayLimits, SpaceOptions};
+use crate::replicate::plan::planned::Plan;
 use crate::units::{duration, exact_bytes};
 use jiff::SignedDuration;
 use std::os::unix::fs::MetadataExt;
@@ -23,16 +24,6 @@ const CRITICAL_PART: u64 = 4;
 
 /// Least of it: a floor set to nothing still leaves the guest a moment.
 const CRITICAL_MIN: u64 = 8 << 20;
-
-/// Whether this process may make and remove files in a directory; one that is not there is somebody else's question.
-#[cfg(feature = "libvirt")]
-pub(crate) fn may_make_files(dir: &Path) -> std::io::Result<()> {
-    use rustix::fs::{Access, AtFlags, CWD, accessat};
-    match accessat(CWD, dir, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS) {
-        Err(e) if e != rustix::io::Errno::NOENT => Err(e.into()),
-        _ => Ok(()),
-    }
-}
 
 /// The room of one run's overlays.
 pub(in crate::replicate) struct RoomWatch {
@@ -133,12 +124,6 @@ fn cut_short(capture: CaptureKind, overlay: &Overlay, free_bytes: u64) -> Error 
     )
     .disk(&overlay.disk)
     .hint("free space there, choose a larger file system with --overlay-dir, or run when the guest writes less")
-}
-
-/// Free bytes for an unprivileged writer, as QEMU is one; `None` where there is no such directory.
-pub(crate) fn free_bytes(dir: &Path) -> Option<u64> {
-    let s = rustix::fs::statvfs(dir).ok()?;
-    Some(s.f_bavail.saturating_mul(s.f_frsize))
 }
 
 /// Bytes that a file takes on its file system; one that cannot be looked at takes none.

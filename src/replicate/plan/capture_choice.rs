@@ -4,55 +4,8 @@
 
 use crate::hypervisor::{Confinement, Power};
 use crate::name::DiskName;
+pub use crate::replicate::plan::options::{CaptureKind, CaptureWish};
 use crate::replicate::state::report::{Report, RunOutcome};
-use serde::{Deserialize, Serialize};
-
-/// How the disks are made to stand still.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum CaptureKind {
-    /// An overlay over each disk while it is read, committed afterwards.
-    Overlay,
-    /// A backup job of libvirt's in pull mode: QEMU serves the disks as they were.
-    Backup,
-    /// The domain is off: nothing is frozen, and a start is noticed.
-    Off,
-}
-
-impl CaptureKind {
-    /// Step 7, to an operator.
-    pub fn release_words(self) -> &'static str {
-        match self {
-            CaptureKind::Overlay => "commit the overlays",
-            CaptureKind::Backup => "end the backup",
-            CaptureKind::Off => "let go of the images",
-        }
-    }
-}
-
-/// What the operator asked for.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum CaptureWish {
-    #[default]
-    Overlay,
-    Backup,
-    /// By overlay, unless something is known that could keep it from being committed.
-    Auto,
-}
-
-impl std::str::FromStr for CaptureWish {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "overlay" => Ok(CaptureWish::Overlay),
-            "backup" => Ok(CaptureWish::Backup),
-            "auto" => Ok(CaptureWish::Auto),
-            _ => Err(format!("'{text}' is not a way to capture: overlay, backup or auto")),
-        }
-    }
-}
 
 /// The choice, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,6 +1,5 @@
 //! Why a run must not begin: the facts, their kind and the way out.
 
-use super::rights::Hindrance;
 use crate::error::Kind;
 use crate::name::{DiskName, Generation};
 use crate::replica::upkeep::Promoted;
@@ -151,4 +150,15 @@ impl std::fmt::Display for Conflict {
             Conflict::Unreadable { why, .. } => write!(f, "its image cannot be read: {why}"),
         }
     }
+}
+
+/// A right that is missing, or a name that the file system does not take.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Hindrance {
+    pub disk: DiskName,
+    pub path: PathBuf,
+    /// A sentence.
+    pub why: String,
+    #[serde(skip)]
+    pub advice: &'static str,
 }

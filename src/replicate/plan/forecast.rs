@@ -10,49 +10,16 @@ use crate::block::BLOCK_LEN;
 use crate::engine::stats::Mode;
 use crate::name::DiskName;
 use crate::replica::{PointDisk, ReplicaView};
+use crate::replicate::plan::CaptureKind;
 use crate::replicate::plan::conflict::Conflict;
-use crate::replicate::plan::{CaptureKind, DiskFacts, DiskPlan, OVERLAY_SPACE_MIN, Plan};
+use crate::replicate::plan::facts::{DiskFacts, Room};
+pub use crate::replicate::plan::options::{OverlayLimits, SpaceOptions};
+use crate::replicate::plan::planned::{DiskPlan, Plan};
 use crate::replicate::state::report::Report;
 use crate::replicate::tracking::bitmap_rotation::Tracked;
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
-
-/// What is kept free.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct SpaceOptions {
-    /// Where overlays lie, beside what they are expected to grow to.
-    pub min_free_source_bytes: u64,
-    pub overlay: OverlayLimits,
-}
-
-/// How far an overlay, or a scratch file, may go before its run is cut short.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct OverlayLimits {
-    /// Of each.
-    pub bytes_max: Option<u64>,
-    /// Since the freeze.
-    pub age_max: Option<Duration>,
-}
-
-impl Default for SpaceOptions {
-    fn default() -> Self {
-        Self { min_free_source_bytes: OVERLAY_SPACE_MIN, overlay: OverlayLimits::default() }
-    }
-}
-
-/// Where a disk's overlay would lie.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Room {
-    /// Tells the file system from others: overlays on the same one share its room.
-    pub file_system: u64,
-    pub free_bytes: u64,
-    /// The image that the overlay is committed into lies on it too.
-    pub beside_image: bool,
-}
 
 /// A domain is held for this long beside the reading: to connect, to seal, to commit.
 const HOLD_FIXED: Duration = Duration::from_secs(10);

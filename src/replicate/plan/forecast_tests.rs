@@ -8,6 +8,7 @@ use crate::image::{Chain, Format, Layer};
 use crate::name::{DomainName, DomainUuid, Generation, PointId, RunId};
 use crate::replica::{Consistency, PointView};
 use crate::replicate::capture::quiesce::Quiesce;
+use crate::replicate::plan::options::OVERLAY_SPACE_MIN;
 use crate::replicate::state::report::RunOutcome;
 
 const MIB: u64 = 1 << 20;

@@ -5,7 +5,7 @@
 
 use crate::hypervisor::{DomainView, Ended};
 use crate::replica::Consistency;
-use crate::replicate::capture::Still;
+use crate::replicate::capture::still::Still;
 
 /// The label of a point of a domain that is off, and what is known beside it.
 pub fn of_off(domain: &DomainView) -> (Consistency, Option<String>) {

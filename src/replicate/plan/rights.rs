@@ -7,13 +7,13 @@
 
 use crate::error::Error;
 use crate::hypervisor::Backups;
-use crate::name::{DiskName, RunId};
-use crate::replicate::capture::backup::scratch_path;
-use crate::replicate::capture::overlay_path;
-use crate::replicate::plan::{CaptureKind, Plan};
+use crate::name::RunId;
+use crate::replicate::capture::names::{overlay_path, scratch_path};
+use crate::replicate::plan::CaptureKind;
+use crate::replicate::plan::conflict::Hindrance;
+use crate::replicate::plan::planned::Plan;
 use rustix::fs::{Access, AtFlags, CWD, accessat};
 use rustix::io::Errno;
-use serde::Serialize;
 use std::error::Error as _;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -29,17 +29,6 @@ const ROOT: &str = "run it as root (sudo), or give it the capabilities CAP_DAC_O
 
 /// What is longest behind an overlay's name while it is put away.
 const PUT_AWAY: &str = ".retired";
-
-/// A right that is missing, or a name that the file system does not take.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Hindrance {
-    pub disk: DiskName,
-    pub path: PathBuf,
-    /// A sentence.
-    pub why: String,
-    #[serde(skip)]
-    pub advice: &'static str,
-}
 
 /// This process, as far as the kernel asks who it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

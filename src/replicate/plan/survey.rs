@@ -2,28 +2,27 @@
 //!
 //! Reads headers and file systems; touches nothing. Deciding is [`plan`](crate::replicate::plan)'s.
 
-use super::forecast::{self, Room};
-use super::rights;
+use super::{forecast, rights};
 use crate::error::Result;
 use crate::hypervisor::backup::BackupJob;
 use crate::hypervisor::{DiskKind, DiskView, DomainView, Power};
-use crate::image::chain;
 use crate::image::open::EXPORT;
-use crate::image::{Chain, Format, qemu_img};
+use crate::image::{Chain, Format, chain, qemu_img};
 use crate::name::DiskName;
 use crate::replica::{PointView, ReplicaView};
 use crate::replicate::attachments::describe;
-use crate::replicate::capture::space_watch::free_bytes;
-use crate::replicate::cycle::{Ports, Request};
-use crate::replicate::plan::capture_choice::{self, CaptureKind, CaptureWish, CommitFacts, choose};
+use crate::replicate::free_space::free_bytes;
+use crate::replicate::plan::capture_choice::{CommitFacts, choose};
 use crate::replicate::plan::conflict::Conflict;
-use crate::replicate::plan::{DiskFacts, Plan, overlay_dir, plan};
+use crate::replicate::plan::facts::{DiskFacts, Room};
+use crate::replicate::plan::options::{CaptureKind, CaptureWish};
+use crate::replicate::plan::planned::Plan;
+use crate::replicate::plan::{capture_choice, overlay_dir, plan};
+use crate::replicate::run::{Ports, Request};
 use crate::replicate::settle::observe;
 use crate::replicate::state::generation::generation;
-use crate::replicate::state::handover_record;
-use crate::replicate::state::journal;
 use crate::replicate::state::report::Report;
-use crate::replicate::state::stores;
+use crate::replicate::state::{handover_record, journal, stores};
 use crate::replicate::tracking::bitmap_rotation::{self, Tracked};
 use crate::replicate::tracking::failover_bitmap;
 use std::os::unix::fs::MetadataExt;

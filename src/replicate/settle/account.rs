@@ -1,6 +1,6 @@
 //! What was done to bring a domain home, for its report.
 
-use super::stopped::GuestStopped;
+use crate::replicate::state::record::GuestStopped;
 use std::time::Duration;
 
 /// How often and how long the guest's vCPUs were held.

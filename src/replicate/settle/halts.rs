@@ -3,7 +3,7 @@
 use super::decide::{Halt, HaltReason};
 use crate::error::{Error, Kind};
 use crate::file_id::Stamp;
-use crate::replicate::state::journal::Record;
+use crate::replicate::state::record::Record;
 
 /// What tells the recorded file from the one that is there, where that is why nothing is touched.
 fn difference(record: &Record, halt: &Halt) -> String {

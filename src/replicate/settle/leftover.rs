@@ -6,14 +6,12 @@ use super::observe::record_in_domain;
 use super::stopped;
 use crate::error::Result;
 use crate::name::DomainUuid;
-use crate::replicate::capture::backup;
-use crate::replicate::capture::freeze_hooks;
-use crate::replicate::capture::pending;
-use crate::replicate::capture::quiesce;
-use crate::replicate::cycle::Ports;
+use crate::replicate::capture::{backup, freeze_hooks, pending, quiesce};
+use crate::replicate::run::Ports;
 use crate::replicate::settle::options::SettleOptions;
 use crate::replicate::settle::{Goal, Outcome, Settler};
-use crate::replicate::state::journal::{Journal, Record};
+use crate::replicate::state::journal::Journal;
+use crate::replicate::state::record::Record;
 
 /// Settles one domain from its open record, if it has one. Returns the record that was found, what was done, and what
 /// is left open.

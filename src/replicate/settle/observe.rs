@@ -7,10 +7,10 @@ use crate::block::{BLOCK_LEN, DiskSize};
 use crate::error::{Error, Kind, Result, ResultExt};
 use crate::file_id::Stamp;
 use crate::hypervisor::{BlockJobKind, DiskView, DomainView, Hypervisor, Power};
-use crate::image::chain;
-use crate::image::{Chain, Layer};
+use crate::image::{Chain, Layer, chain};
 use crate::name::{DiskName, DomainUuid};
-use crate::replicate::state::journal::{DiskRecord, Record, boot_id};
+use crate::replicate::state::journal::boot_id;
+use crate::replicate::state::record::{DiskRecord, Record};
 use std::path::Path;
 
 /// What was seen of a domain with an open record.

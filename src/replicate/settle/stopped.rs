@@ -11,9 +11,10 @@ use super::account::Account;
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::{DiskKind, DomainView, Hypervisor, PauseReason};
 use crate::name::{DiskName, DomainUuid, RunId};
-use crate::replicate::capture::space_watch::free_bytes;
-use crate::replicate::state::journal::{Journal, StoppedRecord, boot_id};
-use serde::{Deserialize, Serialize};
+use crate::replicate::free_space::free_bytes;
+use crate::replicate::state::journal::{Journal, boot_id};
+pub use crate::replicate::state::record::GuestStopped;
+use crate::replicate::state::record::StoppedRecord;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -27,15 +28,6 @@ const WATCHED_FOR: Duration = Duration::from_secs(1);
 
 /// libvirt is asked this often, while disks are read, whether the guest still runs.
 const ASK_EVERY: Duration = Duration::from_secs(1);
-
-/// A guest that an I/O error has stopped, for reports.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct GuestStopped {
-    /// It runs again.
-    pub resumed: bool,
-    /// What happened, and what to do: a sentence.
-    pub why: String,
-}
 
 /// An image that the guest writes to.
 #[derive(Debug, Clone, PartialEq, Eq)]

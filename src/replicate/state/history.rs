@@ -80,7 +80,7 @@ const ROOM_MIN: u64 = 1 << 20;
 /// Refuses a freeze whose commit could not be recorded: without room for the record the guest would stay on its
 /// overlay.
 pub(in crate::replicate) fn check_room(dir: &Path) -> Result<()> {
-    let free_bytes = crate::replicate::capture::space_watch::free_bytes(dir).unwrap_or(u64::MAX);
+    let free_bytes = crate::replicate::free_space::free_bytes(dir).unwrap_or(u64::MAX);
     if free_bytes >= ROOM_MIN {
         return Ok(());
     }

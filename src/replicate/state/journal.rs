@@ -10,16 +10,14 @@
 //!
 //! Format: docs/formats/journal.md.
 
-use crate::block::DiskSize;
 use crate::durable::{denied, read_json, remove_durably, replace, replace_json, sync_dir, to_json};
 use crate::error::{Error, Kind, Result};
 use crate::file_id::{BootId, FileId, Stamp};
 use crate::flock::Flock;
-use crate::image::Layer;
-use crate::name::{DiskName, DomainName, DomainUuid, PointId, RunId};
-use crate::replicate::capture::backup::BackupRecord;
-use crate::replicate::settle::decide::Phase;
+use crate::name::DomainUuid;
 use crate::replicate::state::history::{self, HISTORY};
+use crate::replicate::state::record::{BackupRecord, OwedHook, StoppedRecord};
+pub use crate::replicate::state::record::{DiskRecord, Record};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
@@ -46,94 +44,6 @@ const DEADMAN_WITHIN: Duration = Duration::from_secs(20);
 
 /// Where this host keeps its own state.
 pub const STATE_DIR: &str = "/var/lib/virt-replica/source";
-
-/// A program that has to be run because another was, before the freeze.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct OwedHook {
-    pub command: Vec<String>,
-    pub timeout_s: u64,
-    pub env: Vec<(String, String)>,
-}
-
-/// A guest that ran when its disks were frozen, and that QEMU stopped for an I/O error since: ours to let go.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StoppedRecord {
-    /// The run that had frozen its disks.
-    pub run: RunId,
-    /// libvirt's id of the instance, and the boot of this host in which it has that id.
-    pub instance: Option<u32>,
-    pub boot: Option<String>,
-}
-
-/// A run that has (or may have) changed something at the source, until it has been put right.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Record {
-    /// Version of this document: 1.
-    pub format: u32,
-    pub run: RunId,
-    pub domain: DomainName,
-    pub uuid: DomainUuid,
-    /// libvirt's id of the instance that was frozen.
-    pub instance: Option<u32>,
-    /// The boot of this host in which it has that id: libvirt counts anew after each.
-    #[serde(default)]
-    pub boot: Option<String>,
-    pub persistent: bool,
-    pub phase: Phase,
-    /// We paused, or were about to pause, a domain that ran.
-    pub resume_after: bool,
-    /// The guest ran when its disks were frozen: an I/O error that has stopped it came later, and is ours.
-    #[serde(default)]
-    pub ran: bool,
-    /// libvirt's id of the instance whose QEMU was refused to write to a base; in the boot above.
-    #[serde(default)]
-    pub commit_denied: Option<u32>,
-    pub disks: Vec<DiskRecord>,
-    pub started_at: Timestamp,
-    /// When the disks stood still; set with [`Phase::Frozen`].
-    pub frozen_at: Option<Timestamp>,
-    /// The point that the run led to, once it was sealed.
-    pub point: Option<PointId>,
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct DiskRecord {
-    pub name: DiskName,
-    /// The image that was frozen and that the domain is to end on: as planned, then as seen right below our overlay.
-    pub base: Layer,
-    pub overlay: PathBuf,
-    pub size: DiskSize,
-    /// Set with [`Phase::Frozen`]: the base as it stood, to notice a stranger's writes.
-    pub base_stamp: Option<Stamp>,
-    /// Set with [`Phase::Frozen`]: the overlay's identity.
-    pub overlay_id: Option<FileId>,
-    /// The base is complete, and the overlay was like this when that was seen.
-    pub complete_at: Option<Stamp>,
-    /// Only the running instance had the disk: when that is over no definition names it, and our record is all there is.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub live_only: bool,
-    /// A commit by `qemu-img` was begun: if the base has changed since the freeze, that is why.
-    #[serde(default)]
-    pub off_commit: bool,
-}
-
-impl DiskRecord {
-    /// The overlay's name once it is retired. The kind of name that no tool opens by itself.
-    pub fn retired(&self) -> PathBuf {
-        suffixed(&self.overlay, ".retired")
-    }
-
-    /// The overlay's name once it is set aside for a person.
-    pub fn kept(&self) -> PathBuf {
-        suffixed(&self.overlay, ".kept")
-    }
-}
-
-fn suffixed(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    PathBuf::from(name)
-}
 
 /// One domain's directory of state, with its lock held: one hand on a domain at a time. Released when dropped, also by
 /// `kill -9`.
@@ -412,7 +322,10 @@ pub(in crate::replicate) fn known_version(format: u32, path: &Path) -> Result<()
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::image::Format;
+    use crate::block::DiskSize;
+    use crate::image::{Format, Layer};
+    use crate::name::{DiskName, DomainName, RunId};
+    use crate::replicate::settle::decide::Phase;
 
     pub(crate) fn record(phase: Phase) -> Record {
         Record {

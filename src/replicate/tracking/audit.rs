@@ -18,7 +18,6 @@ use crate::engine::stats::{AuditStats, Mode};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::name::{DiskName, RunId};
-use crate::replicate::cycle::Run;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use std::sync::Mutex;
@@ -90,29 +89,36 @@ impl Found {
     }
 }
 
-impl Run<'_> {
-    /// Audits a disk that is planned by bitmap. If the bitmap lied, the shipment that is returned compares every block.
-    pub(in crate::replicate) fn audited(
-        &self,
-        image: &dyn Image,
-        replica: &dyn DiskTarget,
-        shipment: &Shipment,
-        plan: Option<&AuditPlan>,
-        still_good: StillGood,
-    ) -> Result<(Shipment, Option<AuditStats>)> {
-        let (Mode::Bitmap, Some(dirty), Some(plan)) = (shipment.mode, &shipment.dirty, plan) else {
-            return Ok((shipment.clone(), None));
-        };
-        let auditor = Auditor { image, replica, disk: &shipment.disk, size: shipment.size, dirty };
-        let stats = auditor.run(plan, &self.request.run, shipment.workers, still_good)?;
-        if stats.lies == 0 {
-            return Ok((shipment.clone(), Some(stats)));
-        }
-        let reason = lie(&stats);
-        self.alarm(format!("disk '{}': {reason}", shipment.disk));
-        let reason = format!("{reason}; every block was read and compared by digest");
-        Ok((Shipment { mode: Mode::Digest, dirty: None, reason, ..shipment.clone() }, Some(stats)))
+/// What an audit leads to.
+pub(in crate::replicate) struct Audited {
+    /// What is to be shipped: if the bitmap lied, every block is compared.
+    pub shipment: Shipment,
+    pub stats: Option<AuditStats>,
+    /// The lie, for the operator.
+    pub alarm: Option<String>,
+}
+
+/// Audits a disk that is planned by bitmap. Another one is shipped as it is planned.
+pub(in crate::replicate) fn audited(
+    (image, replica): (&dyn Image, &dyn DiskTarget),
+    shipment: &Shipment,
+    plan: Option<&AuditPlan>,
+    run: &RunId,
+    still_good: StillGood,
+) -> Result<Audited> {
+    let (Mode::Bitmap, Some(dirty), Some(plan)) = (shipment.mode, &shipment.dirty, plan) else {
+        return Ok(Audited { shipment: shipment.clone(), stats: None, alarm: None });
+    };
+    let auditor = Auditor { image, replica, disk: &shipment.disk, size: shipment.size, dirty };
+    let stats = auditor.run(plan, run, shipment.workers, still_good)?;
+    if stats.lies == 0 {
+        return Ok(Audited { shipment: shipment.clone(), stats: Some(stats), alarm: None });
     }
+    let reason = lie(&stats);
+    let alarm = Some(format!("disk '{}': {reason}", shipment.disk));
+    let reason = format!("{reason}; every block was read and compared by digest");
+    let shipment = Shipment { mode: Mode::Digest, dirty: None, reason, ..shipment.clone() };
+    Ok(Audited { shipment, stats: Some(stats), alarm })
 }
 
 /// A lie in words.

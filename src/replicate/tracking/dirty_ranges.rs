@@ -1,24 +1,22 @@
 //! The dirty bitmaps of one run: what they mark while everything stands still, and which of them stay afterwards.
 //!
-//! The words of [`turnover`], applied to the run's disks. A doubt costs a disk a comparison, never the run its point (I7).
+//! The words of [`bitmap_rotation`], applied to the run's disks. A doubt costs a disk a comparison, never the run its point (I7).
 
 use crate::block::ByteRange;
 use crate::engine::pump::Shipment;
 use crate::engine::stats::Mode;
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::{Power, Tracking};
-use crate::image::chain;
-use crate::image::{Image, Layer};
+use crate::image::{Image, Layer, chain};
 use crate::name::DiskName;
 use crate::replica::{PointDisk, PointView, Replica};
-use crate::replicate::capture::{Source, Still};
-use crate::replicate::cycle::Run;
-use crate::replicate::plan::{CaptureKind, Plan, compared};
+use crate::replicate::capture::still::{Source, Still};
+use crate::replicate::plan::CaptureKind;
+use crate::replicate::plan::planned::{Plan, compared};
+use crate::replicate::run::{Ports, Request};
 use crate::replicate::state::report::Report;
 use crate::replicate::state::stores;
-use crate::replicate::tracking::bitmap_rotation;
-use crate::replicate::tracking::end_of_disk;
-use crate::replicate::tracking::failover_bitmap;
+use crate::replicate::tracking::{bitmap_rotation, end_of_disk, failover_bitmap};
 use std::collections::BTreeMap;
 
 /// The ranges to ship of each disk that is planned by bitmap.
@@ -58,7 +56,13 @@ pub(in crate::replicate) fn doubted_again(plan: &Plan, point: &PointView) -> Vec
     point.disks.iter().filter_map(again).collect()
 }
 
-impl Run<'_> {
+/// The bitmaps of one run's disks.
+pub(in crate::replicate) struct Bitmaps<'a> {
+    pub ports: &'a Ports<'a>,
+    pub request: &'a Request,
+}
+
+impl Bitmaps<'_> {
     /// Where the bitmaps of the plan's disks are now; `None` if the domain has gone.
     fn shelf(&self, plan: &Plan) -> Option<Shelf<'_>> {
         let off = self.ports.hypervisor.observe_without_sizes(&plan.uuid).ok()?.power == Power::Off;
@@ -72,7 +76,7 @@ impl Run<'_> {
     }
 
     /// Step 3c: this run's own bitmap on every disk. Returns what is not tracked from here on, in words.
-    pub(in crate::replicate) fn begin_bitmaps(&self, plan: &Plan) -> Vec<String> {
+    pub(in crate::replicate) fn begin(&self, plan: &Plan) -> Vec<String> {
         let name = |layer: &Layer| self.successor(layer);
         // A domain that has gone since it was planned: the freeze finds out, and says so.
         let Some(shelf) = self.shelf(plan) else { return Vec::new() };
@@ -156,7 +160,7 @@ impl Run<'_> {
 
     /// Step 8b: only the bitmaps that lead on from the newest point stay (I8). Without a new point these are the old ones,
     /// and our own as well: a seal whose answer was lost may have made the point, and the next run will know.
-    pub(in crate::replicate) fn retire_bitmaps(&self, report: &mut Report, plan: &Plan, sealed: bool) {
+    pub(in crate::replicate) fn retire(&self, report: &mut Report, plan: &Plan, sealed: bool) {
         let keys = self.keys();
         let keep = |layer: &Layer| {
             if chain::must_not_be_tracked(layer).is_some() {
@@ -184,7 +188,7 @@ impl Run<'_> {
         self.retire_births(report, plan, &shelf, sealed);
     }
 
-    /// Step 8b as well: the bitmaps of a failover that have done what they were for (see [`birth`]). A run without a point
+    /// Step 8b as well: the bitmaps of a failover that have done what they were for (see [`failover_bitmap`]). A run without a point
     /// drops none: the next one begins from where this one did.
     fn retire_births(&self, report: &mut Report, plan: &Plan, shelf: &Shelf, sealed: bool) {
         for disk in plan.replicated().filter(|d| shelf.tops.contains(d.chain.top())) {
