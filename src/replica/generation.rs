@@ -10,14 +10,10 @@ use super::files::Dir;
 use super::lock::WriterLock;
 use super::manifest::{MANIFEST_FILE, MANIFEST_MAX, Manifest, REPLICAS_DIR};
 use super::store::{Store, publish};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::name::{DomainName, DomainUuid, Generation};
 use serde_json::{Map, Value};
 use std::path::Path;
-
-/// The advice that goes with every error about generations.
-const ADVICE: &str =
-    "if that is not so, the operator of the target sets it right: `virt-replica set-generation --help`";
 
 /// A peer would go further at once than any peer may.
 pub(super) fn too_far(from: Generation, to: Generation) -> Error {
@@ -26,20 +22,18 @@ pub(super) fn too_far(from: Generation, to: Generation) -> Error {
         Generation::STEP_MAX,
         Generation::MAX
     );
-    Error::new(Kind::Conflict, what).hint(ADVICE)
+    Error::new(Kind::Conflict, what).advise(advice::Store::SetGeneration)
 }
 
 pub(super) fn at_the_end() -> Error {
     let what = format!("the replica is of the last generation there is, {}", Generation::MAX);
-    Error::new(Kind::Refused, what).hint(ADVICE)
+    Error::new(Kind::Refused, what).advise(advice::Store::SetGeneration)
 }
 
 /// Adds the way out, where generations are all that is wrong with a manifest.
 pub(super) fn explain(json: &[u8], error: Error) -> Error {
     match error.kind() == Kind::Corrupt && set(json, Generation(1)).is_ok() {
-        true => error.hint(
-            "only its generations are wrong: `virt-replica set-generation DOMAIN GENERATION` on this host sets them right",
-        ),
+        true => error.advise(advice::Store::SetGenerationHere),
         false => error,
     }
 }

@@ -24,6 +24,7 @@ use super::store::{self, Clock};
 use crate::block::digest::{BLOCK_PIECES, BlockPieces, Digest, PieceDigest};
 use crate::block::{BlockIndex, FANOUT};
 use crate::engine::disk_target::DiskApplied;
+use crate::error::advice::Advice;
 use crate::error::{Context, Error, Kind, Result, printable};
 use crate::name::{DiskName, PointId};
 use crate::replica::{ATTACHMENT_MAX, Attachment, BeginPoint, Begun, PointView, SealPoint, TpmPrograms};
@@ -429,7 +430,7 @@ struct Remembered {
     kind: Kind,
     what: String,
     context: Context,
-    hint: Option<String>,
+    advice: Option<Advice>,
 }
 
 impl Poison {
@@ -450,7 +451,7 @@ impl Poison {
                 None => error.what().to_owned(),
             },
             context: error.context().clone(),
-            hint: error.hint_text().map(str::to_owned),
+            advice: error.advice().cloned(),
         });
         error
     }
@@ -459,8 +460,8 @@ impl Poison {
 impl Remembered {
     fn again(&self) -> Error {
         let mut e = Error::new(self.kind, self.what.clone());
-        if let Some(hint) = &self.hint {
-            e = e.hint(hint.clone());
+        if let Some(advice) = &self.advice {
+            e = e.advise(advice.clone());
         }
         let c = &self.context;
         if let Some(domain) = &c.domain {

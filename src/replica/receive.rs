@@ -9,7 +9,7 @@ use super::PointDisk;
 use super::upkeep::PatchStream;
 use crate::block::BLOCK_LEN;
 use crate::block::tree::RootBuilder;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::image::raw::RawWriter;
 use crate::image::{Format, ImageMut, qcow2};
 use crate::name::DomainUuid;
@@ -70,7 +70,7 @@ fn check_free(output: &Output) -> Result<()> {
 }
 
 fn exists(path: &Path) -> Error {
-    Error::new(Kind::Conflict, "the file is there already").path(path).hint("name another one, or add --force")
+    Error::new(Kind::Conflict, "the file is there already").path(path).advise(advice::Image::OtherNameOrOverwrite)
 }
 
 fn put_in_place(part: &Path, output: &Output) -> Result<()> {
@@ -153,7 +153,7 @@ fn fill(
     let root = root.finish();
     if root != disk.root {
         return Err(Error::new(Kind::Corrupt, format!("what came has root {root}, the point has {}", disk.root))
-            .hint("the point is damaged: `virt-replica verify DOMAIN --to TARGET --point POINT` says where"));
+            .advise(advice::Store::VerifyPoint));
     }
     progress(disk.size.0, disk.size.0);
     Ok(bytes_written)

@@ -3,7 +3,7 @@
 use super::cycle::{Ports, Request, Run, Watch, settle_domain};
 use super::target_gate::{Patience, TargetGate};
 use crate::engine::pump::{self, Shipment};
-use crate::error::{Error, Kind, Result, ResultExt};
+use crate::error::{Error, Kind, Result, ResultExt, advice};
 use crate::name::{DiskName, DomainUuid};
 use crate::replicate::capture::held::Standing;
 use crate::replicate::plan::survey::make_plan;
@@ -54,8 +54,9 @@ impl Run<'_> {
         let replica = (self.ports.replica)(uuid)?;
         let view = replica.describe()?;
         if view.head().is_none() {
-            return Err(Error::new(Kind::NotFound, "the target has no point to compare with")
-                .hint("`virt-replica sync DOMAIN --to TARGET` makes the first one"));
+            return Err(
+                Error::new(Kind::NotFound, "the target has no point to compare with").advise(advice::Run::FirstPoint)
+            );
         }
         let plan = make_plan(self.ports, self.request, &domain, &view)?;
         self.ready_to_freeze(&plan)?;

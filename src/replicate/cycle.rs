@@ -26,7 +26,7 @@ use super::target_gate::{Patience, TargetGate};
 use crate::engine::pump::{self, Progress};
 use crate::engine::stats::{DiskStats, Mode};
 use crate::engine::throttle::Throttle;
-use crate::error::{Error, Kind, Result, ResultExt};
+use crate::error::{Error, Kind, Result, ResultExt, advice};
 use crate::failpoint;
 use crate::hypervisor::departure::Custody;
 use crate::hypervisor::guest::GuestAgent;
@@ -400,7 +400,7 @@ impl<'a> Run<'a> {
         match left_open {
             None => Ok(()),
             Some(what) => Err(Error::new(Kind::Conflict, format!("an earlier run could not be settled: {what}"))
-                .hint("run `virt-replica doctor` for what was found and what to do")),
+                .advise(advice::Repair::Explain)),
         }
     }
 

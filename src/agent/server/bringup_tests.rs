@@ -59,7 +59,8 @@ fn record() -> FailoverRecord {
 impl BringUp for Host {
     fn ready(&self, point: Option<&PointId>) -> Result<Readiness> {
         self.hears(format!("ready {}", point.is_some()));
-        let red = Finding { question: Question::Network, color: Color::Red, what: "no".into(), advice: None };
+        let red =
+            Finding { question: Question::Network, color: Color::Red, what: "no".into(), advice: None, advised: None };
         Ok(Readiness { point: order().point, findings: vec![red], suggestion: Vec::new() })
     }
     fn ready_for(&self, coming: &Coming) -> Result<Vec<Finding>> {
@@ -222,7 +223,7 @@ fn an_agent_that_may_not_says_which_flag_allows_it_and_goes_on() {
         let far = client.bring_up(&DomainUuid::new(UUID).unwrap());
         for e in [far.ready(None).unwrap_err(), far.bring_up(&order(), &|_| {}).unwrap_err()] {
             assert_eq!(e.kind(), Kind::Refused);
-            assert!(e.hint_text().unwrap().contains("agent --failover --root DIR"), "{e}");
+            assert_eq!(e.advice(), Some(&crate::error::advice::Host::ServeFailovers.into()), "{e}");
         }
     });
 }

@@ -1,6 +1,7 @@
 //! What a target says of a domain while its source still lives: whether it could be brought up there. Asked after a
 //! run, when the guest writes to its own images again and the point is sealed; nobody waits for it for long.
 
+use crate::cli::speak::advice;
 use crate::cli::target::{Target, hang_up};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -30,7 +31,7 @@ pub fn lacks(target: &Target, uuid: &DomainUuid, point: Option<&PointId>) -> Vec
         let _ = tell.send(ask(&there, &uuid, point.as_ref()));
     });
     match told.recv_timeout(ANSWERS_WITHIN) {
-        Ok(Ok(readiness)) => sentences(&readiness),
+        Ok(Ok(readiness)) => sentences(&advice::said(readiness)),
         // An agent that may not bring anything up, or an older one, or a host without libvirt: it keeps points all
         // the same.
         Ok(Err(e)) => {

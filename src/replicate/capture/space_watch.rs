@@ -8,7 +8,7 @@
 //! once, while there still is room for what the guest writes meanwhile.
 
 use super::backup::scratch_path;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::name::{DiskName, RunId};
 use crate::replicate::capture::overlay_path;
 use crate::replicate::plan::forecast::{OverlayLimits, SpaceOptions};
@@ -91,9 +91,7 @@ impl RoomWatch {
         {
             let text =
                 format!("the {what} is older than it may get, {}; the run was cut short, and {end}", duration(max));
-            return Err(Error::new(Kind::Interrupted, text).disk(&first.disk).hint(
-                "what a first copy has shipped is kept, and the next run goes on there; allow more (overlay: max_age, --overlay-max-age), or a faster link",
-            ));
+            return Err(Error::new(Kind::Interrupted, text).disk(&first.disk).advise(advice::Overlay::AllowMoreTime));
         }
         for overlay in &self.overlays {
             let grown = occupied(&overlay.path);
@@ -102,9 +100,7 @@ impl RoomWatch {
                 let text = format!(
                     "the guest writes much: its {what} has grown to {grown} MiB, more than the {max} it may; the run was cut short, and {end}"
                 );
-                return Err(Error::new(Kind::Space, text)
-                    .disk(&overlay.disk)
-                    .hint("allow more (overlay: max_bytes, --overlay-max-bytes), or run when the guest writes less"));
+                return Err(Error::new(Kind::Space, text).disk(&overlay.disk).advise(advice::Overlay::AllowMoreBytes));
             }
         }
         Ok(())
@@ -132,7 +128,7 @@ fn cut_short(capture: CaptureKind, overlay: &Overlay, free_bytes: u64) -> Error 
         ),
     )
     .disk(&overlay.disk)
-    .hint("free space there, choose a larger file system with --overlay-dir, or run when the guest writes less")
+    .advise(advice::Overlay::LargerFileSystem)
 }
 
 /// Free bytes for an unprivileged writer, as QEMU is one; `None` where there is no such directory.
