@@ -21,7 +21,7 @@ use crate::block::tree::RootBuilder;
 use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, FANOUT, GROUP_LEN, GroupIndex, PIECE_LEN};
 use crate::engine::disk_target::DiskTarget;
 use crate::engine::stats::{CompressionStats, DiskStats, Mode};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::image::Image;
 use crate::name::{DiskName, DomainUuid};
 use crate::patch::{Compression, Header, PieceMask, RecordEncoder, StreamTail};
@@ -111,7 +111,7 @@ pub fn ship(
             Kind::Corrupt,
             format!("the target has root {} where the source read {root}", applied.root),
         )
-        .hint("nothing was sealed; run `virt-replica verify` on the target and check its storage"));
+        .advise(advice::Store::VerifyTarget));
     }
     let stats = DiskStats {
         mode: shipment.mode,

@@ -10,7 +10,7 @@ use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, GROUP_LEN, GroupI
 use crate::engine::nodefile::NodeFile;
 use crate::engine::ordered::in_order;
 use crate::engine::pump::{EXTENT_WINDOW, Progress, read_group};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::image::chain;
 use crate::image::foreign::format::{AnyFormat, Foreign};
 use crate::image::locks::ReadLock;
@@ -119,9 +119,9 @@ impl Source {
         }
         for (path, seen) in &self.seen {
             if Identity::of(path)? != *seen {
-                return Err(Error::new(Kind::Conflict, "the image was written to while it was read").path(path).hint(
-                    "read what stands still: a snapshot, or an image that nobody uses; --force-share takes what comes",
-                ));
+                return Err(Error::new(Kind::Conflict, "the image was written to while it was read")
+                    .path(path)
+                    .advise(advice::Image::ReadStill));
             }
         }
         Ok(())
@@ -144,10 +144,7 @@ fn lock(path: &Path) -> Result<ReadLock> {
 
 /// The error of an image that somebody else has.
 pub(super) fn in_use(path: &Path, what: &'static str) -> Error {
-    Error::new(Kind::Busy, what).path(path).hint(
-        "`fuser -v FILE` names it; a running domain is replicated with `virt-replica sync`, \
-         or read as it is, torn, with --force-share",
-    )
+    Error::new(Kind::Busy, what).path(path).advise(advice::Image::InUse)
 }
 
 /// The layer at a path: a file or a block device.
