@@ -404,3 +404,7 @@ fn of_host(host: &Host, domain: &str) -> String {
         Host::ServedRoot => "--root of that host's agent says which directory it serves".to_owned(),
     }
 }
+
+#[cfg(test)]
+#[path = "advice_tests.rs"]
+mod tests;
