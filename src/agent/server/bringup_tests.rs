@@ -59,8 +59,8 @@ fn record() -> FailoverRecord {
 impl BringUp for Host {
     fn ready(&self, point: Option<&PointId>) -> Result<Readiness> {
         self.hears(format!("ready {}", point.is_some()));
-        let red =
-            Finding { question: Question::Network, color: Color::Red, what: "no".into(), advice: None, advised: None };
+        let advised = Some(crate::error::advice::Failover::MapNetwork.into());
+        let red = Finding { question: Question::Network, color: Color::Red, what: "no".into(), advice: None, advised };
         Ok(Readiness { point: order().point, findings: vec![red], suggestion: Vec::new() })
     }
     fn ready_for(&self, coming: &Coming) -> Result<Vec<Finding>> {
@@ -157,7 +157,9 @@ fn with_agent(host: Host, test: impl FnOnce(&Arc<AgentClient>)) {
     let (client_in, agent_out) = rustix::pipe::pipe().unwrap();
     let agent = std::thread::spawn(move || {
         let output = PipeWriter::new(agent_out).unwrap();
-        serve(PipeReader::new(agent_in), output, &host, ServeOptions::default())
+        let options =
+            ServeOptions { words: Some(|advice, _| format!("in words: {advice:?}")), ..ServeOptions::default() };
+        serve(PipeReader::new(agent_in), output, &host, options)
     });
     let ends = (PipeWriter::new(client_out).unwrap(), PipeReader::new(client_in));
     let client = Arc::new(AgentClient::connect(&Inside(Mutex::new(Some(ends)))).unwrap());
@@ -173,7 +175,11 @@ fn every_verb_arrives_and_every_answer_comes_back() {
     with_agent(host, |client| {
         let far = client.bring_up(&DomainUuid::new(UUID).unwrap());
         let ready = far.ready(Some(&order().point)).unwrap();
-        assert_eq!(ready.red().unwrap().question, Question::Network);
+        let red = ready.red().unwrap();
+        assert_eq!(red.question, Question::Network);
+        // An older client shows the words; this one may word the facts itself.
+        assert_eq!(red.advice.as_deref(), Some("in words: Failover(MapNetwork)"));
+        assert_eq!(red.advised, Some(crate::error::advice::Failover::MapNetwork.into()));
         far.ready(None).unwrap();
         assert_eq!(far.state().unwrap().failover.unwrap(), record());
         let words = Mutex::new(Vec::new());
