@@ -216,7 +216,7 @@ fn of_failover(failover: Failover, domain: &str) -> String {
         }
         Failover::LeaveOffOrUndo => format!(
             "leave the domain here shut off. If the one on the target is not needed, `virt-replica failover {domain} \
-             --undo` there lets runs in again"
+             --undo --lose-its-writes` there ends it, throws its writes away, and lets runs in again"
         ),
         Failover::FinishFailback => {
             format!("finish it first: `virt-replica failback {domain} --to HOME --home-loses`")

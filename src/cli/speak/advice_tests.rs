@@ -399,8 +399,6 @@ fn all_options() -> BTreeSet<String> {
 
 /// Sentences of the library that name a command all the same, and why. An entry that is needed no more is an error.
 const ALLOWED: &[(&str, &str, &str)] = &[
-    ("src/replicate/plan/conflict.rs", "virsh blockcommit", "--shallow and its like are virsh's"),
-    ("src/replicate/doctor.rs", "virsh blockcommit", "--shallow and its like are virsh's"),
     ("src/hypervisor/travel.rs", "virsh attach-disk --config", "--config is virsh's"),
     ("src/replica/root.rs", "virt-replica store", "the name of a format"),
     ("src/replica/damage.rs", "virt-replica scrub", "the name of a format"),
