@@ -2,7 +2,7 @@
 //!
 //! A file is durable when its content and its directory are synced. Every function here has done both when it returns.
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use serde::Serialize;
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -16,7 +16,7 @@ pub(crate) fn denied(error: Error) -> Error {
     let cause = std::error::Error::source(&error).and_then(|cause| cause.downcast_ref::<std::io::Error>());
     match cause.map(std::io::Error::kind) {
         Some(std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem) => {
-            error.hint("run it as root (sudo), or name a directory of your own for the state: --state-dir DIR")
+            error.advise(advice::Host::StateDir)
         }
         _ => error,
     }

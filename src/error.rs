@@ -2,7 +2,12 @@
 //!
 //! `Display` prints what happened and where; the cause is reached through `source()`; the command line prints the
 //! whole chain and the exit code that belongs to the kind. Nothing decides on the text of an error.
+//!
+//! What to do next is an [`Advice`]: facts, which the program that speaks puts into [`Words`] that name its commands.
 
+pub mod advice;
+
+use advice::Advice;
 use std::borrow::Cow;
 use std::error::Error as StdError;
 use std::fmt;
@@ -68,6 +73,9 @@ pub struct Context {
     pub offset_bytes: Option<u64>,
 }
 
+/// Puts an advice into words; the context fills in what the error is about. A pure function of the program that speaks.
+pub type Words = fn(&Advice, &Context) -> String;
+
 #[derive(Debug)]
 pub struct Error(Box<Inner>);
 
@@ -76,13 +84,13 @@ struct Inner {
     kind: Kind,
     what: Cow<'static, str>,
     context: Context,
-    hint: Option<Cow<'static, str>>,
+    advice: Option<Advice>,
     source: Option<Box<dyn StdError + Send + Sync>>,
 }
 
 impl Error {
     pub fn new(kind: Kind, what: impl Into<Cow<'static, str>>) -> Self {
-        Self(Box::new(Inner { kind, what: what.into(), context: Context::default(), hint: None, source: None }))
+        Self(Box::new(Inner { kind, what: what.into(), context: Context::default(), advice: None, source: None }))
     }
 
     /// An operating system error met while doing `what` to `path`. `ENOSPC` and `EDQUOT` become [`Kind::Space`].
@@ -109,10 +117,15 @@ impl Error {
         self
     }
 
-    /// What to do next, in the imperative; printed on a line of its own.
-    pub fn hint(mut self, hint: impl Into<Cow<'static, str>>) -> Self {
-        self.0.hint = Some(hint.into());
+    /// What to do next; shown on a line of its own. Replaces what was advised before.
+    pub fn advise(mut self, advice: impl Into<Advice>) -> Self {
+        self.0.advice = Some(advice.into());
         self
+    }
+
+    /// As [`Error::advise`], in plain words that name no command of ours: in the imperative.
+    pub fn hint(self, hint: impl Into<Cow<'static, str>>) -> Self {
+        self.advise(Advice::Text(hint.into()))
     }
 
     pub fn domain(mut self, domain: impl fmt::Display) -> Self {
@@ -152,15 +165,25 @@ impl Error {
         &self.0.context
     }
 
+    pub fn advice(&self) -> Option<&Advice> {
+        self.0.advice.as_ref()
+    }
+
+    /// The advice, if it is plain words.
     pub fn hint_text(&self) -> Option<&str> {
-        self.0.hint.as_deref()
+        self.0.advice.as_ref()?.text()
+    }
+
+    /// The advice as the program says it.
+    pub fn next_step(&self, words: Words) -> Option<String> {
+        self.0.advice.as_ref().map(|advice| words(advice, &self.0.context))
     }
 
     /// The same error once more, for another thread that waits for the same thing. Its causes become text.
     pub fn again(&self) -> Self {
         let mut copy = Self::new(self.0.kind, self.0.what.clone());
         copy.0.context = self.0.context.clone();
-        copy.0.hint = self.0.hint.clone();
+        copy.0.advice = self.0.advice.clone();
         match StdError::source(self) {
             None => copy,
             Some(cause) => {

@@ -111,7 +111,7 @@ fn a_domain_is_found_by_name_uuid_and_id() {
     for text in ["no-such-domain", "999999", "11111111-2222-3333-4444-555555555555"] {
         let e = h.find(text).unwrap_err();
         assert_eq!(e.kind(), Kind::NotFound, "{}", e.chain());
-        assert!(e.hint_text().unwrap().contains("virsh list --all"));
+        assert_eq!(e.advice(), Some(&virt_replica::error::advice::Host::FindDomain.into()));
     }
     assert!(h.list().unwrap().contains(&view));
 }

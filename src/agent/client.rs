@@ -278,7 +278,7 @@ impl Shared {
     pub(super) fn reply_told(&self, id: u64, progress: &mut dyn FnMut(&Progress)) -> Result<Reply> {
         match self.answer(id, progress)? {
             (FrameKind::Reply, payload) => decode("reply", &payload).map_err(|e| self.at_host(e)),
-            (kind, _) => Err(self.at_host(protocol(format!("a {kind:?} frame instead of a reply")))),
+            (kind, _) => Err(self.at_host(protocol(format!("{kind} instead of a reply")))),
         }
     }
 
@@ -456,8 +456,8 @@ impl Shared {
     }
 
     pub(super) fn other_reply(&self, asked: &str, reply: &Reply) -> Error {
-        let reply = crate::error::printable(&format!("{reply:?}"), 80);
-        self.at_host(protocol(format!("the answer to '{asked}' is {reply}")))
+        tracing::debug!("the answer to '{asked}' is {reply:?}");
+        self.at_host(protocol(format!("the answer to '{asked}' is one to another question")))
     }
 
     /// The second thread: says that we are alive, until the session ends.

@@ -19,7 +19,7 @@ use crate::agent::wire::{
 };
 use crate::block::BlockIndex;
 use crate::engine::disk_target::{DiskTarget, NODES_MAX, check_blocks};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, Words, advice};
 use crate::name::{DiskName, DomainName, DomainUuid};
 use crate::plain::tree::Make;
 use crate::plain::{PlainTarget, Wish};
@@ -57,7 +57,7 @@ pub trait ReplicaOpener {
     fn image(&self, wish: &Wish) -> Result<Box<dyn PlainTarget>> {
         Err(Error::new(Kind::Refused, "this agent serves a store, and no images beside it")
             .path(&wish.path)
-            .hint("its host has to allow `virt-replica agent --images --root DIR`"))
+            .advise(advice::Host::ServeImages))
     }
 
     /// Makes a directory or a link beside such images.
@@ -69,7 +69,7 @@ pub trait ReplicaOpener {
     fn bring_up(&self, uuid: &DomainUuid) -> Result<Box<dyn BringUp + '_>> {
         Err(Error::new(Kind::Refused, "this agent keeps replicas, and brings nothing up")
             .domain(uuid)
-            .hint("its host has to allow `virt-replica agent --failover --root DIR`"))
+            .advise(advice::Host::ServeFailovers))
     }
 }
 
@@ -79,11 +79,13 @@ pub struct ServeOptions {
     pub silence: Duration,
     /// How often the agent says that it is alive. Well below the client's patience.
     pub ping_interval: Duration,
+    /// How this program words an advice, for clients that do not know it. `None`: they get no words.
+    pub words: Option<Words>,
 }
 
 impl Default for ServeOptions {
     fn default() -> Self {
-        Self { silence: Duration::from_secs(30), ping_interval: Duration::from_secs(5) }
+        Self { silence: Duration::from_secs(30), ping_interval: Duration::from_secs(5), words: None }
     }
 }
 
@@ -137,13 +139,15 @@ pub fn serve(
         scope.spawn(|| keep_alive(&output, &stop, options.ping_interval));
         let (replicas, streams) = (BTreeMap::new(), upkeep::Streams::default());
         let images = BTreeMap::new();
-        let mut session = Session { opener, output: &output, replicas, images, opened: 0, incoming: None, streams };
+        let words = options.words;
+        let mut session =
+            Session { opener, output: &output, words, replicas, images, opened: 0, incoming: None, streams };
         let ended = session.run(&mut input);
         // The locks first: saying why may take as long as the silence that brought us here. It is best effort, since a
         // client that is gone is the commonest reason.
         session.close();
         if let Err(error) = &ended {
-            let _ = session.send(FrameKind::Error, 0, &encode(&WireError::from(error)));
+            let _ = session.send(FrameKind::Error, 0, &session.failure(error));
         }
         ended
     })
@@ -245,6 +249,7 @@ struct Incoming {
 struct Session<'a, W> {
     opener: &'a dyn ReplicaOpener,
     output: &'a Output<W>,
+    words: Option<Words>,
     replicas: BTreeMap<Handle, Opened>,
     images: BTreeMap<Handle, plain::Image>,
     opened: u32,
@@ -293,7 +298,7 @@ impl<W: Write> Session<'_, W> {
                     self.close();
                     return self.send(FrameKind::End, 0, &[]);
                 }
-                other => return Err(protocol(format!("a {other:?} frame is not for an agent"))),
+                other => return Err(protocol(format!("{other} is not for an agent"))),
             }
         }
         Err(Error::new(Kind::Unavailable, "the client ended without a goodbye"))
@@ -394,7 +399,9 @@ impl<W: Write> Session<'_, W> {
 
     fn nodes(&mut self, handle: Handle, disk: &DiskName, level: u8, range: Range<u64>) -> Result<Answer> {
         let count = range.end.checked_sub(range.start).filter(|count| *count <= NODES_MAX);
-        let count = count.ok_or_else(|| protocol(format!("nodes {range:?}: at most {NODES_MAX} in one request")))?;
+        let count = count.ok_or_else(|| {
+            protocol(format!("nodes {} to {}: at most {NODES_MAX} in one request", range.start, range.end))
+        })?;
         let nodes = self.end_of_patch(handle)?.nodes(disk, level, range)?;
         if nodes.len() as u64 != count {
             let what = format!("the store gave {} nodes for {count}", nodes.len());
@@ -432,7 +439,7 @@ impl<W: Write> Session<'_, W> {
             None => Err(protocol(format!("patch bytes for disk number {}, which was not begun", stream.disk))),
         };
         let Err(error) = applied else { return Ok(()) };
-        let error = WireError::from(&error);
+        let error = WireError::from(&error).spoken(self.words);
         opened.failed = Some(error.clone());
         self.send(FrameKind::Failed, 0, &encode(&Failed { replica: stream.replica, error }))
     }
@@ -497,11 +504,16 @@ impl<W: Write> Session<'_, W> {
             Ok(Answer::Later) => Ok(()),
             Ok(Answer::Message(_, message)) if message.len() > REPLY_MAX => {
                 let error = Error::new(Kind::Refused, format!("the answer has {} bytes", message.len()));
-                self.send(FrameKind::Error, id, &encode(&WireError::from(&error)))
+                self.send(FrameKind::Error, id, &self.failure(&error))
             }
             Ok(Answer::Message(kind, message)) => self.send(kind, id, &message),
-            Err(error) => self.send(FrameKind::Error, id, &encode(&WireError::from(&error))),
+            Err(error) => self.send(FrameKind::Error, id, &self.failure(&error)),
         }
+    }
+
+    /// A failure as it is sent: with this program's words.
+    fn failure(&self, error: &Error) -> Vec<u8> {
+        encode(&WireError::from(error).spoken(self.words))
     }
 
     fn send(&self, kind: FrameKind, id: u64, message: &[u8]) -> Result<()> {

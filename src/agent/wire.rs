@@ -183,6 +183,28 @@ pub enum FrameKind {
     Data = 0x88,
 }
 
+/// For a message about a frame that should not have come.
+impl fmt::Display for FrameKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            FrameKind::Request => "a frame with a request",
+            FrameKind::Apply => "a frame with a piece of a patch",
+            FrameKind::Attach => "a frame with an attachment",
+            FrameKind::Release => "a frame that releases a handle",
+            FrameKind::Bye => "the frame that ends the questions",
+            FrameKind::Ping => "a sign of life",
+            FrameKind::Reply => "a frame with a reply",
+            FrameKind::Nodes => "a frame with digests",
+            FrameKind::Error => "a frame with an error",
+            FrameKind::Progress => "a frame with progress",
+            FrameKind::Failed => "a frame with a failed patch",
+            FrameKind::End => "the frame that ends the session",
+            FrameKind::Pieces => "a frame with digests of pieces",
+            FrameKind::Data => "a frame with data",
+        })
+    }
+}
+
 impl FrameKind {
     fn from_byte(byte: u8) -> Option<FrameKind> {
         use FrameKind::*;
@@ -257,14 +279,11 @@ pub fn read_frame(input: &mut impl Read, payload: &mut Vec<u8>) -> Result<Option
     let kind = FrameKind::from_byte(bytes[4])
         .ok_or_else(|| Error::new(Kind::Protocol, format!("a frame of unknown kind 0x{:02x}", bytes[4])))?;
     if bytes[5] & !FLAG_MORE != 0 || bytes[6..8] != [0, 0] {
-        return Err(Error::new(Kind::Protocol, format!("a {kind:?} frame with unknown flags")));
+        return Err(Error::new(Kind::Protocol, format!("{kind} with unknown flags")));
     }
     if length > kind.payload_max() {
         let max = kind.payload_max();
-        return Err(Error::new(
-            Kind::Protocol,
-            format!("a {kind:?} frame of {length} bytes; at most {max} are allowed"),
-        ));
+        return Err(Error::new(Kind::Protocol, format!("{kind} of {length} bytes; at most {max} are allowed")));
     }
     payload.resize(length, 0);
     input.read_exact(payload).map_err(read_failed)?;
@@ -626,7 +645,7 @@ mod tests {
             bytes[at] = byte;
             read(&bytes).unwrap_err().what().to_owned()
         };
-        assert!(broken(0, 1).contains("Ping frame of 1 bytes"));
+        assert!(broken(0, 1).contains("a sign of life of 1 bytes"));
         assert!(broken(3, 0xff).contains("at most 0"));
         assert!(broken(4, 0x7f).contains("unknown kind 0x7f"));
         assert!(broken(5, 2).contains("unknown flags"));
@@ -702,6 +721,36 @@ mod tests {
         assert_eq!(there.to_string(), "disk 'vda': on b: cannot write (/p/vda.qcow2) at byte 65536");
         assert_eq!(there.hint_text(), Some("make room"));
         assert!(there.chain().ends_with("No space left on device (os error 28)"), "{}", there.chain());
+    }
+
+    /// A peer of 0.1 shows the words; one that knows the advice gets the facts, and words them itself.
+    #[test]
+    fn an_advice_travels_as_facts_beside_its_words() {
+        let words: crate::error::Words = |advice, about| format!("{advice:?} of {}", about.point.as_deref().unwrap());
+        let error = Error::new(Kind::Refused, "a pin of its operator's").point("000007-0123abcd");
+        let error = error.advise(crate::error::advice::Store::UnpinThere);
+        let told = encode(&WireError::from(&error).spoken(Some(words)));
+        assert_eq!(String::from_utf8(told.clone()).unwrap().as_bytes(), fixture("wire-error-advice.json").trim_ascii());
+        let there = decode::<WireError>("error", &told).unwrap().into_error(Some("b"));
+        assert_eq!(there.advice(), Some(&crate::error::advice::Store::UnpinThere.into()));
+        // What an older peer reads of it.
+        let old: serde_json::Value = serde_json::from_slice(&told).unwrap();
+        assert_eq!(old["hint"], "Store(UnpinThere) of 000007-0123abcd");
+        // A program without words sends the facts alone.
+        let silent = WireError::from(&error).spoken(None);
+        assert!(silent.hint.is_none() && silent.advice.is_some());
+    }
+
+    #[test]
+    fn an_error_of_an_older_or_a_newer_peer_keeps_its_words() {
+        for name in ["wire-error.json", "wire-error-newer.json"] {
+            let error = decode::<WireError>("error", &fixture(name)).unwrap().into_error(None);
+            assert_eq!((error.kind(), error.hint_text()), (Kind::Refused, Some("unpin it there")), "{name}");
+        }
+        // Plain words go as ever: what version 0.1.0 says is said byte for byte.
+        let error =
+            Error::new(Kind::Refused, "a pin of its operator's").point("000007-0123abcd").hint("unpin it there");
+        assert_eq!(encode(&WireError::from(&error).spoken(None)), fixture("wire-error.json").trim_ascii());
     }
 
     /// A target that lies: whatever the field, nothing of it reaches a terminal as more than text, and no number overflows.

@@ -1,6 +1,7 @@
 //! The programs behind the program: the agent on a target, the dead-man beside a run.
 
 use crate::cli::globals::Globals;
+use crate::cli::speak::advice;
 use crate::cli::speak::output::Exit;
 use clap::Args;
 use std::path::PathBuf;
@@ -50,13 +51,13 @@ pub fn agent(args: &AgentArgs, globals: &Globals) -> Result<Exit> {
     ignore_interrupts();
     bound_memory();
     if args.images {
-        wiring::serve_images(&args.root, &globals.state_dir)?;
+        wiring::serve_images(&args.root, &globals.state_dir, advice::words)?;
         return Ok(Exit::Done);
     }
     let limits = Limits { min_age: args.min_age, depth_max: args.max_depth.unwrap_or_else(wiring::depth_max) };
     match args.failover {
         true => serve_failover(args, limits, globals)?,
-        false => wiring::serve_agent(&args.root, limits, args.operator)?,
+        false => wiring::serve_agent(&args.root, limits, args.operator, advice::words)?,
     }
     Ok(Exit::Done)
 }
@@ -64,7 +65,7 @@ pub fn agent(args: &AgentArgs, globals: &Globals) -> Result<Exit> {
 #[cfg(feature = "libvirt")]
 fn serve_failover(args: &AgentArgs, limits: Limits, globals: &Globals) -> Result<()> {
     let connect = || crate::cli::recovery::here::connect(globals, &args.root, args.mapping.as_deref());
-    wiring::serve_failover(&args.root, limits, args.operator, &connect)
+    wiring::serve_failover(&args.root, limits, args.operator, advice::words, &connect)
 }
 
 #[cfg(not(feature = "libvirt"))]

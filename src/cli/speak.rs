@@ -1,5 +1,6 @@
 //! What the program says: results, messages, progress, the log, and how it is told to end.
 
+pub(super) mod advice;
 pub(super) mod logging;
 pub(super) mod output;
 pub(super) mod progress;

@@ -359,7 +359,7 @@ impl Engine {
                 }
                 (BreachChange::Left, _) if promoted => "the domain was brought up here, and lives here now".to_owned(),
                 (BreachChange::Left, _) if deadline.is_none() => "it has no RPO any more".to_owned(),
-                (BreachChange::Left, Some(since)) => format!("the RPO is kept again; it was broken since {since}"),
+                (BreachChange::Left, Some(since)) => format!("the RPO is kept again; it was broken since {since:.0}"),
                 _ => "the RPO is broken".to_owned(),
             };
             orders.push(Order::Say(

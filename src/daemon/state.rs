@@ -5,7 +5,7 @@
 
 use super::pair::Pair;
 use crate::durable::sync_dir;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::flock::Flock;
 use crate::name::DomainUuid;
 use serde::{Deserialize, Serialize};
@@ -39,9 +39,7 @@ pub fn take(dir: &Path) -> Result<Lock> {
     let path = dir.join("daemon.lock");
     let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path).map_err(fail)?;
     let lock = Flock::exclusive(file).map_err(fail)?.map_err(|_| {
-        Error::new(Kind::Busy, "a daemon works with this state already")
-            .path(dir)
-            .hint("`virt-replica policy run DOMAIN` asks it for a run; `virt-replica policy status` says what it does")
+        Error::new(Kind::Busy, "a daemon works with this state already").path(dir).advise(advice::Host::AskDaemon)
     })?;
     Ok(Lock(lock))
 }

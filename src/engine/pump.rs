@@ -22,7 +22,7 @@ use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, FANOUT, GROUP_LEN
 use crate::engine::disk_target::DiskTarget;
 use crate::engine::stats::{CompressionStats, DiskStats, Mode};
 pub use crate::engine::throttle::StillGood;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::image::Image;
 use crate::name::{DiskName, DomainUuid};
 use crate::patch::{Compression, Header, PieceMask, RecordEncoder, StreamTail};
@@ -109,7 +109,7 @@ pub fn ship(
             Kind::Corrupt,
             format!("the target has root {} where the source read {root}", applied.root),
         )
-        .hint("nothing was sealed; run `virt-replica verify` on the target and check its storage"));
+        .advise(advice::Store::VerifyTarget));
     }
     let stats = DiskStats {
         mode: shipment.mode,

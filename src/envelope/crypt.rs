@@ -1,7 +1,7 @@
 //! Encryption: the format of age, version 1, for X25519 keys.
 
 use super::keyfile;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use age::stream::{StreamReader, StreamWriter};
 use age::x25519::Recipient;
 use age::{DecryptError, Decryptor, Encryptor, Identity, IdentityFile};
@@ -19,7 +19,7 @@ pub(super) const BEGINNING_LEN: usize = ARMOR.len();
 pub(super) fn is_encrypted(beginning: &[u8]) -> Result<bool> {
     match beginning {
         ARMOR => Err(Error::new(Kind::Usage, "the file is encrypted (age), and in armor, as for a letter")
-            .hint("decrypt it in a pipe: age -d -i KEYFILE FILE | virt-replica ... -")),
+            .advise(advice::Image::DecryptInPipe { key_file: true })),
         _ => Ok(beginning.starts_with(BANNER)),
     }
 }
@@ -90,7 +90,7 @@ impl Identities {
         let decryptor = Decryptor::new(input).map_err(cannot_decrypt)?;
         if decryptor.is_scrypt() {
             return Err(Error::new(Kind::Auth, "the file is encrypted with a passphrase, and for no key")
-                .hint("decrypt it in a pipe: age -d FILE | virt-replica ... -"));
+                .advise(advice::Image::DecryptInPipe { key_file: false }));
         }
         let identities = self.0.iter().map(|identity| identity.as_ref() as &dyn Identity);
         decryptor.decrypt(identities).map(Decrypting).map_err(cannot_decrypt)

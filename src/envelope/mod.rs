@@ -21,7 +21,7 @@ mod sign;
 pub use crypt::{Identities, Recipients};
 pub use sign::{PublicKey, Signer};
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use age::stream::StreamWriter;
 use serde::Serialize;
 use sign::{Signing, Verifying};
@@ -140,8 +140,9 @@ impl Unwrap {
     ) -> Result<(Box<dyn Read + Send>, Option<String>)> {
         match (&self.key, signature) {
             (None, _) => Ok((input, None)),
-            (Some(_), None) => Err(Error::new(Kind::Usage, "there is no signature to be checked")
-                .hint("name the file that has it: --signature FILE")),
+            (Some(_), None) => {
+                Err(Error::new(Kind::Usage, "there is no signature to be checked").advise(advice::Image::NameSignature))
+            }
             (Some(key), Some(signature)) => {
                 let (verifying, comment) = Verifying::new(input, key, signature)?;
                 Ok((Box::new(verifying), Some(comment)))
@@ -159,8 +160,7 @@ impl Unwrap {
             (false, _) => Box::new(whole),
             (true, Some(identities)) => Box::new(identities.decrypt(whole)?),
             (true, None) => {
-                return Err(Error::new(Kind::Auth, "the file is encrypted (age)")
-                    .hint("name the file with your key: --decrypt-with FILE"));
+                return Err(Error::new(Kind::Auth, "the file is encrypted (age)").advise(advice::Image::NameIdentity));
             }
         };
         Ok(Opened { input, protection: Protection { encrypted, signed } })

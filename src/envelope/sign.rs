@@ -2,7 +2,7 @@
 
 use super::aside::Aside;
 use super::keyfile;
-use crate::error::{Error, Kind, Result, printable};
+use crate::error::{Error, Kind, Result, advice, printable};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use minisign::{SecretKey, SecretKeyBox};
@@ -69,8 +69,7 @@ fn without_password(text: &str) -> Result<SecretKey> {
         return Err(no_key());
     }
     if bytes[KDF] != [0, 0] {
-        return Err(Error::new(Kind::Auth, "the secret key has a password")
-            .hint("name the file that has it: --sign-password-file FILE; minisign -G -W makes a key without one"));
+        return Err(Error::new(Kind::Auth, "the secret key has a password").advise(advice::Image::NameSignPassword));
     }
     let key = match bytes[CHECKSUM].iter().all(|byte| *byte == 0) {
         true => SecretKey::from_bytes(&bytes),

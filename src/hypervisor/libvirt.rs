@@ -28,7 +28,7 @@ use super::view::{OBSERVE_TRIES_MAX, Sizes, job_view, view};
 use super::volumes::as_files;
 use super::xml::{self, DiskXml, DomainXml};
 use super::{BlockJob, Confinement, DomainView, FreezeDisk, Hypervisor, PauseReason, bitmap};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::hypervisor::libvirt::gate::{Call, Failure, Gate, Line, Repeat};
 use crate::hypervisor::libvirt::queries::{firmware_for, lookup};
 use crate::hypervisor::libvirt::volumes::parsed;
@@ -194,7 +194,7 @@ impl Hypervisor for LibvirtHypervisor {
                 None => Err(Error::new(Kind::NotFound, "no domain has this name, UUID or id").into()),
             })
             .map_err(|e| match e.kind() {
-                Kind::NotFound => e.hint("'virsh list --all' shows the domains; '-c URI' asks another libvirt"),
+                Kind::NotFound => e.advise(advice::Host::FindDomain),
                 _ => e,
             })
     }

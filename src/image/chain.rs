@@ -1,6 +1,6 @@
 //! What is done to images of a domain that no QEMU runs: resolving chains, and holding QEMU's own locks.
 
-use crate::error::{Error, Kind, Result, printable};
+use crate::error::{Error, Kind, Result, advice, printable};
 use crate::file_id::Stamp;
 use crate::image::locks::QemuLock;
 use crate::image::look::{self, Seen};
@@ -98,8 +98,7 @@ pub fn named_beside(image: &Path, more: &[PathBuf]) -> impl Fn(&Path) -> Result<
         let shown = |path: &Path| printable(&path.to_string_lossy(), 1000);
         let what = format!("the image names {}, which lies outside of the image's directory", shown(file));
         let dir = shown(there.parent().unwrap_or(Path::new("/")));
-        let hint = format!("if the image may read there, say so: --backing {dir}");
-        Err(Error::new(Kind::Refused, what).path(&image).hint(hint))
+        Err(Error::new(Kind::Refused, what).path(&image).advise(advice::Image::AllowBacking { dir }))
     }
 }
 

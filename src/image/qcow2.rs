@@ -19,7 +19,7 @@ use super::raw::{self, Poison};
 use super::{Chain, Cover, Format, Image, ImageMut, Layer, within};
 use crate::block::extent::{Content, Extent};
 use crate::block::{BLOCK_LEN, ByteRange, DiskSize};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, printable};
 use imago::file::File as Storage;
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
@@ -339,7 +339,15 @@ fn own_backing(header: &Header, path: &Path) -> Result<Option<(String, Format)>>
         Some("qcow2") => Format::Qcow2,
         Some("raw") => Format::Raw,
         other => {
-            let what = format!("the header records no format we use for the backing image ({other:?})");
+            let what = match other {
+                Some(other) => {
+                    format!(
+                        "the header records the format '{}' for the backing image, which we do not use",
+                        printable(other, 60)
+                    )
+                }
+                None => "the header records no format for the backing image".to_owned(),
+            };
             return Err(Error::new(Kind::Refused, what).path(path));
         }
     };

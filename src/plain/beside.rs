@@ -4,7 +4,7 @@
 //! next one goes on from it. Who writes it holds a lock on it.
 
 use super::{FileMeta, WayWish, file_name};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::flock::Flock;
 use rustix::fs::{Access, AtFlags, CWD, Mode, SeekFrom, accessat};
 use rustix::io::Errno;
@@ -59,7 +59,7 @@ pub(super) fn check_within(path: &Path, root: &Path) -> Result<PathBuf> {
         Err(e) if !leads_out(path, &root) => Err(e),
         _ => Err(Error::new(Kind::Refused, format!("only what lies below {} is handed out", root.display()))
             .path(path)
-            .hint("the agent's --root on that host says which directory it is")),
+            .advise(advice::Host::ServedRoot)),
     }
 }
 
@@ -118,8 +118,7 @@ pub(super) fn check_may_put(image: &Path) -> Result<()> {
                 .map_or(String::new(), |m| format!(" (owner {}, mode {:04o})", m.uid(), m.mode() & 0o7777));
             let what =
                 format!("user {} may not make files in its directory{whose}", rustix::process::geteuid().as_raw());
-            Err(Error::io(what, dir, e.into())
-                .hint("give that user the right, run it as another one, or use --in-place on an image that is there"))
+            Err(Error::io(what, dir, e.into()).advise(advice::Image::MakeFiles))
         }
         // Whatever else is wrong with it is told by what comes next.
         _ => Ok(()),
@@ -205,7 +204,9 @@ fn fill(from: &File, to: &File, image: &Path, wish: WayWish) -> Result<Way> {
                 return Err(Error::new(Kind::Refused, "the file system shares no blocks between files")
                     .path(image)
                     .source(std::io::Error::from(e))
-                    .hint("use --atomic redo or --atomic copy, or let `auto` choose"));
+                    .advise(advice::Image::ChooseWay {
+                        ways: vec![advice::Way::Redo, advice::Way::Copy, advice::Way::Auto],
+                    }));
             }
             Err(_) => {}
         }

@@ -4,6 +4,7 @@
 //! Pure. They are believed, as a dirty bitmap is not: what they leave out is not looked at. Format: docs/plain.md.
 
 use crate::block::ByteRange;
+use crate::error::advice::{self, Advice};
 use crate::error::{Error, Kind, Result};
 use serde::Deserialize;
 
@@ -24,17 +25,24 @@ pub fn parse(text: &str, block: Option<u64>) -> Result<Vec<ByteRange>> {
         (_, Some(0)) => Err("a block of a dm-era device is not empty".into()),
         (_, Some(block)) if is_era => parse_era(text, block),
         (_, None) if is_era => {
-            Err("`era_invalidate` does not print how large a block is: say it (--changed-block)".into())
+            Err("`era_invalidate` does not print how large a block is, so that has to be said".into())
         }
-        (_, Some(_)) => Err("--changed-block is for what `era_invalidate` prints, and this is something else".into()),
+        (_, Some(_)) => {
+            Err("the size of a block was given, and only what `era_invalidate` prints needs it: this is something else"
+                .into())
+        }
         (Some('['), None) => parse_json(text),
         (Some('<'), None) => parse_thin_delta(text),
         _ => parse_lines(text),
     };
     parsed.and_then(in_order).map_err(|why| {
-        Error::new(Kind::Usage, format!("the change list cannot be understood: {why}")).hint(
-            "write a line `OFFSET LENGTH` in bytes for each range, or JSON, or what `thin_delta` or `era_invalidate` print",
-        )
+        let advice = match is_era && block.is_none() {
+            true => advice::Image::SayBlockSize.into(),
+            false => Advice::from(
+                "write a line `OFFSET LENGTH` in bytes for each range, or JSON, or what `thin_delta` or `era_invalidate` print",
+            ),
+        };
+        Error::new(Kind::Usage, format!("the change list cannot be understood: {why}")).advise(advice)
     })
 }
 
@@ -181,7 +189,7 @@ mod tests {
         assert_eq!(ranges, [ByteRange::new(655_360, 917_504), ByteRange::new(2_621_440, 2_686_976)]);
         assert_eq!(parse("<blocks/>", Some(65536)).unwrap(), []);
         let why = |text: &str, block| parse(text, block).unwrap_err().chain();
-        assert!(why(ERA, None).contains("--changed-block"), "{}", why(ERA, None));
+        assert_eq!(parse(ERA, None).unwrap_err().advice(), Some(&advice::Image::SayBlockSize.into()));
         assert!(why(ERA, Some(0)).contains("not empty"));
         assert!(why("0 100", Some(65536)).contains("something else"));
         let dump = r#"<superblock uuid="" block_size="128" nr_blocks="9" current_era="5"><era_array/></superblock>"#;

@@ -4,6 +4,7 @@ use super::{Finish, PlainTarget, Way};
 use crate::block::DiskSize;
 use crate::block::digest::Digest;
 use crate::block::tree::RootBuilder;
+use crate::error::advice::{self, Advice};
 use crate::error::{Error, Kind, Result};
 use crate::name::{DiskName, DomainUuid};
 use crate::patch::{self, Decoder, Header, Item, Limits, Trailer, plain_names};
@@ -231,10 +232,10 @@ fn already_applied<R: Read>(
     };
     let wanted = header.from_root.map(|root| (header.size_from, root));
     let what = format!("the patch leads from {} to {}, and the image has {}", name(wanted), name(to), name(found));
-    let hint = match (wanted, found) {
-        (None, _) => "the image is there already: --force replaces it",
-        (_, None) => "the patch needs the image that it was made against",
-        _ => "apply the patches between first, or make one against this image (`virt-replica diff`)",
+    let advice = match (wanted, found) {
+        (None, _) => advice::Image::Overwrite.into(),
+        (_, None) => Advice::from("the patch needs the image that it was made against"),
+        _ => advice::Image::PatchesBetween.into(),
     };
-    Err(Error::new(Kind::Conflict, what).hint(hint))
+    Err(Error::new(Kind::Conflict, what).advise(advice))
 }

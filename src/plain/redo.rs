@@ -14,7 +14,7 @@ use super::file_name;
 use super::identity::Identity;
 use super::reading;
 use crate::block::{BlockIndex, ByteRange, DiskSize};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::file_id::{BootId, FileId};
 use crate::image::raw::RawWriter;
 use crate::image::{Format, Image, ImageMut, Layer};
@@ -115,7 +115,7 @@ pub(super) fn refuse_if_torn(image: &Path, block_device: bool, device_dir: &Path
         false => Ok(()),
         true => Err(Error::new(Kind::Conflict, "a change of this image was cut short, and the image is torn")
             .path(image)
-            .hint("`virt-replica apply --finish IMAGE` ends it, and so does repeating the copy or the apply")),
+            .advise(advice::Image::FinishChange)),
     }
 }
 
@@ -148,8 +148,7 @@ impl Spool {
 
     pub(super) fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.out.write_all(bytes).map_err(|e| {
-            Error::io("cannot write the redo file", &self.part, e)
-                .hint("it takes as much room as the patch; --in-place needs none, and protects nothing")
+            Error::io("cannot write the redo file", &self.part, e).advise(advice::Image::InPlaceNeedsNoRoom)
         })
     }
 
@@ -191,11 +190,7 @@ pub(super) fn roll(layer: &Layer, redo: &Path, just_checked: bool) -> Result<boo
     let here = Of::image(layer)?;
     if !of.is(&here) {
         let what = format!("the redo file is for another file: it names {of}, and here is {here}");
-        return Err(Error::new(Kind::Conflict, what).path(redo).hint(
-            "put the file that it names back and run `virt-replica apply --finish` on it: nothing else can mend that \
-             file. If a whole image was put here since, move the redo file to another directory and keep it until the \
-             image was checked",
-        ));
+        return Err(Error::new(Kind::Conflict, what).path(redo).advise(advice::Image::PutBackAndFinish));
     }
     if !just_checked {
         // Whoever named it may have died before the name was durable; from here on the image may be torn.
@@ -391,8 +386,7 @@ mod tests {
         assert_eq!(e.kind(), Kind::Conflict);
         let inode = Identity::of(&image).unwrap().id.inode;
         assert!(e.what().contains("inode 1 on") && e.what().contains(&format!("inode {inode} on")), "{e}");
-        let hint = e.hint_text().unwrap();
-        assert!(hint.contains("--finish") && hint.contains("keep it") && !hint.contains("remove"), "{hint}");
+        assert_eq!(e.advice(), Some(&advice::Image::PutBackAndFinish.into()));
         assert!(redo.exists());
     }
 

@@ -10,7 +10,7 @@ use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, GROUP_LEN, GroupI
 use crate::engine::nodefile::NodeFile;
 use crate::engine::ordered::in_order;
 use crate::engine::pump::{EXTENT_WINDOW, Progress, read_group};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::image::foreign::format::{AnyFormat, Foreign};
 use crate::image::locks::ReadLock;
 use crate::image::open::{self, OpenOptions, Opened};
@@ -119,9 +119,9 @@ impl Source {
         }
         for (path, seen) in &self.seen {
             if Identity::of(path)? != *seen {
-                return Err(Error::new(Kind::Conflict, "the image was written to while it was read").path(path).hint(
-                    "read what stands still: a snapshot, or an image that nobody uses; --force-share takes what comes",
-                ));
+                return Err(Error::new(Kind::Conflict, "the image was written to while it was read")
+                    .path(path)
+                    .advise(advice::Image::ReadStill));
             }
         }
         Ok(())

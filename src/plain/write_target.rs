@@ -7,7 +7,7 @@ use crate::block::digest::Digest;
 use crate::block::extent::{Content, is_zero};
 use crate::block::{BLOCK_LEN, ByteRange, DiskSize, SECTOR_LEN};
 use crate::engine::pump::EXTENT_WINDOW;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::image::foreign::format::{self, AnyFormat};
 use crate::image::foreign::writer::{self, ForeignWriter};
 use crate::image::qcow2::{self, Header as Qcow2Header};
@@ -49,21 +49,26 @@ pub(super) struct Choice {
     pub(super) runtime_dir: PathBuf,
 }
 
+fn instead(ways: &[advice::Way]) -> advice::Image {
+    advice::Image::ChooseWay { ways: ways.to_vec() }
+}
+
 /// Refuses wishes that cannot be fulfilled, before anything is read.
 pub(super) fn check_way(wish: &Wish, layer: &Layer) -> Result<()> {
     let (name, raw) = (wish.format.as_str(), wish.format == RAW);
-    let refuse = |what: String, hint: &'static str| Err(Error::new(Kind::Refused, what).path(&layer.path).hint(hint));
+    let refuse =
+        |what: String, instead: advice::Image| Err(Error::new(Kind::Refused, what).path(&layer.path).advise(instead));
     match (layer.block_device, wish.way) {
-        (true, _) if !raw => refuse(
-            format!("a {name} image on a block device is not written"),
-            "write raw contents to the device: --format raw",
-        ),
-        (true, WayWish::Reflink | WayWish::Copy) => {
-            refuse("nothing can take the place of a block device".to_owned(), "use --atomic redo, or --in-place")
+        (true, _) if !raw => {
+            refuse(format!("a {name} image on a block device is not written"), advice::Image::WriteRaw)
         }
+        (true, WayWish::Reflink | WayWish::Copy) => refuse(
+            "nothing can take the place of a block device".to_owned(),
+            instead(&[advice::Way::Redo, advice::Way::InPlace]),
+        ),
         (_, WayWish::Redo | WayWish::InPlace) if !raw => refuse(
             format!("a {name} image is not changed in place: what is cut short could leave its tables torn"),
-            "use --atomic copy, or let `auto` choose",
+            instead(&[advice::Way::Copy, advice::Way::Auto]),
         ),
         _ => Ok(()),
     }

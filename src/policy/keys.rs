@@ -147,7 +147,7 @@ pub const REPLICA_KEYS: &[Key] = &[
     key("rpo", Shape::Duration, "none", "Allowed age of the head, watched from here: also when the source is gone"),
     key("drill.every", Shape::Duration, "none", "The head is booted, in a copy, in every such span; this or `cron`"),
     key("drill.cron", Shape::Text, "none", "The head is booted, in a copy, at these times"),
-    key("drill.probes", Shape::Texts, "", "Evidence that it works, as `drill --probe` has it; all of them"),
+    key("drill.probes", Shape::Texts, "", "Evidence that it works: the probes of a drill; all of them"),
     key("drill.within", Shape::Duration, "5m", "How long the evidence may take"),
     key("verify.every", Shape::Duration, "none", "The head is read again in every such span; this or `cron`"),
     key("verify.cron", Shape::Text, "none", "The head is read again at these times"),

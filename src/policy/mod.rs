@@ -20,7 +20,7 @@ mod simulation_tests;
 mod tests;
 pub mod window;
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::hook::Hook;
 use crate::name::DiskName;
 use crate::patch::Compression;
@@ -297,10 +297,7 @@ impl Policy {
     /// Reads a policy. `targets`: the names the configuration knows; `path`: for errors. [`Kind::Config`] says file, line and
     /// column, and shows the line.
     pub fn parse(text: &str, path: &Path, targets: &[&str]) -> Result<Policy> {
-        let nothing = || {
-            mistake("the file has no policy in it", None, text, path)
-                .hint("`virt-replica policy schema` and docs/policies.md say what a policy has")
-        };
+        let nothing = || mistake("the file has no policy in it", None, text, path).advise(advice::Host::PolicySchema);
         // Which of the two kinds it is. What is no mapping at all is told so by the parser of the first.
         let names: Option<BTreeMap<String, IgnoredAny>> = yaml::parse(text, path).unwrap_or_default();
         let policy = match names.is_some_and(|n| n.contains_key("replicas")) {

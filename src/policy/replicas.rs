@@ -120,7 +120,10 @@ fn drill(file: Spanned<DrillFile>) -> Result<Drill, Wrong> {
     ))?;
     match file.value.probes.is_empty() {
         true => Err(Wrong {
-            hint: Some("`probes: [agent]`, or what `virt-replica drill --probe` knows".to_owned()),
+            hint: Some(
+                "write `probes: [agent]`, or another probe: serial:TEXT, tcp:ADDRESS/PREFIX:PORT, script:/PATH"
+                    .to_owned(),
+            ),
             ..wrong(&file, "a drill without evidence proves nothing")
         }),
         false => Ok(Drill { when, probes: file.value.probes, within: file.value.within }),

@@ -6,7 +6,7 @@
 //! Near: `wiring::local_bringup`. Far: the agent's client. What the verbs do: [`super::failover`], docs/recovery.md.
 
 use super::ready::{Color, Finding};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, Words};
 use crate::hypervisor::Power;
 use crate::name::{DiskName, DomainName, Generation, PointId, RunId};
 pub use crate::recovery::record::Wanted;
@@ -102,7 +102,7 @@ pub fn refuse_red(findings: &[Finding], host: &str) -> Result<()> {
         None => Ok(()),
         Some(red) => {
             let what = format!("it cannot be brought up on {host}: {}", red.what);
-            Err(Error::new(Kind::Conflict, what).hint(red.advice.clone().unwrap_or_default()))
+            Err(red.advise(Error::new(Kind::Conflict, what)))
         }
     }
 }
@@ -119,6 +119,11 @@ pub struct Readiness {
 }
 
 impl Readiness {
+    /// With every advice in this program's words: see [`Finding::spoken`].
+    pub fn spoken(self, words: Option<Words>) -> Readiness {
+        Readiness { findings: self.findings.into_iter().map(|finding| finding.spoken(words)).collect(), ..self }
+    }
+
     /// The first finding that keeps it from being tried.
     pub fn red(&self) -> Option<&Finding> {
         self.findings.iter().find(|f| f.color == Color::Red)

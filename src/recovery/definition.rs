@@ -19,7 +19,7 @@ mod rule;
 mod rules;
 mod size;
 
-use crate::error::{Error, Kind, Result, printable};
+use crate::error::{Error, Kind, Result, advice, printable};
 use crate::hypervisor::machine::Machine;
 use crate::hypervisor::swtpm::TpmVersion;
 use crate::hypervisor::xml::{child, children, document, domain_element, path_text, text_of};
@@ -142,7 +142,7 @@ impl Definition {
         match refused.as_slice() {
             [] => Ok(&self.xml),
             all => Err(Error::new(Kind::Refused, format!("the definition cannot be used here: {}", all.join("; ")))
-                .hint("`virt-replica ready DOMAIN` says what to do about each")),
+                .advise(advice::Failover::AskReady)),
         }
     }
 }

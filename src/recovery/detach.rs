@@ -15,7 +15,7 @@
 pub mod raw;
 
 use super::failover::FailoverState;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::failpoint;
 use crate::hypervisor::flatten::Flattening;
 use crate::hypervisor::relocate::Relocating;
@@ -154,11 +154,11 @@ pub fn run(
         (Stage::Detached, _) => {}
         (Stage::HandingBack, _) => {
             return Err(Error::new(Kind::Refused, "the domain was handed on, and lives elsewhere")
-                .hint("run the same `virt-replica failback` to its end"));
+                .advise(advice::Failover::FinishFailback));
         }
         (Stage::Begun | Stage::Made | Stage::Running | Stage::Undoing, _) => {
             return Err(Error::new(Kind::Refused, "the failover was not committed: it may still be undone")
-                .hint("`virt-replica failover DOMAIN --commit` first"));
+                .advise(advice::Failover::Commit));
         }
     }
     ports.replica.conclude(request.generation)?;
@@ -171,7 +171,7 @@ pub fn run(
 fn stopped(stop: &AtomicBool) -> Result<()> {
     match stop.load(Ordering::Relaxed) {
         true => Err(Error::new(Kind::Interrupted, "stopped; what QEMU copies it goes on copying")
-            .hint("`virt-replica detach DOMAIN` again goes on from there")),
+            .advise(advice::Failover::DetachAgain)),
         false => Ok(()),
     }
 }
@@ -236,7 +236,7 @@ impl One<'_> {
             1 => Ok(()),
             _ => Err(Error::new(Kind::Refused, "the copying ended before its end")
                 .path(path)
-                .hint("libvirt's log says why; is there room? `virt-replica detach DOMAIN` again goes on from there")),
+                .advise(advice::Failover::DetachAfterLook)),
         }
     }
 

@@ -268,7 +268,7 @@ fn prepare(ports: &Ports, request: &Request, held: &mut dyn Held) -> Result<(Dri
     findings.extend(ready::tpm_programs(&fitted, held.point()));
     if let Some(red) = findings.iter().find(|f| f.color == Color::Red) {
         let e = Error::new(Kind::Conflict, format!("the copy cannot be started here: {}", red.what));
-        return Err(place(e.hint(red.advice.clone().unwrap_or_default())));
+        return Err(place(red.advise(e)));
     }
     let record = DrillRecord {
         format: 1,

@@ -100,7 +100,7 @@ impl BringUp for Home {
         let color = if *self.0.red.lock().unwrap() { Color::Red } else { Color::Yellow };
         let advice = Some("say under `networks:` what that is here".to_owned());
         let what = "libvirt here knows no network 'lan'".to_owned();
-        self.0.does("ready for", vec![Finding { question: Question::Network, color, what, advice }])
+        self.0.does("ready for", vec![Finding { question: Question::Network, color, what, advice, advised: None }])
     }
     fn state(&self) -> Result<Standing> {
         let promoted = *self.0.promoted.lock().unwrap();

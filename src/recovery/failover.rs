@@ -13,7 +13,7 @@
 use super::definition::Definition;
 use super::overlays;
 use crate::durable::{read_json, replace_json, sync_dir};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::failpoint;
 use crate::flock::Flock;
 use crate::hypervisor::Power;
@@ -287,16 +287,15 @@ fn record_for(
     Ok(match begun {
         (Next::FinishUndo, Some(record)) => {
             let what = format!("the failover of {} is being undone", record.started_at);
-            return Err(Error::new(Kind::Conflict, what)
-                .hint("run `virt-replica failover DOMAIN --undo --lose-its-writes` to its end first"));
+            return Err(Error::new(Kind::Conflict, what).advise(advice::Failover::FinishUndo));
         }
         (Next::FinishHandingBack, Some(_)) => {
             return Err(Error::new(Kind::Conflict, "the domain was handed on, and lives elsewhere")
-                .hint("run the same `virt-replica failback` to its end first"));
+                .advise(advice::Failover::FinishFailback));
         }
         (Next::FinishDetach, Some(_)) => {
             return Err(Error::new(Kind::Conflict, "the domain was being given images of its own")
-                .hint("run `virt-replica detach DOMAIN` to its end first: the images may be a mixture now"));
+                .advise(advice::Failover::FinishDetach));
         }
         // Nobody was told of that point yet, and there may be a newer one.
         (Next::Remake, Some(record)) if ports.replica.promoted()?.is_none() => {
@@ -308,7 +307,7 @@ fn record_for(
         (_, Some(record)) if record.point != held.point().id => {
             let what =
                 format!("the domain was brought up here from point {}, not from {}", record.point, held.point().id);
-            return Err(Error::new(Kind::Conflict, what).hint("undo that failover first, or leave --point out"));
+            return Err(Error::new(Kind::Conflict, what).advise(advice::Failover::UndoOrHead));
         }
         (_, Some(record)) => record,
         (_, None) => FailoverRecord {

@@ -16,7 +16,7 @@ mod run;
 use self::run::Run;
 use super::bringup::{BringUp, Order, Standing};
 use super::failover;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::failpoint;
 use crate::hypervisor::Power;
 use crate::hypervisor::departure::Custody;
@@ -277,9 +277,7 @@ fn put_back(ports: &Ports, state: &HandoverState, record: &mut HandoverRecord, l
             && writes_may_matter(&there.state()?)
         {
             let what = format!("the domain was started on {}: what its guest wrote there would be lost", record.to);
-            return Err(Error::new(Kind::Refused, what).hint(
-                "bring it home with all it wrote by replicating from there; or call it off all the same: --abort --lose-its-writes",
-            ));
+            return Err(Error::new(Kind::Refused, what).advise(advice::Handover::BringHomeOrLose));
         }
         record.stage = Stage::Aborting;
         state.write(record)?;

@@ -8,6 +8,7 @@ mod crash;
 use super::super::bringup::{Coming, Readiness};
 use super::super::ready::{Color, Finding, Question};
 use super::*;
+use crate::error::advice::{Advice, Handover};
 use crate::hypervisor::departure::Asking;
 use crate::hypervisor::machine::{HostView, Machine};
 use crate::hypervisor::swtpm::TpmVersion;
@@ -186,7 +187,7 @@ impl BringUp for World {
         let (point, red) = self.does(|w| (w.points.last().cloned(), w.red))?;
         let (point, _) = point.ok_or_else(|| Error::new(Kind::NotFound, "no point"))?;
         let (what, advice) = ("no such network".to_owned(), Some("map it".to_owned()));
-        let finding = Finding { question: Question::Network, color: Color::Red, what, advice };
+        let finding = Finding { question: Question::Network, color: Color::Red, what, advice, advised: None };
         Ok(Readiness { point, findings: red.then_some(finding).into_iter().collect(), suggestion: Vec::new() })
     }
     fn ready_for(&self, _: &Coming) -> Result<Vec<Finding>> {
@@ -479,7 +480,7 @@ fn a_domain_is_handed_over_with_all_that_its_guest_wrote() {
         assert_eq!((again.downtime_ms, b.get(|w| w.started_there)), (report.downtime_ms, 1));
         // A head that is fresh needs no run while the guest works.
         let e = b.back(false).unwrap_err();
-        assert!(e.kind() == Kind::Refused && e.hint_text().unwrap().contains("--lose-its-writes"), "{e}");
+        assert_eq!((e.kind(), e.advice()), (Kind::Refused, Some(&Handover::BringHomeOrLose.into())), "{e}");
         b.has_moved();
         b.back(true).unwrap();
         b.is_home();
@@ -493,13 +494,13 @@ fn a_guest_that_does_not_go_down_is_left_as_it_was() {
     b.set(|w| w.deaf_guest = true);
     let e = b.over().unwrap_err();
     assert!(e.kind() == Kind::Refused && e.what().contains("within 60 s"), "{e}");
-    assert!(e.hint_text().unwrap().contains("--force-off"), "{e}");
+    assert_eq!(e.advice(), Some(&Handover::WaitOrForceOff.into()), "{e}");
     b.is_home();
     assert_eq!(b.get(|w| w.pressed), 4, "a guest that boots hears a later press");
     // One that is paused is not even asked.
     b.set(|w| w.paused = true);
     let e = b.over().unwrap_err();
-    assert!(e.kind() == Kind::Conflict && e.hint_text().unwrap().contains("virsh resume"), "{e}");
+    assert_eq!((e.kind(), e.advice()), (Kind::Conflict, Some(&Handover::ResumeOrForceOff.into())), "{e}");
     b.is_home();
     let report = b.over_as(|r| r.force_off = true).unwrap();
     assert!(report.forced_off && report.warnings.iter().any(|w| w.contains("is lost")), "{report:?}");
@@ -551,7 +552,8 @@ fn a_target_that_never_answers_keeps_the_source_off_until_it_has_called_it_off()
         b.set(|w| w.target = target);
         let e = b.over().unwrap_err();
         assert_eq!(e.kind(), Kind::Unavailable);
-        assert!(e.what().contains("it may run there") && e.hint_text().unwrap().contains("--abort"), "{e}");
+        assert!(e.what().contains("it may run there"), "{e}");
+        assert!(matches!(e.advice(), Some(Advice::Handover(Handover::AskAgainOrAbort { .. }))), "{e}");
         assert!(!b.get(|w| w.runs), "never guessed");
         assert_eq!(b.act(settle).unwrap(), None, "and not by doctor either");
         assert_eq!(b.stage(), Some(Stage::Asked));

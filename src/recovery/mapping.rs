@@ -21,7 +21,7 @@
 //!
 //! A key that is not known is an error, and so is one that stands twice.
 
-use crate::error::{Error, Kind, Result, printable};
+use crate::error::{Error, Kind, Result, advice, printable};
 use crate::name::DiskName;
 use crate::trust;
 use crate::yaml;
@@ -108,9 +108,7 @@ impl Mapping {
         }
         if let Some(odd) = mapping.leave_out.iter().find(|what| !is_path(what)) {
             let what = format!("{}: '{}' is no element of a definition", path.display(), printable(odd, 60));
-            return Err(
-                Error::new(Kind::Config, what).hint("write it as `virt-replica ready` does, as in `devices/watchdog`")
-            );
+            return Err(Error::new(Kind::Config, what).advise(advice::Failover::AskElement));
         }
         Ok(mapping)
     }

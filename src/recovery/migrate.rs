@@ -13,7 +13,7 @@ pub use forecast::{Forecast, Ran, forecast};
 
 use super::bringup::refuse_red;
 use super::handover::{self, HandoverState, Stage};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::hypervisor::Power;
 use crate::name::Generation;
 use jiff::Timestamp;
@@ -155,9 +155,8 @@ pub fn run(ports: &Ports, state: &HandoverState, request: &Request) -> Result<Re
             Ok(generation) => report.generation = Some(generation),
             // It runs there, and its source is refused: nothing is at stake but the way back.
             Err(e) => report.handover.warnings.push(format!(
-                "it was not committed there, and can still be undone: {}; `virt-replica failover {} --commit` on the target commits it",
-                e.chain(),
-                report.handover.domain
+                "it was not committed there, and can still be undone: {}; commit the failover on the target",
+                e.chain()
             )),
         }
     }
@@ -238,9 +237,7 @@ fn does_not_converge(rounds: &[Round]) -> Error {
         )
     });
     let what = format!("the migration does not converge after {count} rounds{figures}; the domain runs here as before");
-    Error::new(Kind::Conflict, what).hint(
-        "let the guest write less, give it a faster link, allow more (--max-downtime, --rounds-max), or cut over whatever it takes: --now, or --at a quiet hour",
-    )
+    Error::new(Kind::Conflict, what).advise(advice::Handover::Converge)
 }
 
 #[cfg(test)]

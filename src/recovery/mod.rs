@@ -30,7 +30,7 @@ pub mod record;
 pub mod retire_home_copy;
 pub mod suggest;
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::replica::Attachment;
 use crate::replica::upkeep::Held;
 
@@ -42,5 +42,5 @@ pub fn definition_of(held: &dyn Held) -> Result<String> {
                 .map_err(|e| Error::new(Kind::Corrupt, "the definition is no text").path(name.file_name()).source(e));
         }
     }
-    Err(Error::new(Kind::NotFound, "the point carries no definition").hint("make a new point: `virt-replica sync`"))
+    Err(Error::new(Kind::NotFound, "the point carries no definition").advise(advice::Run::NewPoint))
 }

@@ -5,6 +5,8 @@ use super::definition::Definition;
 use super::definition::remark::{Remark, Verdict};
 use super::fitting::Fitted;
 use super::mapping::{Attach, Mapping};
+use crate::error::advice::{self, Advice};
+use crate::error::{Context, Error, Words};
 use crate::hypervisor::firmware::Firmware;
 use crate::hypervisor::machine::{Capabilities, HostView};
 use crate::hypervisor::releases;
@@ -32,9 +34,29 @@ pub struct Finding {
     pub color: Color,
     /// A sentence.
     pub what: String,
-    /// What to do, in the imperative; of a red finding always there.
+    /// What to do, in words: plain ones, or those of the program that sent the finding.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub advice: Option<String>,
+    /// What to do, as facts, where the words name commands. A red finding has this, or the words, or both.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "Advice::known")]
+    pub advised: Option<Advice>,
+}
+
+impl Finding {
+    /// The error with this finding's advice.
+    pub fn advise(&self, error: Error) -> Error {
+        match (&self.advised, &self.advice) {
+            (Some(advised), _) => error.advise(advised.clone()),
+            (None, Some(words)) => error.hint(words.clone()),
+            (None, None) => error,
+        }
+    }
+
+    /// With the advice in this program's words. `words`: `None` for a program without any.
+    pub fn spoken(self, words: Option<Words>) -> Finding {
+        let said = self.advised.as_ref().zip(words).map(|(advised, words)| words(advised, &Context::default()));
+        Finding { advice: said.or(self.advice), ..self }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -133,8 +155,7 @@ pub fn chain(fitted: &Fitted, copied: Copied, room: &Room) -> Option<Finding> {
             format!("make room in {}, or name another directory as `images:` in recovery.yaml", room.dir.display());
         return Some(red(Question::Point, format!("{what}; {} MiB are free there", free >> 20), advice));
     }
-    let advice = "`virt-replica sync` shortens the chain of the newest point once it is too long; an agent here may say --max-depth";
-    Some(yellow(Question::Point, what, advice))
+    Some(yellow(Question::Point, what, advice::Failover::ShortenChain))
 }
 
 /// Whether what emulates TPMs here reads what the source's has written. `None`: there is nothing to say.
@@ -148,7 +169,7 @@ pub fn tpm_programs(fitted: &Fitted, point: &PointView) -> Option<Finding> {
     let swtpm = releases::parse_version(&source.swtpm).zip(releases::parse_version(&here.swtpm));
     let older = [library, swtpm].into_iter().flatten().any(|(source, here)| here < source);
     let what = format!("the state of the TPM is of {}, and this host has {}", source.words(), here.words());
-    let advice = "install at least the source's versions of swtpm and libtpms here, and run `virt-replica drill`";
+    let advice = advice::Failover::UpdateTpmAndDrill;
     match library {
         Some((source, here)) if !releases::reads_state(source, here) => {
             Some(red(Question::Tpm, format!("{what}: it is known not to read it"), advice))
@@ -165,7 +186,7 @@ pub fn point(view: &ReplicaView, point: &PointView) -> Finding {
         Some(damage) => red(
             Question::Point,
             format!("point {}: a scrub found {} of it damaged", point.id, damage.disk),
-            "run `virt-replica verify` on older points, and take the newest that is whole (--point)",
+            advice::Failover::OlderPoint,
         ),
         None => {
             let frozen = point.frozen_at.strftime("%Y-%m-%d %H:%M:%S UTC");
@@ -189,7 +210,7 @@ pub fn left_out(definition: &Definition, point: &PointView, mapping: &Mapping) -
                 Question::Point,
                 what,
                 format!(
-                    "take an older point that has it (--point), or write `without_disks: [{name}]` into the mapping here, start \
+                    "bring up an older point that has it, or write `without_disks: [{name}]` into the mapping here, start \
                      the guest without it, and give it a disk to boot from by hand (`virsh attach-disk`)"
                 ),
             ),
@@ -215,15 +236,20 @@ pub fn worst(findings: &[Finding]) -> Color {
 }
 
 fn green(question: Question, what: impl Into<String>) -> Finding {
-    Finding { question, color: Color::Green, what: what.into(), advice: None }
+    Finding { question, color: Color::Green, what: what.into(), advice: None, advised: None }
 }
 
-fn red(question: Question, what: impl Into<String>, advice: impl Into<String>) -> Finding {
-    Finding { question, color: Color::Red, what: what.into(), advice: Some(advice.into()) }
+fn red(question: Question, what: impl Into<String>, advice: impl Into<Advice>) -> Finding {
+    Finding { color: Color::Red, ..yellow(question, what, advice) }
 }
 
-fn yellow(question: Question, what: impl Into<String>, advice: impl Into<String>) -> Finding {
-    Finding { question, color: Color::Yellow, what: what.into(), advice: Some(advice.into()) }
+fn yellow(question: Question, what: impl Into<String>, advice: impl Into<Advice>) -> Finding {
+    let advice = advice.into();
+    let (words, advised) = match advice.text() {
+        Some(words) => (Some(words.to_owned()), None),
+        None => (None, Some(advice)),
+    };
+    Finding { question, color: Color::Yellow, what: what.into(), advice: words, advised }
 }
 
 fn machine(d: &Definition, host: &HostView, refused: Option<&str>) -> Finding {
@@ -291,8 +317,7 @@ fn build(builds: &Builds) -> Finding {
         (None, _) => "UEFI: the point does not say from which build the source boots".to_owned(),
         (Some(_), None) => "UEFI: this host's libvirt does not say which build it would choose".to_owned(),
     };
-    let advice = "keep the packages of the firmware alike on both hosts, and try it with `virt-replica drill` on the newest point";
-    yellow(Question::Firmware, what, advice)
+    yellow(Question::Firmware, what, advice::Failover::AlikeFirmwareAndDrill)
 }
 
 fn tpm(d: &Definition, uuid: &DomainUuid, host: &HostView, able: &Capabilities) -> Option<Finding> {
@@ -371,18 +396,16 @@ fn device(remark: &Remark) -> Finding {
     let what = format!("{} {}", remark.what, remark.why);
     match remark.verdict {
         Verdict::LeftOut => green(Question::Devices, what),
-        Verdict::Missing => {
-            yellow(Question::Devices, what, "the guest has to do without; try it with `virt-replica drill`")
-        }
+        Verdict::Missing => yellow(Question::Devices, what, advice::Failover::Drill),
         Verdict::Refused => {
-            let advice = match remark.what.as_str() {
-                "devices/interface" => {
-                    "say under `networks:` in recovery.yaml what that is here: one of libvirt's networks, `bridge:NAME`, or `none`; `virt-replica ready DOMAIN --suggest` prints the lines".to_owned()
-                }
+            let advice: Advice = match remark.what.as_str() {
+                "devices/interface" => advice::Failover::MapNetwork.into(),
                 "os/kernel" | "os/initrd" | "os/loader" => {
-                    "copy the file to this host and map its directory under `paths:` in recovery.yaml".to_owned()
+                    "copy the file to this host and map its directory under `paths:` in recovery.yaml".into()
                 }
-                what => format!("decide whether the guest can do without: `leave_out: ['{what}']` in recovery.yaml"),
+                what => {
+                    format!("decide whether the guest can do without: `leave_out: ['{what}']` in recovery.yaml").into()
+                }
             };
             red(Question::Devices, what, advice)
         }
@@ -395,26 +418,25 @@ fn collisions(d: &Definition, name: &DomainName, uuid: &DomainUuid, host: &HostV
         Some(other) => found.push(red(
             Question::Name,
             match other.running {
-                true => format!("a domain '{}' is here already (UUID {}), and runs on this host", other.name, other.uuid),
+                true => {
+                    format!("a domain '{}' is here already (UUID {}), and runs on this host", other.name, other.uuid)
+                }
                 false => format!("a domain '{}' is here already (UUID {})", other.name, other.uuid),
             },
             match other.uuid == uuid.as_str() {
-                true if other.running => "if it lives elsewhere, two of them write now: shut one of them off, and decide which one counts",
-                true => {
-                    "it is this domain, older or newer: if it lives elsewhere by now, `virt-replica give-way DOMAIN --lives-elsewhere` here keeps what it has as a point"
+                true if other.running => {
+                    "if it lives elsewhere, two of them write now: shut one of them off, and decide which one counts"
+                        .into()
                 }
-                false => "rename one of the two",
+                true => advice::Failover::GiveWay.into(),
+                false => Advice::from("rename one of the two"),
             },
         )),
         None => found.push(green(Question::Name, format!("no other domain here is called '{name}'"))),
     }
     if let Some(other) = host.domains.iter().find(|n| n.uuid == uuid.as_str() && n.name != name.as_str()) {
         let what = format!("the domain '{}' here has the same UUID", other.name);
-        found.push(red(
-            Question::Uuid,
-            what,
-            "if it is an older copy, `virt-replica give-way UUID --lives-elsewhere` here keeps what it has as a point; two guests of one UUID cannot be on one host",
-        ));
+        found.push(red(Question::Uuid, what, advice::Failover::GiveWayByUuid));
     }
     let owner = |mac: &String| host.domains.iter().find(|n| n.uuid != uuid.as_str() && n.macs.contains(mac));
     if let Some((mac, other)) = d.macs.iter().find_map(|mac| Some((mac, owner(mac)?))) {

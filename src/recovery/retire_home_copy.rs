@@ -8,6 +8,7 @@
 //!
 //! Steps: docs/recovery.md.
 
+use crate::error::advice::{self, Advice};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 use crate::hypervisor::Power;
@@ -42,9 +43,9 @@ pub fn run(ports: &Ports, uuid: &DomainUuid, failover: Option<&FailoverRecord>) 
     }
     if let Some(record) = failover {
         let what = format!("the domain reads point {} of this very store", record.point);
-        return Err(Error::new(Kind::Refused, what).domain(&record.domain).hint(match record.stage.is_committed() {
-            true => "`virt-replica detach DOMAIN` here first: it gives it images of its own",
-            false => "undo or commit that failover first",
+        return Err(Error::new(Kind::Refused, what).domain(&record.domain).advise(match record.stage.is_committed() {
+            true => Advice::from(advice::Failover::DetachFirst),
+            false => "undo or commit that failover first".into(),
         }));
     }
     // It goes with the definition, and no point holds it.

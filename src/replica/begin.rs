@@ -4,7 +4,7 @@ use super::BeginPoint;
 use super::files::Dir;
 use super::manifest::{self, MANIFEST_FILE, Manifest};
 use super::source::{self, Claim, Claimed};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::name::{DomainUuid, Generation, PointId};
 
 /// Whether a source may add to the replica; `None`: there is no manifest.
@@ -60,7 +60,7 @@ pub(super) fn check_room(request: &BeginPoint, dir: &Dir) -> Result<()> {
 pub(super) fn check_head(request: &BeginPoint, manifest: &Manifest) -> Result<()> {
     if let Some(promotion) = &manifest.promotion {
         let e = Error::new(Kind::Conflict, promotion.why()).domain(&request.name);
-        return Err(e.hint(promotion.advice()));
+        return Err(e.advise(promotion.advice()));
     }
     if !manifest.generation.may_step_to(request.generation) {
         return Err(too_far(manifest.generation, request.generation).domain(&request.name));
@@ -74,9 +74,7 @@ pub(super) fn check_head(request: &BeginPoint, manifest: &Manifest) -> Result<()
             ),
         )
         .domain(&request.name)
-        .hint(
-            "decide which side has the data that counts; if this source is the right one, `sync --take-over` says so once",
-        ));
+        .advise(advice::TakeOver::IfThisSideCounts));
     }
     let head = manifest.head().map(|p| &p.id);
     if head != request.expected_head.as_ref() {

@@ -10,7 +10,7 @@ use super::digests::{Binding, DigestFile, Opened};
 use super::files::Dir;
 use super::manifest::{self, Manifest, Point, changes_file, image_file};
 use crate::block::changes::{ChangesReader, MergedChanges};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::image::qcow2::Header;
 use crate::image::{Chain, Format, Layer};
 use crate::name::{DiskName, PointId};
@@ -224,7 +224,7 @@ fn rebuild(
     DigestFile::rebuild(digests, disk, wanted, reading).map_err(|e| match e.kind() {
         Kind::Corrupt => Error::new(Kind::Corrupt, "neither the change lists nor the images are what was sealed")
             .source(e)
-            .hint("verify tells which blocks are damaged; replicate the disk afresh"),
+            .advise(advice::Store::VerifyAndSendAnew),
         _ => e,
     })
 }

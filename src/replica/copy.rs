@@ -7,7 +7,7 @@
 use crate::block::changes::Run;
 use crate::block::digest::{Digest, block_digest};
 use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::image::qcow2::{Qcow2Image, Qcow2Writer};
 use crate::image::{Image, ImageMut};
 use std::collections::BTreeSet;
@@ -66,7 +66,7 @@ impl Copier {
         if block_digest(bytes) != *digest {
             return Err(Error::new(Kind::Corrupt, format!("block {} is not what was sealed", block.0))
                 .offset(range.start)
-                .hint("verify tells which points are damaged; nothing was changed"));
+                .advise(advice::Store::VerifyUnchanged));
         }
         self.writer.write_at(range.start, bytes)?;
         self.bytes += range.len();

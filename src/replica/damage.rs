@@ -17,7 +17,7 @@ use super::manifest::{Manifest, POINTS_DIR, Point};
 use super::upkeep::{Damage, DamageKind, ScrubTold, ScrubbedOnce};
 use super::{HeadDamage, manifest};
 use crate::block::{BLOCK_LEN, BlockIndex};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::name::{DiskName, PointId};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -84,9 +84,7 @@ impl State {
     pub fn load(replica: &Dir) -> Result<State> {
         let Some(json) = replica.read(SCRUB_FILE, FILE_MAX)? else { return Ok(State::default()) };
         let corrupt = |what: &str| {
-            Error::new(Kind::Corrupt, what.to_owned())
-                .path(replica.join(SCRUB_FILE))
-                .hint("`virt-replica scrub --restart` begins a new one")
+            Error::new(Kind::Corrupt, what.to_owned()).path(replica.join(SCRUB_FILE)).advise(advice::Store::ScrubAnew)
         };
         match serde_json::from_slice::<State>(&json) {
             Ok(state) if state.format == FORMAT && state.version == VERSION => Ok(state),

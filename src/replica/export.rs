@@ -13,7 +13,7 @@ use super::{Attachment, chain};
 use crate::block::digest::{Digest, block_digest};
 use crate::block::extent::Content;
 use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::image::Image;
 use crate::image::qcow2::Qcow2Image;
 use crate::name::{DiskName, PointId};
@@ -243,9 +243,7 @@ impl Export {
             self.image.read_at(range.start, bytes)?;
             if block_digest(bytes) != is {
                 let what = "a block of the point is not what was sealed";
-                return Err(Error::new(Kind::Corrupt, what)
-                    .offset(range.start)
-                    .hint("`virt-replica verify DOMAIN --to TARGET --point POINT` says what is damaged"));
+                return Err(Error::new(Kind::Corrupt, what).offset(range.start).advise(advice::Store::VerifyPoint));
             }
             match since.pieces(block, was, bytes) {
                 Some(mask) => self.encoder.pieces(block, is, mask, bytes, &mut self.ready),

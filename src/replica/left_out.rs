@@ -47,8 +47,8 @@ impl Skipped {
     pub fn told(&self) -> String {
         let Skipped { name, reason, .. } = self;
         format!(
-            "disk '{name}' is NOT PROTECTED: it {reason}. Protect it by other means and name it in `exclude_disks` (or \
-             --exclude-disk), or make it a disk that can be replicated"
+            "disk '{name}' is NOT PROTECTED: it {reason}. Protect it by other means and exclude it (`exclude_disks` in its \
+             policy), or make it a disk that can be replicated"
         )
     }
 }

@@ -1,6 +1,6 @@
 //! Which replica is meant by a name or a UUID. Pure.
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::name::{DomainName, DomainUuid};
 
 /// Which of `all` that `host` has is meant.
@@ -26,7 +26,7 @@ pub(crate) fn meant(
         }
         other => {
             let found = one_of(all.iter().cloned(), name_or_uuid, host).map_err(|e| match e.kind() {
-                Kind::NotFound => e.hint("`virt-replica sync DOMAIN --to TARGET` makes the first point"),
+                Kind::NotFound => e.advise(advice::Run::FirstPoint),
                 _ => e,
             })?;
             let note = other.map(|here| {

@@ -24,6 +24,7 @@ use super::seed::{self, Seed};
 use crate::block::digest::{BLOCK_PIECES, BlockPieces, Digest, PieceDigest};
 use crate::block::{BlockIndex, FANOUT};
 use crate::engine::disk_target::DiskApplied;
+use crate::error::advice::Advice;
 use crate::error::{Context, Error, Kind, Result, printable};
 use crate::name::{DiskName, PointId};
 use crate::replica::age::Clock;
@@ -430,7 +431,7 @@ struct Remembered {
     kind: Kind,
     what: String,
     context: Context,
-    hint: Option<String>,
+    advice: Option<Advice>,
 }
 
 impl Poison {
@@ -451,7 +452,7 @@ impl Poison {
                 None => error.what().to_owned(),
             },
             context: error.context().clone(),
-            hint: error.hint_text().map(str::to_owned),
+            advice: error.advice().cloned(),
         });
         error
     }
@@ -460,8 +461,8 @@ impl Poison {
 impl Remembered {
     fn again(&self) -> Error {
         let mut e = Error::new(self.kind, self.what.clone());
-        if let Some(hint) = &self.hint {
-            e = e.hint(hint.clone());
+        if let Some(advice) = &self.advice {
+            e = e.advise(advice.clone());
         }
         let c = &self.context;
         if let Some(domain) = &c.domain {

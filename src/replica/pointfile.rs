@@ -17,6 +17,7 @@ use crate::block::DiskSize;
 use crate::block::digest::Digest;
 use crate::block::layout::Banner;
 use crate::engine::stats::{DiskStats, Mode};
+use crate::error::advice::{self, Advice};
 use crate::error::{Error, Kind, Result, printable};
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
 use crate::replica::{
@@ -175,7 +176,7 @@ pub fn write<R: Replica + Upkeep + ?Sized>(
 
 fn no_such(id: Option<&PointId>) -> Error {
     let e = Error::new(Kind::NotFound, "the target has no such point");
-    id.into_iter().fold(e, |e, id| e.point(id)).hint("`virt-replica points DOMAIN --to TARGET` lists them")
+    id.into_iter().fold(e, |e, id| e.point(id)).advise(advice::Store::ListPoints { root: None })
 }
 
 /// The writing end: everything goes into the checksum.
@@ -352,7 +353,7 @@ fn look_on<R: Read>(reading: &mut Reading<R>, told: &mut dyn FnMut(Part) -> Resu
 }
 
 fn corrupt(what: &'static str) -> Error {
-    Error::new(Kind::Corrupt, what).hint("nothing was changed; write the point anew (`virt-replica diff --point`)")
+    Error::new(Kind::Corrupt, what).advise(advice::Store::WritePointAnew)
 }
 
 /// What applying did. The JSON of this struct is a contract with scripts: fields are added, never renamed.
@@ -433,11 +434,9 @@ fn decide(head: &Carried, view: &ReplicaView) -> Result<Step> {
     let disks = found.map(carried).unwrap_or_default();
     let found = name(found.map(|point| (&point.id, disks.as_slice())));
     let what = format!("point {} leads on from {wanted}, and the newest point here is {found}", head.point);
-    Err(Error::new(Kind::Conflict, what).domain(&head.name).hint(match head.since.is_some() {
-        true => {
-            "bring the points between first, or one that starts from what is here (`virt-replica diff --point --since`)"
-        }
-        false => "a point that starts from nothing is for a replica without points",
+    Err(Error::new(Kind::Conflict, what).domain(&head.name).advise(match head.since.is_some() {
+        true => Advice::from(advice::Store::BringPointsBetween),
+        false => "a point that starts from nothing is for a replica without points".into(),
     }))
 }
 

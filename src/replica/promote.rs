@@ -12,6 +12,7 @@ use super::begin;
 use super::lease::Leases;
 use super::store::Store;
 use super::upkeep::Promoting;
+use crate::error::advice::{self, Advice};
 use crate::error::{Error, Kind, Result};
 use crate::name::{Generation, PointId};
 use crate::replica::Promoted;
@@ -30,7 +31,7 @@ impl Promoting for Store {
             Some(promotion) if promotion.point == *point => return Ok(()),
             Some(promotion) => {
                 let what =
-                    format!("the domain was brought up here from point {} at {}", promotion.point, promotion.since);
+                    format!("the domain was brought up here from point {} at {:.0}", promotion.point, promotion.since);
                 return Err(Error::new(Kind::Conflict, what).hint("undo or commit that failover first"));
             }
             None => {}
@@ -116,22 +117,21 @@ impl Promoted {
         let (since, point) = (self.since, &self.point);
         match self.committed {
             false => format!(
-                "the domain was brought up on the target at {since}, from point {point}: what runs there now may be ahead of this host"
+                "the domain was brought up on the target at {since:.0}, from point {point}: what runs there now may be ahead of this host"
             ),
             true => format!(
-                "the domain lives on the target since {since}, and that was committed: this host has an old copy of it"
+                "the domain lives on the target since {since:.0}, and that was committed: this host has an old copy of it"
             ),
         }
     }
 
     /// What to do about it, at the source.
-    pub fn advice(&self) -> &'static str {
+    pub fn advice(&self) -> Advice {
         match self.committed {
-            false => {
-                "leave the domain here shut off; if the one on the target is not needed, `virt-replica failover DOMAIN --undo` there lets runs in again"
-            }
+            false => advice::Failover::LeaveOffOrUndo.into(),
             true => {
                 "leave the domain here shut off, and do not start it: nothing here is newer than what the target has"
+                    .into()
             }
         }
     }

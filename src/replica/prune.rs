@@ -17,7 +17,7 @@ use super::manifest::{MANIFEST_MAX, Manifest, POINTS_DIR, Pinned, Point, SOURCE_
 use super::store::{self, Store, read_manifest};
 use super::upkeep::{Holds, Kept, Lease, PatchStream, Pin, PruneReport, ScrubTold, Scrubbing, Shortening, Upkeep};
 use super::{Attachment, age, chain, shorten};
-use crate::error::{Error, Kind, Result, printable};
+use crate::error::{Error, Kind, Result, advice, printable};
 use crate::image::locks::is_open_in_qemu;
 use crate::name::{DiskName, PointId};
 use crate::replica::manifest_file::{publish, publish_within};
@@ -25,10 +25,6 @@ use jiff::Timestamp;
 
 /// Longest reason of a pin, in bytes.
 const REASON_MAX: usize = 200;
-
-/// The advice to a source that may not unpin a point.
-const UNPIN_THERE: &str =
-    "on the target's host: `virt-replica unpin DOMAIN POINT --to ROOT`, with the directory of its store";
 
 impl Upkeep for Store {
     fn holds(&self) -> Result<Holds> {
@@ -100,7 +96,7 @@ impl Upkeep for Store {
         if self.for_source && record.pinned.as_ref().is_some_and(|p| p.by_target) {
             let error = Error::new(Kind::Refused, "the target's own operator pinned this point").point(point);
             // Pinned it is, for another reason than the source has.
-            return if reason.is_some() { Ok(()) } else { Err(error.hint(UNPIN_THERE)) };
+            return if reason.is_some() { Ok(()) } else { Err(error.advise(advice::Store::UnpinThere)) };
         }
         let by_target = !self.for_source;
         record.pinned = reason.map(|reason| Pinned { since, reason: printable(reason, REASON_MAX), by_target });
@@ -164,9 +160,7 @@ impl Store {
                     age.as_secs(),
                     self.limits.min_age.as_secs()
                 );
-                return Err(Error::new(Kind::Refused, what)
-                    .point(id)
-                    .hint("wait, or have the target's administrator lower `--min-age` of its agent"));
+                return Err(Error::new(Kind::Refused, what).point(id).advise(advice::Store::LowerMinAge));
             }
         }
         Ok(())

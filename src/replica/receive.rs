@@ -9,7 +9,7 @@ use super::PointDisk;
 use super::upkeep::PatchStream;
 use crate::block::{BLOCK_LEN, BlockIndex};
 use crate::engine::applier::{Applier, PatchedImage};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::image::raw::RawWriter;
 use crate::image::{Format, ImageMut, qcow2};
 use crate::name::DomainUuid;
@@ -70,7 +70,7 @@ fn check_free(output: &Output) -> Result<()> {
 }
 
 fn exists(path: &Path) -> Error {
-    Error::new(Kind::Conflict, "the file is there already").path(path).hint("name another one, or add --force")
+    Error::new(Kind::Conflict, "the file is there already").path(path).advise(advice::Image::OtherNameOrOverwrite)
 }
 
 fn put_in_place(part: &Path, output: &Output) -> Result<()> {
@@ -143,9 +143,7 @@ fn fill(
         }
     }
     let damaged = |e: Error| match e.kind() {
-        Kind::Corrupt => {
-            e.hint("the point is damaged: `virt-replica verify DOMAIN --to TARGET --point POINT` says where")
-        }
+        Kind::Corrupt => e.advise(advice::Store::VerifyPoint),
         _ => e,
     };
     // Whatever root the stream names: it has to be the point's.

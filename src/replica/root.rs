@@ -11,7 +11,7 @@
 
 use super::files::Dir;
 use super::manifest::REPLICAS_DIR;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::name::StoreId;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -103,10 +103,9 @@ pub fn create(path: &Path, fresh: &StoreId, known: Option<&StoreId>) -> Result<S
     }
     if let Some(known) = known {
         let what = format!("the store {known} was here, and is not any more");
-        return Err(Error::new(Kind::NotFound, what).path(path).hint(format!(
-            "is its file system mounted? If that store is lost, `virt-replica store init {}` on its host makes another",
-            path.display()
-        )));
+        return Err(Error::new(Kind::NotFound, what)
+            .path(path)
+            .advise(advice::Store::Lost { root: path.display().to_string() }));
     }
     let id = mark(&Dir::create_root(path)?, fresh)?;
     Ok(StoreSeen { id: Some(id), root: path.to_owned(), adopted: false, created: true })
@@ -140,11 +139,9 @@ pub fn check_root(serves: &Path, wish: &StoreWish) -> Result<()> {
 }
 
 fn no_store(path: &Path, why: &str) -> Error {
-    Error::new(Kind::NotFound, format!("there is no store here: {why}")).path(path).hint(format!(
-        "check the path, and whether its file system is mounted. To create a store there: `virt-replica store init {}` on its \
-         host, or `sync --create-store` at the source",
-        path.display()
-    ))
+    Error::new(Kind::NotFound, format!("there is no store here: {why}"))
+        .path(path)
+        .advise(advice::Store::Create { root: path.display().to_string() })
 }
 
 fn read(dir: &Dir) -> Result<Option<StoreId>> {
@@ -210,8 +207,7 @@ mod tests {
         for path in [temp.path().to_owned(), temp.path().join("misspelt")] {
             let e = open(&path, &id(1)).unwrap_err();
             assert_eq!(e.kind(), Kind::NotFound);
-            let hint = e.hint_text().unwrap();
-            assert!(hint.contains("virt-replica store init") && hint.contains("--create-store"), "{hint}");
+            assert_eq!(e.advice(), Some(&advice::Store::Create { root: path.display().to_string() }.into()));
         }
         assert_eq!(std::fs::read_dir(temp.path()).unwrap().count(), 0, "a refusal leaves nothing behind");
 
@@ -247,7 +243,8 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let e = create(temp.path(), &id(1), Some(&id(7))).unwrap_err();
         assert_eq!(e.kind(), Kind::NotFound);
-        assert!(e.what().contains(id(7).as_str()) && e.hint_text().unwrap().contains("mounted"), "{e}");
+        assert!(e.what().contains(id(7).as_str()), "{e}");
+        assert_eq!(e.advice(), Some(&advice::Store::Lost { root: temp.path().display().to_string() }.into()));
         assert_eq!(std::fs::read_dir(temp.path()).unwrap().count(), 0);
     }
 

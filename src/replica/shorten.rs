@@ -27,7 +27,7 @@ use super::store::{Reading, Store, read_manifest};
 use super::upkeep::{Lease, SHORTEN_STEP_MAX, ShortenStart, ShortenStep, Shortening};
 use crate::block::changes::{ChangesHeader, ChangesReader, ChangesWriter, MergedChanges};
 use crate::block::digest::Digest;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::flock::Flock;
 use crate::image::qcow2::{self, Qcow2Image};
 use crate::name::{DiskName, PointId};
@@ -118,7 +118,7 @@ impl Shorten {
             return Err(Error::new(Kind::Space, what)
                 .point(&self.start.point)
                 .path(points.path())
-                .hint("remove points with `virt-replica prune`, or with --keep in every run"));
+                .advise(advice::Store::Prune));
         }
         Ok(())
     }

@@ -6,7 +6,7 @@
 //!
 //! Format: docs/formats/replica.md, docs/formats/wire.md.
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::name::{Fingerprint, Generation, HostLabel};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -95,7 +95,7 @@ impl Claimed {
                 name(before.as_ref())
             )),
             (How::TakenOver, before) => Some(format!(
-                "the replica followed {} and follows this host from now on, as --take-over says",
+                "the replica followed {} and follows this host from now on, as its operator decided",
                 name(before.as_ref())
             )),
         }
@@ -132,12 +132,10 @@ fn refusal(owner: &Owner, claim: &Claim) -> Error {
     let (theirs, ours) = (&owner.source, &claim.source);
     let what = format!("the replica follows {theirs} since {:.0}, and this source is {ours}", owner.since);
     let same_host = theirs.machine == ours.machine;
-    let why = match same_host {
-        true => "this is the same host with another state directory: if the old one is lost or was moved, ",
-        false => "if the domain is a clone, give it a UUID of its own. If it has moved to this host for good, ",
-    };
-    Error::new(Kind::Conflict, what)
-        .hint(format!("{why}`virt-replica sync DOMAIN --to TARGET --take-over` says so once"))
+    Error::new(Kind::Conflict, what).advise(match same_host {
+        true => advice::TakeOver::IfStateWasLost,
+        false => advice::TakeOver::IfNoClone,
+    })
 }
 
 /// The owner that a manifest records with the point that was begun under this claim.
@@ -207,9 +205,9 @@ mod tests {
             assert_eq!(e.kind(), Kind::Conflict, "{text}");
             let ours = &text[text.len() - 4..text.len() - 2];
             assert!(e.what().contains("host-a1") && e.what().contains(&format!("host-{ours}")), "both sides: {e}");
-            assert!(e.hint_text().unwrap().contains("--take-over"), "the way out");
+            assert!(matches!(e.advice(), Some(advice::Advice::TakeOver(_))), "the way out");
         }
-        assert!(judged("a1 1; a2 1").unwrap_err().hint_text().unwrap().contains("another state directory"));
+        assert_eq!(judged("a1 1; a2 1").unwrap_err().advice(), Some(&advice::TakeOver::IfStateWasLost.into()));
     }
 
     #[test]
@@ -220,7 +218,7 @@ mod tests {
         let claimed =
             judge(Standing { owner: Some(&one), generation: Generation(1), has_points: true }, &second).unwrap();
         let words = claimed.words(Generation(1)).unwrap();
-        assert!(words.contains("host-a1") && words.contains("--take-over"), "{words}");
+        assert!(words.contains("host-a1") && words.contains("as its operator decided"), "{words}");
         let two = owner(Some(&one), &second, &claimed, now());
         assert_eq!((two.how, two.before), (How::TakenOver, Some(source("a1"))));
         // The next run of the same source changes nothing of that.

@@ -11,7 +11,7 @@ pub(crate) mod space_watch;
 pub mod still;
 
 use super::settle::{Goal, Outcome, Settler};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::failpoint;
 use crate::file_id::Stamp;
 use crate::hypervisor::{DomainView, FreezeDisk, Hypervisor, Power};
@@ -169,7 +169,8 @@ impl<'a> OverlayCapture<'a> {
         for ((disk, planned), (_, _, disk_seen)) in planned.zip(&seen.disks) {
             let live = domain.disk(&disk.name).and_then(|d| d.live.as_ref());
             let (Some(live), Stand::Ours) = (live, disk_seen.live) else {
-                let what = format!("after the freeze the disk is not on its overlay but {:?}", disk_seen.live);
+                tracing::warn!(disk = %disk.name, stands = ?disk_seen.live, "after the freeze");
+                let what = "after the freeze the disk is not on its overlay";
                 return Err(Error::new(Kind::Conflict, what).disk(&disk.name).path(&disk.overlay));
             };
             // The settling that follows this error records what was really frozen, and commits into that (I4).
@@ -208,9 +209,7 @@ impl<'a> OverlayCapture<'a> {
 
 /// What an operator reads of a commit that goes on by itself.
 pub fn pending(disk: &DiskName) -> String {
-    format!(
-        "commit pending: the overlay of disk '{disk}' is still being committed; the next run or `virt-replica doctor --repair` ends it"
-    )
+    format!("commit pending: the overlay of disk '{disk}' is still being committed; the next run, or a repair, ends it")
 }
 
 impl Capture for OverlayCapture<'_> {
@@ -223,7 +222,7 @@ impl Capture for OverlayCapture<'_> {
                 Ok(Release { left_open: Some(what), .. }) => e.hint(what),
                 Err(second) => {
                     tracing::error!("after the failed freeze: {}", second.chain());
-                    e.hint("run `virt-replica doctor` for what was left behind")
+                    e.advise(advice::Repair::ExplainLeftovers)
                 }
             }
         })

@@ -3,7 +3,7 @@
 use super::cycle::settle_domain;
 use super::target_gate::{Patience, TargetGate};
 use crate::engine::pump::{self, Shipment};
-use crate::error::{Error, Kind, Result, ResultExt};
+use crate::error::{Error, Kind, Result, ResultExt, advice};
 use crate::name::{DiskName, DomainUuid};
 use crate::replicate::capture::held::Standing;
 use crate::replicate::plan::survey::make_plan;
@@ -58,8 +58,9 @@ fn compared(run: &Run, uuid: &DomainUuid) -> Result<Comparison> {
     let replica = (run.ports.replica)(uuid)?;
     let view = replica.describe()?;
     if view.head().is_none() {
-        return Err(Error::new(Kind::NotFound, "the target has no point to compare with")
-            .hint("`virt-replica sync DOMAIN --to TARGET` makes the first one"));
+        return Err(
+            Error::new(Kind::NotFound, "the target has no point to compare with").advise(advice::Run::FirstPoint)
+        );
     }
     let plan = make_plan(run.ports, run.request, &domain, &view)?;
     run.ready_to_freeze(&plan)?;

@@ -25,7 +25,7 @@ use super::plan::CaptureKind;
 use super::target_gate::{Patience, TargetGate};
 use crate::engine::pump;
 use crate::engine::stats::DiskStats;
-use crate::error::{Error, Kind, Result, ResultExt};
+use crate::error::{Error, Kind, Result, ResultExt, advice};
 use crate::failpoint;
 use crate::hypervisor::{DomainView, Power};
 use crate::name::DomainUuid;
@@ -321,7 +321,7 @@ impl Run<'_> {
         match left_open {
             None => Ok(()),
             Some(what) => Err(Error::new(Kind::Conflict, format!("an earlier run could not be settled: {what}"))
-                .hint("run `virt-replica doctor` for what was found and what to do")),
+                .advise(advice::Repair::Explain)),
         }
     }
 

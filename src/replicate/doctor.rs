@@ -2,6 +2,7 @@
 
 use super::cycle::{record_in_domain, settle_domain};
 use super::plan::is_our_overlay;
+use crate::error::advice::Advice;
 use crate::error::{Kind, Result};
 use crate::hypervisor::DomainView;
 use crate::name::DomainUuid;
@@ -25,6 +26,9 @@ pub struct Finding {
     pub health: Health,
     /// What was found, sentence by sentence.
     pub explanation: Vec<String>,
+    /// What a person does next: for the program to put into words at the end of the explanation.
+    #[serde(skip)]
+    pub advice: Option<Advice>,
     /// What was done about it; empty unless repair was asked for.
     pub done: Vec<String>,
 }
@@ -56,8 +60,14 @@ pub fn examine(ports: &Ports, state: &Path, uuid: &DomainUuid, repair: Option<&S
         None => record_in_domain(ports.hypervisor, uuid)?,
     };
     let name = domain.as_ref().map(|d| d.name.to_string()).or_else(|| record.as_ref().map(|r| r.domain.to_string()));
-    let mut finding =
-        Finding { uuid: uuid.clone(), domain: name, health: Health::Sound, explanation: Vec::new(), done: Vec::new() };
+    let mut finding = Finding {
+        uuid: uuid.clone(),
+        domain: name,
+        health: Health::Sound,
+        explanation: Vec::new(),
+        advice: None,
+        done: Vec::new(),
+    };
     let left = journal::peek_backup(state, uuid)?;
     let thaw_owed = journal::peek_thaw(state, uuid)?;
     let hook_owed = journal::peek_hook(state, uuid)?;
@@ -177,7 +187,7 @@ fn explain(ports: &Ports, record: &Record, finding: &mut Finding) -> Result<()> 
         Action::Halt(halt) => {
             let e = halt_error(record, &halt);
             say.push(e.to_string());
-            say.extend(e.hint_text().map(|h| format!("what to do: {h}")));
+            finding.advice = e.advice().cloned();
             finding.health = Health::NeedsPerson;
         }
         Action::Done => {

@@ -18,7 +18,7 @@ pub mod observe;
 pub mod options;
 pub mod stopped;
 
-use crate::error::{Error, Kind, Result, ResultExt};
+use crate::error::{Error, Kind, Result, ResultExt, advice};
 use crate::failpoint;
 use crate::file_id::Stamp;
 use crate::hypervisor::{Hypervisor, is_denied};
@@ -285,10 +285,7 @@ impl<'a> Settler<'a> {
             return Err(e);
         }
         if !self.hypervisor.confinement(&self.record.uuid)?.denies_commits() {
-            return Err(e.path(base).hint(
-                "QEMU may not write to the disk's own image: compare its owner, mode and label with those of the domain's \
-                 other images, then run `virt-replica doctor --repair`",
-            ));
+            return Err(e.path(base).advise(advice::Repair::CheckRights));
         }
         tracing::error!(domain = %self.record.domain, "{}", e.chain());
         self.record.commit_denied = seen.domain.as_ref().and_then(|domain| domain.id);

@@ -1,7 +1,7 @@
 //! A planned failover and a migration, with the adapters of this host as their ports.
 
 use super::{Connection, Site};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::hypervisor::{DiskKind, DiskView, DomainView, Hypervisor as _, Power};
 use crate::name::{DiskName, DomainUuid, RunId};
 use crate::recovery::bringup::{BringUp, Coming, refuse_red};
@@ -211,7 +211,7 @@ fn leaves_no_disk_behind(view: &DomainView, excluded: &[DiskName]) -> Result<()>
         )
         .disk(&disk.name)
         .domain(&view.name)
-        .hint("put it into the definition (`virsh attach-disk DOMAIN FILE DISK --config`), detach it, or leave it behind with --exclude-disk")),
+        .advise(advice::Run::DefineDisk)),
     }
 }
 

@@ -1,6 +1,6 @@
 //! One domain of this host's store, and how it is brought up here: [`BringUp`], near.
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::hypervisor::machine::Machines as _;
 use crate::name::{DomainUuid, Generation, PointId};
 use crate::recovery::bringup::{BringUp, Coming, Order, Readiness, Standing};
@@ -56,9 +56,7 @@ impl BringUp for HereDomain<'_> {
         // Under the lock: an order that comes late finds out here.
         if state.is_called_off(&order.handover)? {
             let what = format!("the handover {} was called off", order.handover);
-            return Err(Error::new(Kind::Refused, what)
-                .domain(&self.uuid)
-                .hint("begin anew: `virt-replica failover DOMAIN --to TARGET`"));
+            return Err(Error::new(Kind::Refused, what).domain(&self.uuid).advise(advice::Failover::BeginAnew));
         }
         self.here.failover_as(&state, &self.find(Some(&order.point))?, &order.wanted, say)
     }

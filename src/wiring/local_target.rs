@@ -2,7 +2,7 @@
 
 use super::source::{SiteOptions, start_deadman};
 use super::stores;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::hypervisor::Power;
 use crate::hypervisor::firmware::Firmware;
 use crate::hypervisor::libvirt::LibvirtHypervisor;
@@ -70,7 +70,7 @@ impl Here {
         let named = all.iter().map(|(uuid, name, _)| (uuid.clone(), name.clone()));
         let host = format!("the store {}", self.options.root.display());
         let (uuid, name) = one_of(named, name_or_uuid, &host).map_err(|e| match e.kind() {
-            Kind::NotFound => e.hint("this runs on the target, where the store is; is it the right one (--root)?"),
+            Kind::NotFound => e.advise(advice::Store::RightStore),
             _ => e,
         })?;
         let view = all.into_iter().find(|(u, ..)| *u == uuid).expect("it was chosen among them").2;
@@ -80,7 +80,8 @@ impl Here {
         };
         let missing = || {
             let e = Error::new(Kind::NotFound, "the store has no such point").domain(&name);
-            point.iter().fold(e, |e, id| e.point(id)).hint("`virt-replica points DOMAIN --to ROOT` lists them")
+            let root = Some(self.options.root.display().to_string());
+            point.iter().fold(e, |e, id| e.point(id)).advise(advice::Store::ListPoints { root })
         };
         let point = chosen.cloned().ok_or_else(missing)?;
         Ok(Found { uuid, name, view, point })

@@ -5,7 +5,7 @@ use super::local_target;
 use super::plain;
 use super::stores::LocalStores;
 use crate::agent::server::{ReplicaOpener, ServeOptions, Served, serve_stdio};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, Words};
 use crate::name::{DomainName, DomainUuid};
 use crate::plain::target::{LocalOptions, LocalTarget};
 use crate::plain::tree::{self, Make};
@@ -19,9 +19,13 @@ use std::path::{Path, PathBuf};
 
 /// Runs the agent for the store at `root` on this process's stdin and stdout, until the client's end or its silence.
 /// `limits` are what this host demands, whoever asks.
-/// `operator`: the client is the operator of this host, and no source.
-pub fn serve_agent(root: &Path, limits: Limits, operator: bool) -> Result<()> {
-    serve_stdio(&LocalStores::new(root, limits, operator), ServeOptions::default())
+/// `operator`: the client is the operator of this host, and no source. `words`: how this program words an advice.
+pub fn serve_agent(root: &Path, limits: Limits, operator: bool, words: Words) -> Result<()> {
+    serve_stdio(&LocalStores::new(root, limits, operator), speaking(words))
+}
+
+fn speaking(words: Words) -> ServeOptions {
+    ServeOptions { words: Some(words), ..ServeOptions::default() }
 }
 
 /// The same, and brings up what is in the store where it is asked to: only then `connect` is called, so that runs go on
@@ -31,10 +35,11 @@ pub fn serve_failover(
     root: &Path,
     limits: Limits,
     operator: bool,
+    words: Words,
     connect: &dyn Fn() -> Result<local_target::Here>,
 ) -> Result<()> {
     let stores = LocalStores::new(root, limits, operator);
-    serve_stdio(&Bringing { stores, connect, here: std::cell::OnceCell::new() }, ServeOptions::default())
+    serve_stdio(&Bringing { stores, connect, here: std::cell::OnceCell::new() }, speaking(words))
 }
 
 #[cfg(feature = "libvirt")]
@@ -72,8 +77,8 @@ impl ReplicaOpener for Bringing<'_> {
 
 /// Runs the agent for the images below `root` on this process's stdin and stdout, until the client's end or its silence.
 /// `state` is this host's own state.
-pub fn serve_images(root: &Path, state: &Path) -> Result<()> {
-    serve_stdio(&LocalImages { root: root.to_owned(), state: state.to_owned() }, ServeOptions::default())
+pub fn serve_images(root: &Path, state: &Path, words: Words) -> Result<()> {
+    serve_stdio(&LocalImages { root: root.to_owned(), state: state.to_owned() }, speaking(words))
 }
 
 struct LocalImages {

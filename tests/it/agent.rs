@@ -443,7 +443,7 @@ impl Closer for Join {
 const QUICK: Duration = Duration::from_millis(900);
 
 fn quick_serve() -> ServeOptions {
-    ServeOptions { silence: QUICK, ping_interval: Duration::from_millis(200) }
+    ServeOptions { silence: QUICK, ping_interval: Duration::from_millis(200), ..ServeOptions::default() }
 }
 
 fn quick_client() -> ClientOptions {

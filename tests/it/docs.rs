@@ -345,7 +345,12 @@ fn every_mistake_is_said_in_the_recorded_words() {
         let text = fs::read_to_string(&path).unwrap();
         let e = Policy::parse(&text, name, &["dr1", "vault"]).err();
         let e = e.unwrap_or_else(|| panic!("{} is accepted", path.display()));
-        let hint = e.hint_text().map_or_else(String::new, |h| format!("hint: {h}\n"));
+        let hint = match (e.hint_text(), e.advice()) {
+            (Some(hint), _) => format!("hint: {hint}\n"),
+            // Its words are the program's.
+            (None, Some(advice)) => format!("advice: {}\n", serde_json::to_string(advice).unwrap()),
+            (None, None) => String::new(),
+        };
         let said = format!("error: {}\n{hint}", e.chain());
         let recorded = path.with_extension("txt");
         if std::env::var_os("VIRT_REPLICA_BLESS").is_some() {

@@ -86,7 +86,7 @@ impl Shared {
                         _ => Err(protocol("the agent ended the session unasked")),
                     };
                 }
-                other => return Err(protocol(format!("a {other:?} frame is not for a client"))),
+                other => return Err(protocol(format!("{other} is not for a client"))),
             }
         }
         Err(Error::new(Kind::Unavailable, "the agent ended without a goodbye"))

@@ -69,7 +69,7 @@ impl DiskTarget for RemoteReplica {
             (FrameKind::Nodes, payload) => {
                 decode_nodes(&payload, count as usize).map_err(|e| shared.at_host(e).disk(disk))
             }
-            (kind, _) => Err(shared.at_host(protocol(format!("a {kind:?} frame instead of nodes")))),
+            (kind, _) => Err(shared.at_host(protocol(format!("{kind} instead of nodes")))),
         }
     }
 
@@ -85,7 +85,7 @@ impl DiskTarget for RemoteReplica {
             (FrameKind::Pieces, payload) => {
                 decode_pieces(&payload, blocks.len()).map_err(|e| shared.at_host(e).disk(disk))
             }
-            (kind, _) => Err(shared.at_host(protocol(format!("a {kind:?} frame instead of pieces")))),
+            (kind, _) => Err(shared.at_host(protocol(format!("{kind} instead of pieces")))),
         }
     }
 

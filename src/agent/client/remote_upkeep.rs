@@ -116,7 +116,7 @@ impl RemoteStream {
         let Some(id) = self.asked.pop_front() else { return Ok(None) };
         match shared.answer(id, &mut |_| {})? {
             (FrameKind::Data, bytes) => Ok(Some(bytes)),
-            (kind, _) => Err(shared.at_host(protocol(format!("a {kind:?} frame instead of data")))),
+            (kind, _) => Err(shared.at_host(protocol(format!("{kind} instead of data")))),
         }
     }
 }

@@ -17,8 +17,11 @@ impl<W: Write> Session<'_, W> {
             let _ = output.send(FrameKind::Progress, id, &encode(&Progress::words(words)));
         };
         let told = match ask {
-            Ask::Ready { point } => Told::Ready { readiness: domain.ready(point.as_ref())? },
-            Ask::ReadyFor { coming } => Told::ReadyFor { findings: domain.ready_for(&coming)? },
+            Ask::Ready { point } => Told::Ready { readiness: domain.ready(point.as_ref())?.spoken(self.words) },
+            Ask::ReadyFor { coming } => {
+                let findings = domain.ready_for(&coming)?;
+                Told::ReadyFor { findings: findings.into_iter().map(|f| f.spoken(self.words)).collect() }
+            }
             Ask::State {} => Told::State { standing: domain.state()? },
             Ask::BringUp { order } => Told::BringUp { record: domain.bring_up(&order, &say)? },
             Ask::CallOff { order } => {

@@ -59,7 +59,8 @@ fn record() -> FailoverRecord {
 impl BringUp for Host {
     fn ready(&self, point: Option<&PointId>) -> Result<Readiness> {
         self.hears(format!("ready {}", point.is_some()));
-        let red = Finding { question: Question::Network, color: Color::Red, what: "no".into(), advice: None };
+        let advised = Some(crate::error::advice::Failover::MapNetwork.into());
+        let red = Finding { question: Question::Network, color: Color::Red, what: "no".into(), advice: None, advised };
         Ok(Readiness { point: order().point, findings: vec![red], suggestion: Vec::new() })
     }
     fn ready_for(&self, coming: &Coming) -> Result<Vec<Finding>> {
@@ -156,7 +157,9 @@ fn with_agent(host: Host, test: impl FnOnce(&Arc<AgentClient>)) {
     let (client_in, agent_out) = rustix::pipe::pipe().unwrap();
     let agent = std::thread::spawn(move || {
         let output = PipeWriter::new(agent_out).unwrap();
-        serve(PipeReader::new(agent_in), output, &host, ServeOptions::default())
+        let options =
+            ServeOptions { words: Some(|advice, _| format!("in words: {advice:?}")), ..ServeOptions::default() };
+        serve(PipeReader::new(agent_in), output, &host, options)
     });
     let ends = (PipeWriter::new(client_out).unwrap(), PipeReader::new(client_in));
     let client = Arc::new(AgentClient::connect(&Inside(Mutex::new(Some(ends)))).unwrap());
@@ -172,7 +175,11 @@ fn every_verb_arrives_and_every_answer_comes_back() {
     with_agent(host, |client| {
         let far = client.bring_up(&DomainUuid::new(UUID).unwrap());
         let ready = far.ready(Some(&order().point)).unwrap();
-        assert_eq!(ready.red().unwrap().question, Question::Network);
+        let red = ready.red().unwrap();
+        assert_eq!(red.question, Question::Network);
+        // An older client shows the words; this one may word the facts itself.
+        assert_eq!(red.advice.as_deref(), Some("in words: Failover(MapNetwork)"));
+        assert_eq!(red.advised, Some(crate::error::advice::Failover::MapNetwork.into()));
         far.ready(None).unwrap();
         assert_eq!(far.state().unwrap().failover.unwrap(), record());
         let words = Mutex::new(Vec::new());
@@ -222,7 +229,7 @@ fn an_agent_that_may_not_says_which_flag_allows_it_and_goes_on() {
         let far = client.bring_up(&DomainUuid::new(UUID).unwrap());
         for e in [far.ready(None).unwrap_err(), far.bring_up(&order(), &|_| {}).unwrap_err()] {
             assert_eq!(e.kind(), Kind::Refused);
-            assert!(e.hint_text().unwrap().contains("agent --failover --root DIR"), "{e}");
+            assert_eq!(e.advice(), Some(&crate::error::advice::Host::ServeFailovers.into()), "{e}");
         }
     });
 }

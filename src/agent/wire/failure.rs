@@ -1,12 +1,16 @@
 //! A request's failure on its way: bounded where it is made, harmless where it is read.
 
-use crate::error::{Error, Kind, printable};
+use crate::error::advice::Advice;
+use crate::error::{Error, Kind, Words, printable};
 use serde::{Deserialize, Deserializer, Serialize};
 
 /// Longest text of one, in bytes.
 const TEXT_MAX: usize = 4 << 10;
 
 /// An [`Error`] on its way: what the caller must do, a sentence, the place, the cause in words.
+///
+/// What to do next travels twice: as facts, and in the words of the program that sends it. Who knows the facts words
+/// them anew; an older peer, or one that does not know this advice, shows the words.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WireError {
     /// A kind this side does not know reads as [`Kind::Refused`].
@@ -17,6 +21,8 @@ pub struct WireError {
     pub context: WireContext,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "Advice::known")]
+    pub advice: Option<Advice>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cause: Option<String>,
 }
@@ -62,12 +68,20 @@ impl From<&Error> for WireError {
                 offset_bytes: context.offset_bytes,
             },
             hint: error.hint_text().map(short),
+            advice: error.advice().filter(|advice| advice.text().is_none()).cloned(),
             cause: (!causes.is_empty()).then(|| short(&causes.join(": "))),
         }
     }
 }
 
 impl WireError {
+    /// As it goes to a peer: with the words of this program beside the facts. `words`: `None` for a program without any.
+    pub fn spoken(self, words: Option<Words>) -> WireError {
+        let (Some(words), Some(_), None) = (words, &self.advice, &self.hint) else { return self };
+        let hint = self.clone().into_error(None).next_step(words).map(|text| printable(&text, TEXT_MAX));
+        WireError { hint, ..self }
+    }
+
     /// The error as this side reports it. `host`: where it happened, if not here. The words of the other side are
     /// made fit for a terminal.
     pub fn into_error(self, host: Option<&str>) -> Error {
@@ -89,9 +103,11 @@ impl WireError {
         if let Some(offset) = context.offset_bytes {
             error = error.offset(offset);
         }
-        if let Some(hint) = self.hint {
-            error = error.hint(printable(&hint, TEXT_MAX));
-        }
+        error = match (self.advice, self.hint) {
+            (Some(advice), _) => error.advise(advice),
+            (None, Some(hint)) => error.hint(printable(&hint, TEXT_MAX)),
+            (None, None) => error,
+        };
         if let Some(cause) = self.cause {
             error = error.source(printable(&cause, TEXT_MAX));
         }

@@ -3,7 +3,7 @@
 use super::here::HereArgs;
 use crate::cli::globals::Globals;
 use crate::cli::speak::output::{Exit, Output, print, print_json};
-use crate::cli::speak::render;
+use crate::cli::speak::{advice, render};
 use crate::cli::target::{SshArgs, Target, hang_up};
 use clap::Args;
 use serde_json::json;
@@ -72,7 +72,7 @@ fn there(to: &str, args: &ReadyArgs, globals: &Globals) -> Result<Answer> {
     let asked = || {
         let client = connection.client()?;
         let (uuid, name) = crate::cli::store::named::find(&client, &args.domain, globals)?;
-        let readiness = client.bring_up(&uuid).ready(args.point.as_ref())?;
+        let readiness = advice::said(client.bring_up(&uuid).ready(args.point.as_ref())?);
         Ok(Answer { name, uuid, target: Some(target.url.to_string()), readiness })
     };
     let answer = asked();
@@ -84,7 +84,7 @@ fn there(to: &str, args: &ReadyArgs, globals: &Globals) -> Result<Answer> {
 fn here(args: &ReadyArgs, globals: &Globals) -> Result<Answer> {
     let here = args.here.connect(globals)?;
     let found = here.find(&args.domain, args.point.as_ref())?;
-    let readiness = here.readiness(&found)?;
+    let readiness = advice::said(here.readiness(&found)?);
     Ok(Answer { name: found.name, uuid: found.uuid, target: None, readiness })
 }
 

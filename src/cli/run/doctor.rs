@@ -35,9 +35,9 @@ mod examine {
     use super::*;
     use crate::cli::run::source;
     use crate::cli::speak::output::{print, print_json};
-    use crate::cli::speak::render;
+    use crate::cli::speak::{advice, render};
     use serde_json::json;
-    use virt_replica::error::{Error, Kind};
+    use virt_replica::error::{Context, Error, Kind};
     use virt_replica::hypervisor::machine::Machines as _;
     use virt_replica::hypervisor::{Hypervisor as _, Power};
     use virt_replica::name::DomainUuid;
@@ -68,6 +68,7 @@ mod examine {
         findings.extend(drills(&site, args)?);
         findings.extend(failovers(&site, args)?);
         handovers(&site, args, &mut findings)?;
+        findings.iter_mut().for_each(tell);
         match output.json {
             true => print_json(&json!({ "domains": findings }))?,
             false => print(&describe(&findings, args.domain.is_some()))?,
@@ -89,12 +90,17 @@ mod examine {
             uuid: uuid.clone(),
             domain: e.context().domain.clone(),
             health: Health::NeedsPerson,
-            explanation: [Some(e.chain()), e.hint_text().map(|h| format!("what to do: {h}"))]
-                .into_iter()
-                .flatten()
-                .collect(),
+            explanation: vec![e.chain()],
+            advice: e.advice().cloned(),
             done: Vec::new(),
         })
+    }
+
+    /// Puts the advice into words, as the last sentence of what was found.
+    fn tell(finding: &mut Finding) {
+        let Some(advice) = finding.advice.take() else { return };
+        let about = Context { domain: finding.domain.clone(), ..Context::default() };
+        finding.explanation.push(format!("what to do: {}", advice::words(&advice, &about)));
     }
 
     fn drilled(site: &Site, name: &str) -> Result<bool> {
@@ -125,11 +131,11 @@ mod examine {
                     _ => ("failover to", format!("failover {name} --unplanned --source-is-dead")),
                 };
                 let explanation = vec![
-                    format!("the {what} point {}, begun at {}, was cut short", record.point, record.started_at),
+                    format!("the {what} point {}, begun at {:.0}, was cut short", record.point, record.started_at),
                     format!("what to do: `virt-replica {command}` goes on from there"),
                 ];
                 let (uuid, domain) = (record.uuid, Some(record.domain.to_string()));
-                Finding { uuid, domain, health: Health::NeedsPerson, explanation, done: Vec::new() }
+                Finding { uuid, domain, health: Health::NeedsPerson, explanation, advice: None, done: Vec::new() }
             })
             .collect())
     }
@@ -142,8 +148,9 @@ mod examine {
             }
             let power = site.hypervisor().power(&record.uuid)?.unwrap_or(Power::Off);
             let unasked = !record.asked || record.stage == Stage::Undone;
-            let mut explanation = vec![record.refusal(power).what().to_owned()];
-            explanation.extend(record.refusal(power).hint_text().map(|hint| format!("what to do: {hint}")));
+            let refusal = record.refusal(power);
+            let mut explanation = vec![refusal.what().to_owned()];
+            explanation.extend(advice::of(&refusal).map(|next| format!("what to do: {next}")));
             let mut done = Vec::new();
             let health = match record.stage {
                 _ if record.alarm(power).is_some() => Health::NeedsPerson,
@@ -166,7 +173,7 @@ mod examine {
                 Some(finding) => (finding.health, finding.explanation, finding.done) = (health, explanation, done),
                 None => {
                     let (uuid, domain) = (record.uuid, Some(record.domain.to_string()));
-                    findings.push(Finding { uuid, domain, health, explanation, done });
+                    findings.push(Finding { uuid, domain, health, explanation, advice: None, done });
                 }
             }
         }
@@ -198,6 +205,7 @@ mod examine {
                     domain: Some(record.domain.to_string()),
                     health,
                     explanation: std::iter::once(what).chain(error).collect(),
+                    advice: None,
                     done: if health == Health::Repaired {
                         vec!["the copy and all that was made for it is gone".into()]
                     } else {

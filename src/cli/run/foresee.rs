@@ -1,6 +1,7 @@
 //! What a target says of a domain while its source still lives: whether it could be brought up there. Asked after a
 //! run, when the guest writes to its own images again and the point is sealed; nobody waits for it for long.
 
+use crate::cli::speak::advice;
 use crate::cli::target::Target;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
@@ -25,7 +26,7 @@ pub fn lacks(connection: &Connection, target: &Target, uuid: &DomainUuid, point:
         return Vec::new();
     }
     match ask(connection, uuid.clone(), point.cloned()) {
-        Ok(Some(readiness)) => sentences(&readiness),
+        Ok(Some(readiness)) => sentences(&advice::said(readiness)),
         Ok(None) => {
             tracing::debug!("the target did not say in time whether it could bring the domain up");
             Vec::new()

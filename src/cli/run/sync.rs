@@ -144,12 +144,13 @@ mod run {
     use crate::cli::speak::output::{
         AUDIT_ALARM, COMMIT_PENDING, GUEST_STOPPED, Message, PARTLY_PROTECTED, print, print_json,
     };
-    use crate::cli::speak::{render, signals};
+    use crate::cli::speak::{advice, render, signals};
     use crate::cli::store::prune;
     use crate::cli::store::shorten::keep_short;
     use crate::cli::target::{Target, hang_up};
     use std::sync::atomic::AtomicBool;
     use virt_replica::engine::stats::AuditStats;
+    use virt_replica::error::Context;
     use virt_replica::replica::Replica;
     use virt_replica::replica::left_out::Cause;
     use virt_replica::replicate::capture::quiesce::QuiesceOptions;
@@ -443,9 +444,13 @@ mod run {
         lines.extend(skipped.map(|s| render::wrap(&format!(" {}  ", s.name), &format!("skipped: it {}", s.reason))));
         lines.extend(plan.skipped.unprotected().map(|s| render::wrap("PARTLY PROTECTED: ", &s.told())));
         lines.extend(plan.notes.iter().map(|n| render::wrap("note: ", n)));
-        lines.extend(plan.conflicts.iter().map(|c| match c.disk() {
-            Some(disk) => format!("conflict: disk '{disk}': {c}\n  {}", c.advice()),
-            None => format!("conflict: {c}\n  {}", c.advice()),
+        let about = Context { domain: Some(plan.domain.to_string()), ..Context::default() };
+        lines.extend(plan.conflicts.iter().map(|c| {
+            let next = advice::words(&c.advice(), &about);
+            match c.disk() {
+                Some(disk) => format!("conflict: disk '{disk}': {c}\n  {next}"),
+                None => format!("conflict: {c}\n  {next}"),
+            }
         }));
         lines.join("\n")
     }

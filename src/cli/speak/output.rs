@@ -2,7 +2,7 @@
 //!
 //! Writing never panics: a reader that went away (`| head`) must not end a run in the middle.
 
-use super::progress;
+use super::{advice, progress};
 use serde::Serialize;
 use serde_json::json;
 use std::io::Write;
@@ -71,11 +71,12 @@ impl Output {
             false => format!("{text}:"),
         };
         progress::say(&format!("{} {}", label("error", 31), e.chain()));
-        if let Some(hint) = e.hint_text() {
+        let hint = advice::of(e);
+        if let Some(hint) = &hint {
             progress::say(&format!("{} {hint}", label("hint", 36)));
         }
         if self.json {
-            progress::say(&exit_error(e.kind(), e.kind().exit_code(), &e.chain(), e.hint_text()));
+            progress::say(&exit_error(e.kind(), e.kind().exit_code(), &e.chain(), hint.as_deref()));
         }
     }
 }

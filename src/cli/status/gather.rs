@@ -7,7 +7,7 @@ use crate::cli::globals::Globals;
 use crate::cli::run::source;
 use crate::cli::speak::output::{Exit, Output, print, print_json};
 use crate::cli::speak::progress::say;
-use crate::cli::speak::{render, signals};
+use crate::cli::speak::{advice, render, signals};
 use crate::cli::target::{Target, hang_up};
 use jiff::Timestamp;
 use serde_json::json;
@@ -251,7 +251,7 @@ fn rows(
                     row(globals, site, domain, record.as_ref(), Some(&target.url.to_string()), Some(&replica))?;
                 if args.ready && row.head.is_some() {
                     match connection.client()?.bring_up(&domain.uuid).ready(None) {
-                        Ok(readiness) => row.ready = Some(Ready::from(&readiness)),
+                        Ok(readiness) => row.ready = Some(Ready::from(&advice::said(readiness))),
                         Err(e) => {
                             row.notes.push(format!("whether the target could bring it up is not known: {}", e.chain()))
                         }

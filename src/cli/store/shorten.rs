@@ -1,5 +1,6 @@
 //! Keeping chains short, after a run and after a prune: the target says when, and does it; here is who lets it.
 
+use crate::cli::speak::advice;
 use crate::cli::speak::output::{Message, Output};
 use crate::cli::speak::progress::bar;
 use crate::cli::speak::render;
@@ -59,7 +60,7 @@ pub fn keep_short(
 fn unshortened(e: &Error) -> String {
     let next = match e.kind() {
         Kind::Busy | Kind::Interrupted => "the next run tries again".to_owned(),
-        _ => e.hint_text().unwrap_or("reading it gets slower with each; the next run tries again").to_owned(),
+        _ => advice::of(e).unwrap_or_else(|| "reading it gets slower with each; the next run tries again".to_owned()),
     };
     format!(
         "a disk of the newest point consists of more images than the target allows, and they stay: {}; {next}",

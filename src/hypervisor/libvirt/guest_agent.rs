@@ -2,7 +2,7 @@
 //!
 //! Not `virDomainFSFreeze`: it waits for an answer for ever unless the domain was told otherwise, for everybody who asks it.
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, printable};
 use crate::hypervisor::guest::GuestAgent;
 use crate::hypervisor::libvirt::LibvirtHypervisor;
 use crate::name::DomainUuid;
@@ -46,7 +46,10 @@ fn held(text: &str) -> Result<bool> {
     match answer::<String>(text)?.as_str() {
         "frozen" => Ok(true),
         "thawed" => Ok(false),
-        other => Err(Error::new(Kind::Protocol, format!("the guest agent calls its file systems {other:?}"))),
+        other => Err(Error::new(
+            Kind::Protocol,
+            format!("the guest agent calls its file systems '{}'", printable(other, 60)),
+        )),
     }
 }
 

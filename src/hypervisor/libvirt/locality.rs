@@ -6,7 +6,7 @@
 
 use super::gate::{Call, Failure, Repeat};
 use super::sys;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::hypervisor::libvirt::LibvirtHypervisor;
 
 /// CPU time of a host since it was started, in ticks: another host has other figures.
@@ -94,10 +94,7 @@ fn judge(facts: &Facts) -> Verdict {
 fn refusal(uri: &str, there: &str, here: &str) -> Error {
     let what =
         format!("libvirt ({uri}) runs on {there}, and this is {here}: the paths of its images mean nothing here");
-    Error::new(Kind::Refused, what).hint(format!(
-        "run virt-replica on {there}. If you did not name that URI: it comes from LIBVIRT_DEFAULT_URI or from uri_default in \
-         libvirt.conf; `-c qemu:///system` means this host"
-    ))
+    Error::new(Kind::Refused, what).advise(advice::Host::RunOn { host: there.to_owned() })
 }
 
 /// Whether a URI leads through a socket of this host.
@@ -158,7 +155,7 @@ mod tests {
         let e = refusal("qemu+ssh://b/system", "b", "a");
         assert_eq!(e.kind(), Kind::Refused);
         assert!(e.what().contains("runs on b, and this is a"), "both sides: {e}");
-        assert!(e.hint_text().unwrap().contains("run virt-replica on b"), "the way out");
+        assert!(e.advice() == Some(&advice::Host::RunOn { host: "b".to_owned() }.into()), "the way out");
     }
 
     #[test]

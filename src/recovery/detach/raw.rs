@@ -11,7 +11,7 @@
 use super::stopped;
 use crate::block::DiskSize;
 use crate::durable::sync_dir;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::failpoint;
 use crate::hypervisor::relocate::{Place, Relocating};
 use crate::hypervisor::{Power, xml};
@@ -57,7 +57,7 @@ pub fn disks(record: &FailoverRecord, asked: Option<DiskFormat>, held: &dyn Held
     };
     match begun && raw != record.raw {
         true => Err(Error::new(Kind::Conflict, "it was begun with images of another format")
-            .hint("bring that to its end: `virt-replica detach DOMAIN`, without --disk-format")),
+            .advise(advice::Failover::DetachSameFormat)),
         false => Ok(raw),
     }
 }
@@ -237,9 +237,7 @@ impl super::One<'_> {
                     let what = format!(
                         "QEMU has refused {moves} times to move the guest to the new image; it runs on the old one"
                     );
-                    return Err(Error::new(Kind::Busy, what)
-                        .path(&files.raw)
-                        .hint("`virt-replica detach DOMAIN` again goes on from there"));
+                    return Err(Error::new(Kind::Busy, what).path(&files.raw).advise(advice::Failover::DetachAgain));
                 }
                 Next::Move => {
                     std::thread::sleep(BETWEEN_MOVES * moves);
@@ -254,7 +252,8 @@ impl super::One<'_> {
                 Next::PutAway => files.put_away()?,
                 Next::Done => return remove(&files.old),
                 Next::Strange => {
-                    let what = format!("the disk is not where it was left: {seen:?}");
+                    tracing::warn!(disk = %self.disk, ?seen, "where the images of the disk are");
+                    let what = "the disk is not where it was left";
                     return Err(Error::new(Kind::Conflict, what).path(&files.dir).hint(
                         "`virsh domblklist DOMAIN` and the same with --inactive: both have to name its image in this directory",
                     ));

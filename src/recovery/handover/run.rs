@@ -4,7 +4,7 @@ use super::{
     ASK_EVERY, ASK_WITHIN, HandoverRecord, HandoverState, LOOK_EVERY, PRESS_EVERY, Ports, Report, Request, Stage,
     Verdict, judge, order_of, put_back,
 };
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::failpoint;
 use crate::hypervisor::Power;
 use crate::hypervisor::departure::Asking;
@@ -79,11 +79,11 @@ impl<'a> Run<'a> {
         }
         if ports.machines.power(&request.uuid)? == Some(Power::Paused) && !request.force_off {
             return Err(Error::new(Kind::Conflict, "the domain is paused: its guest cannot shut down")
-                .hint("let it run (virsh resume DOMAIN), or end it as by a power cut: --force-off"));
+                .advise(advice::Handover::ResumeOrForceOff));
         }
         let there = (ports.there)()?;
         if let Some(promoted) = there.state()?.promoted {
-            return Err(Error::new(Kind::Conflict, promoted.why()).hint(promoted.advice()));
+            return Err(Error::new(Kind::Conflict, promoted.why()).advise(promoted.advice()));
         }
         let old = |head: Timestamp| {
             let age = (ports.clock)().duration_since(head);
@@ -188,9 +188,7 @@ impl<'a> Run<'a> {
             Some(e) => error.source(e),
             None => error,
         }
-        .hint(
-            "it was left to run, and may still go down by itself; see what keeps it, give it longer (--timeout), or end it as by a power cut (--force-off)",
-        ))
+        .advise(advice::Handover::WaitOrForceOff))
     }
 
     pub(super) fn note_off(&mut self) -> Result<()> {
@@ -263,10 +261,9 @@ impl<'a> Run<'a> {
                     (ports.say)(&format!("the target says no: {}", error.chain()));
                     let mut record = self.held().clone();
                     put_back(ports, self.state, &mut record, None).map_err(|e| {
-                        let (domain, to) = (&record.domain, &record.to);
+                        let (domain, to) = (record.domain.to_string(), record.to.to_string());
                         let what = format!("{}; and the domain could not be put back as it was", error.chain());
-                        let hint = format!("`virt-replica failover {domain} --to {to} --abort` goes on with that");
-                        Error::new(e.kind(), what).source(e).hint(hint)
+                        Error::new(e.kind(), what).source(e).advise(advice::Handover::Abort { domain, to })
                     })?;
                     self.record = None;
                     return Err(error);
@@ -304,17 +301,13 @@ impl<'a> Run<'a> {
     }
 
     fn unanswered(&self, error: Error) -> Error {
-        let (domain, to) = (&self.request.domain, &self.request.to);
-        let hint = format!(
-            "leave the domain off here; `virt-replica failover {domain} --to {to}` asks again and goes on; with --abort the \
-             target calls it off, and then it is started here"
-        );
+        let (domain, to) = (self.request.domain.to_string(), self.request.to.to_string());
         Error::new(
             error.kind(),
             format!("{to} was asked to start the domain and did not say that it did: it may run there"),
         )
         .source(error)
-        .hint(hint)
+        .advise(advice::Handover::AskAgainOrAbort { domain, to })
     }
 
     /// What was begun and did not come to asking is put back, and the error told. What was asked stays as it is.
@@ -325,9 +318,8 @@ impl<'a> Run<'a> {
             Ok(()) => error,
             Err(e) => {
                 let what = format!("{}; and the domain could not be put back as it was: {}", error.chain(), e.chain());
-                let hint =
-                    format!("`virt-replica failover {} --to {} --abort` tries that again", record.domain, record.to);
-                Error::new(error.kind(), what).hint(hint)
+                let (domain, to) = (record.domain.to_string(), record.to.to_string());
+                Error::new(error.kind(), what).advise(advice::Handover::Abort { domain, to })
             }
         }
     }

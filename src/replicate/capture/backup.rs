@@ -11,7 +11,7 @@
 
 use super::quiesce::{Held, Quiescer};
 use crate::durable::sync_dir;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::failpoint;
 use crate::file_id::Stamp;
 use crate::hypervisor::backup::{Backup, BackupDisk, BackupJob};
@@ -170,7 +170,7 @@ impl Capture for BackupCapture<'_> {
                 Ok(_) => e,
                 Err(second) => {
                     tracing::error!("after the failed begin of a backup: {}", second.chain());
-                    e.hint("run `virt-replica doctor` for what was left behind")
+                    e.advise(advice::Repair::ExplainLeftovers)
                 }
             }
         })

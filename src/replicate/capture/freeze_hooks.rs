@@ -59,7 +59,7 @@ impl FreezeHooks {
             Ok(status) => Error::new(Kind::Refused, format!("the hook before the freeze ended with {status}"))
                 .path(&before.command[0])
                 .hint("nothing was frozen; what it printed says why"),
-            Err(e) if e.hint_text().is_some() => e,
+            Err(e) if e.advice().is_some() => e,
             Err(e) => e.hint("nothing was frozen"),
         };
         if let Some(warning) = settle(journal)? {

@@ -10,7 +10,7 @@
 //!
 //! Steps 4c.held and 4d.thawed of docs/replication.md.
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::failpoint;
 use crate::hypervisor::guest::GuestAgent;
 use crate::hypervisor::{DomainView, Hypervisor, Power};
@@ -144,7 +144,7 @@ impl Quiescer<'_> {
             (Some(why), Quiesce::Require) => {
                 Err(Error::new(Kind::Refused, format!("the guest's file systems could not be held: {why}"))
                     .domain(self.uuid)
-                    .hint("see to the guest agent, or let the run go on without it: --quiesce try"))
+                    .advise(advice::Run::WithoutGuestAgent))
             }
             _ => Ok(held),
         }
@@ -268,7 +268,7 @@ fn settle_owed(agent: &dyn GuestAgent, journal: &Journal, uuid: &DomainUuid, run
     match thaw(agent, journal, uuid) {
         Ok(_) => Ok(Settled::LetGo),
         Err(e) => Ok(Settled::Silent(format!(
-            "the guest agent was asked to hold the guest's file systems and does not answer any more ({}): if the guest hangs, restart the guest agent in it, or the guest; each run, and `virt-replica doctor --repair`, asks it again to let go",
+            "the guest agent was asked to hold the guest's file systems and does not answer any more ({}): if the guest hangs, restart the guest agent in it, or the guest; each run, and a repair, asks it again to let go",
             e.chain()
         ))),
     }

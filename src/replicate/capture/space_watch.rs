@@ -7,7 +7,7 @@
 //! for. When one comes near its end, the run is cut short: no point is made, and the overlays are committed at
 //! once, while there still is room for what the guest writes meanwhile.
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::name::{DiskName, RunId};
 use crate::replicate::capture::names::{overlay_path, scratch_path};
 use crate::replicate::free_space::free_bytes;
@@ -82,9 +82,7 @@ impl RoomWatch {
         {
             let text =
                 format!("the {what} is older than it may get, {}; the run was cut short, and {end}", duration(max));
-            return Err(Error::new(Kind::Interrupted, text).disk(&first.disk).hint(
-                "what a first copy has shipped is kept, and the next run goes on there; allow more (overlay: max_age, --overlay-max-age), or a faster link",
-            ));
+            return Err(Error::new(Kind::Interrupted, text).disk(&first.disk).advise(advice::Overlay::AllowMoreTime));
         }
         for overlay in &self.overlays {
             let grown = occupied(&overlay.path);
@@ -93,9 +91,7 @@ impl RoomWatch {
                 let text = format!(
                     "the guest writes much: its {what} has grown to {grown} MiB, more than the {max} it may; the run was cut short, and {end}"
                 );
-                return Err(Error::new(Kind::Space, text)
-                    .disk(&overlay.disk)
-                    .hint("allow more (overlay: max_bytes, --overlay-max-bytes), or run when the guest writes less"));
+                return Err(Error::new(Kind::Space, text).disk(&overlay.disk).advise(advice::Overlay::AllowMoreBytes));
             }
         }
         Ok(())
@@ -123,7 +119,7 @@ fn cut_short(capture: CaptureKind, overlay: &Overlay, free_bytes: u64) -> Error 
         ),
     )
     .disk(&overlay.disk)
-    .hint("free space there, choose a larger file system with --overlay-dir, or run when the guest writes less")
+    .advise(advice::Overlay::LargerFileSystem)
 }
 
 /// Bytes that a file takes on its file system; one that cannot be looked at takes none.

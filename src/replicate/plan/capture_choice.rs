@@ -55,7 +55,7 @@ fn hindrance(facts: &CommitFacts) -> Option<String> {
     }
     let at = facts.unfinished?;
     Some(format!(
-        "the newest run by overlay, of {at:.0}, could not finish its commit (`--capture overlay` tries it again)"
+        "the newest run by overlay, of {at:.0}, could not finish its commit (a run that asks for overlays tries it again)"
     ))
 }
 

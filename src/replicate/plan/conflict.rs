@@ -1,6 +1,7 @@
 //! Why a run must not begin: the facts, their kind and the way out.
 
 use crate::error::Kind;
+use crate::error::advice::{self, Advice};
 use crate::name::{DiskName, Generation};
 use crate::replica::upkeep::Promoted;
 use serde::Serialize;
@@ -68,39 +69,28 @@ impl Conflict {
     }
 
     /// What to do about it.
-    pub fn advice(&self) -> String {
+    pub fn advice(&self) -> Advice {
         match self {
-            Conflict::BlockJob { disk } => format!("let it finish, or end it: virsh blockjob DOMAIN {disk} --info"),
+            Conflict::BlockJob { disk } => format!("let it finish, or end it: virsh blockjob DOMAIN {disk} --info").into(),
             Conflict::DomainJob { .. } => "wait until it has ended (virsh domjobinfo DOMAIN), then run again".into(),
             Conflict::DefinitionDiffers { .. } => {
                 "make the definition name the image the domain runs on (virsh edit), or restart the domain from its definition".into()
             }
             Conflict::StrayOverlay { disk, .. } => format!(
                 "commit it: virsh blockcommit DOMAIN {disk} --active --shallow --pivot --wait; then delete the file"
-            ),
-            Conflict::Unsettled { .. } => "run `virt-replica doctor DOMAIN` for what was found and what to do".into(),
-            Conflict::Promoted { .. } => {
-                "the replica was failed over, or another host became its source: decide which side is right first. If this host is, \
-                 because the domain has moved here, `virt-replica sync DOMAIN --to TARGET --take-over` says so once"
-                    .into()
-            }
-            Conflict::BroughtUp { promoted } => promoted.advice().into(),
+            )
+            .into(),
+            Conflict::Unsettled { .. } => advice::Repair::Explain.into(),
+            Conflict::Promoted { .. } => advice::TakeOver::IfMovedHere.into(),
+            Conflict::BroughtUp { promoted } => promoted.advice(),
             Conflict::NoDisks => "see the reasons of the skipped disks".into(),
             Conflict::SizeUnknown { .. } => "check that libvirt can open the image: virsh domblkinfo DOMAIN DISK".into(),
-            Conflict::NoOverlaySpace { .. } => {
-                "free space there, choose another directory with --overlay-dir, or keep less free with --min-free-source".into()
-            }
-            Conflict::NoOverlayDir { .. } => {
-                "overlays of block devices need a directory with room: create it, or choose one with --overlay-dir".into()
-            }
+            Conflict::NoOverlaySpace { .. } => advice::Overlay::MakeRoom.into(),
+            Conflict::NoOverlayDir { .. } => advice::Overlay::NeedsDirectory.into(),
             Conflict::NoTargetSpace { .. } => "free space at the target, or choose a store on another file system".into(),
-            Conflict::CannotQuiesce { .. } => {
-                "install and start qemu-guest-agent in the guest, and give the domain its channel (org.qemu.guest_agent.0); or let \
-                 the run go on without it: --quiesce try"
-                    .into()
-            }
-            Conflict::Hindered(hindrance) => hindrance.advice.into(),
-            Conflict::Unreadable { .. } => "put the image right, or exclude the disk with --exclude-disk".into(),
+            Conflict::CannotQuiesce { .. } => advice::Run::InstallGuestAgent.into(),
+            Conflict::Hindered(hindrance) => hindrance.advice.clone(),
+            Conflict::Unreadable { .. } => advice::Run::ExcludeDisk.into(),
         }
     }
 }
@@ -160,5 +150,5 @@ pub struct Hindrance {
     /// A sentence.
     pub why: String,
     #[serde(skip)]
-    pub advice: &'static str,
+    pub advice: Advice,
 }

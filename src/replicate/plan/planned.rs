@@ -68,7 +68,7 @@ impl Plan {
     /// The first conflict as the error a run ends with.
     pub fn refusal(&self) -> Option<Error> {
         let conflict = self.conflicts.first()?;
-        let mut e = Error::new(conflict.kind(), conflict.to_string()).hint(conflict.advice()).domain(&self.domain);
+        let mut e = Error::new(conflict.kind(), conflict.to_string()).advise(conflict.advice()).domain(&self.domain);
         if let Some(disk) = conflict.disk() {
             e = e.disk(disk);
         }

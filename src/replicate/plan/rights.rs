@@ -6,6 +6,7 @@
 //! its mode, the way out.
 
 use crate::error::Error;
+use crate::error::advice::{self, Advice};
 use crate::hypervisor::Backups;
 use crate::name::RunId;
 use crate::replicate::capture::names::{overlay_path, scratch_path};
@@ -76,34 +77,34 @@ pub struct Dir {
 
 /// The first thing that keeps `process` from a run whose `what` (an overlay, a scratch file) lies in `dir`, and the way
 /// out. Pure.
-pub fn judge(process: Process, dir: &Dir, what: &str) -> Option<(String, &'static str)> {
+pub fn judge(process: Process, dir: &Dir, what: &str) -> Option<(String, Advice)> {
     let Process { uid, .. } = process;
     let at = format!("{} (owner {}, mode {:04o})", dir.path.display(), dir.uid, dir.mode & 0o7777);
     match (dir.name, dir.write) {
         (Err(Errno::NAMETOOLONG), _) => {
             let why = format!("the file system of {} takes no name as long as that of its {what}", dir.path.display());
-            return Some((why, "choose a directory on another file system with --overlay-dir, or a shorter path"));
+            return Some((why, advice::Overlay::AnotherFileSystem.into()));
         }
         (_, Err(Errno::ROFS)) => {
             let why = format!("its {what} would lie in {}, which is read-only", dir.path.display());
-            return Some((why, "choose another directory with --overlay-dir"));
+            return Some((why, advice::Overlay::AnotherDirectory.into()));
         }
         (_, Err(Errno::ACCESS | Errno::PERM)) => {
             return Some((
                 format!("user {uid} may not make and remove files in {at}, where its {what} would lie"),
-                ROOT,
+                ROOT.into(),
             ));
         }
         _ => {}
     }
     if !dir.made_by_us && !process.overrides_modes {
         let why = format!("libvirt makes its {what} for root alone, in {at}, and user {uid} may not open it");
-        return Some((why, ROOT));
+        return Some((why, ROOT.into()));
     }
     if !dir.made_by_us && dir.mode & STICKY != 0 && dir.uid != uid && !process.owns_all {
         let why =
             format!("user {uid} may not remove the {what} that libvirt makes in {at}: only owners remove files there");
-        return Some((why, ROOT));
+        return Some((why, ROOT.into()));
     }
     None
 }
@@ -193,7 +194,7 @@ mod tests {
             (ROOT_USER, |d| d.name = Err(Errno::NAMETOOLONG), "takes no name as long"),
         ] {
             let (why, advice) = judged(process, change).unwrap();
-            assert!(why.contains(words) && !advice.is_empty(), "{why}");
+            assert!(why.contains(words) && advice.text() != Some(""), "{why}");
         }
     }
 

@@ -13,6 +13,7 @@
 //! `docs/replication.md` has the same table for people. The tests enumerate the whole input space, and explore a model of
 //! libvirt and QEMU with faults at every step.
 
+use crate::error::advice::{Advice, Repair};
 use crate::name::DiskName;
 
 /// How far the run had come when it last wrote its record. Written before the step it names.
@@ -234,55 +235,55 @@ pub enum HaltReason {
 
 impl HaltReason {
     /// What happened, and what to do, for the person who is called.
-    pub fn explain(self) -> (&'static str, &'static str) {
+    pub fn explain(self) -> (&'static str, Advice) {
         match self {
             HaltReason::ManagedSave => (
                 "a saved memory image refers to the disk with our overlay",
-                "start the domain (virsh start) so that it resumes from the saved image, then run `virt-replica doctor --repair`",
+                Repair::StartSaved.into(),
             ),
             HaltReason::ForeignJob => (
                 "a block job that is not ours runs on the disk",
-                "let it finish or end it (virsh blockjob DOMAIN DISK --info), then run `virt-replica doctor --repair`",
+                Repair::EndBlockJob.into(),
             ),
             HaltReason::ForeignChain => (
                 "the disk's chain is neither the recorded base nor our overlay over it",
-                "compare `virsh domblklist DOMAIN` and `--inactive` with the record shown by `virt-replica doctor`; keep both files",
+                Repair::CompareWithRecord.into(),
             ),
             HaltReason::DiskGone => (
                 "the disk was unplugged while it was on our overlay; the overlay holds what was written since the freeze",
-                "plug it in again with the overlay as its source and run `virt-replica doctor --repair`, or commit the overlay by hand",
+                Repair::PlugIn.into(),
             ),
             HaltReason::OverlayReplaced => (
                 "another file lies under the overlay's name",
-                "find out who put it there; the domain is not touched until the recorded file is back or the record is settled by hand",
+                "find out who put it there; the domain is not touched until the recorded file is back or the record is settled by hand".into(),
             ),
             HaltReason::OverlayLost => (
                 "the overlay was deleted before it was committed; writes since the freeze are lost unless a copy of it exists",
-                "put the overlay file back if you can; otherwise point the definition at the base (virsh edit), knowing that it is as old as the freeze",
+                "put the overlay file back if you can; otherwise point the definition at the base (virsh edit), knowing that it is as old as the freeze".into(),
             ),
             HaltReason::BaseTouched => (
                 "the base image was written to below our overlay",
-                "both files hold writes the other lacks; keep both, decide by hand which one is right",
+                "both files hold writes the other lacks; keep both, decide by hand which one is right".into(),
             ),
             HaltReason::StartedOnBase => (
                 "the domain uses the base although the overlay holds writes that were never committed",
-                "keep both files; shut the domain down before it diverges further and decide which image is right",
+                "keep both files; shut the domain down before it diverges further and decide which image is right".into(),
             ),
             HaltReason::OursBelowOff => (
                 "another snapshot lies above our overlay and the domain is off",
-                "start the domain and run `virt-replica doctor --repair`: a running domain's middle layer can be committed safely",
+                Repair::Start.into(),
             ),
             HaltReason::MayRunElsewhere => (
                 "the domain is no longer here and its images lie on shared storage; it may run on another host",
-                "run `virt-replica doctor --repair DOMAIN` on the host that has the domain now",
+                Repair::OnOtherHost.into(),
             ),
             HaltReason::CommitDenied => (
                 "AppArmor denies QEMU to write to the disk's own image: libvirt before 12.1 forbids that to a domain that is started while the disk is on an overlay",
-                "shut the guest off when it suits you, then run `virt-replica doctor --repair`; the next run does the same. Until then the guest writes to the overlay, and nothing is lost",
+                Repair::ShutOff.into(),
             ),
             HaltReason::LibvirtLostTrack => (
                 "libvirtd died inside the freeze and has lost track: the guest writes to our overlay, libvirt believes in the base",
-                "shut the domain down when it suits you, then run `virt-replica doctor --repair`; its definition names the overlay until then, and nothing is lost",
+                Repair::ShutDown.into(),
             ),
         }
     }

@@ -17,9 +17,9 @@ fn difference(record: &Record, halt: &Halt) -> String {
 
 /// Explains a halt to the operator, as an error.
 pub fn halt_error(record: &Record, halt: &Halt) -> Error {
-    let (what, hint) = halt.reason.explain();
+    let (what, advice) = halt.reason.explain();
     let mut e =
-        Error::new(Kind::Conflict, format!("{what}{}", difference(record, halt))).hint(hint).domain(&record.domain);
+        Error::new(Kind::Conflict, format!("{what}{}", difference(record, halt))).advise(advice).domain(&record.domain);
     if let Some(name) = &halt.disk {
         if let Some(disk) = record.disks.iter().find(|d| &d.name == name) {
             let path = if halt.reason == HaltReason::BaseTouched { &disk.base.path } else { &disk.overlay };

@@ -4,7 +4,7 @@
 
 use super::decide::{DiskFacts, DiskSeen, Job, OverlayFile, Phase, PowerState, Situation, Stand, Under};
 use crate::block::{BLOCK_LEN, DiskSize};
-use crate::error::{Error, Kind, Result, ResultExt};
+use crate::error::{Error, Kind, Result, ResultExt, advice};
 use crate::file_id::Stamp;
 use crate::hypervisor::{BlockJobKind, DiskView, DomainView, Hypervisor, Power};
 use crate::image::{Chain, Layer, chain};
@@ -216,7 +216,7 @@ pub fn find(hypervisor: &dyn Hypervisor, name: &str) -> Result<DomainView> {
     hypervisor.find(name).map_err(|e| match e.kind() {
         Kind::NotFound => Error::new(Kind::NotFound, format!("there is no domain '{name}' here"))
             .source(e)
-            .hint("`virsh list --all` shows the domains; -c URI chooses another hypervisor"),
+            .advise(advice::Host::FindDomain),
         _ => e,
     })
 }

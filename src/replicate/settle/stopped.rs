@@ -8,7 +8,7 @@
 //! A guest that an operator paused is never resumed here, nor one that stood before its disks were frozen.
 
 use super::account::Account;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::hypervisor::{DiskKind, DomainView, Hypervisor, PauseReason};
 use crate::name::{DiskName, DomainUuid, RunId};
 use crate::replicate::free_space::free_bytes;
@@ -152,7 +152,7 @@ impl StoppedWatch {
                 Kind::Space,
                 "QEMU has stopped the guest after an I/O error; the run was cut short, so that the guest can be resumed",
             )
-            .hint("give overlays more room: another directory (--overlay-dir), or more free space (--min-free-source)")),
+            .advise(advice::Overlay::GuestStopped)),
             _ => Ok(()),
         }
     }
@@ -195,19 +195,19 @@ pub fn still_on_overlay(paused: Option<PauseReason>) -> Option<GuestStopped> {
 }
 
 const RESUMED: &str = "QEMU had stopped the guest after an I/O error while a run held its disks. Its disks are its own \
-                       images again, and the guest was resumed. Give overlays more room (--overlay-dir, --min-free-source).";
+                       images again, and the guest was resumed. Give overlays more room: another directory, or more free space.";
 const STOPPED_AGAIN: &str = "QEMU stopped the guest after an I/O error while a run held its disks. It was resumed on its \
                              own images and stopped again at once. `virsh domblkerror DOMAIN` names the disk; put its \
-                             storage right. Then the next run, or `virt-replica doctor --repair`, resumes the guest.";
+                             storage right. Then the next run, or a repair, resumes the guest.";
 const STANDS: &str = "QEMU has stopped the guest after an I/O error. `virsh domblkerror DOMAIN` names the disk; put its \
                       storage right, then run `virsh resume DOMAIN`.";
 const ON_OVERLAY: &str = "QEMU has stopped the guest after an I/O error while a disk is on an overlay of ours. The guest \
-                          is resumed once the overlay is committed: run `virt-replica doctor --repair DOMAIN`.";
+                          is resumed once the overlay is committed: repair the domain, or wait for the next run.";
 
 fn no_room(full: &Place) -> String {
     format!(
         "QEMU stopped the guest after an I/O error while a run held its disks. It was not resumed: only {} MiB are free where \
-         disk '{}' lies ({}). Free at least {} MiB there. Then the next run, or `virt-replica doctor --repair`, resumes the guest.",
+         disk '{}' lies ({}). Free at least {} MiB there. Then the next run, or a repair, resumes the guest.",
         full.free_bytes.unwrap_or_default() >> 20,
         full.disk,
         full.path.display(),

@@ -1,6 +1,7 @@
 //! Which runs go over a domain that is being handed away, and what is said to the others.
 
 use super::*;
+use crate::error::advice::Handover;
 
 pub(crate) fn record(stage: Stage, asked: bool) -> HandoverRecord {
     HandoverRecord {
@@ -36,7 +37,13 @@ fn only_its_own_last_run_goes_over_a_domain_that_is_being_handed() {
         for target in ["ssh://b", "ssh://c"] {
             let e = may_run(Some(record.clone()), Power::Off, target, None).unwrap_err();
             assert_eq!(e.kind(), Kind::Conflict, "{stage:?}");
-            assert!(e.hint_text().unwrap().contains("failover web01 --to ssh://b"), "{stage:?}: {e}");
+            let (domain, to) = ("web01".to_owned(), "ssh://b".to_owned());
+            let next = match stage {
+                Asked => Handover::AskAgain { domain, to },
+                Aborting | Undone => Handover::Abort { domain, to },
+                _ => Handover::GoOnOrAbort { domain, to },
+            };
+            assert_eq!(e.advice(), Some(&next.into()), "{stage:?}: {e}");
             let other = RunId::from_bits(8);
             assert!(may_run(Some(record.clone()), Power::Off, target, Some(&other)).is_err());
         }

@@ -4,7 +4,7 @@
 //! kept from writing over what came after. So a generation that was given must not be forgotten, and never falls.
 
 use crate::durable::{read_json, replace_json, sync_dir};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::name::{DomainUuid, Generation};
 use crate::replicate::state::journal::domain_dir;
 use serde::{Deserialize, Serialize};
@@ -52,9 +52,7 @@ pub fn raise(state: &Path, uuid: &DomainUuid, generation: Generation) -> Result<
             "the other host says generation {generation}, this host knows {known}: one step is at most {}",
             Generation::STEP_MAX
         );
-        return Err(Error::new(Kind::Conflict, what).domain(uuid).hint(
-            "the other host has a wrong generation: its operator sets it right with `virt-replica set-generation`",
-        ));
+        return Err(Error::new(Kind::Conflict, what).domain(uuid).advise(advice::Store::SetGenerationThere));
     }
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir);
     made.map_err(|e| Error::io("cannot create the directory of the domain's state", &dir, e))?;

@@ -7,7 +7,7 @@
 //! Format: docs/formats/recovery.md. Steps: docs/recovery.md.
 
 use crate::durable::{read_json, remove_durably, replace_json};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::flock::Flock;
 use crate::hypervisor::Power;
 use crate::hypervisor::departure::Custody;
@@ -127,42 +127,36 @@ impl HandoverRecord {
 
     /// Why no run goes over it, to be read at 3 a.m., and what to do.
     pub fn refusal(&self, power: Power) -> Error {
-        let (domain, to, since) = (&self.domain, &self.to, self.since);
+        let since = self.since;
+        let (domain, to) = (self.domain.to_string(), self.to.to_string());
         if let Some(alarm) = self.alarm(power) {
-            return Error::new(Kind::Conflict, alarm).domain(domain).hint(format!(
-                "shut it off here (`virsh destroy {domain}`): the one on {to} is the domain; if that one is not wanted, \
-                 `virt-replica failover {domain} --to {to} --abort`"
-            ));
+            return Error::new(Kind::Conflict, alarm)
+                .domain(&self.domain)
+                .advise(advice::Handover::ShutOffHere { domain, to });
         }
-        let (what, hint) = match self.stage {
+        let (what, advice) = match self.stage {
             Stage::Moved => (
                 format!(
                     "the domain lives on {to} since {since:.0}: it was handed over, and this host has an old copy of it"
                 ),
-                format!(
-                    "leave it shut off here; `virt-replica failback` there brings it home; if it is not wanted there, \
-                     `virt-replica failover {domain} --to {to} --abort`"
-                ),
+                advice::Handover::LivesThere { domain, to },
             ),
             Stage::Asked => (
                 format!(
                     "the domain may run on {to}: the target was asked to start it ({since:.0}), and its answer was lost"
                 ),
-                format!("leave it shut off here; `virt-replica failover {domain} --to {to}` asks again and goes on"),
+                advice::Handover::AskAgain { domain, to },
             ),
             Stage::Aborting | Stage::Undone => (
                 format!("a handover to {to} of {since:.0} is being called off"),
-                format!("`virt-replica failover {domain} --to {to} --abort` goes on with that"),
+                advice::Handover::Abort { domain, to },
             ),
             _ => (
                 format!("a handover to {to} of {since:.0} was cut short before the target was asked"),
-                format!(
-                    "`virt-replica failover {domain} --to {to}` goes on with it, with --abort it puts the domain back as it was; \
-                     so does `virt-replica doctor {domain} --repair`"
-                ),
+                advice::Handover::GoOnOrAbort { domain, to },
             ),
         };
-        Error::new(Kind::Conflict, what).domain(domain).hint(hint)
+        Error::new(Kind::Conflict, what).domain(&self.domain).advise(advice)
     }
 }
 

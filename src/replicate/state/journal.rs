@@ -292,7 +292,7 @@ fn busy(file: &mut File, path: &Path) -> Error {
     let holder =
         file.take(4096).read_to_string(&mut text).ok().and_then(|_| serde_json::from_str::<Holder>(&text).ok());
     let what = match holder {
-        Some(h) => format!("another program works on this domain: {} (pid {}, since {})", h.what, h.pid, h.since),
+        Some(h) => format!("another program works on this domain: {} (pid {}, since {:.0})", h.what, h.pid, h.since),
         None => "another program works on this domain".to_owned(),
     };
     Error::new(Kind::Busy, what).path(path).hint("wait for it to end; the lock is free as soon as its holder is gone")

@@ -159,7 +159,10 @@ fn a_patch_from_nothing_makes_the_image_and_replaces_none_unasked() {
     assert!(put(&t, &patch, &image, WayWish::Auto, None).unwrap().already);
     let other = t.image("other", Raw, ("x", 5));
     let e = put(&t, &patch, &other, WayWish::Auto, None).unwrap_err();
-    assert!(e.kind() == Kind::Conflict && e.hint_text().unwrap().contains("--force"), "{e}");
+    assert!(
+        e.kind() == Kind::Conflict && e.advice() == Some(&virt_replica::error::advice::Image::Overwrite.into()),
+        "{e}"
+    );
 }
 
 /// Every prefix and every part of a chain, merged, does what its patches do one after the other.

@@ -50,7 +50,7 @@ fn every_shape(format: Foreign) {
             if wanted.is_empty() && format == Foreign::Vmdk {
                 // QEMU makes one, and cannot open it.
                 let e = copied.unwrap_err();
-                assert!(e.kind() == Kind::Refused && e.hint_text().is_some(), "{name}: {e}");
+                assert!(e.kind() == Kind::Refused && e.advice().is_some(), "{name}: {e}");
                 assert!(before.is_none() || Some(t.content(&target, format)) == had, "{name}");
                 t.clean(&name);
                 continue;
@@ -237,7 +237,7 @@ fn in_place_they_are_not_written_and_on_devices_neither() {
         let before = fs::read(&target).unwrap();
         for way in [WayWish::InPlace, WayWish::Redo] {
             let e = t.copy(&source, Raw, &target, format, &Asked { way, ..Asked::default() }).unwrap_err();
-            assert!(e.kind() == Kind::Refused && e.to_string().contains("torn") && e.hint_text().is_some(), "{e}");
+            assert!(e.kind() == Kind::Refused && e.to_string().contains("torn") && e.advice().is_some(), "{e}");
         }
         let held = QemuLock::take(&target).unwrap().unwrap();
         let e = t.copy(&source, Raw, &target, format, &Asked::default()).unwrap_err();

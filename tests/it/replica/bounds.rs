@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use virt_replica::agent::wire::{self, FrameKind, Head, Request, Role};
 use virt_replica::block::DiskSize;
+use virt_replica::error::advice;
 use virt_replica::error::{Kind, Result};
 use virt_replica::name::{DomainName, Generation, PointId};
 use virt_replica::replica::age::BootTime;
@@ -50,7 +51,7 @@ fn a_source_cannot_drive_the_generation_away_from_the_honest_one() {
         let e = begin_as(&store, generation).unwrap_err();
         assert_eq!(e.kind(), Kind::Conflict, "{generation}");
         assert!(e.to_string().contains("a step from generation 1 to generation"), "{e}");
-        assert!(e.hint_text().unwrap().contains("set-generation"));
+        assert_eq!(e.advice(), Some(&advice::Store::SetGeneration.into()));
         assert_eq!(store.conclude(Generation(generation)).unwrap_err().kind(), Kind::Conflict, "{generation}");
     }
     for generation in [1, 2, 1001] {
@@ -76,7 +77,7 @@ fn a_replica_that_an_earlier_version_made_unreadable_is_set_right() {
     });
     let e = store.describe().unwrap_err();
     assert_eq!(e.kind(), Kind::Corrupt);
-    assert!(e.hint_text().unwrap().contains("virt-replica set-generation DOMAIN GENERATION"), "{e}");
+    assert_eq!(e.advice(), Some(&advice::Store::SetGenerationHere.into()), "{e}");
     for wanted in ["db01", UUID] {
         let found = generation::find(lab.root(), wanted).unwrap();
         assert_eq!((found.len(), found[0].name.as_str(), found[0].generation.as_str()), (1, "db01", "0"));
@@ -96,7 +97,7 @@ fn a_replica_that_an_earlier_version_made_unreadable_is_set_right() {
     rewrite(&store, |m| m["points"][1]["disks"][0]["backing"] = json!("000009-00000000"));
     let e = store.set_generation(Generation(4)).unwrap_err();
     assert_eq!(e.kind(), Kind::Corrupt);
-    assert!(store.describe().unwrap_err().hint_text().is_none());
+    assert!(store.describe().unwrap_err().advice().is_none());
 }
 
 #[test]
@@ -253,7 +254,7 @@ fn a_pin_of_the_target_is_the_targets() {
     source.pin(first, Some("mine")).unwrap();
     let e = source.pin(first, None).unwrap_err();
     assert_eq!(e.kind(), Kind::Refused);
-    assert!(e.hint_text().unwrap().contains("virt-replica unpin DOMAIN POINT --to ROOT"));
+    assert_eq!(e.advice(), Some(&advice::Store::UnpinThere.into()));
     assert_eq!(operator.holds().unwrap().pins[0].reason, "the auditor's");
     // As an agent that ssh started: its client is a source.
     let mut agent = Agent::start(&lab);
