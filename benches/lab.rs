@@ -111,8 +111,8 @@ fn change(tracked: &Tracked, size_bytes: u64, mib: u64, round: usize) {
     tracked.hmp(&(0..mib).map(write).collect::<Vec<_>>());
 }
 
-/// A run by bitmap over disks of very different sizes with the same changes: its time must not grow with the size. The sizes
-/// take turns, so that whatever else the machine does meanwhile meets all of them alike.
+/// A run by bitmap over disks of very different sizes with the same changes: its time must not grow with the size. The
+/// sizes take turns, so that whatever else the machine does meanwhile meets all of them alike.
 fn sizes(lab: &Lab) -> String {
     let mut table = format!(
         "## A run by bitmap, by size of the disk\n\nA sparse qcow2 disk of which the same {CHANGED_MIB} MiB were changed, from the command \
@@ -251,8 +251,8 @@ fn chain(lab: &Lab) -> String {
     )
 }
 
-/// The same image by the programs that are at hand everywhere. They have no consistent state of a running guest, no points
-/// and no digests; here the guest stands still, so that they may read its image.
+/// The same image by the programs that are at hand everywhere. They have no consistent state of a running guest, no
+/// points and no digests; here the guest stands still, so that they may read its image.
 fn peers(lab: &Lab) -> String {
     const SIZE: u64 = 4 << 30;
     const DATA_MIB: u64 = 512;

@@ -1,5 +1,6 @@
-//! Copies of plain images beside the tools that people use for them, on the lab's two hosts, in one run: writes its part of
-//! docs/benchmarks.md. `make bench` runs it; `VR_BENCH_GIB` makes the images smaller for a look at the bench itself.
+//! Copies of plain images beside the tools that people use for them, on the lab's two hosts, in one run: writes its
+//! part of docs/benchmarks.md. `make bench` runs it; `VR_BENCH_GIB` makes the images smaller for a look at the bench
+//! itself.
 //!
 //! No figure without a check: after each measured copy the two images are compared, byte for byte.
 

@@ -1,5 +1,5 @@
-//! This host's configuration: `/etc/virt-replica/virt-replica.yaml` (named targets, defaults, the daemon), and where its
-//! policies are read.
+//! This host's configuration: `/etc/virt-replica/virt-replica.yaml` (named targets, defaults, the daemon), and where
+//! its policies are read.
 //!
 //! ```yaml
 //! targets:
@@ -8,7 +8,7 @@
 //!     identity: /etc/virt-replica/ssh/id_ed25519    # optional: only this key is offered
 //!     ssh_config: /etc/virt-replica/ssh/config      # optional: instead of the user's own
 //!     known_hosts: /etc/virt-replica/ssh/known_hosts
-//!     create_store: true                            # the first run creates the store there; without it, `store init` does
+//!     create_store: true                            # the first run creates the store there
 //!     runs_max: 2                                   # runs to this target at a time (the daemon's)
 //!     link: wan                                     # the link that leads there
 //! links:
@@ -52,12 +52,18 @@ const POLICY_DIR: &str = "policies.d";
 /// Largest file that is read, in bytes.
 const FILE_MAX: u64 = 1 << 20;
 
+/// The configuration file, `/etc/virt-replica/virt-replica.yaml` by default. Every key is optional, and an unknown
+/// key is an error.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
+    /// Targets by the name that commands and policies use.
     pub targets: BTreeMap<String, TargetConfig>,
+    /// Network links by name. Every `link` of a target must name one of them.
     pub links: BTreeMap<String, LinkConfig>,
+    /// Values that commands use if no option gives them.
     pub defaults: Defaults,
+    /// Limits and timeouts of the daemon.
     pub daemon: DaemonConfig,
 }
 
@@ -65,12 +71,16 @@ pub struct Config {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TargetConfig {
+    /// Address of the store: an ssh URL, or a directory of this host.
     #[serde(deserialize_with = "target_url")]
     pub url: TargetUrl,
+    /// Private key for ssh, the only one that is offered. `None`: ssh chooses by its configuration.
     #[serde(default)]
     pub identity: Option<PathBuf>,
+    /// Configuration file that ssh reads instead of the user's and the system's. `None`: ssh reads those.
     #[serde(default)]
     pub ssh_config: Option<PathBuf>,
+    /// File with the host keys that ssh trusts. `None`: the files that ssh's configuration names.
     #[serde(default)]
     pub known_hosts: Option<PathBuf>,
     /// The first run to it creates the store if there is none.
@@ -171,8 +181,8 @@ impl Config {
         Policy::parse(&text, path, &targets)
     }
 
-    /// Reads all policies beside the configuration at `path`, by the names of their files. The first that is wrong is the
-    /// error.
+    /// Reads all policies beside the configuration at `path`, by the names of their files. The first that is wrong is
+    /// the error.
     pub fn policies(&self, path: &Path) -> Result<Vec<Policy>> {
         let policies: Vec<Policy> = policy_files(path)?.iter().map(|p| self.policy(p)).collect::<Result<_>>()?;
         policy::no_name_twice(&policies)?;
@@ -213,8 +223,8 @@ fn read(path: &Path) -> Result<Option<String>> {
     }
 }
 
-/// The policies beside the configuration at `path`, sorted. No directory: none. What an editor leaves behind is none, but a
-/// file that was surely meant as one and is not called so is an error.
+/// The policies beside the configuration at `path`, sorted. No directory: none. What an editor leaves behind is none,
+/// but a file that was surely meant as one and is not called so is an error.
 pub fn policy_files(path: &Path) -> Result<Vec<PathBuf>> {
     let dir = path.parent().unwrap_or(Path::new(".")).join(POLICY_DIR);
     let fail = |e| Error::new(Kind::Config, "cannot read the directory of policies").path(&dir).source(e);

@@ -41,8 +41,8 @@ pub(crate) fn to_json(value: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec_pretty(value).expect("our documents are plain data")
 }
 
-/// Replaces `dir/name` by this value, after it was read back by the type that reads it: what this program could not read must
-/// never take the place of what it can.
+/// Replaces `dir/name` by this value, after it was read back by the type that reads it: what this program could not
+/// read must never take the place of what it can.
 pub(crate) fn replace_json<T: Serialize + serde::de::DeserializeOwned>(
     dir: &Path,
     name: &str,
@@ -72,8 +72,8 @@ pub(crate) fn replace(dir: &Path, name: &str, content: &[u8]) -> Result<()> {
     sync_dir(dir)
 }
 
-/// Removes `dir/name`. Durable when it returns, also where the name is gone already: whoever removed it may have died before
-/// the directory was synced, and the file would be back after a power cut.
+/// Removes `dir/name`. Durable when it returns, also where the name is gone already: whoever removed it may have died
+/// before the directory was synced, and the file would be back after a power cut.
 pub(crate) fn remove_durably(dir: &Path, name: &str, cannot: &'static str) -> Result<()> {
     let path = dir.join(name);
     match fs::remove_file(&path) {

@@ -13,6 +13,7 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+/// Result with the error type of this library, unless another is named.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What the caller must do about it.
@@ -66,16 +67,22 @@ impl Kind {
 /// Where it happened; filled where known.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Context {
+    /// Name or UUID of the domain. `None`: the error names none.
     pub domain: Option<String>,
+    /// Name of the disk, for example vda. `None`: the error names none.
     pub disk: Option<String>,
+    /// Id of the recovery point. `None`: the error names none.
     pub point: Option<String>,
+    /// File or directory. `None`: the error names none.
     pub path: Option<PathBuf>,
+    /// Offset in the file or disk, in bytes. `None`: the error names none.
     pub offset_bytes: Option<u64>,
 }
 
 /// Puts an advice into words; the context fills in what the error is about. A pure function of the program that speaks.
 pub type Words = fn(&Advice, &Context) -> String;
 
+/// Error of this library: kind, text, place, hint and cause.
 #[derive(Debug)]
 pub struct Error(Box<Inner>);
 
@@ -89,6 +96,7 @@ struct Inner {
 }
 
 impl Error {
+    /// An error without place, hint or cause.
     pub fn new(kind: Kind, what: impl Into<Cow<'static, str>>) -> Self {
         Self(Box::new(Inner { kind, what: what.into(), context: Context::default(), advice: None, source: None }))
     }
@@ -98,7 +106,8 @@ impl Error {
         Self::from_io(what, source).path(path)
     }
 
-    /// As [`Error::io`], where no path is involved. An error of ours that came through a reader or writer is itself again.
+    /// As [`Error::io`], where no path is involved. An error of ours that came through a reader or writer is itself
+    /// again.
     pub fn from_io(what: impl Into<Cow<'static, str>>, source: std::io::Error) -> Self {
         let source = match source.downcast::<Error>() {
             Ok(ours) => return ours,
@@ -112,6 +121,7 @@ impl Error {
         Self::new(kind, what).source(source)
     }
 
+    /// Sets the cause, and replaces an earlier one.
     pub fn source(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
         self.0.source = Some(source.into());
         self
@@ -128,43 +138,52 @@ impl Error {
         self.advise(Advice::Text(hint.into()))
     }
 
+    /// Adds the domain to the place, unless the error names one already.
     pub fn domain(mut self, domain: impl fmt::Display) -> Self {
         self.0.context.domain.get_or_insert_with(|| domain.to_string());
         self
     }
 
+    /// Adds the disk to the place, unless the error names one already.
     pub fn disk(mut self, disk: impl fmt::Display) -> Self {
         self.0.context.disk.get_or_insert_with(|| disk.to_string());
         self
     }
 
+    /// Adds the recovery point to the place, unless the error names one already.
     pub fn point(mut self, point: impl fmt::Display) -> Self {
         self.0.context.point.get_or_insert_with(|| point.to_string());
         self
     }
 
+    /// Adds the file or directory to the place, unless the error names one already.
     pub fn path(mut self, path: impl AsRef<Path>) -> Self {
         self.0.context.path.get_or_insert_with(|| path.as_ref().to_owned());
         self
     }
 
+    /// Adds the offset in bytes to the place, unless the error names one already.
     pub fn offset(mut self, offset_bytes: u64) -> Self {
         self.0.context.offset_bytes.get_or_insert(offset_bytes);
         self
     }
 
+    /// Kind of the error, which says what the caller must do.
     pub fn kind(&self) -> Kind {
         self.0.kind
     }
 
+    /// Text of the error, without place, hint and cause.
     pub fn what(&self) -> &str {
         &self.0.what
     }
 
+    /// Place of the error, as far as it is known.
     pub fn context(&self) -> &Context {
         &self.0.context
     }
 
+    /// What to do, as facts; `None` if the error has no advice.
     pub fn advice(&self) -> Option<&Advice> {
         self.0.advice.as_ref()
     }
@@ -256,7 +275,9 @@ impl StdError for Error {
 
 /// Adds the place to errors that come from below.
 pub trait ResultExt<T> {
+    /// Adds the domain to the error's place, unless the error names one already.
     fn on_domain(self, domain: impl fmt::Display) -> Result<T>;
+    /// Adds the disk to the error's place, unless the error names one already.
     fn on_disk(self, disk: impl fmt::Display) -> Result<T>;
 }
 

@@ -16,8 +16,8 @@
 //!
 //! A spec that cannot be understood makes every hit an error: a test whose fault never fires must not pass.
 //!
-//! With the feature, tests can also ask in which order a thread renamed, removed and synced ([`traced`]): killing processes shows
-//! what is visible, and only the order shows what would be durable after a power cut.
+//! With the feature, tests can also ask in which order a thread renamed, removed and synced ([`traced`]): killing
+//! processes shows what is visible, and only the order shows what would be durable after a power cut.
 
 /// Marks the end of a numbered step; usable in functions that return `Result<_, virt_replica::error::Error>`.
 ///

@@ -1,9 +1,9 @@
 //! Which file it is: now, later, and after a restart of the host.
 //!
-//! A path and an inode are not enough, as numbers are used again. The number of a device is not either: it is handed out
-//! anew at each boot, and to loop devices, LVM, multipath, NFS and btrfs at each mount. So the time of a file's birth decides
-//! where the file system keeps it, and the device's number only where it does not, and only within one boot.
-//! Reason: docs/decisions/0036-which-file-it-is.md.
+//! A path and an inode are not enough, as numbers are used again. The number of a device is not either: it is handed
+//! out anew at each boot, and to loop devices, LVM, multipath, NFS and btrfs at each mount. So the time of a file's
+//! birth decides where the file system keeps it, and the device's number only where it does not, and only within one
+//! boot. Reason: docs/decisions/0036-which-file-it-is.md.
 
 use crate::error::{Error, Result};
 use jiff::Timestamp;
@@ -70,6 +70,7 @@ pub struct FileId {
 }
 
 impl FileId {
+    /// Identity of the file or block device that this metadata belongs to.
     pub fn of(m: &Metadata) -> FileId {
         let boot = BootId::current();
         if m.file_type().is_block_device() {
@@ -110,13 +111,17 @@ impl fmt::Display for FileId {
     }
 }
 
-/// Which file it is and when it was last written; equal stamps of one moment mean an untouched file, and one that was kept
-/// is compared by [`Stamp::is`].
+/// Which file it is and when it was last written; equal stamps of one moment mean an untouched file, and one that was
+/// kept is compared by [`Stamp::is`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stamp {
+    /// Identity of the file.
     pub id: FileId,
+    /// Length of the file in bytes, as the file system reports it.
     pub len_bytes: u64,
+    /// Time of the last write, in seconds since the epoch; 0 for a block device.
     pub modified_s: i64,
+    /// Nanoseconds of the time of the last write; 0 for a block device.
     pub modified_ns: i64,
 }
 

@@ -1,9 +1,10 @@
 //! A lock on a file by `flock`, held until it is dropped.
 //!
-//! The kernel frees such a lock when the last descriptor of the open file is closed, however the holder dies. Closing ours is
-//! not enough to free it at once. A child that another thread forks at that moment has copies of all descriptors until it runs
-//! its program (O_CLOEXEC closes them there, not before). For those milliseconds the lock would seem taken, and the next
-//! caller would be turned away. So dropping unlocks explicitly, which counts for every copy.
+//! The kernel frees such a lock when the last descriptor of the open file is closed, however the holder dies. Closing
+//! ours is not enough to free it at once. A child that another thread forks at that moment has copies of all
+//! descriptors until it runs its program (O_CLOEXEC closes them there, not before). For those milliseconds the lock
+//! would seem taken, and the next caller would be turned away. So dropping unlocks explicitly, which counts for every
+//! copy.
 
 use std::fs::{File, TryLockError};
 use std::io;

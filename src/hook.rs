@@ -27,8 +27,8 @@ impl Hook {
         trust::check_program(&self.command[0])
     }
 
-    /// Runs it and waits for its end. What it prints on stderr goes where ours goes. [`Kind::Interrupted`]: it took longer than
-    /// its timeout. Blocks for no longer than that.
+    /// Runs it and waits for its end. What it prints on stderr goes where ours goes. [`Kind::Interrupted`]: it took
+    /// longer than its timeout. Blocks for no longer than that.
     pub fn run(&self, env: &Env) -> Result<ExitStatus> {
         self.check()?;
         let program = &self.command[0];

@@ -13,12 +13,13 @@
 //! plain · replica                          images of no domain: copy diff apply; the store of points, and its port
 //! engine · hypervisor · policy             finds and ships differences; the port to libvirt; when to run, and how
 //! durable · hook · image · patch · retention · transport    files, images, formats, the way to a host
-//! block · envelope · failpoint · file_id · name · trust · users · words · yaml    words, and what protects a file on its way
+//! block · envelope · failpoint · file_id · name · trust · users · words · yaml    words; what protects a file
 //! error · flock · units
 //! ```
 
 // Not among the lints of Cargo.toml: clippy takes the helpers of integration tests for code that is no test.
 #![deny(clippy::unwrap_used)]
+#![deny(missing_docs)]
 
 pub mod durable;
 pub mod error;

@@ -16,6 +16,7 @@ macro_rules! checked_name {
         pub struct $name(String);
 
         impl $name {
+            /// Checks the text and takes it as it is. `Usage` says which rule the text breaks.
             pub fn new(text: impl Into<String>) -> Result<Self> {
                 let text = text.into();
                 match $check(&text) {
@@ -27,6 +28,7 @@ macro_rules! checked_name {
                 }
             }
 
+            /// The text, which was checked when the value was made.
             pub fn as_str(&self) -> &str {
                 &self.0
             }
@@ -118,6 +120,7 @@ impl RunId {
 }
 
 impl PointId {
+    /// Id of a point: its number in the replica's history, and the first eight digits of its run's id.
     pub fn from_parts(seq: u64, run: &RunId) -> Self {
         Self(format!("{seq:06}-{}", &run.as_str()[..8]))
     }
@@ -128,7 +131,8 @@ impl PointId {
     }
 }
 
-/// Who may write to a replica: rises with each change of direction, never falls. Starts at 1, ends at [`Generation::MAX`].
+/// Who may write to a replica: rises with each change of direction, never falls. Starts at 1, ends at
+/// [`Generation::MAX`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "u64")]
 pub struct Generation(pub u64);
@@ -177,6 +181,7 @@ impl DomainUuid {
         DomainUuid::new("00000000-0000-0000-0000-000000000000").expect("the constant is a UUID")
     }
 
+    /// True for the UUID that is all zero and stands for no domain.
     pub fn is_nil(&self) -> bool {
         self.as_str().bytes().all(|b| matches!(b, b'0' | b'-'))
     }

@@ -1,13 +1,13 @@
 //! Which recovery points to keep, and why. Pure: points, rules, a time zone and the time in, verdicts out.
 //!
-//! A rule is a number of periods: `daily=7` keeps the newest point of each of the last seven days *that have a point*; a day
-//! without one does not count. `last=3` keeps the three newest points. The rules do not know of each other: a point is
-//! kept if any of them keeps it, as in restic. A period is a calendar's, in the time zone given: hours (the two hours that
-//! a clock set back repeats are two), days, weeks from Monday on, months.
+//! A rule is a number of periods: `daily=7` keeps the newest point of each of the last seven days *that have a point*;
+//! a day without one does not count. `last=3` keeps the three newest points. The rules do not know of each other: a
+//! point is kept if any of them keeps it, as in restic. A period is a calendar's, in the time zone given: hours (the
+//! two hours that a clock set back repeats are two), days, weeks from Monday on, months.
 //!
 //! Invariants
-//! - The head is kept, whatever the rules say. So are points that are pinned, in use, or younger than the target allows to
-//!   be removed; a rule that keeps one of these counts it like any other.
+//! - The head is kept, whatever the rules say. So are points that are pinned, in use, or younger than the target allows
+//!   to be removed; a rule that keeps one of these counts it like any other.
 //! - "Newest" is by the sequence of the points, never by their time: a source's clock may have been set back.
 //! - Keeping again what was kept removes nothing more.
 
@@ -27,9 +27,13 @@ use std::time::Duration;
 pub struct Keep {
     /// Newest points, whatever their time.
     pub last: u32,
+    /// Hours of which the newest point is kept.
     pub hourly: u32,
+    /// Days of which the newest point is kept.
     pub daily: u32,
+    /// Weeks of which the newest point is kept.
     pub weekly: u32,
+    /// Months of which the newest point is kept.
     pub monthly: u32,
 }
 
@@ -37,10 +41,15 @@ pub struct Keep {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Rule {
+    /// Keeps the newest points.
     Last,
+    /// Keeps the newest point of each of the newest hours.
     Hourly,
+    /// Keeps the newest point of each of the newest days.
     Daily,
+    /// Keeps the newest point of each of the newest weeks.
     Weekly,
+    /// Keeps the newest point of each of the newest months.
     Monthly,
 }
 
@@ -124,6 +133,7 @@ impl fmt::Display for Keep {
 /// A point as retention sees it.
 #[derive(Debug, Clone)]
 pub struct Candidate {
+    /// Id of the point that the rules judge.
     pub id: PointId,
     /// By the source's clock: what the calendar's periods go by.
     pub frozen_at: Timestamp,
@@ -161,7 +171,9 @@ pub enum Reason {
     Head,
     /// The newest of its period, or among the newest of all.
     Rule(Rule),
+    /// The point is pinned, for this reason.
     Pinned(String),
+    /// The point is leased, by this user or for this purpose.
     InUse(String),
     /// The target does not remove it for so many seconds yet.
     Young(u64),
@@ -203,12 +215,14 @@ fn span(seconds: u64) -> String {
 /// What becomes of a point.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verdict {
+    /// Id of the point that was judged.
     pub id: PointId,
     /// Why it is kept; empty: it is removed, since nothing keeps it.
     pub kept: Vec<Reason>,
 }
 
 impl Verdict {
+    /// True if nothing keeps the point.
     pub fn removed(&self) -> bool {
         self.kept.is_empty()
     }
@@ -284,7 +298,8 @@ mod tests {
     use super::*;
     use crate::name::RunId;
 
-    /// `"0102T08 0102T09! 0103T08*"`: points of 2024, month, day, hour and perhaps minutes; `!` pinned, `*` in use. UTC.
+    /// `"0102T08 0102T09! 0103T08*"`: points of 2024, month, day, hour and perhaps minutes; `!` pinned, `*` in use.
+    /// UTC.
     fn points(text: &str) -> Vec<Candidate> {
         (1..).zip(text.split_whitespace()).map(|(seq, item)| point(seq, item)).collect()
     }

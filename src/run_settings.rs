@@ -41,6 +41,7 @@ pub struct RunSettings {
     pub quiesce: QuiesceOptions,
     /// Directory for the overlays of all disks. `None`: as the configuration has it, else beside the images.
     pub overlay_dir: Option<PathBuf>,
+    /// Room to keep free, and limits of the overlays.
     pub space: SpaceOptions,
     /// Disks that the operator leaves out.
     pub exclude_disks: Vec<DiskName>,
@@ -50,14 +51,17 @@ pub struct RunSettings {
     pub full: bool,
     /// The operator says that this host is the domain's source from now on.
     pub take_over: bool,
+    /// How much of a disk the run compares although its dirty bitmap says clean.
     pub audit: AuditOptions,
     /// How fast the run may send, as an operator types it. None: as fast as it goes.
     #[serde(with = "units::as_texts")]
     pub rates: Vec<RateRule>,
     /// Time zone of the times in `rates`, by its IANA name. `None`: the host's.
     pub timezone: Option<String>,
+    /// How content is compressed before it is sent.
     #[serde(with = "units::as_text")]
     pub compression: Compression,
+    /// Programs that the run starts before and after the freeze.
     pub hooks: FreezeHooks,
     /// Keep secrets (graphics passwords) in the definition that travels with the point.
     pub with_secrets: bool,
@@ -149,7 +153,8 @@ impl RunSettings {
         serde_json::to_vec(self).expect("settings are plain data")
     }
 
-    /// Reads a document to its end. [`Kind::Usage`] with line and column if it is none. Blocks until the writer closes it.
+    /// Reads a document to its end. [`Kind::Usage`] with line and column if it is none. Blocks until the writer closes
+    /// it.
     pub fn read(from: impl Read) -> Result<RunSettings> {
         let mut text = Vec::new();
         let read = from.take(DOCUMENT_MAX + 1).read_to_end(&mut text);

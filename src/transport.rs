@@ -70,13 +70,17 @@ pub trait Transport: Send + Sync + fmt::Debug {
 /// `read` and `write` fail with `TimedOut` whenever nothing moved for a moment ([`pipe::TICK`]); nothing is lost by it,
 /// the call may be repeated. How long to go on is the caller's decision: only he knows whether the other side is alive.
 pub struct Channel {
+    /// Standard input of the agent.
     pub input: Box<dyn Write + Send>,
+    /// Standard output of the agent.
     pub output: Box<dyn Read + Send>,
     /// Ends the channel: waits for the remote program, at most a few seconds, and explains a bad end
     /// (its exit code, what it wrote to stderr, "command not found").
     pub closer: Box<dyn Closer>,
 }
 
+/// The end of a channel.
 pub trait Closer: Send {
+    /// Waits for the agent's end. Fails with the agent's exit code and last words if it ended badly or too late.
     fn close(self: Box<Self>) -> Result<()>;
 }

@@ -1,15 +1,16 @@
 //! Whether a file may tell this program what to do: configuration, policies, mappings, and programs of the operator's.
 //!
-//! As ssh does with its own: the file and every directory that leads to it belong to root or to the user of this process, and
-//! nobody else may write there. A directory that is sticky, as /tmp is, is as good: in it nobody replaces what is another's.
+//! As ssh does with its own: the file and every directory that leads to it belong to root or to the user of this
+//! process, and nobody else may write there. A directory that is sticky, as /tmp is, is as good: in it nobody replaces
+//! what is another's.
 
 use crate::error::{Error, Kind, Result};
 use std::fs::{self, Metadata};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-/// [`Kind::Config`] if somebody else could change what is read here; the hint has the command that ends it. A missing file
-/// is no error here: opening it gives one.
+/// [`Kind::Config`] if somebody else could change what is read here; the hint has the command that ends it. A missing
+/// file is no error here: opening it gives one.
 pub fn check(path: &Path) -> Result<()> {
     let us = rustix::process::geteuid().as_raw();
     let Ok(real) = fs::canonicalize(path) else { return Ok(()) };

@@ -24,9 +24,11 @@ pub fn gid(name: &str) -> Result<Option<u32>> {
     Ok(entry("group", name, || Group::from_name(name))?.map(|group| group.gid.as_raw()))
 }
 
-/// Asks until the name service answers. A signal may interrupt it, and some services report an unknown name as an error.
+/// Asks until the name service answers. A signal may interrupt it, and some services report an unknown name as an
+/// error.
 ///
-/// nix enlarges its buffer up to 1 MiB. A larger entry, such as a group of some 100,000 members, is ERANGE: an error here.
+/// nix enlarges its buffer up to 1 MiB. A larger entry, such as a group of some 100,000 members, is ERANGE: an error
+/// here.
 fn entry<T>(what: &str, name: &str, ask: impl Fn() -> nix::Result<Option<T>>) -> Result<Option<T>> {
     loop {
         match ask() {

@@ -1,7 +1,7 @@
 //! From YAML to values: the one place that turns a parser's error into ours.
 //!
-//! An error names file, line and column, shows the line with a mark below it, and says what was probably meant. Pure: the
-//! path of a file is for its errors only.
+//! An error names file, line and column, shows the line with a mark below it, and says what was probably meant. Pure:
+//! the path of a file is for its errors only.
 
 use crate::error::{Error, Kind, Result, printable};
 use serde::de::DeserializeOwned;
@@ -18,11 +18,14 @@ pub fn parse<T: DeserializeOwned>(text: &str, path: &Path) -> Result<T> {
 /// Where something stands in a file; lines and columns count from 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place {
+    /// Line, from 1; 0 if the parser does not know it.
     pub line: u64,
+    /// Column in characters, from 1.
     pub column: u64,
 }
 
 impl Place {
+    /// Where this value stood in its file.
     pub fn of<T>(value: &Spanned<T>) -> Place {
         Place { line: value.referenced.line(), column: value.referenced.column() }
     }

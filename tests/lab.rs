@@ -1,9 +1,9 @@
 //! The lab suite: the whole product on real libvirt, QEMU and sshd, on the two hosts of `tests/lab/lab`.
 //!
-//! `make test-lab` brings several labs up and runs it. Every test is a process of its own with a lab that no other test uses
-//! meanwhile (`tests/run/in-lab`). Where there is one lab for all, as under `cargo test`, a test still owns only its domain,
-//! its files and its store; `support` says how it gets that lab for itself where it must. After each test the domain runs on
-//! its own image and no overlay of ours is left.
+//! `make test-lab` brings several labs up and runs it. Every test is a process of its own with a lab that no other test
+//! uses meanwhile (`tests/run/in-lab`). Where there is one lab for all, as under `cargo test`, a test still owns only
+//! its domain, its files and its store; `support` says how it gets that lab for itself where it must. After each test
+//! the domain runs on its own image and no overlay of ours is left.
 
 #![allow(clippy::duplicate_mod, reason = "the same tests run over two ways of capture: see by_backup")]
 

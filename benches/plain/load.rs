@@ -51,8 +51,8 @@ fn programs(max: usize) -> Vec<u8> {
     all
 }
 
-/// A new image of this size with about so much data: two thirds programs, the rest noise and written zeros, in extents of 64 KiB
-/// to 16 MiB with holes between.
+/// A new image of this size with about so much data: two thirds programs, the rest noise and written zeros, in extents
+/// of 64 KiB to 16 MiB with holes between.
 pub fn mixed(path: &Path, size: u64, data: u64) -> Image {
     let _ = fs::remove_file(path);
     let file = File::create(path).expect("create the image");
@@ -80,7 +80,8 @@ pub fn mixed(path: &Path, size: u64, data: u64) -> Image {
     image
 }
 
-/// Overwrites about 2 % of the data: pages of 4 KiB in 2,000 windows of 256 KiB, and one region, half of it noise and half text.
+/// Overwrites about 2 % of the data: pages of 4 KiB in 2,000 windows of 256 KiB, and one region, half of it noise and
+/// half text.
 pub fn change(path: &Path, image: &mut Image) {
     let file = File::options().write(true).open(path).expect("open the image");
     let (mut noise, text) = (Noise::new("changes"), programs(64 << 20));

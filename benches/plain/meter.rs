@@ -1,8 +1,8 @@
 //! What a command costs on each of the two hosts: time, CPU, memory, bytes on the wire and bytes read.
 //!
-//! Every process of an end is in a control group of its own, those that sshd starts included. CPU is the group's; memory and
-//! bytes read are sampled, so that what a process does in its last milliseconds is missed, and bytes read include what came
-//! through pipes and sockets.
+//! Every process of an end is in a control group of its own, those that sshd starts included. CPU is the group's;
+//! memory and bytes read are sampled, so that what a process does in its last milliseconds is missed, and bytes read
+//! include what came through pipes and sockets.
 
 use crate::support::{Host, Job};
 use std::collections::BTreeMap;
@@ -28,7 +28,8 @@ pub struct End {
 pub struct Figures {
     /// Seconds.
     pub wall: f64,
-    /// Seconds until what was written is on the disk: ours is by then, and a peer that does not say so leaves it to the kernel.
+    /// Seconds until what was written is on the disk: ours is by then, and a peer that does not say so leaves it to the
+    /// kernel.
     pub durable: f64,
     /// Bytes that left host a and came to it.
     pub wire: u64,
@@ -42,7 +43,8 @@ impl Meter {
     pub fn new() -> Meter {
         let groups = ["a", "b"].map(|end| PathBuf::from(ROOT).join(format!("vr-bench-{}-{end}", std::process::id())));
         groups.iter().for_each(|group| fs::create_dir(group).expect("make a control group (v1, cpuacct)"));
-        // The hosts are process namespaces: all that runs in host b, sshd above all, goes into its group with all it will start.
+        // The hosts are process namespaces: all that runs in host b, sshd above all, goes into its group with all it
+        // will start.
         let init = std::env::var("VR_LAB_B_PID").expect("the lab says who is host b's first process");
         let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
         let of_b = namespace(&init).expect("host b has a process namespace");
@@ -148,8 +150,8 @@ struct Read {
     ended: bool,
 }
 
-/// The kernel adds what a process had read to its parent's account once that has waited for it; here each byte counts for
-/// whoever read it. Where a parent ended in the same tick, who waited for that one has inherited both.
+/// The kernel adds what a process had read to its parent's account once that has waited for it; here each byte counts
+/// for whoever read it. Where a parent ended in the same tick, who waited for that one has inherited both.
 fn forget_inherited(read: &mut BTreeMap<String, Read>, living: &[String]) {
     let gone = |read: &Read, pid: &String| !read.ended && !living.contains(pid);
     let ended: Vec<String> = read.iter().filter(|(pid, read)| gone(read, pid)).map(|(pid, _)| pid.clone()).collect();

@@ -106,6 +106,8 @@ impl AgentClient {
         Self::connect_with(transport, ClientOptions::default())
     }
 
+    /// Starts an agent and greets it, with deadlines of the caller's choice. Blocks for the transport's connect
+    /// timeout and `options.silence` at most.
     pub fn connect_with(transport: &dyn Transport, options: ClientOptions) -> Result<AgentClient> {
         let channel = transport.open()?;
         let dead = Arc::new(AtomicBool::new(false));

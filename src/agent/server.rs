@@ -73,6 +73,7 @@ pub trait ReplicaOpener {
     }
 }
 
+/// Deadlines of one session, as the agent applies them.
 #[derive(Debug, Clone, Copy)]
 pub struct ServeOptions {
     /// The session ends when nothing was heard, or nothing could be said, for this long.

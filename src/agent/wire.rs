@@ -10,16 +10,17 @@
 //! Format and sequence: docs/formats/wire.md. Fixtures: tests/fixtures/formats/v1/wire-*.
 
 pub mod bringup;
+mod bulk;
 mod failure;
 mod handle;
 pub mod plain;
 pub mod upkeep;
 
-pub use failure::{WireContext, WireError};
+pub use bulk::{decode_nodes, decode_pieces, encode_nodes, encode_pieces};
+pub use failure::{SAME_VERSION, WireContext, WireError, protocol};
 
 pub use crate::agent::wire::handle::Handle;
 use crate::block::BlockIndex;
-use crate::block::digest::{BLOCK_PIECES, BlockPieces, Digest, PieceDigest};
 use crate::engine::disk_target::DiskApplied;
 use crate::error::{Error, Kind, Result, printable};
 use crate::name::{DiskName, DomainName, DomainUuid, PointId};
@@ -29,7 +30,6 @@ use crate::replica::{Attachment, BeginPoint, Begun, PointView, ReplicaView, Seal
 use crate::words;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use std::borrow::Cow;
 use std::fmt;
 use std::io::{self, BufRead, IoSlice, Read, Write};
 
@@ -58,7 +58,9 @@ const WORDS_MAX: usize = 500;
 /// Who says a banner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
+    /// The agent, on the target.
     Agent,
+    /// The client, on the source.
     Client,
 }
 
@@ -74,6 +76,7 @@ impl Role {
 /// The first line of either side.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Banner {
+    /// Version of the protocol that this side speaks. Both sides must speak the same.
     pub protocol: u32,
     /// Of the program, as its package says; at most 64 printable characters.
     pub version: String,
@@ -228,9 +231,11 @@ impl FrameKind {
 /// A frame's header, checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Head {
+    /// Kind of the frame, which also bounds the length of its payload.
     pub kind: FrameKind,
     /// The message goes on in a later frame of the same kind and id.
     pub more: bool,
+    /// Number of the request that the frame belongs to; 0 if it belongs to the session as a whole.
     pub id: u64,
 }
 
@@ -307,14 +312,17 @@ fn read_failed(error: io::Error) -> Error {
 /// Where the bytes of an `Apply` frame belong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stream {
+    /// Replica or plain image that the patch bytes are for.
     pub replica: Handle,
     /// Position of the disk in the request that began the point.
     pub disk: u32,
 }
 
 impl Stream {
+    /// Bytes of a stream's name at the start of an `Apply` payload.
     pub const LEN: usize = 8;
 
+    /// The stream's name as it travels: handle, then number of the disk, both little-endian.
     pub fn to_bytes(self) -> [u8; Self::LEN] {
         let mut bytes = [0; Self::LEN];
         bytes[..4].copy_from_slice(&self.replica.to_bytes());
@@ -332,101 +340,199 @@ impl Stream {
     }
 }
 
-/// What a client asks. Each is answered by the [`Reply`] of the same name (`Nodes` and `Pieces` by digests), or by an error.
+/// What a client asks. Each is answered by the [`Reply`] of the same name (`Nodes` and `Pieces` by digests), or by an
+/// error.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
+    /// Opens the replica of a domain, which need not exist yet. One session may hold 256 replicas and images open.
     Open {
+        /// UUID of the domain whose replica is opened.
         uuid: DomainUuid,
     },
+    /// Lists the replicas of the store whose domain has this name.
     Find {
+        /// Name of the domain; empty for all domains of the store.
         name: String,
     },
+    /// Asks for the state of a replica: its points, its generation and the free space.
     Describe {
+        /// Replica to describe.
         replica: Handle,
     },
+    /// Opens a point above the head, throws away an earlier open point and reserves space.
     Begin {
+        /// Replica that gets the point. It must be of the domain that `request` names.
         replica: Handle,
+        /// Expected head, generation and disks of the new point.
         request: BeginPoint,
     },
+    /// Asks for digests of a disk's tree as the disk is before the patch. Answered by a `Nodes` frame.
     Nodes {
+        /// Replica or plain image that the digests are of.
         replica: Handle,
+        /// Disk whose digest tree is asked for.
         disk: DiskName,
+        /// Level of the tree: 0 for blocks, 1 for groups, and so on.
         level: u8,
+        /// Index of the first node within its level.
         start: u64,
+        /// Index behind the last node. One request may span at most `NODES_MAX` nodes.
         end: u64,
     },
     /// Numbers of blocks, ascending.
     Pieces {
+        /// Replica or plain image that the digests are of.
         replica: Handle,
+        /// Disk whose blocks are asked for.
         disk: DiskName,
+        /// Numbers of the blocks, ascending; at most `PIECES_MAX` in one request.
         blocks: Vec<BlockIndex>,
     },
+    /// Ends the patch of a disk. The agent answers once it has applied all records and compared the root.
     FinishDisk {
+        /// Replica or plain image that the patch was for.
         replica: Handle,
+        /// Disk whose patch is complete.
         disk: DiskName,
     },
     /// Followed by `Attach` frames with the same id and `length` bytes in all; one attachment at a time.
     Attach {
+        /// Replica whose open point gets the attachment.
         replica: Handle,
+        /// Which of the known attachments it is.
         name: Attachment,
+        /// Length of the content in bytes, at most `ATTACHMENT_MAX`.
         length: u64,
     },
+    /// Makes the open point exist. The point is durable when the agent answers.
     Seal {
+        /// Replica whose open point is sealed.
         replica: Handle,
+        /// Roots, consistency and times of the point. Its disks are exactly those of `Begin`.
         request: SealPoint,
     },
+    /// Throws the open point away. Without an open point the request succeeds too.
     Abandon {
+        /// Replica whose open point is thrown away.
         replica: Handle,
     },
+    /// Reads a point again and compares every block with its digest. `Progress` frames come before the answer.
     Verify {
+        /// Replica that has the point.
         replica: Handle,
+        /// Point to read again.
         point: PointId,
     },
+    /// Asks for work on points that exist, such as prune, pin, scrub or export.
     Upkeep {
+        /// Replica whose points the question is about.
         replica: Handle,
+        /// Question about the points; its answer is the `Told` of the same name.
         ask: upkeep::Ask,
     },
+    /// Asks for work on plain images. Refused unless the agent serves images.
     Plain {
+        /// Question about plain images; its answer is the `Told` of the same name.
         ask: plain::Ask,
     },
+    /// Asks about failover of a domain on the agent's host. Refused unless that host allows failover.
     BringUp {
+        /// UUID of the domain to bring up.
         uuid: DomainUuid,
+        /// Question about the failover; its answer is the `Told` of the same name.
         ask: bringup::Ask,
     },
     /// Which source the points are of that are begun from now on.
     Claim {
+        /// Replica that the source is going to write to.
         replica: Handle,
+        /// Source, its generation, and whether it takes the replica over from another source.
         claim: Claim,
     },
     /// Which store the agent serves. Asked first; an agent that does not know the question has no id to tell.
     Store {
+        /// Directory that the source's URL names, and whether the agent may create a store there.
         wish: StoreWish,
     },
 }
 
+/// Answer to the request of the same name. It travels under the request's id.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reply {
-    Open { replica: Handle },
-    Find { found: Vec<(DomainUuid, DomainName)> },
-    Describe { view: ReplicaView },
-    Begin { begun: Option<Begun> },
-    FinishDisk { applied: DiskApplied },
+    /// The replica is open.
+    Open {
+        /// Handle of the replica for the rest of the session.
+        replica: Handle,
+    },
+    /// Domains of the store that have the name.
+    Find {
+        /// UUID and name of each domain; empty if no domain matches. Several domains may have the same name.
+        found: Vec<(DomainUuid, DomainName)>,
+    },
+    /// State of the replica.
+    Describe {
+        /// Points, generation and free space. A replica without a run has no points and generation 1.
+        view: ReplicaView,
+    },
+    /// The point is open.
+    Begin {
+        /// Seeds that the disks start from.
+        begun: Option<Begun>,
+    },
+    /// The patch of the disk is applied, but not durable yet.
+    FinishDisk {
+        /// Resulting root and the amount that the target wrote.
+        applied: DiskApplied,
+    },
+    /// The open point has the attachment.
     Attach {},
-    Seal { point: PointView },
+    /// The point exists and is durable.
+    Seal {
+        /// The new point, which is now the head.
+        point: PointView,
+    },
+    /// The replica has no open point any more.
     Abandon {},
-    Verify { report: VerifyReport },
-    Upkeep { told: upkeep::Told },
-    Plain { told: plain::Told },
-    BringUp { told: bringup::Told },
-    Claim { claimed: Claimed },
-    Store { store: StoreSeen },
+    /// The point was read to its end. Damage is in the report and is no failure of the request.
+    Verify {
+        /// Damaged blocks and attachments, for each disk of the point.
+        report: VerifyReport,
+    },
+    /// Answer to a question about points that exist.
+    Upkeep {
+        /// Answer to the `Ask` of the same name.
+        told: upkeep::Told,
+    },
+    /// Answer to a question about plain images.
+    Plain {
+        /// Answer to the `Ask` of the same name.
+        told: plain::Told,
+    },
+    /// Answer to a question about a failover on the agent's host.
+    BringUp {
+        /// Answer to the `Ask` of the same name.
+        told: bringup::Told,
+    },
+    /// The replica accepts the source.
+    Claim {
+        /// How the source came to be the accepted one, and the source before it.
+        claimed: Claimed,
+    },
+    /// The agent serves this store.
+    Store {
+        /// Directory and id of the store, and whether the agent created it just now.
+        store: StoreSeen,
+    },
 }
 
+/// How far the agent is with a long request. A later message replaces an earlier one.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Progress {
+    /// Bytes that are done; 0 where only `words` tell the progress.
     pub done_bytes: u64,
+    /// Bytes of the whole work; 0 where only `words` tell the progress.
     pub total_bytes: u64,
     /// What is done now, where that is not told in bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -434,10 +540,12 @@ pub struct Progress {
 }
 
 impl Progress {
+    /// Progress in bytes, without words.
     pub fn bytes(done_bytes: u64, total_bytes: u64) -> Progress {
         Progress { done_bytes, total_bytes, words: None }
     }
 
+    /// Progress in words. Longer words are cut to 500 bytes, and control characters are replaced.
     pub fn words(words: &str) -> Progress {
         Progress { words: Some(printable(words, WORDS_MAX)), ..Progress::default() }
     }
@@ -446,7 +554,9 @@ impl Progress {
 /// Patches for this replica are dropped from now on, for this reason, until its next `Begin` or `Abandon`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Failed {
+    /// Replica or plain image whose patch failed.
     pub replica: Handle,
+    /// Failure of the patch. The next request that builds on the patch gets it again.
     pub error: WireError,
 }
 
@@ -455,99 +565,18 @@ pub fn encode(message: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(message).expect("plain data with string keys always has JSON")
 }
 
-/// A control message out of its JSON. Whatever its fields are: no text in it has a control character, no number is beyond
-/// [`words::NUMBER_MAX`].
+/// A control message out of its JSON. Whatever its fields are: no text in it has a control character, no number is
+/// beyond [`words::NUMBER_MAX`].
 pub fn decode<T: DeserializeOwned>(what: impl fmt::Display, payload: &[u8]) -> Result<T> {
     let error = || Error::new(Kind::Protocol, format!("cannot understand a {what}")).hint(SAME_VERSION);
     let payload = words::of_message(payload).map_err(|why| error().source(why))?;
     serde_json::from_slice(&payload).map_err(|e| error().source(e))
 }
 
-/// Advice for every kind of not understanding each other.
-pub const SAME_VERSION: &str = "install the same virt-replica on both hosts";
-
-/// The other side said something that its protocol does not allow.
-pub fn protocol(what: impl Into<Cow<'static, str>>) -> Error {
-    Error::new(Kind::Protocol, what).hint(SAME_VERSION)
-}
-
-/// Set in a run's count: so many zero digests, none of which is sent.
-const ZERO_RUN: u32 = 1 << 31;
-
-/// Digests as runs: a count, then that many digests, or only the count with its high bit set for zero digests.
-pub fn encode_nodes(nodes: &[Digest]) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    for run in nodes.chunk_by(|a, b| a.is_zero() == b.is_zero()) {
-        let zero = if run[0].is_zero() { ZERO_RUN } else { 0 };
-        bytes.extend_from_slice(&(run.len() as u32 | zero).to_le_bytes());
-        if zero == 0 {
-            run.iter().for_each(|digest| bytes.extend_from_slice(&digest.0));
-        }
-    }
-    bytes
-}
-
-/// Exactly `expected` digests out of their runs; the caller has bounded `expected`.
-pub fn decode_nodes(mut bytes: &[u8], expected: usize) -> Result<Vec<Digest>> {
-    let wrong = |what: &'static str| Error::new(Kind::Protocol, what);
-    let mut nodes = Vec::with_capacity(expected);
-    while let Some((count, rest)) = bytes.split_first_chunk() {
-        let word = u32::from_le_bytes(*count);
-        let count = (word & !ZERO_RUN) as usize;
-        if count == 0 || count > expected - nodes.len() {
-            return Err(wrong("more or fewer nodes came than were asked for"));
-        }
-        bytes = rest;
-        if word & ZERO_RUN != 0 {
-            nodes.resize(nodes.len() + count, Digest::ZERO);
-            continue;
-        }
-        let (run, rest) = bytes.split_at_checked(count * Digest::LEN).ok_or_else(|| wrong("a run of nodes is cut"))?;
-        nodes.extend(run.chunks_exact(Digest::LEN).map(|d| Digest(d.try_into().expect("a chunk of that length"))));
-        bytes = rest;
-    }
-    if !bytes.is_empty() || nodes.len() != expected {
-        return Err(wrong("more or fewer nodes came than were asked for"));
-    }
-    Ok(nodes)
-}
-
-/// The pieces of each block: a mask of those that are not zero, then their digests.
-pub fn encode_pieces(blocks: &[BlockPieces]) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    for pieces in blocks {
-        let given = |(n, digest): (usize, &PieceDigest)| if digest.is_zero() { 0 } else { 1u16 << n };
-        let mask = pieces.iter().enumerate().map(given).sum::<u16>();
-        bytes.extend_from_slice(&mask.to_le_bytes());
-        pieces.iter().filter(|digest| !digest.is_zero()).for_each(|digest| bytes.extend_from_slice(&digest.0));
-    }
-    bytes
-}
-
-const _: () = assert!(BLOCK_PIECES == u16::BITS as usize, "the mask of a block's pieces has a bit for each");
-
-/// The pieces of exactly `expected` blocks; the caller has bounded `expected`.
-pub fn decode_pieces(mut bytes: &[u8], expected: usize) -> Result<Vec<BlockPieces>> {
-    let wrong = || Error::new(Kind::Protocol, "the pieces of more or fewer blocks came than were asked for");
-    let mut blocks = Vec::with_capacity(expected);
-    for _ in 0..expected {
-        let (mask, rest) = bytes.split_first_chunk().ok_or_else(wrong)?;
-        let mask = u16::from_le_bytes(*mask);
-        let (given, rest) = rest.split_at_checked(mask.count_ones() as usize * PieceDigest::LEN).ok_or_else(wrong)?;
-        let mut pieces = [PieceDigest::ZERO; BLOCK_PIECES];
-        let places = pieces.iter_mut().enumerate().filter(|(n, _)| mask & 1 << n != 0);
-        for ((_, digest), bytes) in places.zip(given.chunks_exact(PieceDigest::LEN)) {
-            *digest = PieceDigest(bytes.try_into().expect("a chunk of that length"));
-        }
-        blocks.push(pieces);
-        bytes = rest;
-    }
-    if bytes.is_empty() { Ok(blocks) } else { Err(wrong()) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::block::digest::{BlockPieces, Digest, PieceDigest};
     use std::io::Cursor;
 
     fn frame(kind: FrameKind, id: u64, payload: &[u8]) -> Vec<u8> {
@@ -753,7 +782,8 @@ mod tests {
         assert_eq!(encode(&WireError::from(&error).spoken(None)), fixture("wire-error.json").trim_ascii());
     }
 
-    /// A target that lies: whatever the field, nothing of it reaches a terminal as more than text, and no number overflows.
+    /// A target that lies: whatever the field, nothing of it reaches a terminal as more than text, and no number
+    /// overflows.
     #[test]
     fn words_of_a_peer_are_clean_and_its_numbers_bounded_whatever_the_field() {
         let bad = r"\u001b[2J\u0007\r\u009b31m";

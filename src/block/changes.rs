@@ -65,12 +65,23 @@ impl ChangesHeader {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Run {
     /// `count` blocks, at least one, that read as zeros now.
-    Zero { first: BlockIndex, count: u64 },
+    Zero {
+        /// First block of the run.
+        first: BlockIndex,
+        /// Number of blocks, at least one.
+        count: u64,
+    },
     /// Blocks from `first` on, one for each digest, at least one; none of the digests is zero.
-    Digests { first: BlockIndex, digests: Vec<Digest> },
+    Digests {
+        /// Block that the first digest belongs to.
+        first: BlockIndex,
+        /// New digest of each block, in order; at most `RUN_DIGESTS_MAX` of them in a list.
+        digests: Vec<Digest>,
+    },
 }
 
 impl Run {
+    /// First block of the run.
     pub fn first(&self) -> BlockIndex {
         match self {
             Run::Zero { first, .. } | Run::Digests { first, .. } => *first,
@@ -106,12 +117,14 @@ impl Run {
 /// How a list ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ChangesTrailer {
+    /// Number of runs in the list.
     pub runs: u64,
     /// Root of this point.
     pub to_root: Digest,
 }
 
-/// Writes a list, blocks in ascending order. Neighbours become one run. Writes in pieces of a run; not durable by itself.
+/// Writes a list, blocks in ascending order. Neighbours become one run. Writes in pieces of a run; not durable by
+/// itself.
 pub struct ChangesWriter<W: Write> {
     out: W,
     size: DiskSize,
@@ -123,6 +136,7 @@ pub struct ChangesWriter<W: Write> {
 }
 
 impl<W: Write> ChangesWriter<W> {
+    /// Begins a list and writes its header to `out`.
     pub fn new(out: W, header: &ChangesHeader) -> Result<Self> {
         let checksum = blake3::Hasher::new();
         let mut writer = Self { out, size: header.size, checksum, open: None, runs: 0, next_block: 0 };
@@ -171,6 +185,7 @@ impl<W: Write> ChangesWriter<W> {
         Ok(())
     }
 
+    /// Adds all blocks of a run. Panics if a block lies beyond the disk or is out of order.
     pub fn push_run(&mut self, run: &Run) -> Result<()> {
         match run {
             Run::Zero { first, count } => self.push_zero(*first, *count),
@@ -241,8 +256,8 @@ fn cannot_write(error: std::io::Error) -> Error {
     Error::from_io("cannot write a change list", error)
 }
 
-/// Reads a list run by run. An iterator; after its last item [`ChangesReader::trailer`] is there, and the checksum was right.
-/// After an error it yields nothing more, and no trailer. Wants a buffered reader.
+/// Reads a list run by run. An iterator; after its last item [`ChangesReader::trailer`] is there, and the checksum was
+/// right. After an error it yields nothing more, and no trailer. Wants a buffered reader.
 pub struct ChangesReader<R: Read> {
     input: R,
     header: ChangesHeader,
@@ -290,6 +305,7 @@ impl<R: Read> ChangesReader<R> {
         BANNER.check(&line)
     }
 
+    /// Header of the list, read when the reader was made.
     pub fn header(&self) -> &ChangesHeader {
         &self.header
     }

@@ -5,11 +5,11 @@
 //! - A node: BLAKE3 in key-derivation mode (its own domain) over its 64 children; all children zero: zero.
 //!   Missing children on the right edge count as zero.
 //! - A disk's root: BLAKE3 in a third domain over size and topmost node: it binds the size.
-//! - A piece: the first 16 bytes of BLAKE3 in a fourth domain over its 4 KiB. Not part of the tree, never stored: a hint
-//!   of what need not travel, and whoever relies on it compares the digest of the whole block afterwards.
+//! - A piece: the first 16 bytes of BLAKE3 in a fourth domain over its 4 KiB. Not part of the tree, never stored: a
+//!   hint of what need not travel, and whoever relies on it compares the digest of the whole block afterwards.
 //!
-//! Leaves, nodes, roots and pieces are hashed in domains of their own, so that no content of a block can pose as a node,
-//! and no node as a root. Specified in docs/formats/digest.md.
+//! Leaves, nodes, roots and pieces are hashed in domains of their own, so that no content of a block can pose as a
+//! node, and no node as a root. Specified in docs/formats/digest.md.
 
 use super::extent::is_zero;
 use super::{BLOCK_LEN, DiskSize, FANOUT, PIECE_LEN};
@@ -26,12 +26,15 @@ pub struct Digest(pub [u8; 32]);
 impl Digest {
     /// Of a block, a subtree that reads as zeros.
     pub const ZERO: Digest = Digest([0; 32]);
+    /// Bytes of a digest.
     pub const LEN: usize = 32;
 
+    /// True for the digest of content that reads as zeros.
     pub fn is_zero(&self) -> bool {
         *self == Self::ZERO
     }
 
+    /// Parses 64 hexadecimal digits of either case. `None`: the text is anything else.
     pub fn from_hex(text: &str) -> Option<Digest> {
         let mut out = [0u8; 32];
         // `from_str_radix` alone would take "+1".
@@ -70,16 +73,18 @@ impl<'de> Deserialize<'de> for Digest {
     }
 }
 
-/// 16 bytes of BLAKE3, or all zero for zeros. Half the length of a [`Digest`], and enough: nothing is decided by it that
-/// the digest of the whole block does not decide again.
+/// 16 bytes of BLAKE3, or all zero for zeros. Half the length of a [`Digest`], and enough: nothing is decided by it
+/// that the digest of the whole block does not decide again.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct PieceDigest(pub [u8; 16]);
 
 impl PieceDigest {
     /// Of a piece that reads as zeros.
     pub const ZERO: PieceDigest = PieceDigest([0; 16]);
+    /// Bytes of a piece's digest.
     pub const LEN: usize = 16;
 
+    /// True for the digest of a piece that reads as zeros.
     pub fn is_zero(&self) -> bool {
         *self == Self::ZERO
     }
@@ -109,8 +114,8 @@ static PIECE_KEY: LazyLock<ContextKey> = LazyLock::new(|| hash_derive_key_contex
 /// What a short last block is padded with, without copying the block.
 static ZEROS: [u8; BLOCK_LEN] = [0; BLOCK_LEN];
 
-/// Digest of one block. `data` has at most [`BLOCK_LEN`] bytes; fewer are hashed as if zeros followed up to that length.
-/// Zeros only, and so also no bytes at all, give [`Digest::ZERO`].
+/// Digest of one block. `data` has at most [`BLOCK_LEN`] bytes; fewer are hashed as if zeros followed up to that
+/// length. Zeros only, and so also no bytes at all, give [`Digest::ZERO`].
 ///
 /// # Panics
 /// If `data` is longer than a block.
@@ -151,8 +156,8 @@ pub fn root_digest(size: DiskSize, top: Digest) -> Digest {
     Digest(*hasher.finalize().as_bytes())
 }
 
-/// Digest of one piece. `data` has at most [`PIECE_LEN`] bytes; fewer are hashed as if zeros followed up to that length.
-/// Zeros only, and so also no bytes at all, give [`PieceDigest::ZERO`].
+/// Digest of one piece. `data` has at most [`PIECE_LEN`] bytes; fewer are hashed as if zeros followed up to that
+/// length. Zeros only, and so also no bytes at all, give [`PieceDigest::ZERO`].
 ///
 /// # Panics
 /// If `data` is longer than a piece.

@@ -13,13 +13,17 @@ pub enum Content {
     Zero,
 }
 
+/// A range of bytes of a disk with one kind of content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extent {
+    /// Bytes of the disk that the extent covers.
     pub range: ByteRange,
+    /// Data or zeros, as the image reports it without reading the bytes.
     pub content: Content,
 }
 
 impl Extent {
+    /// An extent from byte `start` to before byte `end`. `start` must not be behind `end`.
     pub fn new(start: u64, end: u64, content: Content) -> Self {
         Self { range: ByteRange::new(start, end), content }
     }
@@ -74,7 +78,8 @@ pub fn is_zero(data: &[u8]) -> bool {
 mod tests {
     use super::*;
 
-    /// One letter per byte: `D` data, `0` zeros, `.` not in the list. Equal letters in a row make one extent, `|` ends one.
+    /// One letter per byte: `D` data, `0` zeros, `.` not in the list. Equal letters in a row make one extent, `|` ends
+    /// one.
     fn list(text: &str) -> Vec<Extent> {
         let (mut out, mut at, mut open) = (Vec::<Extent>::new(), 0, None);
         for c in text.chars() {

@@ -34,7 +34,9 @@ pub struct DiskSize(pub u64);
 /// A half-open range of bytes of a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ByteRange {
+    /// Offset of the first byte.
     pub start: u64,
+    /// Offset behind the last byte; equal to `start` in an empty range.
     pub end: u64,
 }
 
@@ -79,6 +81,7 @@ impl DiskSize {
         self.0.div_ceil(GROUP_LEN)
     }
 
+    /// All bytes of a disk of this size.
     pub fn range(self) -> ByteRange {
         ByteRange { start: 0, end: self.0 }
     }
@@ -91,6 +94,7 @@ impl fmt::Display for DiskSize {
 }
 
 impl BlockIndex {
+    /// Offset of the block's first byte in the disk.
     pub fn offset(self) -> u64 {
         self.0 * BLOCK_LEN as u64
     }
@@ -101,12 +105,14 @@ impl BlockIndex {
         ByteRange { start, end: (self.offset().saturating_add(BLOCK_LEN as u64)).min(size.0) }
     }
 
+    /// Group that contains the block.
     pub fn group(self) -> GroupIndex {
         GroupIndex(self.0 / FANOUT as u64)
     }
 }
 
 impl GroupIndex {
+    /// The group's bytes within a disk of this size. Empty if the group lies beyond it.
     pub fn bytes(self, size: DiskSize) -> ByteRange {
         let start = (self.0 * GROUP_LEN).min(size.0);
         ByteRange { start, end: (start.saturating_add(GROUP_LEN)).min(size.0) }
@@ -120,15 +126,18 @@ impl GroupIndex {
 }
 
 impl ByteRange {
+    /// The range from byte `start` to before byte `end`. `start` must not be behind `end`.
     pub fn new(start: u64, end: u64) -> Self {
         debug_assert!(start <= end);
         Self { start, end }
     }
 
+    /// Number of bytes in the range.
     pub fn len(self) -> u64 {
         self.end - self.start
     }
 
+    /// True if the range contains no byte.
     pub fn is_empty(self) -> bool {
         self.end == self.start
     }

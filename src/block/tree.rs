@@ -1,4 +1,5 @@
-//! The digest tree of a disk: its shape, building a root from the leaves, and carrying a tree from one point to the next.
+//! The digest tree of a disk: its shape, building a root from the leaves, and carrying a tree from one point to the
+//! next.
 //!
 //! Owns no storage. [`RootBuilder`] makes a root out of a stream of digests; [`TreeUpdate`] reads a few nodes of an old
 //! tree through [`NodeSource`] and reports the nodes that change.
@@ -29,6 +30,7 @@ pub struct TreeShape {
 }
 
 impl TreeShape {
+    /// Shape of the tree over a disk of this size: at least two levels, even for an empty disk.
     pub fn new(size: DiskSize) -> Self {
         let mut levels = 2;
         while size.blocks().div_ceil(span(levels - 1)) > 1 {
@@ -37,6 +39,7 @@ impl TreeShape {
         Self { size, levels }
     }
 
+    /// Size of the disk that the tree covers.
     pub fn size(self) -> DiskSize {
         self.size
     }
@@ -103,6 +106,7 @@ pub struct RootBuilder {
 }
 
 impl RootBuilder {
+    /// Begins with a disk of this size that reads as zeros throughout.
     pub fn new(size: DiskSize) -> Self {
         let shape = TreeShape::new(size);
         Self { shape, partials: vec![None; shape.top().into()], next_block: 0, top: Digest::ZERO }
@@ -125,8 +129,8 @@ impl RootBuilder {
     /// The digest of a whole node of any level, in place of everything below it.
     ///
     /// # Panics
-    /// If the node lies beyond the disk, or before or over something already pushed: whoever pushes has ordered and bounded
-    /// what came from outside.
+    /// If the node lies beyond the disk, or before or over something already pushed: whoever pushes has ordered and
+    /// bounded what came from outside.
     pub fn push_node(&mut self, level: u8, index: u64, digest: Digest) {
         assert!(index < self.shape.nodes_at(level), "node {index} of level {level} lies beyond the disk");
         let first_block = index * span(level);
@@ -196,18 +200,21 @@ impl NodeSource for ZeroNodes {
 /// A node that differs from what the old tree has in its place (zero, where the old tree has no such place).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ChangedNode {
+    /// Level of the node: 0 for a block, 1 for a group, and so on.
     pub level: u8,
+    /// Number of the node within its level.
     pub index: u64,
+    /// New digest of the node.
     pub digest: Digest,
 }
 
-/// Carries a tree from one point to the next: takes the changed blocks in ascending order, reads the old tree only along
-/// their paths, hands every node that differs to `emit`, and returns the new root. Work is proportional to the changed
-/// blocks times the levels.
+/// Carries a tree from one point to the next: takes the changed blocks in ascending order, reads the old tree only
+/// along their paths, hands every node that differs to `emit`, and returns the new root. Work is proportional to the
+/// changed blocks times the levels.
 ///
-/// Emitted are blocks and nodes alike; a node comes after everything below it, and within a level the order is ascending,
-/// so that a writer needs one position per level. Nodes beyond the new size are not emitted, they cease to exist: whoever
-/// stores the tree must see to it that they read as zero, or a later growth would find them again.
+/// Emitted are blocks and nodes alike; a node comes after everything below it, and within a level the order is
+/// ascending, so that a writer needs one position per level. Nodes beyond the new size are not emitted, they cease to
+/// exist: whoever stores the tree must see to it that they read as zero, or a later growth would find them again.
 ///
 /// The old nodes are read before a node above them is emitted, and never after: source and writer may be one file.
 pub struct TreeUpdate<S, E> {
@@ -228,8 +235,8 @@ impl<S: NodeSource, E: FnMut(ChangedNode) -> Result<()>> TreeUpdate<S, E> {
         let (old_shape, shape) = (TreeShape::new(size_from), TreeShape::new(size));
         let partials = vec![None; shape.top().into()];
         let mut update = Self { old, old_shape, shape, emit, partials, next_block: 0, top: None };
-        // Where the tree grows by levels, the old topmost node gets nodes above it that the old tree does not have. They
-        // change even if no block does: their children are gathered from the start.
+        // Where the tree grows by levels, the old topmost node gets nodes above it that the old tree does not have.
+        // They change even if no block does: their children are gathered from the start.
         if shape.levels > old_shape.levels {
             let mut first = update.old_node(old_shape.top(), 0)?;
             for level in old_shape.top()..shape.top() {
@@ -495,8 +502,8 @@ mod tests {
         assert_eq!(update.push(BlockIndex(0), digest(1)).unwrap_err().kind(), Kind::Space);
     }
 
-    /// Updates the tree of `old` to `blocks` blocks with `changes` (0: zero), checks everything promised of the way, and
-    /// compares tree and root with those made from scratch.
+    /// Updates the tree of `old` to `blocks` blocks with `changes` (0: zero), checks everything promised of the way,
+    /// and compares tree and root with those made from scratch.
     fn check_update(old_blocks: u64, old: &Leaves, blocks: u64, changes: &Leaves, zero_run: Option<Range<u64>>) {
         let tree = naive_tree(old_blocks, old);
         let mut reads = 0u64;

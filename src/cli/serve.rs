@@ -91,9 +91,9 @@ pub fn deadman(args: &DeadmanArgs, _: &Globals) -> Result<Exit> {
 /// Most memory of an agent that is not backed by a file: several times what the largest replica costs.
 const AGENT_MEMORY_MAX: u64 = 1 << 30;
 
-/// If a source makes the agent allocate without end, the agent ends and the host goes on. The limit counts written memory
-/// (`RLIMIT_DATA`). Threads and the allocator reserve address space (`RLIMIT_AS`) generously, and that costs nothing.
-/// Programs that the agent starts inherit the limit.
+/// If a source makes the agent allocate without end, the agent ends and the host goes on. The limit counts written
+/// memory (`RLIMIT_DATA`). Threads and the allocator reserve address space (`RLIMIT_AS`) generously, and that costs
+/// nothing. Programs that the agent starts inherit the limit.
 fn bound_memory() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let now = getrlimit(Resource::Data);

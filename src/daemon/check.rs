@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
 
+/// A check that a policy orders beside the runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Check {
@@ -18,6 +19,7 @@ pub enum Check {
 }
 
 impl Check {
+    /// All checks, in the order in which they are listed.
     pub const ALL: [Check; 3] = [Check::Verify, Check::Scrub, Check::Drill];
 
     /// The command that does it.
@@ -53,9 +55,12 @@ pub struct CheckState {
     pub whole_at: Option<Timestamp>,
     /// What the newest found, or why it found nothing out; `None`: it was right.
     pub error: Option<String>,
+    /// Earliest time of the next try after a check without a verdict. `None`: no retry is pending.
     pub retry_at: Option<Timestamp>,
     /// In a row.
     pub failures: u32,
+    /// Number of checks that found everything right.
     pub passed: u64,
+    /// Number of checks that found a fault or did not come to an end.
     pub failed: u64,
 }

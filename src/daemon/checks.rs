@@ -1,5 +1,5 @@
-//! Checks beside the runs: the head read again on the target, or all points; on a target, the head booted. The engine's part for
-//! them. Pure.
+//! Checks beside the runs: the head read again on the target, or all points; on a target, the head booted. The engine's
+//! part for them. Pure.
 //!
 //! A check takes no lock of the domain's and holds no run up; the target's disks bear it, so there is one at a time.
 
@@ -98,7 +98,8 @@ impl Engine {
             }
             return;
         };
-        // A verdict is a verdict: what is damaged now is not read again at once. Where there is none, it is tried again.
+        // A verdict is a verdict: what is damaged now is not read again at once. Where there is none, it is tried
+        // again.
         let is_verdict = match (done.check, kind) {
             (_, Some(Kind::Corrupt)) => true,
             // The copy was booted, and did not show what it was to show.

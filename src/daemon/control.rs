@@ -1,5 +1,5 @@
-//! The control socket: a line of JSON in, a line of JSON out, so that the command line and the daemon never fight over a
-//! domain. Mode 0600: whoever may open it may do this.
+//! The control socket: a line of JSON in, a line of JSON out, so that the command line and the daemon never fight over
+//! a domain. Mode 0600: whoever may open it may do this.
 
 use super::serving::{Conversations, Timed};
 pub use crate::daemon::input::Ask;
@@ -43,8 +43,8 @@ impl Drop for Control {
     }
 }
 
-/// Serves the socket from now on, each question in a thread of its own. A file that nobody serves is replaced; the state's
-/// lock is what keeps two daemons apart.
+/// Serves the socket from now on, each question in a thread of its own. A file that nobody serves is replaced; the
+/// state's lock is what keeps two daemons apart.
 pub fn serve(path: &Path, inputs: Sender<Input>) -> Result<Control> {
     let fail = |e| Error::io("cannot serve the control socket", path, e);
     if let Some(dir) = path.parent() {
@@ -95,7 +95,8 @@ pub fn refusal(kind: Kind, message: &str) -> Value {
     json!({ "ok": false, "kind": kind, "message": message })
 }
 
-/// Asks the daemon behind a socket. [`Kind::Unavailable`]: there is none; a refusal has the kind that the daemon gave it.
+/// Asks the daemon behind a socket. [`Kind::Unavailable`]: there is none; a refusal has the kind that the daemon gave
+/// it.
 pub fn ask_daemon(path: &Path, ask: &Ask) -> Result<Value> {
     let fail = |e| Error::new(Kind::Unavailable, "no daemon answers").path(path).source(e);
     let mut stream =

@@ -34,6 +34,7 @@ pub(super) struct Assigned {
     pub(super) domain: SeenDomain,
 }
 
+/// State of the daemon and all its decisions. It takes events and returns orders, and does nothing itself.
 pub struct Engine {
     pub(super) setup: Setup,
     pub(super) pairs: BTreeMap<Key, Pair>,
@@ -48,8 +49,8 @@ pub struct Engine {
     domains: Vec<Listed>,
     /// Domains of this host that were handed over, and where they live: nothing is promised of them here.
     pub(super) handed: BTreeMap<DomainUuid, String>,
-    /// Replicas of this host's stores whose domains were brought up here, and since when: no source may send a younger point, so
-    /// nothing is promised of their age.
+    /// Replicas of this host's stores whose domains were brought up here, and since when: no source may send a younger
+    /// point, so nothing is promised of their age.
     pub(super) promoted: BTreeMap<Key, Timestamp>,
     listed: bool,
     pub(super) libvirt_error: Option<String>,
@@ -61,6 +62,7 @@ pub struct Engine {
     pub(super) stop_at: Option<Duration>,
     /// Ends by itself when nothing is due.
     once: bool,
+    /// Runs that failed since this daemon began. With `once`, a failure to ask libvirt counts too.
     pub failed_runs: u64,
 }
 
@@ -535,6 +537,7 @@ impl Engine {
         (self.pairs.values().cloned().collect(), self.paused.clone(), self.all_paused)
     }
 
+    /// True from the moment the daemon was told to stop.
     pub fn stopping(&self) -> bool {
         self.stop_at.is_some()
     }
@@ -558,8 +561,8 @@ fn partly(job: &StartRun, disk: &Skipped) -> Order {
     Order::Say(Level::Warn, About::job(job), format!("domain '{}': {}", job.domain.name, disk.told()))
 }
 
-/// The last moment at which the RPO is kept. Of a point whose every time lies in the future nobody knows the age: an RPO that
-/// nothing shows to be kept is broken.
+/// The last moment at which the RPO is kept. Of a point whose every time lies in the future nobody knows the age: an
+/// RPO that nothing shows to be kept is broken.
 pub(super) fn deadline(pair: &Pair, rpo: Duration, now: Timestamp) -> Timestamp {
     let kept = |from: Timestamp| from.checked_add(signed(rpo)).unwrap_or(Timestamp::MAX);
     match (pair.frozen_at, pair.as_of(now)) {

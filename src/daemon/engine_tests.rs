@@ -102,7 +102,8 @@ fn sealed(frozen_at: Timestamp) -> End {
     }
 }
 
-/// Starts as `"1:a>dr1"`, signals as `"term 1"` and `"kill 1"`, `"repair 1"`, `"exit"`, hooks as `"hook on_breach entered"`.
+/// Starts as `"1:a>dr1"`, signals as `"term 1"` and `"kill 1"`, `"repair 1"`, `"exit"`, hooks as `"hook on_breach
+/// entered"`.
 pub(super) fn words(orders: &[Order]) -> Vec<String> {
     let env = |env: &[(String, String)], name: &str| {
         env.iter().find(|(n, _)| *n == name).map(|(_, v)| v.clone()).unwrap_or_default()
@@ -414,8 +415,8 @@ fn who_will_be_late_is_said_beforehand_and_once() {
     assert_eq!(warnings.matches("will be broken").count(), 1, "{warnings}");
 }
 
-/// The source's clock was far ahead when it made a point, and is right again: the point is as old as the target says, and
-/// a replication that is dead from then on is late like any other.
+/// The source's clock was far ahead when it made a point, and is right again: the point is as old as the target says,
+/// and a replication that is dead from then on is late like any other.
 #[test]
 fn a_clock_that_was_ahead_hides_no_dead_replication() {
     let mut b = Bench::new(&[HOURLY]);

@@ -20,8 +20,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Requests that are answered side by side.
 const REQUESTS_MAX: usize = 16;
 
-/// Serves from now on; returns the address, whose port was chosen by the kernel if 0 was asked for. Only loopback: there
-/// is no password.
+/// Serves from now on; returns the address, whose port was chosen by the kernel if 0 was asked for. Only loopback:
+/// there is no password.
 pub fn serve(address: SocketAddr, inputs: Sender<Input>) -> Result<SocketAddr> {
     serve_within(address, inputs, WITHIN)
 }

@@ -9,9 +9,9 @@
 //!            state     what must survive a crash: last runs, waits, breaches, pauses
 //! ```
 //!
-//! [`engine`] decides: a state, an event and the time in, orders out. Everything else acts and reports back. Each run is a
-//! process of its own, so that its crash never takes the daemon with it; a daemon that dies takes no run with it either.
-//! docs/daemon.md.
+//! [`engine`] decides: a state, an event and the time in, orders out. Everything else acts and reports back. Each run
+//! is a process of its own, so that its crash never takes the daemon with it; a daemon that dies takes no run with it
+//! either. docs/daemon.md.
 
 pub mod check;
 mod checking;

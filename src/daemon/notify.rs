@@ -1,4 +1,5 @@
-//! Tells systemd how the service stands, by its protocol: lines in a datagram to `$NOTIFY_SOCKET`. Without one, nothing.
+//! Tells systemd how the service stands, by its protocol: lines in a datagram to `$NOTIFY_SOCKET`. Without one,
+//! nothing.
 
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
@@ -25,6 +26,7 @@ impl Notify {
         Notify { socket, watchdog }
     }
 
+    /// Takes `NOTIFY_SOCKET` and `WATCHDOG_USEC` from the environment of this process.
     pub fn from_env() -> Notify {
         let var = |name| std::env::var(name).ok();
         Notify::new(var("NOTIFY_SOCKET").as_deref(), var("WATCHDOG_USEC").as_deref())

@@ -1,5 +1,6 @@
-//! How everything stands, as a page for people: problems first, every domain with its lag against its RPO, its last runs as a
-//! chart. Pure: a status in, HTML out. Nothing on it comes from elsewhere, nothing on it acts, and it needs no script.
+//! How everything stands, as a page for people: problems first, every domain with its lag against its RPO, its last
+//! runs as a chart. Pure: a status in, HTML out. Nothing on it comes from elsewhere, nothing on it acts, and it needs
+//! no script.
 
 use super::pair::{Brief, RunResult};
 use super::status::{Row, Status};
@@ -248,7 +249,8 @@ mod tests {
         Timestamp::from_second(s).unwrap()
     }
 
-    /// `"web01 30/60"`: its lag and its RPO in seconds; `"db - "` has no point, `"x 5"` no RPO; a `!` behind it: its last run failed.
+    /// `"web01 30/60"`: its lag and its RPO in seconds; `"db - "` has no point, `"x 5"` no RPO; a `!` behind it: its
+    /// last run failed.
     fn row(text: &str) -> Row {
         let words: Vec<&str> = text.trim_end_matches('!').split(' ').collect();
         let (lag, rpo) = words[1].split_once('/').map_or((words[1], None), |(l, r)| (l, r.parse::<u64>().ok()));

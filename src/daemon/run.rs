@@ -46,8 +46,8 @@ impl Run {
 
     /// When its silence has lasted too long, by the clock that nobody sets.
     pub(super) fn patience_ends(&self, setup: &Setup, stop_at: Option<Duration>) -> Option<Duration> {
-        // A commit may take `ready_timeout` and says nothing meanwhile; so may what follows the point, and what an earlier run
-        // left behind.
+        // A commit may take `ready_timeout` and says nothing meanwhile; so may what follows the point, and what an
+        // earlier run left behind.
         let commit = if matches!(self.step, 2..=6) { Duration::ZERO } else { self.job.policy.ready_timeout };
         match (self.phase, stop_at) {
             (Phase::Working, _) => Some(self.last_sign + setup.stall_timeout + commit),

@@ -1,4 +1,5 @@
-//! The daemon's loop: hears, asks [`engine`](super::engine), does what it orders. One thread; whatever may block has its own.
+//! The daemon's loop: hears, asks [`engine`](super::engine), does what it orders. One thread; whatever may block has
+//! its own.
 
 use super::control::{self, refusal};
 use super::engine::Engine;
@@ -38,6 +39,7 @@ pub type StoreLister = Arc<dyn Fn(&Path) -> Result<Vec<SeenInStore>> + Send + Sy
 /// A replica of a store of this host's.
 #[derive(Debug, Clone)]
 pub struct SeenInStore {
+    /// Name and UUID of the domain that the replica is of. It has no tags.
     pub domain: SeenDomain,
     /// When the disks of the head stood still; `None`: no point yet.
     pub head: Option<Timestamp>,
@@ -45,19 +47,29 @@ pub struct SeenInStore {
     pub promoted_since: Option<Timestamp>,
 }
 
+/// Settings of one daemon, and the functions by which it reaches the outside.
 pub struct Options {
+    /// Path of the configuration. Policies are in `policies.d` beside it.
     pub config: PathBuf,
     /// Whether the operator named it: then it has to be there.
     pub config_named: bool,
+    /// Directory for the daemon's own state. One daemon at a time may use it.
     pub state: PathBuf,
+    /// Program that the daemon starts for runs, checks and repairs.
     pub program: Program,
+    /// Lists the domains of this host.
     pub list: Lister,
+    /// Lists the replicas of a store on this host.
     pub list_store: StoreLister,
+    /// How often the daemon asks libvirt for its domains.
     pub list_every: Duration,
     /// End when nothing is due.
     pub once: bool,
+    /// Path of the control socket. `None`: the daemon serves none.
     pub control: Option<PathBuf>,
+    /// Address on which metrics and the status page are served. `None`: they are not served.
     pub http: Option<SocketAddr>,
+    /// Connection to systemd for readiness and watchdog messages.
     pub notify: Notify,
     /// Log lines carry the domain and the target as fields too.
     pub fields: bool,
@@ -68,7 +80,8 @@ pub struct Options {
 /// How soon libvirt is asked again when it did not answer; doubles up to `list_every`.
 const LIST_AGAIN: Duration = Duration::from_secs(2);
 
-/// Works until it is told to stop, or, `once`, until nothing is due. Returns how many runs failed. An error: nothing was begun.
+/// Works until it is told to stop, or, `once`, until nothing is due. Returns how many runs failed. An error: nothing
+/// was begun.
 pub fn run(options: Options, inbox: Receiver<Input>, inputs: Sender<Input>) -> Result<u64> {
     // Before anything is touched: a configuration that is wrong, another daemon.
     let setup = read_setup(&options.config, options.config_named)?;

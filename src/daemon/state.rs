@@ -18,13 +18,18 @@ use std::path::{Path, PathBuf};
 const FILE: &str = "daemon.json";
 const FORMAT: u32 = 1;
 
+/// The state file: all that the daemon remembers over a restart.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct State {
+    /// Version of the file's format.
     pub format: u32,
+    /// True if the operator paused all domains.
     #[serde(default)]
     pub all_paused: bool,
+    /// Domains that the operator paused one by one.
     #[serde(default)]
     pub paused: BTreeSet<DomainUuid>,
+    /// History of each domain on each target.
     #[serde(default)]
     pub pairs: Vec<Pair>,
 }
@@ -44,7 +49,8 @@ pub fn take(dir: &Path) -> Result<Lock> {
     Ok(Lock(lock))
 }
 
-/// What an earlier daemon knew. What cannot be understood is put aside, and its path is returned: everything is learnt again.
+/// What an earlier daemon knew. What cannot be understood is put aside, and its path is returned: everything is learnt
+/// again.
 pub fn load(dir: &Path) -> Result<(State, Option<PathBuf>)> {
     let path = dir.join(FILE);
     let text = match std::fs::read(&path) {

@@ -43,8 +43,8 @@ pub struct Program {
     pub state: PathBuf,
 }
 
-/// The arguments of a run. How it is to be done stands on its standard input ([`RunSettings`]); which domain and where to
-/// stand here too, so that a list of processes tells the runs apart.
+/// The arguments of a run. How it is to be done stands on its standard input ([`RunSettings`]); which domain and where
+/// to stand here too, so that a list of processes tells the runs apart.
 pub fn sync_args(job: &StartRun) -> Vec<String> {
     ["sync", job.domain.uuid.as_str(), "--to", &job.target, "--json", "--settings-on-stdin"].map(str::to_owned).into()
 }
@@ -102,7 +102,8 @@ impl Program {
         })
     }
 
-    /// `input`: what the child finds on its standard input. `ended`: the event that its end is, by what was heard of it.
+    /// `input`: what the child finds on its standard input. `ended`: the event that its end is, by what was heard of
+    /// it.
     fn spawn(
         &self,
         run: u64,

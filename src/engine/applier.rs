@@ -2,9 +2,9 @@
 //!
 //! Invariants
 //! - A block is written only if its content has the digest that the patch names for it.
-//! - What changes comes out of one walk of the digest tree that the patch starts from. The tree says that a block did not
-//!   change: then it is neither written nor listed, so that repeated and superfluous records cost nothing. The one exception
-//!   is a block that is known to have rotted ([`PatchedImage::rotten`]).
+//! - What changes comes out of one walk of the digest tree that the patch starts from. The tree says that a block did
+//!   not change: then it is neither written nor listed, so that repeated and superfluous records cost nothing. The one
+//!   exception is a block that is known to have rotted ([`PatchedImage::rotten`]).
 //! - The old content of a block is offered ([`PatchedImage::before_change`]) before its first byte is overwritten.
 //! - The patch holds only if all of it leads to the root that its source computed.
 //!
@@ -35,23 +35,24 @@ pub(crate) trait PatchedImage {
     /// Where blocks are written. `None`: nowhere yet, because the patch itself is kept and applied later.
     fn image(&self) -> Result<Option<&dyn ImageMut>>;
 
-    /// The content of a block before the patch, in the length that it has in the disk after the patch; zeros where nothing was.
+    /// The content of a block before the patch, in the length that it has in the disk after the patch; zeros where
+    /// nothing was.
     fn block_before(&self, block: BlockIndex) -> Result<Vec<u8>>;
 
-    /// A block is about to be overwritten, with zeros or with data: the last chance to reserve space for it, or to keep what
-    /// it was. An error ends the patch before the write.
+    /// A block is about to be overwritten, with zeros or with data: the last chance to reserve space for it, or to keep
+    /// what it was. An error ends the patch before the write.
     fn before_change(&mut self, _: BlockIndex, _: Change) -> Result<()> {
         Ok(())
     }
 
-    /// Those of these blocks whose stored content is known to be damaged: they are written whether they changed or not. May
-    /// name a block twice.
+    /// Those of these blocks whose stored content is known to be damaged: they are written whether they changed or not.
+    /// May name a block twice.
     fn rotten(&self, _: Range<u64>) -> Vec<u64> {
         Vec::new()
     }
 
-    /// Pieces laid over a block did not give what the patch promises: the same error, or a better one if the block itself is
-    /// to blame.
+    /// Pieces laid over a block did not give what the patch promises: the same error, or a better one if the block
+    /// itself is to blame.
     fn blame(&self, _: BlockIndex, patch_error: Error) -> Error {
         patch_error
     }
@@ -115,8 +116,8 @@ impl Applier {
         (self.bytes_written, self.blocks_changed)
     }
 
-    /// Takes the next item of the patch. Headers and trailers change nothing: their owner judges them. [`Kind::Corrupt`] if a
-    /// block is not what the patch says. After an error the image is between two states.
+    /// Takes the next item of the patch. Headers and trailers change nothing: their owner judges them.
+    /// [`Kind::Corrupt`] if a block is not what the patch says. After an error the image is between two states.
     pub(crate) fn take(&mut self, item: Item, to: &mut dyn PatchedImage) -> Result<()> {
         match item {
             Item::Data { block, digest, bytes } => {
@@ -135,8 +136,8 @@ impl Applier {
         }
     }
 
-    /// All of the patch has been taken, and it leads where its trailer says. [`Kind::Corrupt`] if it does not. Nothing is
-    /// durable yet.
+    /// All of the patch has been taken, and it leads where its trailer says. [`Kind::Corrupt`] if it does not. Nothing
+    /// is durable yet.
     pub(crate) fn finish(self, trailer: &Trailer) -> Result<Applied> {
         let root = self.tree.finish()?;
         if root != trailer.to_root {
@@ -203,8 +204,8 @@ impl Applier {
         }
     }
 
-    /// The bytes of these blocks in the image. An image that ends with a sector may be longer than its disk by less than
-    /// one; on a larger block device, what lies behind the disk is not ours.
+    /// The bytes of these blocks in the image. An image that ends with a sector may be longer than its disk by less
+    /// than one; on a larger block device, what lies behind the disk is not ours.
     fn range_in(&self, image: &dyn ImageMut, blocks: Range<u64>) -> ByteRange {
         let whole = self.size.whole_sectors();
         let end = if image.size() == whole { whole } else { self.size };

@@ -1,5 +1,5 @@
-//! Patches applied to disks in a tiny notation: a letter is a block of that letter, `.` a block of zeros, and a digit at the
-//! end a last block of so many bytes of `x`.
+//! Patches applied to disks in a tiny notation: a letter is a block of that letter, `.` a block of zeros, and a digit
+//! at the end a last block of so many bytes of `x`.
 
 use super::*;
 use crate::block::digest::{block_digest, node_digest, root_digest};

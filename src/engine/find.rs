@@ -10,7 +10,8 @@ use crate::error::Result;
 use crate::name::DiskName;
 use std::ops::Range;
 
-/// Nodes that are asked for although nobody wants them, to save a question: 16 KiB on the wire are less than a round trip.
+/// Nodes that are asked for although nobody wants them, to save a question: 16 KiB on the wire are less than a round
+/// trip.
 const GAP_MAX: u64 = 512;
 
 /// Digests of a target's blocks that are kept while a patch is made: 32 MiB of memory, 64 GiB of groups that differ.

@@ -54,10 +54,12 @@ impl NodeFile {
         &self.file
     }
 
+    /// Size of the disk that the tree covers.
     pub fn size(&self) -> DiskSize {
         self.shape.size()
     }
 
+    /// Levels of the tree, and the nodes on each.
     pub fn shape(&self) -> TreeShape {
         self.shape
     }
@@ -74,8 +76,8 @@ impl NodeFile {
         Ok(nodes)
     }
 
-    /// Carries the tree from `old` (of the same size; it may be this very file) by what changed, in ascending order, and
-    /// returns the new root. [`Kind::Corrupt`] where the runs are out of order or range.
+    /// Carries the tree from `old` (of the same size; it may be this very file) by what changed, in ascending order,
+    /// and returns the new root. [`Kind::Corrupt`] where the runs are out of order or range.
     pub fn apply(&self, old: impl NodeSource, changes: impl Iterator<Item = Result<Run>>) -> Result<Digest> {
         let mut pending: Vec<Pending> = (0..self.shape.levels()).map(|_| Pending::default()).collect();
         let size = self.shape.size();

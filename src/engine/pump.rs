@@ -2,8 +2,9 @@
 //!
 //! Work goes in groups of 64 blocks (4 MiB). Workers read and hash groups side by side; where the group's node in the
 //! head's digest tree is the same, nothing more happens; where it differs, the 64 block digests are asked for and the
-//! blocks that differ are encoded: whole, or, hash large and ship small, only those 4 KiB pieces that differ. One sender, the calling thread, puts the records into the patch in order and builds
-//! the root over everything that was read.
+//! blocks that differ are encoded: whole, or, hash large and ship small, only those 4 KiB pieces that differ. One
+//! sender, the calling thread, puts the records into the patch in order and builds the root over everything that was
+//! read.
 //!
 //! Memory: at most `IN_FLIGHT_MAX` groups between reading and sending, whatever the size of the disk. A hole costs
 //! nothing on either side unless the head has data there.
@@ -42,12 +43,17 @@ pub(crate) const EXTENT_WINDOW: u64 = 64 << 30;
 /// What to ship.
 #[derive(Debug, Clone)]
 pub struct Shipment {
+    /// UUID of the domain; the patch's header carries it.
     pub uuid: DomainUuid,
+    /// Name of the disk, for example vda; the patch's header carries it.
     pub disk: DiskName,
+    /// Size of the disk now. It may differ from the size in the head.
     pub size: DiskSize,
     /// The disk in the head: its size and root. `None` starts from nothing.
     pub head: Option<(DiskSize, Digest)>,
+    /// How the changes are found.
     pub mode: Mode,
+    /// Why this mode and no cheaper one. The report repeats it.
     pub reason: String,
     /// In mode `bitmap`: the only ranges that may differ from the head, ascending, without overlap.
     pub dirty: Option<Vec<ByteRange>>,
@@ -55,6 +61,7 @@ pub struct Shipment {
     pub compare_only: bool,
     /// Worker threads.
     pub workers: usize,
+    /// How the content is compressed before it is sent.
     pub compression: Compression,
     /// How fast the patch may be sent; `None`: as fast as it goes.
     pub throttle: Option<Arc<Throttle>>,
@@ -65,19 +72,25 @@ pub struct Shipment {
 pub struct Progress {
     /// Bytes of the disk dealt with, holes included.
     pub scanned: AtomicU64,
+    /// Bytes read from the source image.
     pub read: AtomicU64,
+    /// Bytes of patch handed to the target.
     pub sent: AtomicU64,
+    /// Blocks that differ from the head, zeroed ones included.
     pub changed_blocks: AtomicU64,
 }
 
+/// Result of a disk that was shipped. The target found the same root.
 #[derive(Debug)]
 pub struct Shipped {
     /// Root over the image as read.
     pub root: Digest,
+    /// How the changes were found, and what that cost.
     pub stats: DiskStats,
 }
 
-/// Ships one disk into the replica's open point. Returns once the target has applied everything and found the same root.
+/// Ships one disk into the replica's open point. Returns once the target has applied everything and found the same
+/// root.
 pub fn ship(
     image: &dyn Image,
     replica: &dyn DiskTarget,
@@ -446,8 +459,8 @@ impl<'a> Worker<'a> {
         Ok(payload)
     }
 
-    /// The head's piece digests of blocks that were rewritten. Not asked for where nearly all of a group was: such blocks
-    /// were written whole, and the target would read them all for nothing.
+    /// The head's piece digests of blocks that were rewritten. Not asked for where nearly all of a group was: such
+    /// blocks were written whole, and the target would read them all for nothing.
     fn old_pieces(&self, rewritten: Vec<BlockIndex>) -> Result<BTreeMap<BlockIndex, BlockPieces>> {
         if self.shipment.compare_only || rewritten.is_empty() || rewritten.len() > REWRITTEN_WHOLE {
             return Ok(BTreeMap::new());

@@ -3,6 +3,7 @@
 use crate::words;
 use serde::{Deserialize, Serialize};
 
+/// How a disk's changes are found in a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Mode {
@@ -28,6 +29,7 @@ impl std::fmt::Display for Mode {
 /// How a disk's changes were found and what that cost.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct DiskStats {
+    /// How the changes were found.
     pub mode: Mode,
     /// Why this mode and no cheaper one, as a sentence.
     #[serde(deserialize_with = "words::sentence")]
@@ -52,18 +54,20 @@ pub struct DiskStats {
     pub compression: Option<CompressionStats>,
 }
 
-/// Which way content was sent where it was for the run to find out, and why so. Rates are in bytes of content, before compression,
-/// per second.
+/// Which way content was sent where it was for the run to find out, and why so. Rates are in bytes of content, before
+/// compression, per second.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct CompressionStats {
     /// Bytes of content that went through the compression, and those that went as they are.
     pub compressed_bytes: u64,
+    /// Bytes of content that were sent without compression.
     pub stored_bytes: u64,
     /// How often both ways were tried.
     pub trials: u32,
     /// What the newest trial came to; absent without one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compressed_rate_bytes: Option<u64>,
+    /// Rate without compression in the newest trial, in bytes of content per second. `None`: there was no trial.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stored_rate_bytes: Option<u64>,
     /// The way that was kept in the end, and why, as a sentence.
@@ -74,6 +78,7 @@ pub struct CompressionStats {
 /// Blocks that a dirty bitmap called clean and that were compared with the head all the same.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct AuditStats {
+    /// Number of blocks that were compared.
     pub blocks: u64,
     /// Bytes read from the source image for it, beside those in [`DiskStats::bytes_read`].
     pub bytes_read: u64,

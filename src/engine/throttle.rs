@@ -16,6 +16,7 @@ const PORTION: (u64, u64) = (4 << 10, 1 << 20);
 /// the time of day while a run is under way.
 pub type RateNow = Box<dyn Fn() -> Option<u64> + Send + Sync>;
 
+/// Limit on the rate at which a run sends. All disks of the run share it.
 pub struct Throttle {
     rate_now: RateNow,
     began: Instant,
@@ -29,6 +30,7 @@ impl fmt::Debug for Throttle {
 }
 
 impl Throttle {
+    /// A throttle that asks `rate_now` for the rate before every portion.
     pub fn new(rate_now: RateNow) -> Self {
         Self { rate_now, began: Instant::now(), pace: Mutex::new(Pace::new(1, Duration::ZERO)) }
     }
@@ -63,7 +65,8 @@ impl Throttle {
     }
 }
 
-/// Asked by the calling thread between groups: an error ends the shipment with it (the image no longer stands still, a signal came).
+/// Asked by the calling thread between groups: an error ends the shipment with it (the image no longer stands still, a
+/// signal came).
 pub type StillGood<'a> = &'a dyn Fn() -> Result<()>;
 
 #[cfg(test)]

@@ -18,8 +18,8 @@ pub(super) fn read(path: &Path, what: &str) -> Result<String> {
     text(file, path, what)
 }
 
-/// The text of a file that only its owner should be able to read. Others are warned of, and not refused: it may lie in a
-/// directory of its own.
+/// The text of a file that only its owner should be able to read. Others are warned of, and not refused: it may lie in
+/// a directory of its own.
 pub(super) fn read_secret(path: &Path, what: &str) -> Result<String> {
     let cannot = |e| Error::io(format!("cannot open the {what}"), path, e);
     let file = File::open(path).map_err(cannot)?;

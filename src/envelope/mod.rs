@@ -34,7 +34,9 @@ pub const SIGNATURE_SUFFIX: &str = ".minisig";
 /// How a file is protected that is written.
 #[derive(Default)]
 pub struct Wrap {
+    /// Keys that the file is encrypted for. `None`: the file is not encrypted.
     pub recipients: Option<Recipients>,
+    /// Key that signs the file, and the signature's comment. `None`: the file is not signed.
     pub signer: Option<Signer>,
 }
 
@@ -47,6 +49,7 @@ enum Layer<W: Write> {
 }
 
 impl<W: Write> Wrapped<W> {
+    /// Begins a protected file on `out`, and writes the header of the encryption if there is one.
     pub fn new(out: W, wrap: Wrap) -> Result<Self> {
         let signing = Signing::new(out, wrap.signer)?;
         Ok(Wrapped(match wrap.recipients {
@@ -84,6 +87,7 @@ impl<W: Write> Write for Wrapped<W> {
 /// How the protection of a file that is read is taken off.
 #[derive(Default)]
 pub struct Unwrap {
+    /// Keys that can decrypt the file. `None`: an encrypted file is refused with `Auth`.
     pub identities: Option<Identities>,
     /// Only what this key signed is read to its end.
     pub key: Option<PublicKey>,
@@ -92,16 +96,19 @@ pub struct Unwrap {
 /// What a file was protected by. The JSON of this struct is a contract with scripts: fields are added, never renamed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Protection {
+    /// The file was encrypted.
     pub encrypted: bool,
-    /// What the signature says beside the bytes, signed as they are. To be believed once the file was read to its end; absent
-    /// where no signature was checked.
+    /// What the signature says beside the bytes, signed as they are. To be believed once the file was read to its end;
+    /// absent where no signature was checked.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub signed: Option<String>,
 }
 
 /// A file with its protection taken off as it is read.
 pub struct Opened {
+    /// Content without protection. With a signature, an error at its end means that nothing of it counts.
     pub input: Box<dyn Read + Send>,
+    /// Protection that the file had.
     pub protection: Protection,
 }
 
@@ -112,15 +119,15 @@ impl Unwrap {
         self.decrypting(input, signed)
     }
 
-    /// As [`Unwrap::open`]: a file is read twice, so that nothing is taken apart that was not signed. What counts is the
-    /// second time, over the same bytes that are handed out.
+    /// As [`Unwrap::open`]: a file is read twice, so that nothing is taken apart that was not signed. What counts is
+    /// the second time, over the same bytes that are handed out.
     pub fn open_file(&self, mut file: File, signature: Option<&str>) -> Result<Opened> {
         self.verify(&mut file, signature)?;
         self.open(file, signature)
     }
 
-    /// Reads a regular file for its signature alone, and goes back to its beginning: what the signature says beside the bytes.
-    /// `None` where there is no key to check with, and of what can be read only once.
+    /// Reads a regular file for its signature alone, and goes back to its beginning: what the signature says beside the
+    /// bytes. `None` where there is no key to check with, and of what can be read only once.
     pub fn verify(&self, file: &mut File, signature: Option<&str>) -> Result<Option<String>> {
         let cannot = |e| Error::from_io("cannot read the file", e);
         if self.key.is_none() || !file.metadata().map_err(cannot)?.is_file() {

@@ -30,7 +30,8 @@ pub struct Signer {
 }
 
 impl Signer {
-    /// From a secret key as minisign writes it; `password`: a file whose first line is that of the key. `file`: what is signed.
+    /// From a secret key as minisign writes it; `password`: a file whose first line is that of the key. `file`: what is
+    /// signed.
     pub fn load(path: &Path, password: Option<&Path>, file: &str, now_s: i64) -> Result<Signer> {
         let text = keyfile::read_secret(path, "secret key")?;
         let key = match password {
@@ -50,7 +51,8 @@ impl Signer {
     }
 
     fn sign(self, input: impl Read) -> Result<String> {
-        // With the public half, which is in a secret key, too, what was signed is verified at once: a key may have been damaged.
+        // With the public half, which is in a secret key, too, what was signed is verified at once: a key may have been
+        // damaged.
         let public = minisign::PublicKey::from_secret_key(&self.key)
             .map_err(|e| Error::new(Kind::Usage, "the secret key is not whole").source(e))?;
         let signed =

@@ -124,6 +124,7 @@ pub enum TakeOver {
 pub enum Store {
     /// List the points. `root`: of the store, if it is on the host that reports the error.
     ListPoints {
+        /// Root of the store, if it is on the host that reports the error.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         root: Option<String>,
     },
@@ -154,9 +155,15 @@ pub enum Store {
     /// Points are missing between the newest one here and the one in the file.
     BringPointsBetween,
     /// There is no store in this directory.
-    Create { root: String },
+    Create {
+        /// Directory that is to become a store.
+        root: String,
+    },
     /// The store that was here is gone.
-    Lost { root: String },
+    Lost {
+        /// Directory in which the store was.
+        root: String,
+    },
     /// There is no such replica in this store: is it the right one?
     RightStore,
 }
@@ -218,17 +225,47 @@ pub enum Handover {
     /// The guest did not shut down in time.
     WaitOrForceOff,
     /// The domain runs on both sides.
-    ShutOffHere { domain: String, to: String },
+    ShutOffHere {
+        /// Name of the domain.
+        domain: String,
+        /// The target's URL.
+        to: String,
+    },
     /// The domain lives on the target.
-    LivesThere { domain: String, to: String },
+    LivesThere {
+        /// Name of the domain.
+        domain: String,
+        /// The target's URL.
+        to: String,
+    },
     /// The target did not answer: ask again.
-    AskAgain { domain: String, to: String },
+    AskAgain {
+        /// Name of the domain.
+        domain: String,
+        /// The target's URL.
+        to: String,
+    },
     /// As [`Handover::AskAgain`], while a call-off is still possible.
-    AskAgainOrAbort { domain: String, to: String },
+    AskAgainOrAbort {
+        /// Name of the domain.
+        domain: String,
+        /// The target's URL.
+        to: String,
+    },
     /// A call-off was begun: go on with it.
-    Abort { domain: String, to: String },
+    Abort {
+        /// Name of the domain.
+        domain: String,
+        /// The target's URL.
+        to: String,
+    },
     /// The handover was cut short before the target was asked.
-    GoOnOrAbort { domain: String, to: String },
+    GoOnOrAbort {
+        /// Name of the domain.
+        domain: String,
+        /// The target's URL.
+        to: String,
+    },
     /// The guest wrote at the target: bring that home, or lose it.
     BringHomeOrLose,
     /// The migration does not converge.
@@ -240,7 +277,10 @@ pub enum Handover {
 #[serde(rename_all = "snake_case")]
 pub enum Image {
     /// The image may read files of this directory only if the operator allows it.
-    AllowBacking { dir: String },
+    AllowBacking {
+        /// Directory of the file that the image names.
+        dir: String,
+    },
     /// Overwriting has to be asked for.
     Overwrite,
     /// The file is there: choose another name, or overwrite it.
@@ -260,7 +300,10 @@ pub enum Image {
     /// A block device takes raw contents only.
     WriteRaw,
     /// Change the image in one of these ways.
-    ChooseWay { ways: Vec<Way> },
+    ChooseWay {
+        /// The ways that are possible for this image.
+        ways: Vec<Way>,
+    },
     /// This user may not make files beside the image.
     MakeFiles,
     /// The list of changes does not say how large its blocks are.
@@ -272,7 +315,10 @@ pub enum Image {
     /// Name the file of the signing key's password.
     NameSignPassword,
     /// Decrypt in a pipe. `key_file`: with a file of keys; otherwise a passphrase is asked for.
-    DecryptInPipe { key_file: bool },
+    DecryptInPipe {
+        /// Whether a file of keys decrypts it; otherwise a passphrase does.
+        key_file: bool,
+    },
 }
 
 /// How an image is changed.
@@ -296,7 +342,10 @@ pub enum Host {
     /// libvirt knows no such domain.
     FindDomain,
     /// libvirt runs on another host.
-    RunOn { host: String },
+    RunOn {
+        /// The host that libvirt runs on.
+        host: String,
+    },
     /// The state directory needs other rights, or another place.
     StateDir,
     /// A daemon has the state directory.

@@ -1,8 +1,8 @@
-//! libvirt's backup in pull mode as values: the document that begins one, and the one by which libvirt names the one that
-//! runs. Pure.
+//! libvirt's backup in pull mode as values: the document that begins one, and the one by which libvirt names the one
+//! that runs. Pure.
 //!
-//! While such a job runs, QEMU serves every disk as it was when the job began, over NBD on a unix socket. What the guest
-//! overwrites is first copied into a *scratch* file of the disk; the production chain is not touched.
+//! While such a job runs, QEMU serves every disk as it was when the job began, over NBD on a unix socket. What the
+//! guest overwrites is first copied into a *scratch* file of the disk; the production chain is not touched.
 //!
 //! Format: <https://libvirt.org/formatbackup.html>.
 
@@ -18,9 +18,11 @@ use std::path::PathBuf;
 pub struct Backup {
     /// Where QEMU serves the disks. Absolute.
     pub socket: PathBuf,
+    /// Disks that the job serves, each with its scratch file.
     pub disks: Vec<BackupDisk>,
 }
 
+/// One disk of a backup job.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BackupDisk {
     /// Also the name of its export.
@@ -34,9 +36,11 @@ pub struct BackupDisk {
 pub enum BackupJob {
     /// There is none; also of a domain that is off or gone.
     None,
+    /// A backup job of this form is running. Another program may have begun it.
     Running(Backup),
-    /// A libvirtd that died inside a begin has come back: it holds a job of which it knows nothing. It refuses every other
-    /// job, and to abort it does nothing (libvirt 9.0): it goes when the domain is shut off and libvirtd restarted.
+    /// A libvirtd that died inside a begin has come back: it holds a job of which it knows nothing. It refuses every
+    /// other job, and to abort it does nothing (libvirt 9.0): it goes when the domain is shut off and libvirtd
+    /// restarted.
     Hollow,
 }
 
@@ -77,8 +81,8 @@ pub fn backup_xml(backup: &Backup, all: &[DiskName]) -> Result<String> {
     Ok(xml)
 }
 
-/// Reads the `<domainbackup>` of a running job. A job of another kind (push mode, over TCP) has no socket here, and so is
-/// none of ours.
+/// Reads the `<domainbackup>` of a running job. A job of another kind (push mode, over TCP) has no socket here, and so
+/// is none of ours.
 pub fn parse_backup(xml: &str) -> Result<Backup> {
     let doc = document(xml)?;
     let root = doc.root_element();

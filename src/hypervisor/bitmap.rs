@@ -1,7 +1,7 @@
 //! Dirty bitmaps as values: the QMP commands, typed by `qapi`, and the few facts of their replies that are believed.
 //!
-//! Pure: text in, values out. Commands are built from `qapi`'s types; replies are read with structs of our own, tolerant of
-//! what other versions of QEMU add, because `qapi`'s fail on any unknown value.
+//! Pure: text in, values out. Commands are built from `qapi`'s types; replies are read with structs of our own,
+//! tolerant of what other versions of QEMU add, because `qapi`'s fail on any unknown value.
 
 use crate::error::{Error, Kind, Result};
 use crate::image::{Format, Layer};
@@ -162,8 +162,8 @@ pub fn remove(node: &str, name: &str) -> String {
     serialise(qmp::block_dirty_bitmap_remove(BlockDirtyBitmap { node: node.to_owned(), name: name.to_owned() }))
 }
 
-/// Copies a bitmap's marks as they are now into a new one of the same node, which records nothing and lives no longer than
-/// its QEMU. QEMU exports none that records from a node that is written to.
+/// Copies a bitmap's marks as they are now into a new one of the same node, which records nothing and lives no longer
+/// than its QEMU. QEMU exports none that records from a node that is written to.
 pub fn copy(node: &str, from: &str, to: &str) -> String {
     let new = BlockDirtyBitmapAdd {
         node: node.to_owned(),

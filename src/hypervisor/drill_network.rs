@@ -1,5 +1,6 @@
-//! A foot in an isolated network: a network namespace with one end of a pair of devices, the other end on the network's bridge. The
-//! host itself stays outside: no address, no route and no rule of its own changes, whatever addresses the guests in there have.
+//! A foot in an isolated network: a network namespace with one end of a pair of devices, the other end on the network's
+//! bridge. The host itself stays outside: no address, no route and no rule of its own changes, whatever addresses the
+//! guests in there have.
 //!
 //! Made and removed by iproute2's `ip`. With the namespace goes everything.
 
@@ -25,8 +26,8 @@ fn ip(args: &[&str]) -> Result<()> {
     }
 }
 
-/// Joins the network on `bridge`, with `address` and the length of its prefix. `name` names the namespace, `device` the end on the
-/// bridge (at most 15 bytes).
+/// Joins the network on `bridge`, with `address` and the length of its prefix. `name` names the namespace, `device` the
+/// end on the bridge (at most 15 bytes).
 pub fn join(name: &str, bridge: &str, device: &str, (address, prefix): (Ipv4Addr, u8)) -> Result<()> {
     ip(&["netns", "add", name])?;
     ip(&["link", "add", device, "type", "veth", "peer", "name", "eth0", "netns", name])?;

@@ -21,6 +21,7 @@ pub struct Firmware {
     pub format: u32,
     /// Of its file, on the host that has it.
     pub path: String,
+    /// Length of the firmware's file in bytes.
     pub size_bytes: u64,
     /// Plain BLAKE3 of the content, as `b3sum` prints it.
     pub blake3: Digest,
@@ -63,6 +64,7 @@ impl Firmware {
 pub enum Loader {
     /// The machine's own, which is no UEFI.
     None,
+    /// UEFI, from this file. The path is absolute.
     File(PathBuf),
     /// UEFI, and libvirt is to choose the file.
     Chosen,

@@ -1,8 +1,8 @@
-//! The port to what gives a running domain's disk an image that stands alone: everything below is copied into the uppermost
-//! image while the guest works (QEMU's block stream, `virsh blockpull`).
+//! The port to what gives a running domain's disk an image that stands alone: everything below is copied into the
+//! uppermost image while the guest works (QEMU's block stream, `virsh blockpull`).
 //!
-//! The uppermost image stays the one that the guest writes to, under its name, from beginning to end: unlike a copy that is
-//! pivoted to, there is no moment at which a crash could bring back an older image.
+//! The uppermost image stays the one that the guest writes to, under its name, from beginning to end: unlike a copy
+//! that is pivoted to, there is no moment at which a crash could bring back an older image.
 
 use super::BlockJob;
 use crate::error::Result;
@@ -10,6 +10,7 @@ use crate::image::Layer;
 use crate::name::{DiskName, DomainUuid};
 use std::time::Duration;
 
+/// The port to QEMU's block stream, which makes the uppermost image of a running domain's disk stand alone.
 pub trait Flattening: Send + Sync {
     /// libvirt's id of the running instance; `None`: it does not run.
     fn instance(&self, uuid: &DomainUuid) -> Result<Option<u32>>;
@@ -41,8 +42,9 @@ mod on_libvirt {
     /// Tried with libvirt 9.0 and QEMU 7.2 in tests/lab/suite/crash_detach.rs.
     impl Flattening for LibvirtHypervisor {
         fn instance(&self, uuid: &DomainUuid) -> Result<Option<u32>> {
-            // Nothing that has QEMU walk through its block nodes (as `observe` does): asked in the moment in which a copy is
-            // brought to its end, QEMU 7.2 trips over a node that has lost its child, and the guest is gone (seen).
+            // Nothing that has QEMU walk through its block nodes (as `observe` does): asked in the moment in which a
+            // copy is brought to its end, QEMU 7.2 trips over a node that has lost its child, and the guest is gone
+            // (seen).
             self.query("look whether the domain runs", uuid, |conn, uuid| {
                 let domain = lookup(conn, uuid)?;
                 Ok(if domain.is_active()? { domain.id() } else { None })

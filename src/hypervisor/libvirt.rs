@@ -3,8 +3,8 @@
 //! Invariants
 //! - What a verb is about to change is checked inside the same call, against the live XML: a commit starts only
 //!   if base lies directly below top, a definition is written only for a domain that has one.
-//! - A block job counts as ready by libvirt's own word only. 100 % is not ready, and ready is not equal: while the vCPUs
-//!   run, READY only means that a pivot will succeed (docs/replication.md, step 7).
+//! - A block job counts as ready by libvirt's own word only. 100 % is not ready, and ready is not equal: while the
+//!   vCPUs run, READY only means that a pivot will succeed (docs/replication.md, step 7).
 //! - After [`Kind::Unavailable`] the verb's effect is not known: observe. Any other error is a no.
 //!
 //! Tried with libvirt 9.0 and QEMU 7.2 in tests/hypervisor.rs.
@@ -73,7 +73,8 @@ impl Default for Deadlines {
     }
 }
 
-/// The version of the libvirt that this program was started with, which is that of the host's packages; `None`: it does not say.
+/// The version of the libvirt that this program was started with, which is that of the host's packages; `None`: it does
+/// not say.
 pub fn library_version() -> Option<Version> {
     Connect::version().ok().map(version_of)
 }
@@ -90,6 +91,7 @@ impl LibvirtHypervisor {
         Self::connect_with(uri, Deadlines::default())
     }
 
+    /// Connects as `connect` does, with deadlines of the caller's choice. Blocks for `deadlines.query` at most.
     pub fn connect_with(uri: Option<&str>, deadlines: Deadlines) -> Result<Self> {
         let this = Self { gate: Gate::new(uri)?, deadlines };
         let call =
@@ -143,8 +145,8 @@ impl LibvirtHypervisor {
         })
     }
 
-    /// Passes a command to the guest agent and returns its answer's text. libvirt first finds out whether anybody is there,
-    /// for up to 5 s.
+    /// Passes a command to the guest agent and returns its answer's text. libvirt first finds out whether anybody is
+    /// there, for up to 5 s.
     pub(super) fn ask_guest(
         &self,
         what: &'static str,

@@ -1,4 +1,5 @@
-//! The port to a host that is to run a domain which is not its own: what it can do, and the verbs that bring one up and away.
+//! The port to a host that is to run a domain which is not its own: what it can do, and the verbs that bring one up and
+//! away.
 //!
 //! Every verb blocks, at most its deadline. What is asked for and is so already is no error: whoever was killed in the
 //! middle does it all again.
@@ -14,6 +15,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+/// The port to a host that brings up domains: what the host can do, and the verbs for definition, start and end.
 pub trait Machines: Send + Sync {
     /// Looks at the host, as far as it decides whether this machine can run there.
     fn host(&self, machine: &Machine) -> Result<HostView>;
@@ -21,8 +23,8 @@ pub trait Machines: Send + Sync {
     /// The file of the UEFI firmware that a domain of this definition would start with. `None`: libvirt does not say.
     fn firmware_for(&self, xml: &str) -> Result<Option<PathBuf>>;
 
-    /// libvirt's verdict on what would be defined and started: it reads the XML, completes it and makes QEMU's command line of it.
-    /// Nothing is defined, started or written. `Err`: its words, why not.
+    /// libvirt's verdict on what would be defined and started: it reads the XML, completes it and makes QEMU's command
+    /// line of it. Nothing is defined, started or written. `Err`: its words, why not.
     fn accepts(&self, xml: &str) -> Result<Result<(), String>>;
 
     /// Starts a domain that leaves no definition behind. `Refused`, with libvirt's words, if it cannot be.
@@ -52,14 +54,17 @@ pub trait Machines: Send + Sync {
     /// Makes a network that leads nowhere, gone with the host's next boot. The bridge's name has at most 15 bytes.
     fn start_network(&self, name: &str, bridge: &str) -> Result<()>;
 
+    /// Removes a network that `start_network` made. No error if it is gone already.
     fn stop_network(&self, name: &str) -> Result<()>;
 
-    /// Takes a foot into a network of [`Machines::start_network`], beside a guest of this address: the host stays outside.
+    /// Takes a foot into a network of [`Machines::start_network`], beside a guest of this address: the host stays
+    /// outside.
     fn join_network(&self, name: &str, bridge: &str, guest: (Ipv4Addr, u8)) -> Result<()>;
 
     /// Whether somebody in there accepts a connection, within this time. Needs [`Machines::join_network`].
     fn connects(&self, network: &str, to: SocketAddr, within: Duration) -> Result<bool>;
 
+    /// Leaves a network that `join_network` joined. No error if the host has not joined it.
     fn leave_network(&self, name: &str) -> Result<()>;
 
     /// Asks the guest agent whether it is there.
@@ -74,6 +79,7 @@ pub trait Machines: Send + Sync {
 pub struct Machine {
     /// `kvm` or `qemu`.
     pub virt_type: String,
+    /// Architecture of the processor, as the definition calls it: `x86_64`.
     pub arch: String,
     /// As the definition calls it: `pc-q35-7.2`.
     pub machine: String,
@@ -84,10 +90,13 @@ pub struct Machine {
 pub struct HostView {
     /// What it can do with such a machine; `Err`: libvirt's words, why it cannot.
     pub machine: Result<Capabilities, String>,
+    /// All of libvirt's networks, active or not; empty if libvirt has no network driver.
     pub networks: Vec<NetworkView>,
     /// Network devices of the host that are bridges.
     pub bridges: Vec<String>,
+    /// All domains of the host, running or not.
     pub domains: Vec<Neighbour>,
+    /// Memory that is available for new processes, in bytes.
     pub free_memory_bytes: u64,
     /// The user that QEMU runs as unless a domain says otherwise; `None`: libvirt does not say.
     pub qemu_uid: Option<u32>,
@@ -101,6 +110,7 @@ pub struct HostView {
     pub cpus: u64,
     /// `None`: not known.
     pub libvirt: Option<Version>,
+    /// Version of QEMU. `None`: not known.
     pub qemu: Option<Version>,
     /// Machine types of this architecture, under the names that libvirt gives them.
     pub machines: Vec<String>,
@@ -127,6 +137,7 @@ pub struct Capabilities {
     pub emulator: String,
     /// Of the processor's models those that this host can show a guest.
     pub cpu_models: Vec<String>,
+    /// The guest can have the host's own processor model.
     pub host_passthrough: bool,
     /// Modes of a processor that it has.
     pub cpu_modes: Vec<String>,
@@ -134,22 +145,31 @@ pub struct Capabilities {
     pub vcpus_max: Option<u64>,
     /// Models of screens.
     pub videos: Vec<String>,
+    /// libvirt can choose a UEFI firmware for this machine.
     pub uefi: bool,
+    /// A UEFI firmware with secure boot is available. Only set together with `uefi`.
     pub secure_boot: bool,
+    /// QEMU can have an emulated TPM.
     pub tpm_emulator: bool,
 }
 
+/// A network of libvirt's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NetworkView {
+    /// Name of the network, as definitions refer to it.
     pub name: String,
+    /// The network is started.
     pub active: bool,
 }
 
 /// A domain that is there already.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Neighbour {
+    /// Name of that domain, which a domain that comes up here must not have.
     pub name: String,
+    /// UUID of that domain, as libvirt writes it.
     pub uuid: String,
+    /// The domain has a QEMU.
     pub running: bool,
     /// In lower case.
     pub macs: Vec<String>,

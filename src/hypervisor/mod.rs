@@ -38,6 +38,7 @@ use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+/// The port to libvirt for a run: observe a domain, freeze it, commit, pivot and pause.
 pub trait Hypervisor: Send + Sync {
     /// Looks a domain up by name, UUID or running id, and observes it.
     fn find(&self, name_uuid_or_id: &str) -> Result<DomainView>;
@@ -45,8 +46,8 @@ pub trait Hypervisor: Send + Sync {
     /// Observes a domain again. `NotFound` when it is gone (a transient domain that ended, an undefined one).
     fn observe(&self, uuid: &DomainUuid) -> Result<DomainView>;
 
-    /// As [`Hypervisor::observe`], but no disk has a size: cheap enough to be asked while the guest stands. For each size
-    /// that is asked for, QEMU describes every image it has open.
+    /// As [`Hypervisor::observe`], but no disk has a size: cheap enough to be asked while the guest stands. For each
+    /// size that is asked for, QEMU describes every image it has open.
     fn observe_without_sizes(&self, uuid: &DomainUuid) -> Result<DomainView>;
 
     /// Has libvirt look at the domain's emulator, if that changed since it did so last: it takes up to a minute,
@@ -54,7 +55,8 @@ pub trait Hypervisor: Send + Sync {
     /// other times.
     fn warm_up(&self, uuid: &DomainUuid) -> Result<()>;
 
-    /// The file of the UEFI firmware that a domain runs with, or would start with. `None`: it has none, or libvirt does not say.
+    /// The file of the UEFI firmware that a domain runs with, or would start with. `None`: it has none, or libvirt does
+    /// not say.
     fn firmware(&self, uuid: &DomainUuid) -> Result<Option<PathBuf>>;
 
     /// All domains, for `status`.
@@ -69,8 +71,8 @@ pub trait Hypervisor: Send + Sync {
     /// the job then becomes ready and waits for [`Hypervisor::pivot`]; otherwise it ends by itself.
     fn start_commit(&self, uuid: &DomainUuid, disk: &DiskName, top: &Path, base: &Path, active: bool) -> Result<()>;
 
-    /// Waits until the disk's block job is ready or has ended, or the timeout passed; sooner is no error, callers observe
-    /// again. Uses libvirt's events and asks in between, as an event can be lost with a connection.
+    /// Waits until the disk's block job is ready or has ended, or the timeout passed; sooner is no error, callers
+    /// observe again. Uses libvirt's events and asks in between, as an event can be lost with a connection.
     fn wait_job(&self, uuid: &DomainUuid, disk: &DiskName, timeout: Duration) -> Result<Option<BlockJob>>;
 
     /// Ends a ready active commit: the guest writes to the base from now on. Returns when libvirt has pivoted.
@@ -105,16 +107,16 @@ pub trait Hypervisor: Send + Sync {
     /// What may keep a running domain's overlay from being committed.
     fn confinement(&self, uuid: &DomainUuid) -> Result<Confinement>;
 
-    /// The definition to keep with a point; `secure` includes secrets (graphics passwords). A disk that is named as a volume of a
-    /// pool names its file: no other host has that pool.
+    /// The definition to keep with a point; `secure` includes secrets (graphics passwords). A disk that is named as a
+    /// volume of a pool names its file: no other host has that pool.
     fn definition(&self, uuid: &DomainUuid, inactive: bool, secure: bool) -> Result<String>;
 }
 
 /// Dirty bitmaps: QEMU's own record of what the guest changed, in a running domain or in the images of one that is off
 /// ([`stored`]). A bitmap is a hint (I7); whoever relies on one has looked at its state in the same run.
 pub trait Tracking: Send + Sync {
-    /// The bitmaps of each layer, in the order of `layers`; nothing for a layer that the running QEMU does not have, or that
-    /// keeps none.
+    /// The bitmaps of each layer, in the order of `layers`; nothing for a layer that the running QEMU does not have, or
+    /// that keeps none.
     fn bitmaps(&self, uuid: &DomainUuid, layers: &[Layer]) -> Result<Vec<Vec<BitmapView>>>;
 
     /// Adds an empty, recording bitmap of one block a bit to every layer, all or none. Persistent on qcow2, where it is
@@ -124,19 +126,19 @@ pub trait Tracking: Send + Sync {
     /// Removes a bitmap; no error if it is not there.
     fn remove_bitmap(&self, uuid: &DomainUuid, layer: &Layer, name: &str) -> Result<()>;
 
-    /// What each bitmap marks as changed, in order, within the layer's size. The layers must stand still (frozen, or off).
-    /// Of a running domain it uses QEMU's one NBD server: `Refused` while another program does.
+    /// What each bitmap marks as changed, in order, within the layer's size. The layers must stand still (frozen, or
+    /// off). Of a running domain it uses QEMU's one NBD server: `Refused` while another program does.
     fn dirty(&self, uuid: &DomainUuid, wanted: &[(Layer, String)]) -> Result<Vec<Vec<ByteRange>>>;
 }
 
-/// Backups in pull mode: QEMU serves the disks as they were at one moment, while the guest writes on ([`backup`]). One job at a
-/// time for a domain, whoever began it.
+/// Backups in pull mode: QEMU serves the disks as they were at one moment, while the guest writes on ([`backup`]). One
+/// job at a time for a domain, whoever began it.
 pub trait Backups: Send + Sync {
     /// Where a backup of the running domain may serve its disks: QEMU may make a socket there, however it is confined.
     fn backup_socket(&self, uuid: &DomainUuid) -> Result<PathBuf>;
 
-    /// Begins a job over all its disks: they are served as they were at one instant inside the call. All disks or none. The
-    /// scratch files must not exist. Another program's job is an error, after libvirt's own wait (30 s).
+    /// Begins a job over all its disks: they are served as they were at one instant inside the call. All disks or none.
+    /// The scratch files must not exist. Another program's job is an error, after libvirt's own wait (30 s).
     fn begin_backup(&self, uuid: &DomainUuid, backup: &Backup) -> Result<()>;
 
     /// The backup that runs, whoever began it.
@@ -146,8 +148,8 @@ pub trait Backups: Send + Sync {
     /// the job may be ending still.
     fn end_backup(&self, uuid: &DomainUuid, backup: &Backup) -> Result<()>;
 
-    /// What a bitmap marks as changed, within the layer's size, asked through the server of the running backup. The bitmap
-    /// goes on recording: what was written since the begin is marked too.
+    /// What a bitmap marks as changed, within the layer's size, asked through the server of the running backup. The
+    /// bitmap goes on recording: what was written since the begin is marked too.
     fn marked(&self, uuid: &DomainUuid, socket: &Path, layer: &Layer, bitmap: &str) -> Result<Vec<ByteRange>>;
 }
 
@@ -179,11 +181,15 @@ pub fn is_denied(e: &Error) -> bool {
 /// One bitmap as it was seen.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BitmapView {
+    /// Name of the bitmap, one of each name in a layer.
     pub name: String,
     /// Bytes marked, in whole granules.
     pub dirty_bytes: u64,
+    /// Bytes of the disk for one bit of the bitmap.
     pub granularity_bytes: u64,
+    /// QEMU marks new writes in the bitmap.
     pub recording: bool,
+    /// QEMU saves the bitmap in the qcow2 image when it closes it.
     pub persistent: bool,
     /// Not saved properly by an earlier QEMU: worth nothing.
     pub inconsistent: bool,
@@ -191,8 +197,10 @@ pub struct BitmapView {
     pub busy: bool,
 }
 
+/// One disk that gets an overlay.
 #[derive(Debug, Clone)]
 pub struct FreezeDisk {
+    /// Name of the disk, for example vda.
     pub name: DiskName,
     /// Where the overlay is to lie. Absolute; ends in `.qcow2`.
     pub overlay: PathBuf,
@@ -202,17 +210,22 @@ pub struct FreezeDisk {
     pub prepared: bool,
 }
 
+/// A domain, as libvirt and its QEMU showed it at one moment.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DomainView {
+    /// Name of the domain. An operator may change it; the UUID stays.
     pub name: DomainName,
+    /// UUID by which libvirt and the replicas know the domain.
     pub uuid: DomainUuid,
     /// libvirt's id of the running instance; changes with every start.
     pub id: Option<u32>,
+    /// Whether the domain runs, is paused, or is off.
     pub power: Power,
     /// Of a domain that is off.
     pub ended: Ended,
     /// Why it is paused; `None` unless it is.
     pub paused: Option<PauseReason>,
+    /// The domain has a definition that outlives its running instance. A transient domain has none.
     pub persistent: bool,
     /// A saved memory image that refers to the disks as they were.
     pub managed_save: bool,
@@ -231,17 +244,21 @@ pub struct DomainView {
 }
 
 impl DomainView {
+    /// Disk of this name. `None`: the domain has none.
     pub fn disk(&self, name: &DiskName) -> Option<&DiskView> {
         self.disks.iter().find(|d| &d.name == name)
     }
 }
 
+/// State of a domain's vCPUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Power {
+    /// The vCPUs run.
     Running,
     /// vCPUs stand: by a user, by us, or after an I/O error. The domain has a QEMU.
     Paused,
+    /// The domain has no QEMU.
     Off,
 }
 
@@ -257,19 +274,25 @@ pub enum PauseReason {
     Other,
 }
 
+/// One disk of a domain, as it was seen at one moment.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DiskView {
+    /// Name of the disk, for example vda.
     pub name: DiskName,
+    /// Whether the disk can be frozen, and if not why.
     pub kind: DiskKind,
     /// Chain of the running QEMU as libvirt reports it, uppermost first; `None` if it does not run.
     /// Of an unsupported kind: `None`.
     pub live: Option<Chain>,
     /// Image of the persistent definition; `None` for a transient domain, or if the disk is not in it.
     pub inactive: Option<Layer>,
+    /// Size that the guest sees. `None`: the view was made without sizes, or the size is not known.
     pub size: Option<DiskSize>,
+    /// Block job at work on the disk, by any program. `None`: there is none.
     pub job: Option<BlockJob>,
     /// Paths of layers that hold internal snapshots are not known here; the definition's own remarks are.
     pub read_only: bool,
+    /// The definition says `<shareable/>`: several domains may write to the disk.
     pub shareable: bool,
 }
 
@@ -309,18 +332,25 @@ pub enum Ended {
     Unknown,
 }
 
+/// A block job of QEMU's, as it was seen at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BlockJob {
+    /// Kind of the job, as far as it matters to a run.
     pub kind: BlockJobKind,
     /// Ready to pivot, by libvirt's own word (event, or mirror ready in the live XML), never by 100 %.
     pub ready: bool,
+    /// Bytes that the job has done. 100 % does not mean that the job is ready.
     pub done_bytes: u64,
+    /// Bytes that the job has to do. It may grow while the guest writes.
     pub total_bytes: u64,
 }
 
+/// Kind of a block job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum BlockJobKind {
+    /// A commit of the image that the guest writes to. It becomes ready and waits for a pivot.
     ActiveCommit,
+    /// A commit of an image below the uppermost one. It ends by itself.
     Commit,
     /// Pull, copy, backup or something new: not ours.
     Other,

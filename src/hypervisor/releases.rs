@@ -21,13 +21,17 @@ pub fn parse_version(text: &str) -> Option<Version> {
 /// One fact.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fact {
+    /// Program that the fact is about.
     pub of: &'static str,
     /// The first release that has it, and the first that has it no more.
     pub from: Version,
+    /// First release that has it no more. `None`: every later release has it.
     pub to: Option<Version>,
+    /// Behaviour of those releases, as a sentence without its subject.
     pub what: &'static str,
     /// Where it is known from.
     pub source: &'static str,
+    /// Reaction of this program to it, as a sentence without its subject.
     pub we: &'static str,
 }
 
@@ -57,6 +61,7 @@ const DEEP_CHAINS: Fact = Fact {
 const DEEP_CHAIN_IMAGES: u64 = 25;
 const UNKNOWN_IMAGES: u64 = 20;
 
+/// All facts about releases of libvirt, QEMU and libtpms that this program acts on.
 pub const FACTS: &[Fact] = &[
     DEEP_CHAINS,
     Fact {

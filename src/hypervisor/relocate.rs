@@ -1,10 +1,10 @@
-//! The port to what moves a running disk to another image: QEMU copies it while the guest works, then the guest writes to the
-//! copy alone (`virsh blockcopy`).
+//! The port to what moves a running disk to another image: QEMU copies it while the guest works, then the guest writes
+//! to the copy alone (`virsh blockcopy`).
 //!
-//! From the beginning of the copy every write of the guest's goes to both images before the guest is told that it is done
-//! (synchronous writes, libvirt 8.0): once the copy is ready the two are equal at every moment, and stay so until the move.
-//! That is asked for because QEMU's own word at the move says nothing of what is durable: whoever holds the guest can make
-//! the copy durable first.
+//! From the beginning of the copy every write of the guest's goes to both images before the guest is told that it is
+//! done (synchronous writes, libvirt 8.0): once the copy is ready the two are equal at every moment, and stay so until
+//! the move. That is asked for because QEMU's own word at the move says nothing of what is durable: whoever holds the
+//! guest can make the copy durable first.
 
 use super::Power;
 use crate::error::Result;
@@ -15,31 +15,37 @@ use std::path::{Path, PathBuf};
 /// Where a disk lies, by libvirt's two definitions: QEMU itself is not asked.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Place {
+    /// Whether the domain runs, is paused, or is off.
     pub power: Power,
     /// The image that the guest writes to; `None`: it does not run.
     pub live: Option<Layer>,
     /// The one that it will be started on.
     pub inactive: Option<Layer>,
+    /// Copy of the disk that is under way. `None`: there is none.
     pub copy: Option<CopyJob>,
 }
 
 /// A copy that goes on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CopyJob {
+    /// Image that the job writes.
     pub to: PathBuf,
     /// The two are equal, and stay so.
     pub ready: bool,
 }
 
+/// The port that moves a running domain's disk to another image by a copy job.
 pub trait Relocating: Send + Sync {
+    /// Observes where the disk lies. `NotFound` if there is no such domain or disk.
     fn place(&self, uuid: &DomainUuid, disk: &DiskName) -> Result<Place>;
 
-    /// Begins to copy the disk, all its chain, to a raw file of its size that is there; at most so many bytes in a second, the
-    /// guest's own writes not counted. The job goes on when this process dies.
+    /// Begins to copy the disk, all its chain, to a raw file of its size that is there; at most so many bytes in a
+    /// second, the guest's own writes not counted. The job goes on when this process dies.
     fn begin_copy(&self, uuid: &DomainUuid, disk: &DiskName, to: &Path, rate_bytes: Option<u64>) -> Result<()>;
 
-    /// The guest writes to the copy alone from now on, and the persistent definition names it. [`Busy`](crate::error::Kind::Busy):
-    /// the copy is not ready, and nothing has changed. After another error it may have been done: look.
+    /// The guest writes to the copy alone from now on, and the persistent definition names it.
+    /// [`Busy`](crate::error::Kind::Busy): the copy is not ready, and nothing has changed. After another error it may
+    /// have been done: look.
     fn move_over(&self, uuid: &DomainUuid, disk: &DiskName) -> Result<()>;
 
     /// Points the persistent definition of the disk at this image.

@@ -1,4 +1,5 @@
-//! How a domain as a whole stands, in libvirt's words and in ours: whether it runs, why it is paused, which job runs on it.
+//! How a domain as a whole stands, in libvirt's words and in ours: whether it runs, why it is paused, which job runs on
+//! it.
 
 use super::{Ended, PauseReason, Power};
 use crate::hypervisor::libvirt::sys;

@@ -1,9 +1,9 @@
-//! The state of a domain's emulated TPM, as libvirt keeps it for swtpm: where it lies, whose it is, how it is put there and
-//! taken away.
+//! The state of a domain's emulated TPM, as libvirt keeps it for swtpm: where it lies, whose it is, how it is put there
+//! and taken away.
 //!
-//! It is one file, which swtpm replaces by rename: whoever reads it gets a whole one, of one moment. Tried with libvirt 9.0:
-//! where the directory is there and not empty, the domain starts with what is in it. libvirt gives the directory to swtpm's user,
-//! but not the file, so the file has to belong to that user already.
+//! It is one file, which swtpm replaces by rename: whoever reads it gets a whole one, of one moment. Tried with libvirt
+//! 9.0: where the directory is there and not empty, the domain starts with what is in it. libvirt gives the directory
+//! to swtpm's user, but not the file, so the file has to belong to that user already.
 
 use super::releases::parse_version;
 use crate::error::{Error, Kind, Result, printable};
@@ -93,9 +93,12 @@ const QEMU_CONF: &str = "/etc/libvirt/qemu.conf";
 /// Whom libvirt runs swtpm as unless its configuration says otherwise; root where there is no such user.
 const USER: &str = "tss";
 
+/// Version of the TPM standard that an emulated TPM follows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TpmVersion {
+    /// TPM 1.2.
     V1_2,
+    /// TPM 2.0, which libvirt takes if the definition names no version.
     V2_0,
 }
 
@@ -108,6 +111,7 @@ impl TpmVersion {
         }
     }
 
+    /// Version as a definition writes it: `1.2` or `2.0`.
     pub fn words(self) -> &'static str {
         match self {
             TpmVersion::V1_2 => "1.2",
@@ -133,10 +137,13 @@ impl TpmVersion {
 /// An emulated TPM, as a definition has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TpmXml {
+    /// Version of the TPM that the guest sees.
     pub version: TpmVersion,
+    /// Where the TPM keeps its state.
     pub place: TpmPlace,
 }
 
+/// Place of the state of an emulated TPM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TpmPlace {
     /// Where libvirt keeps all of them.
@@ -172,12 +179,14 @@ impl TpmXml {
     }
 }
 
-/// Where the libvirt of this URI keeps them; `None` for one that is not the system's: a user's session has a place of its own.
+/// Where the libvirt of this URI keeps them; `None` for one that is not the system's: a user's session has a place of
+/// its own.
 pub fn root_of(uri: &str) -> Option<PathBuf> {
     let path = uri.split('?').next().unwrap_or(uri);
     path.ends_with("/system").then(|| ROOT.into())
 }
 
+/// File in which swtpm keeps the state of this domain's TPM, below `root`. It need not exist.
 pub fn state_file(root: &Path, uuid: &DomainUuid, version: TpmVersion) -> PathBuf {
     root.join(uuid.as_str()).join(version.dir_name()).join(version.file_name())
 }
@@ -188,8 +197,8 @@ pub fn states(root: &Path) -> Vec<String> {
     dirs.map(|dir| dir.file_name().to_string_lossy().into_owned()).collect()
 }
 
-/// Puts a state where libvirt looks for it at the next start of the domain, in the place of what is there. Durable when it
-/// returns; broken off before, it is to be done again, or [`forget`] to be called. `owner`: user and group of swtpm.
+/// Puts a state where libvirt looks for it at the next start of the domain, in the place of what is there. Durable when
+/// it returns; broken off before, it is to be done again, or [`forget`] to be called. `owner`: user and group of swtpm.
 pub fn put(root: &Path, uuid: &DomainUuid, version: TpmVersion, content: &[u8], owner: (u32, u32)) -> Result<()> {
     forget(root, uuid)?;
     let path = state_file(root, uuid, version);

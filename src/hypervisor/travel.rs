@@ -1,14 +1,15 @@
 //! The definition that travels with a point of a running domain. Pure: the two documents that libvirt has in, one out.
 //!
 //! A running domain has a live and a stored definition, and they may differ: a disk or a network interface was attached
-//! without `--persistent`, or the stored one was edited for the next start. The disks of a point are those of the running
-//! instance. A failover is the guest's next start, as a start at its source would be. So the document that travels is
-//! the stored definition, with every disk of the point and every network interface that only the running instance has.
+//! without `--persistent`, or the stored one was edited for the next start. The disks of a point are those of the
+//! running instance. A failover is the guest's next start, as a start at its source would be. So the document that
+//! travels is the stored definition, with every disk of the point and every network interface that only the running
+//! instance has.
 //!
 //! Invariants
 //! - Every disk of the point is in the result.
-//! - What comes from the live document takes no address, boot order or alias that the stored document uses already, and a
-//!   controller that it needs comes along.
+//! - What comes from the live document takes no address, boot order or alias that the stored document uses already, and
+//!   a controller that it needs comes along.
 //! - Each difference that a failover would show is a note.
 //! - Two documents that agree give back the stored one, byte for byte.
 
@@ -24,13 +25,14 @@ use std::ops::Range;
 /// What travels, and how it differs from what the running domain or its next start at the source would be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Travelling {
+    /// Definition that travels with the point.
     pub xml: String,
     /// Sentences without a full stop.
     pub notes: Vec<String>,
 }
 
-/// Makes the definition that travels from the stored and the live one. `disks`: those of the point. An error: one of the
-/// two is no domain's XML, or the live one lacks a disk of the point.
+/// Makes the definition that travels from the stored and the live one. `disks`: those of the point. An error: one of
+/// the two is no domain's XML, or the live one lacks a disk of the point.
 pub fn definition(stored: &str, live: &str, disks: &[DiskName]) -> Result<Travelling> {
     let (stored_doc, live_doc) = (document(stored)?, document(live)?);
     let (s, l) = (domain_element(&stored_doc)?, domain_element(&live_doc)?);

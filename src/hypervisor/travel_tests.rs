@@ -3,9 +3,9 @@
 use super::*;
 use crate::hypervisor::xml;
 
-/// `vda` a virtio disk, `sda` one on a SCSI bus, `hdc` a CD drive (`vdb=cdrom` too), `nic1` an interface, `usb2` a host's USB
-/// device. `@5` puts it on that PCI bus, `^1` gives it that boot order. `mem=64`, `cpus=2`, `machine=q` and `cpu=X` are what
-/// they say; `hd` boots from the first disk.
+/// `vda` a virtio disk, `sda` one on a SCSI bus, `hdc` a CD drive (`vdb=cdrom` too), `nic1` an interface, `usb2` a
+/// host's USB device. `@5` puts it on that PCI bus, `^1` gives it that boot order. `mem=64`, `cpus=2`, `machine=q` and
+/// `cpu=X` are what they say; `hd` boots from the first disk.
 fn domain(live: bool, notation: &str) -> String {
     let mut top = String::new();
     let mut os = String::from("<type machine='MACHINE'>hvm</type>");
@@ -143,7 +143,8 @@ fn what_only_the_running_instance_has_travels_and_is_said() {
     }
 }
 
-/// What a running instance has been given this time is worth nothing in a definition, and libvirt would refuse some of it.
+/// What a running instance has been given this time is worth nothing in a definition, and libvirt would refuse some of
+/// it.
 #[test]
 fn what_is_taken_over_is_fit_for_a_stored_definition() {
     let made = made("vda@1", "vda@1 vdb@2 nic1@3", "vda vdb");

@@ -19,8 +19,8 @@ use virt::sys as c;
 /// A domain may be started or stopped while it is looked at; then it is looked at again, this often.
 pub(super) const OBSERVE_TRIES_MAX: usize = 4;
 
-/// Whether the sizes of the disks are asked for. With `n` disks that is most of the price of a view: for each of them QEMU
-/// describes all images of all disks.
+/// Whether the sizes of the disks are asked for. With `n` disks that is most of the price of a view: for each of them
+/// QEMU describes all images of all disks.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Sizes {
     Asked,

@@ -1,10 +1,11 @@
 //! Disks that are named as a volume of a storage pool (`<disk type='volume'>`): where those lie, by libvirt's word.
 //!
 //! A definition names pool and volume, and only libvirt knows the path. It is asked before a document is read, so that
-//! reading stays pure: text and a map in, values out. Definitions keep naming the volume here; what goes to another host
-//! names the file, because that host has no such pool.
+//! reading stays pure: text and a map in, values out. Definitions keep naming the volume here; what goes to another
+//! host names the file, because that host has no such pool.
 //!
-//! Format: <https://libvirt.org/formatdomain.html#hard-drives-floppy-disks-cdroms>, <https://libvirt.org/formatstorage.html>.
+//! Format: <https://libvirt.org/formatdomain.html#hard-drives-floppy-disks-cdroms>,
+//! <https://libvirt.org/formatstorage.html>.
 
 use crate::error::Result;
 use crate::hypervisor::element::{child, children, document, domain_element, escape, path_text, splice};
@@ -22,11 +23,14 @@ pub type Named = (String, String);
 /// Where a volume lies.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
+    /// Absolute path of the file or block device.
     pub path: PathBuf,
+    /// The volume is a block device and no file.
     pub block_device: bool,
 }
 
-/// Where the volumes of a document lie, or why that is not known: a sentence part behind "is a volume of the storage pool".
+/// Where the volumes of a document lie, or why that is not known: a sentence part behind "is a volume of the storage
+/// pool".
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Volumes(pub BTreeMap<Named, Result<Place, String>>);
 

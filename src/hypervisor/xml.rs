@@ -32,7 +32,8 @@ use std::path::{Path, PathBuf};
 /// Namespace of our record in a domain's `<metadata>`. The number rises when the meaning of the record changes.
 pub const RECORD_NS: &str = "https://virt-replica.org/xmlns/record/1";
 
-/// Namespace of the words that a domain's owner sorts it by: `virsh metadata DOMAIN URI --key vr --set "<tags>gold</tags>"`.
+/// Namespace of the words that a domain's owner sorts it by: `virsh metadata DOMAIN URI --key vr --set
+/// "<tags>gold</tags>"`.
 pub const TAGS_NS: &str = "https://virt-replica.org/xmlns/tags/1";
 
 /// Namespace of the words in a domain's `<metadata>` that say where it lives, of one that was handed to another host.
@@ -56,7 +57,9 @@ pub fn tags(element: &str) -> Vec<String> {
 /// What one XML says about a domain.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DomainXml {
+    /// Content of `<name>`: the name of the domain.
     pub name: DomainName,
+    /// Content of `<uuid>`: the UUID of the domain.
     pub uuid: DomainUuid,
     /// Set if and only if this is the definition of a running instance.
     pub id: Option<u32>,
@@ -64,7 +67,9 @@ pub struct DomainXml {
     pub disks: Vec<DiskXml>,
     /// Our record, unescaped.
     pub record: Option<String>,
+    /// Absolute path of the file with the UEFI variables. `None`: the XML names no such file.
     pub nvram: Option<PathBuf>,
+    /// Emulated TPM. `None`: there is none, or the host's own TPM is passed through.
     pub tpm: Option<TpmXml>,
     /// A guest agent channel is there and its guest end is open; only known of a running instance.
     pub guest_agent: bool,
@@ -73,13 +78,18 @@ pub struct DomainXml {
 /// What one XML says about a disk.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DiskXml {
+    /// Name of the disk: the `dev` attribute of its `<target>`.
     pub name: DiskName,
+    /// Whether the disk can be frozen, and if not why.
     pub kind: DiskKind,
     /// Of a running instance the whole chain, uppermost first; of a stored definition the uppermost layer alone,
     /// as libvirt looks for the rest when it starts the domain. Empty if the kind is unsupported.
     pub layers: Vec<Layer>,
+    /// Copy or active commit that is under way. `None`: there is none.
     pub mirror: Option<Mirror>,
+    /// The definition says `<readonly/>`.
     pub read_only: bool,
+    /// The definition says `<shareable/>`.
     pub shareable: bool,
 }
 
@@ -95,6 +105,7 @@ pub struct Mirror {
 }
 
 impl DomainXml {
+    /// Disk of this name. `None`: the XML has none.
     pub fn disk(&self, name: &DiskName) -> Option<&DiskXml> {
         self.disks.iter().find(|d| &d.name == name)
     }
@@ -209,8 +220,8 @@ pub fn set_layers_with(xml: &str, disks: &[(DiskName, Layer)], volumes: &Volumes
     Ok(splice(xml, edits))
 }
 
-/// The definition without our record and mark, and without a `<metadata>` that held nothing else: what travels with a point must
-/// not tell another host of a run that was open here.
+/// The definition without our record and mark, and without a `<metadata>` that held nothing else: what travels with a
+/// point must not tell another host of a run that was open here.
 pub fn without_record(xml: &str) -> Result<String> {
     let doc = document(xml)?;
     let Some(metadata) = child(domain_element(&doc)?, "metadata") else { return Ok(xml.to_owned()) };

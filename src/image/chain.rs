@@ -12,8 +12,8 @@ use std::time::Duration;
 /// Deepest chain that is followed; a loop of backing files ends here.
 const DEPTH_MAX: usize = 256;
 
-/// The chain below `top`, by the backing files recorded in the images. Domains define these images, so their headers are
-/// believed as libvirt believes them; a format that is not recorded is refused, never probed.
+/// The chain below `top`, by the backing files recorded in the images. Domains define these images, so their headers
+/// are believed as libvirt believes them; a format that is not recorded is refused, never probed.
 pub fn resolve_chain(top: &Layer) -> Result<Chain> {
     resolve_chain_where(top, &|_| Ok(()))
 }
@@ -79,8 +79,8 @@ fn named_in(seen: &mut Seen, may: &dyn Fn(&Path) -> Result<()>) -> Result<Option
     Ok(below)
 }
 
-/// For [`resolve_chain_where`], of an image from anywhere: the files that it names lie in its own directory, or below one of
-/// `more`. Otherwise the maker of the image would choose which file of this host is read.
+/// For [`resolve_chain_where`], of an image from anywhere: the files that it names lie in its own directory, or below
+/// one of `more`. Otherwise the maker of the image would choose which file of this host is read.
 pub fn named_beside(image: &Path, more: &[PathBuf]) -> impl Fn(&Path) -> Result<()> {
     let real = |path: &Path| std::fs::canonicalize(path).ok();
     // QEMU looks for relative names beside the name that it was given; a link's file may lie elsewhere.
@@ -150,8 +150,8 @@ pub fn is_same_image(a: &Path, b: &Path) -> bool {
     a == b || file(a).is_some_and(|id| Some(id) == file(b))
 }
 
-/// `Conflict` unless the overlay's own header says that it lies over `base`: into any other image its commit would mix two
-/// disks.
+/// `Conflict` unless the overlay's own header says that it lies over `base`: into any other image its commit would mix
+/// two disks.
 pub fn commits_into(overlay: &Path, base: &Layer) -> Result<()> {
     let found = backing_of(overlay)?;
     if found.as_ref().is_some_and(|layer| is_same_image(&layer.path, &base.path)) {
@@ -162,14 +162,15 @@ pub fn commits_into(overlay: &Path, base: &Layer) -> Result<()> {
     Err(Error::new(Kind::Conflict, what).path(overlay))
 }
 
-/// Why no bitmap of ours may be on this image although it could, as a sentence: its owner comes first. QEMU goes back to no
-/// internal snapshot while a bitmap is there, and libvirt has ended the domain by the time it is told so.
+/// Why no bitmap of ours may be on this image although it could, as a sentence: its owner comes first. QEMU goes back
+/// to no internal snapshot while a bitmap is there, and libvirt has ended the domain by the time it is told so.
 pub fn must_not_be_tracked(layer: &Layer) -> Option<String> {
     let held = layer.format == Format::Qcow2 && qemu_img::holds_snapshots(layer).unwrap_or(false);
     held.then(|| "the image holds internal snapshots, and QEMU goes back to none while a dirty bitmap is there".into())
 }
 
-/// Why nothing can tell what changes in this image from one QEMU to the next, as a sentence; `None`: a bitmap in it can.
+/// Why nothing can tell what changes in this image from one QEMU to the next, as a sentence; `None`: a bitmap in it
+/// can.
 pub fn keeps_no_bitmap(layer: &Layer) -> Option<String> {
     if layer.format == Format::Raw {
         return Some("the domain is off, and a raw image keeps no dirty bitmap".into());
@@ -195,6 +196,7 @@ fn beside(image: &Path, name: &str) -> Result<PathBuf> {
     Ok(image.parent().unwrap_or(Path::new("/")).join(name))
 }
 
+/// True if the path leads to a block device. False if nothing is there or it cannot be looked at.
 pub fn is_block_device(path: &Path) -> bool {
     use std::os::unix::fs::FileTypeExt;
     std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device())

@@ -1,8 +1,10 @@
-//! QEMU's own locks on an image: who holds them keeps every QEMU program out, and who cannot get them knows that one is in.
+//! QEMU's own locks on an image: who holds them keeps every QEMU program out, and who cannot get them knows that one is
+//! in.
 //!
 //! QEMU locks single bytes of the file by open-file-description locks: 100.. for what it does with the image, 200.. for
-//! what it does not let others do. Whoever has the whole range excludes them all. The kernel frees it with the file; but not before
-//! the last copy of its descriptor is closed, and a child that is being forked has one: so it is let go in so many words.
+//! what it does not let others do. Whoever has the whole range excludes them all. The kernel frees it with the file;
+//! but not before the last copy of its descriptor is closed, and a child that is being forked has one: so it is let go
+//! in so many words.
 
 use crate::error::{Error, Result};
 use std::fs::{File, OpenOptions};
@@ -59,13 +61,14 @@ impl QemuLock {
     }
 }
 
-/// Byte of the lock for "reads what is consistent", and those for "writes" and "resizes"; 100 further on stands what its
-/// holder does not let others do.
+/// Byte of the lock for "reads what is consistent", and those for "writes" and "resizes"; 100 further on stands what
+/// its holder does not let others do.
 const READS: i64 = 100;
 const WRITES: [i64; 2] = [101, 103];
 const LET_NOT: i64 = 100;
 
-/// Held until dropped: no QEMU program opens the image for writing. Several readers, QEMU's own among them, may hold it.
+/// Held until dropped: no QEMU program opens the image for writing. Several readers, QEMU's own among them, may hold
+/// it.
 #[derive(Debug)]
 pub struct ReadLock {
     _held: Held,

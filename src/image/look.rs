@@ -8,6 +8,7 @@ use std::os::unix::fs::MetadataExt;
 /// A layer, read and left alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seen {
+    /// The layer as its path and format name it.
     pub layer: Layer,
     /// Length of the file. 0 of a block device.
     pub file_bytes: u64,

@@ -1,8 +1,10 @@
 //! The port to the bytes of a disk: a size, extents, and positioned verbs. No cursor, no domains, no replicas.
 //!
 //! Three adapters stand behind it: [`raw`] (in process), [`qcow2`] (in process, `imago`, where it understands the image
-//! completely) and [`nbd`] (through a `qemu-nbd` child, for all the rest). [`open`] chooses and says why; [`qemu_img`] calls
-//! that program; [`foreign`] are the formats of others, and [`served`] writes them; [`locks`] keeps QEMU out of an image, and [`look`] reads its header. Beneath them `blockdev` describes chains to QEMU's tools and `program` runs those.
+//! completely) and [`nbd`] (through a `qemu-nbd` child, for all the rest). [`open`] chooses and says why; [`qemu_img`]
+//! calls that program; [`foreign`] are the formats of others, and [`served`] writes them; [`locks`] keeps QEMU out of
+//! an image, and [`look`] reads its header. Beneath them `blockdev` describes chains to QEMU's tools and `program` runs
+//! those.
 //!
 //! Formats are never probed: a layer's format is what libvirt or our own manifest recorded.
 
@@ -31,8 +33,8 @@ pub trait Image: Send + Sync {
     /// Size the guest sees, fixed while the image is open.
     fn size(&self) -> DiskSize;
 
-    /// Extents covering exactly `range`, in order, without gaps, neighbours of equal content merged.
-    /// Cheap in proportion to the number of extents in the range; reads no guest data. `range` must lie within the size.
+    /// Extents covering exactly `range`, in order, without gaps, neighbours of equal content merged. Cheap in
+    /// proportion to the number of extents in the range; reads no guest data. `range` must lie within the size.
     fn extents(&self, range: ByteRange) -> Result<Vec<Extent>>;
 
     /// Fills `buf` from `offset_bytes`. The range must lie within the size; a short read is an error. Blocks.
@@ -58,11 +60,14 @@ pub trait ImageMut: Image {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
+    /// The bytes of the disk and nothing else, in a file or on a block device.
     Raw,
+    /// QEMU's qcow2 format.
     Qcow2,
 }
 
 impl Format {
+    /// QEMU's name for the format.
     pub fn as_str(self) -> &'static str {
         match self {
             Format::Raw => "raw",
@@ -74,7 +79,9 @@ impl Format {
 /// One layer of a chain: where it lies and what it is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layer {
+    /// Path of the file or block device.
     pub path: PathBuf,
+    /// Format of the image, as its owner recorded it.
     pub format: Format,
     /// A host block device instead of a file.
     #[serde(default)]
@@ -90,6 +97,7 @@ pub struct Layer {
 pub struct Chain(pub Vec<Layer>);
 
 impl Chain {
+    /// Uppermost layer, which takes the guest's writes.
     pub fn top(&self) -> &Layer {
         self.0.first().expect("a chain is never empty")
     }

@@ -44,7 +44,9 @@ pub fn bitmap_context(bitmap: &str) -> String {
 /// A range with the flags that one metadata context gives it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Status {
+    /// Bytes of the disk that the flags are about.
     pub range: ByteRange,
+    /// Flags whose meaning the metadata context defines. For a dirty bitmap, bit 0 means changed.
     pub flags: u32,
 }
 
@@ -129,8 +131,9 @@ pub struct NbdImage {
 }
 
 impl NbdImage {
-    /// Connects `connections` times (at least once; exactly once to a writable export whose server does not promise that
-    /// a flush covers all of them). Asks for `base:allocation` and for `contexts`; a server that lacks one is refused.
+    /// Connects `connections` times (at least once; exactly once to a writable export whose server does not promise
+    /// that a flush covers all of them). Asks for `base:allocation` and for `contexts`; a server that lacks one is
+    /// refused.
     pub fn connect(socket: &Path, export: &str, contexts: &[String], connections: usize) -> Result<Self> {
         let mut names = vec![BASE_ALLOCATION.to_owned()];
         names.extend(contexts.iter().filter(|c| *c != BASE_ALLOCATION).cloned());
@@ -345,8 +348,8 @@ mod tests {
     use std::os::unix::net::UnixListener;
     use std::sync::Arc;
 
-    /// A server as strict as the protocol allows, and stricter than qemu-nbd: blocks of 4 KiB, at most 8 KiB at once, and
-    /// it tells the block status in scraps or beyond the question.
+    /// A server as strict as the protocol allows, and stricter than qemu-nbd: blocks of 4 KiB, at most 8 KiB at once,
+    /// and it tells the block status in scraps or beyond the question.
     struct Strict {
         disk: Mutex<Vec<u8>>,
         flags: u16,

@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 /// How long [`Opened::close`] waits for reads that are under way.
 const DRAIN_MAX: Duration = Duration::from_secs(30);
 
+/// How a chain is opened for reading.
 #[derive(Debug, Clone)]
 pub struct OpenOptions {
     /// Directory for sockets; its path is short (at most about 90 bytes).
@@ -35,6 +36,7 @@ pub struct OpenOptions {
 
 /// A chain open for reading.
 pub struct Opened {
+    /// Content of the chain. After `close` every read of it fails.
     pub image: Arc<dyn Image>,
     /// How it is read, as part of a sentence: `qcow2 read in process`, `qemu-nbd, because vda.qcow2 has zstd clusters`.
     pub how: String,
@@ -49,8 +51,9 @@ impl Opened {
         Opened { image: door.clone(), how, door, child }
     }
 
-    /// Ends a `qemu-nbd` child, waits for reads under way, and closes the files. When it returns without an error, nothing
-    /// of ours has the chain open, and every later read through a kept [`Opened::image`] fails. Blocks, at most 45 seconds.
+    /// Ends a `qemu-nbd` child, waits for reads under way, and closes the files. When it returns without an error,
+    /// nothing of ours has the chain open, and every later read through a kept [`Opened::image`] fails. Blocks, at most
+    /// 45 seconds.
     pub fn close(mut self) -> Result<()> {
         self.shut()
     }
@@ -124,8 +127,8 @@ fn served(mut child: QemuNbd, options: &OpenOptions) -> Result<(Box<dyn Image>, 
     Ok((Box::new(image), child))
 }
 
-/// Opens an image in a format of others for reading. Blocks; starts a process. The errors are those of [`open_read`]. Of the
-/// layer only the place counts.
+/// Opens an image in a format of others for reading. Blocks; starts a process. The errors are those of [`open_read`].
+/// Of the layer only the place counts.
 pub fn open_foreign(layer: &Layer, format: Foreign, options: &OpenOptions) -> Result<Opened> {
     format::check(layer, format)?;
     let chain = Chain(vec![layer.clone()]);
@@ -143,7 +146,8 @@ pub fn open_export(socket: &Path, export: &str, options: &OpenOptions) -> Result
 /// How the disks of a backup are read, in the words of [`explain`].
 pub const EXPORT: &str = "served by the running QEMU, over NBD";
 
-/// What [`open_read`] would choose, and why; the same sentence as [`Opened::how`], the same refusals. Reads headers only.
+/// What [`open_read`] would choose, and why; the same sentence as [`Opened::how`], the same refusals. Reads headers
+/// only.
 pub fn explain(chain: &Chain) -> Result<String> {
     choose(chain).map(|way| way.describe())
 }

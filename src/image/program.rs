@@ -181,8 +181,8 @@ pub(super) fn wait(child: &mut Child, at_most: Option<Duration>) -> std::io::Res
     }
 }
 
-/// As [`end`], of a child that writes something down before it goes. An error means that it may not have done so: it did not end in
-/// time, or not by itself.
+/// As [`end`], of a child that writes something down before it goes. An error means that it may not have done so: it
+/// did not end in time, or not by itself.
 pub(super) fn end_well(child: &mut Child) -> Result<ExitStatus> {
     let lost = |e| Error::from_io("cannot wait for the program", e);
     if child.try_wait().map_err(lost)?.is_none() {

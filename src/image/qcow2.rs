@@ -1,12 +1,14 @@
 //! Qcow2 images, in process, with the crate `imago`: reading what it understands completely, and writing what our own
 //! store made.
 //!
-//! Owns the gate in front of `imago`: [`Header`] is read here, by us and bounded, before anything else looks at the file.
-//! An image that is not plain qcow2 through and through is *not understood*, with the reason, and goes to `qemu-nbd`.
+//! Owns the gate in front of `imago`: [`Header`] is read here, by us and bounded, before anything else looks at the
+//! file. An image that is not plain qcow2 through and through is *not understood*, with the reason, and goes to
+//! `qemu-nbd`.
 //!
 //! Invariants
 //! - No header opens a file: backing images come from the recorded chain, or, for the store's own images, from a
-//!   reference as only the store makes it (`NAME` or `../DIR/NAME`); `imago` is given a gate that refuses everything else.
+//!   reference as only the store makes it (`NAME` or `../DIR/NAME`); `imago` is given a gate that refuses everything
+//!   else.
 //! - Nothing is opened for writing that our store did not make: `imago` takes no QEMU locks and knows no bitmaps.
 //!
 //! Format: QEMU's docs/interop/qcow2.txt.
@@ -45,8 +47,8 @@ pub struct Qcow2Image {
 }
 
 impl Qcow2Image {
-    /// Opens the chain read-only, every layer as the format it records. Fails with [`Kind::Refused`] where a layer is not
-    /// understood; [`super::open`] asks before.
+    /// Opens the chain read-only, every layer as the format it records. Fails with [`Kind::Refused`] where a layer is
+    /// not understood; [`super::open`] asks before.
     pub fn open(chain: &Chain) -> Result<Self> {
         let (access, files) = open_layers(&chain.0)?;
         Ok(Self { path: chain.top().path.clone(), access, files })
@@ -80,8 +82,8 @@ pub struct Qcow2Writer {
 /// Creates a qcow2 image (version 3, clusters of 64 KiB, mode 0600) that must not exist yet, and opens it.
 ///
 /// `size` must be a multiple of 512 bytes. `backing` is recorded as given: `NAME` in the directory of `path` or
-/// `../DIR/NAME`, and its format; the image there must exist. Larger or smaller than `size` will do. Durable only after [`ImageMut::sync`]
-/// and an fsync of the directory; after an error a half-made file may be left.
+/// `../DIR/NAME`, and its format; the image there must exist. Larger or smaller than `size` will do. Durable only after
+/// [`ImageMut::sync`] and an fsync of the directory; after an error a half-made file may be left.
 pub fn create(path: &Path, size: DiskSize, backing: Option<(&str, Format)>) -> Result<Qcow2Writer> {
     raw::check_sectors(path, size)?;
     if let Some((name, _)) = backing {
@@ -107,7 +109,8 @@ pub fn open_write(path: &Path) -> Result<Qcow2Writer> {
     writer(path, file, &below)
 }
 
-/// As [`open_write`], with `below` under it, uppermost first, whatever its header names: for who is about to change that.
+/// As [`open_write`], with `below` under it, uppermost first, whatever its header names: for who is about to change
+/// that.
 pub fn open_write_over(path: &Path, below: &[Layer]) -> Result<Qcow2Writer> {
     writer(path, open_own(path)?.0, below)
 }
@@ -154,8 +157,8 @@ impl Qcow2Writer {
     }
 
     /// Makes the data written so far durable before any table that leads to it is written to the file: behind this, and
-    /// the [`ImageMut::sync`] after it, a power cut leaves no cluster whose content did not arrive. As far as the tables
-    /// touched fit into `imago`'s cache; it writes them when it needs the room.
+    /// the [`ImageMut::sync`] after it, a power cut leaves no cluster whose content did not arrive. As far as the
+    /// tables touched fit into `imago`'s cache; it writes them when it needs the room.
     pub fn sync_data(&self) -> Result<()> {
         self.poison.check(&self.path)?;
         // Our own image is the uppermost, and stands last.
@@ -192,8 +195,8 @@ impl ImageMut for Qcow2Writer {
             .map_err(|e| imago_error("cannot write the image", e).path(&self.path).offset(offset_bytes))
     }
 
-    /// Clusters that already read as zeros through the whole chain are left alone: in an image without backing they stay
-    /// unallocated. The others are freed and become zero clusters, which hide the backing image.
+    /// Clusters that already read as zeros through the whole chain are left alone: in an image without backing they
+    /// stay unallocated. The others are freed and become zero clusters, which hide the backing image.
     fn zero(&self, range: ByteRange) -> Result<()> {
         self.poison.check(&self.path)?;
         within(self.size, range.start, range.len())?;
@@ -236,9 +239,9 @@ fn whole_clusters(extents: &[Extent], range: ByteRange) -> Vec<ByteRange> {
     runs
 }
 
-/// The files under an open chain, lowest layer first (the order in which `imago` lists its storages), held a second time
-/// to ask them for holes: a cluster may be allocated (`preallocation=metadata`, virt-manager's default) and its bytes a
-/// hole in the file.
+/// The files under an open chain, lowest layer first (the order in which `imago` lists its storages), held a second
+/// time to ask them for holes: a cluster may be allocated (`preallocation=metadata`, virt-manager's default) and its
+/// bytes a hole in the file.
 #[derive(Default)]
 struct Files(Vec<(File, bool)>);
 
@@ -304,8 +307,8 @@ fn own_layer(path: PathBuf, format: Format) -> Layer {
     Layer { path, format, block_device: false, data_file: None }
 }
 
-/// A reference as our store records it for a backing image: `NAME` in the same directory, or `../DIR/NAME` in a sister of
-/// that; nothing QEMU would take for a protocol or options.
+/// A reference as our store records it for a backing image: `NAME` in the same directory, or `../DIR/NAME` in a sister
+/// of that; nothing QEMU would take for a protocol or options.
 fn check_own_name(name: &str) -> Result<()> {
     let normal = |part: &Component| matches!(part, Component::Normal(_));
     let parts: Vec<Component> = Path::new(name).components().take(4).collect();

@@ -23,17 +23,23 @@ const LOOK_MAX: Duration = Duration::from_secs(60);
 /// What `qemu-img info` says of one layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageInfo {
+    /// Size that the guest sees.
     pub virtual_size: DiskSize,
     /// Bytes the file occupies.
     pub actual_size_bytes: u64,
     /// Names as the header has them. A stranger's words: to be shown and compared, never opened.
     pub backing: Option<String>,
+    /// Format of the backing image, as the header names it. `None`: the header names none.
     pub backing_format: Option<String>,
+    /// Name of the external data file, as the header has it. `None`: the header names none.
     pub data_file: Option<String>,
+    /// The image is encrypted, by QEMU's word or by the header.
     pub encrypted: bool,
     /// Names of internal snapshots.
     pub snapshots: Vec<String>,
+    /// Persistent bitmaps of the image; empty for a format without any.
     pub bitmaps: Vec<BitmapInfo>,
+    /// The image is marked as damaged, by QEMU's word or by the header.
     pub corrupt: bool,
     /// Not closed properly: refcounts (lazy ones) or bitmaps may lag behind.
     pub dirty: bool,
@@ -42,7 +48,9 @@ pub struct ImageInfo {
 /// A persistent bitmap in a qcow2 image.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct BitmapInfo {
+    /// Name of the bitmap, one of each name in an image.
     pub name: String,
+    /// Bytes of the disk for one bit of the bitmap.
     #[serde(rename = "granularity")]
     pub granularity_bytes: u64,
     #[serde(default)]
@@ -65,6 +73,7 @@ impl BitmapInfo {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct CheckReport {
+    /// Damaged places in the image's metadata that the check found.
     #[serde(default)]
     pub corruptions: u64,
     /// Clusters nobody refers to: lost room, not lost data.
@@ -82,8 +91,8 @@ impl CheckReport {
     }
 }
 
-/// Looks at one image. `force_share` takes no locks: a running QEMU may have it open for writing, and what is said may be
-/// stale. Opens nothing but `path`, which is a file or a block device.
+/// Looks at one image. `force_share` takes no locks: a running QEMU may have it open for writing, and what is said may
+/// be stale. Opens nothing but `path`, which is a file or a block device.
 pub fn info(path: &Path, format: Format, force_share: bool) -> Result<ImageInfo> {
     let layer = layer_at(path, format)?;
     let header = header_of(&layer)?;
@@ -115,8 +124,9 @@ pub fn check(path: &Path, format: Format) -> Result<CheckReport> {
     }
 }
 
-/// Checks the structure of an image in a format of others; of one whose format has no check (vpc) nothing is found. `held`: the caller has
-/// [`super::locks::QemuLock`], and QEMU's own locks are not asked. Reads all metadata: no deadline.
+/// Checks the structure of an image in a format of others; of one whose format has no check (vpc) nothing is found.
+/// `held`: the caller has [`super::locks::QemuLock`], and QEMU's own locks are not asked. Reads all metadata: no
+/// deadline.
 pub(super) fn check_foreign(layer: &Layer, format: Foreign, held: bool) -> Result<CheckReport> {
     let access = if held { Access::ReadUnlocked } else { Access::Read };
     let mut command = qemu_img("check");
@@ -132,8 +142,8 @@ pub(super) fn check_foreign(layer: &Layer, format: Foreign, held: bool) -> Resul
     }
 }
 
-/// Makes a new image in a format of others, empty, in QEMU's usual kind of it, of this very size if the format can have it. What lies at
-/// `path`, a file, is emptied first. Not durable.
+/// Makes a new image in a format of others, empty, in QEMU's usual kind of it, of this very size if the format can have
+/// it. What lies at `path`, a file, is emptied first. Not durable.
 pub(super) fn create_foreign(path: &Path, format: Foreign, size: DiskSize) -> Result<()> {
     let mut command = qemu_img("create");
     command.args(["-q", "-f", format.as_str()]);
@@ -159,11 +169,11 @@ pub fn repair(path: &Path) -> Result<()> {
     }
 }
 
-/// Commits the uppermost layer of `chain` into the one below it, offline. Nobody else may have either open; QEMU's locks keep
-/// other writers out, and readers of qcow2. The overlay is kept as it is; afterwards the two read the same.
+/// Commits the uppermost layer of `chain` into the one below it, offline. Nobody else may have either open; QEMU's
+/// locks keep other writers out, and readers of qcow2. The overlay is kept as it is; afterwards the two read the same.
 ///
-/// Durable when it returns. A failed or killed commit leaves the layer below as a mixture that only the overlay completes;
-/// repeating it is harmless. No deadline: it takes as long as the overlay is large.
+/// Durable when it returns. A failed or killed commit leaves the layer below as a mixture that only the overlay
+/// completes; repeating it is harmless. No deadline: it takes as long as the overlay is large.
 pub fn commit(chain: &Chain) -> Result<()> {
     let [overlay, below, ..] = chain.0.as_slice() else {
         return Err(Error::new(Kind::Usage, "there is nothing below the image to commit into").path(&chain.top().path));
@@ -184,8 +194,8 @@ pub fn commit(chain: &Chain) -> Result<()> {
     below.data_file.as_deref().map_or(Ok(()), fsync)
 }
 
-/// Makes an empty qcow2 overlay on `base`, which may be in use, as libvirt's own snapshot would. It must not exist yet. Not
-/// durable: an overlay that nothing was written to may be lost.
+/// Makes an empty qcow2 overlay on `base`, which may be in use, as libvirt's own snapshot would. It must not exist yet.
+/// Not durable: an overlay that nothing was written to may be lost.
 pub fn create_overlay(path: &Path, base: &Layer, size: DiskSize) -> Result<()> {
     let (backing, format) = (base.path.as_os_str(), base.format.as_str());
     let mut command = qemu_img("create");
@@ -216,12 +226,12 @@ pub fn rebase_unsafe(path: &Path, backing: Option<(&str, Format)>) -> Result<()>
     fsync(path)
 }
 
-/// Copies what the uppermost layer of `chain` has only in those below it into it, so that it stands alone, offline. Nobody else
-/// may have it open. No deadline: it takes as long as there is data.
+/// Copies what the uppermost layer of `chain` has only in those below it into it, so that it stands alone, offline.
+/// Nobody else may have it open. No deadline: it takes as long as there is data.
 ///
-/// Durable when it returns. One that failed or was killed leaves the image as a mixture: while its header names a backing image,
-/// repeating it is harmless; if it names none any more, its tables may not be complete, and it has to be given its backing
-/// image back ([`rebase_unsafe`]) before it is repeated.
+/// Durable when it returns. One that failed or was killed leaves the image as a mixture: while its header names a
+/// backing image, repeating it is harmless; if it names none any more, its tables may not be complete, and it has to be
+/// given its backing image back ([`rebase_unsafe`]) before it is repeated.
 pub fn stand_alone(chain: &Chain) -> Result<()> {
     chain.0.iter().try_for_each(agrees_on_data_file)?;
     let path = &chain.top().path;
@@ -252,8 +262,9 @@ pub fn take_over(overlay: &Path, below: &Layer) -> Result<()> {
     fsync(overlay)
 }
 
-/// Copies what `chain` reads as into a new raw file, sparse where there are zeros. Whoever has the chain open for writing is refused;
-/// the file is replaced. Durable when it returns, its name excepted. No deadline: it takes as long as there is data.
+/// Copies what `chain` reads as into a new raw file, sparse where there are zeros. Whoever has the chain open for
+/// writing is refused; the file is replaced. Durable when it returns, its name excepted. No deadline: it takes as long
+/// as there is data.
 pub fn to_raw(chain: &Chain, path: &Path) -> Result<()> {
     chain.0.iter().try_for_each(agrees_on_data_file)?;
     let mut command = qemu_img("convert");
@@ -298,8 +309,9 @@ pub fn holds_snapshots(layer: &Layer) -> Result<bool> {
     Ok(header_of(layer)?.is_some_and(|h| h.snapshots != 0))
 }
 
-/// Adds an empty bitmap of one block a bit to an image that nobody has open; every QEMU that opens the image for writing
-/// records in it from then on. `Refused` if a QEMU has the image, or the name is there. Durable when it returns.
+/// Adds an empty bitmap of one block a bit to an image that nobody has open; every QEMU that opens the image for
+/// writing records in it from then on. `Refused` if a QEMU has the image, or the name is there. Durable when it
+/// returns.
 pub fn add_bitmap(layer: &Layer, name: &str) -> Result<()> {
     let granularity = BLOCK_LEN.to_string();
     edit_bitmap(layer, &["--add", "-g", &granularity], name, "qemu-img cannot add a dirty bitmap")

@@ -1,7 +1,8 @@
-//! One `qemu-nbd` child that serves a chain read-only, or one image of a format of others for writing, on a private unix socket.
+//! One `qemu-nbd` child that serves a chain read-only, or one image of a format of others for writing, on a private
+//! unix socket.
 //!
-//! The chain is described to it whole (see `blockdev`): it opens nothing a header names. It dies with us (see `program`),
-//! and whoever holds it ends it: [`QemuNbd::stop`] waits, dropping does as well but has nobody to tell.
+//! The chain is described to it whole (see `blockdev`): it opens nothing a header names. It dies with us (see
+//! `program`), and whoever holds it ends it: [`QemuNbd::stop`] waits, dropping does as well but has nobody to tell.
 
 use super::blockdev::{self, Access};
 use super::program::{self, Listener};
@@ -25,6 +26,7 @@ const SOCKET_PATH_MAX: usize = 107;
 /// What to serve, and how.
 #[derive(Debug, Clone)]
 pub struct Serve<'a> {
+    /// Images to serve, uppermost first.
     pub chain: &'a Chain,
     /// Directory for the socket, with a short path; made if it is missing.
     pub runtime_dir: &'a Path,
@@ -64,7 +66,8 @@ impl QemuNbd {
         Self::start_private(serve, What::Read(format))
     }
 
-    /// As [`QemuNbd::start_foreign`], to be written: one connection, under QEMU's locks. To be ended by [`QemuNbd::close_image`].
+    /// As [`QemuNbd::start_foreign`], to be written: one connection, under QEMU's locks. To be ended by
+    /// [`QemuNbd::close_image`].
     pub(super) fn start_foreign_write(serve: &Serve<'_>, format: Foreign) -> Result<Self> {
         Self::start_private(serve, What::Write(format))
     }
@@ -79,8 +82,8 @@ impl QemuNbd {
         Self::spawn(serve, what, socket, Some(dir))
     }
 
-    /// As [`QemuNbd::start`], on a socket where the operator wants it, in a directory that exists. Whoever may connect to
-    /// it reads the disk. [`Kind::Conflict`] if something is there already.
+    /// As [`QemuNbd::start`], on a socket where the operator wants it, in a directory that exists. Whoever may connect
+    /// to it reads the disk. [`Kind::Conflict`] if something is there already.
     pub fn start_at(chain: &Chain, socket: &Path) -> Result<Self> {
         if socket.as_os_str().len() > SOCKET_PATH_MAX {
             return Err(Error::new(Kind::Usage, "the path is too long for a socket").path(socket));
@@ -127,6 +130,7 @@ impl QemuNbd {
         Ok(server)
     }
 
+    /// Path of the unix socket on which the child serves. The socket is removed with this value.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
@@ -160,7 +164,8 @@ impl QemuNbd {
         self.end()
     }
 
-    /// As [`QemuNbd::stop`], of a child that served for writing: it closes the image first, at most 2 minutes. `Io` if it may not have done so.
+    /// As [`QemuNbd::stop`], of a child that served for writing: it closes the image first, at most 2 minutes. `Io` if
+    /// it may not have done so.
     pub(super) fn close_image(mut self) -> Result<()> {
         let ended = program::end_well(&mut self.child);
         self.close_the_door();

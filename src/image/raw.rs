@@ -39,8 +39,8 @@ impl RawImage {
         Self::over(file, &layer.path, !layer.block_device)
     }
 
-    /// As [`RawImage::open`], but the disk ends where the file does, in the middle of a sector if need be: for images that
-    /// are looked at as files. Of a block device the first `device_max` bytes are the disk, if it has as many.
+    /// As [`RawImage::open`], but the disk ends where the file does, in the middle of a sector if need be: for images
+    /// that are looked at as files. Of a block device the first `device_max` bytes are the disk, if it has as many.
     pub fn open_exact(layer: &Layer, device_max: Option<DiskSize>) -> Result<Self> {
         let file = open_file(layer, false)?;
         let _ = rustix::fs::fadvise(&file, 0, None::<NonZeroU64>, Advice::Sequential);
@@ -126,8 +126,8 @@ impl RawWriter {
         })
     }
 
-    /// As [`RawImage::open_exact`], for writing. A block device is opened for us alone: one that is mounted, or part of a
-    /// volume group, is `Busy`.
+    /// As [`RawImage::open_exact`], for writing. A block device is opened for us alone: one that is mounted, or part of
+    /// a volume group, is `Busy`.
     pub fn open_exact(layer: &Layer, device_max: Option<DiskSize>) -> Result<Self> {
         let file = match layer.block_device {
             false => open_file(layer, true)?,

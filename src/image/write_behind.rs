@@ -1,7 +1,7 @@
 //! What was written goes to the disk while more is being written, so that the sync at the end has little left to do.
 //!
-//! Promises nothing of durability and reports no errors: both are the sync's, which meets every error that the writing here
-//! met, because the kernel keeps it for the open file.
+//! Promises nothing of durability and reports no errors: both are the sync's, which meets every error that the writing
+//! here met, because the kernel keeps it for the open file.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;

@@ -20,9 +20,11 @@ enum Way {
 const FAST: u8 = 1;
 
 impl Compression {
-    /// The highest of zstd's levels that are not "ultra": payloads are no longer than a block, and higher ones gain nothing.
+    /// The highest of zstd's levels that are not "ultra": payloads are no longer than a block, and higher ones gain
+    /// nothing.
     pub const LEVEL_MAX: u8 = 19;
 
+    /// No compression: every payload is stored as it is.
     pub const NONE: Compression = Compression(Way::Stored);
 
     /// The fastest level, always: for what is kept, where nobody waits for a link.

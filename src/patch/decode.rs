@@ -27,11 +27,32 @@ pub enum Item {
     /// Always the first.
     Header(Header),
     /// A whole block: `bytes` is exactly the block's part of the disk. Its digest is promised, not yet compared.
-    Data { block: BlockIndex, digest: Digest, bytes: Vec<u8> },
+    Data {
+        /// Block that the bytes are of.
+        block: BlockIndex,
+        /// Digest that the patch promises for the block.
+        digest: Digest,
+        /// Content of the block, decompressed; shorter than a block only at the end of the disk.
+        bytes: Vec<u8>,
+    },
     /// Pieces of a block, to be put in place by [`PieceMask::scatter`]. `digest` is that of the whole block afterwards.
-    Pieces { block: BlockIndex, digest: Digest, mask: PieceMask, bytes: Vec<u8> },
+    Pieces {
+        /// Block that the pieces belong to.
+        block: BlockIndex,
+        /// Digest that the patch promises for the whole block afterwards.
+        digest: Digest,
+        /// Pieces of the block that the record brings.
+        mask: PieceMask,
+        /// Content of those pieces one after another, decompressed.
+        bytes: Vec<u8>,
+    },
     /// `count` blocks, at least one, read as zeros.
-    Zero { first: BlockIndex, count: u64 },
+    Zero {
+        /// First of the blocks.
+        first: BlockIndex,
+        /// Number of blocks.
+        count: u64,
+    },
     /// Always the last; the structure of the whole stream was found in order.
     Trailer(Trailer),
 }
@@ -39,7 +60,8 @@ pub enum Item {
 /// A push parser: [`Decoder::push`] takes bytes, [`Decoder::next_item`] gives what is complete.
 ///
 /// Holds at most what was pushed since the last `None`, and one record. Anything off is [`Kind::Corrupt`] with the
-/// record, the block and the position in the stream, another version [`Kind::Protocol`]; after an error the decoder is done for.
+/// record, the block and the position in the stream, another version [`Kind::Protocol`]; after an error the decoder is
+/// done for.
 pub struct Decoder {
     limits: Limits,
     decompressor: zstd::bulk::Decompressor<'static>,
@@ -63,6 +85,7 @@ enum State {
 }
 
 impl Decoder {
+    /// A decoder at the begin of a patch. `Io` if zstd cannot be set up.
     pub fn new(limits: Limits) -> Result<Self> {
         let decompressor = zstd::bulk::Decompressor::new()
             .map_err(|e| Error::new(Kind::Io, "cannot set up decompression").source(e))?;
@@ -79,7 +102,8 @@ impl Decoder {
         })
     }
 
-    /// Takes the next bytes of the stream. Call [`Decoder::next_item`] until `None` before the next push, or they pile up.
+    /// Takes the next bytes of the stream. Call [`Decoder::next_item`] until `None` before the next push, or they pile
+    /// up.
     pub fn push(&mut self, bytes: &[u8]) {
         self.buffer.drain(..self.used);
         self.buffer_offset += self.used as u64;

@@ -1,5 +1,5 @@
-//! Making a patch: [`RecordEncoder`] turns blocks into records, one per worker thread; [`StreamTail`] sees the records in
-//! their order and closes the stream.
+//! Making a patch: [`RecordEncoder`] turns blocks into records, one per worker thread; [`StreamTail`] sees the records
+//! in their order and closes the stream.
 
 use super::record::{Codec, HEAD_LEN, Head, RecordKind};
 use super::{Compression, Header, PieceMask};
@@ -19,10 +19,10 @@ const REST_MAX: u32 = 64;
 
 /// Encodes records, each independent of the others. Not bound to a disk or a stream.
 ///
-/// Compression adapts to what it meets: a payload is stored when zstd does not save a sixteenth of it, and after
-/// some failures in a row the next payloads are stored untried. Encrypted and compressed guest data lies in long runs, and there the
-/// worker is spared; a run of at most 64 compressible blocks behind it pays with bandwidth. The bytes of a patch therefore
-/// depend on how its blocks fell to the workers; its meaning does not.
+/// Compression adapts to what it meets: a payload is stored when zstd does not save a sixteenth of it, and after some
+/// failures in a row the next payloads are stored untried. Encrypted and compressed guest data lies in long runs, and
+/// there the worker is spared; a run of at most 64 compressible blocks behind it pays with bandwidth. The bytes of a
+/// patch therefore depend on how its blocks fell to the workers; its meaning does not.
 pub struct RecordEncoder {
     /// `None`: every payload is stored.
     compressor: Option<zstd::bulk::Compressor<'static>>,
@@ -35,6 +35,7 @@ pub struct RecordEncoder {
 }
 
 impl RecordEncoder {
+    /// An encoder that compresses as `compression` says. `Io` if zstd cannot be set up.
     pub fn new(compression: Compression) -> Result<Self> {
         let compressor = compression.level().map(zstd::bulk::Compressor::new).transpose();
         let compressor = compressor.map_err(|e| Error::new(Kind::Io, "cannot set up compression").source(e))?;

@@ -6,8 +6,8 @@
 //!
 //! Invariants
 //! - Records ascend, do not overlap and lie within the disk; nothing follows the trailer.
-//! - Every record names the digest its block must have *after* it was applied. The decoder guards the structure; whoever
-//!   applies a record compares that digest ([`check_block`]), and at the end the root.
+//! - Every record names the digest its block must have *after* it was applied. The decoder guards the structure;
+//!   whoever applies a record compares that digest ([`check_block`]), and at the end the root.
 //! - Nothing is allocated on the word of the stream: a length is compared with what the disk allows first.
 //!
 //! Specified in docs/formats/patch.md.
@@ -44,8 +44,8 @@ const HEADER_LEN_MAX: usize = HEADER_LEN_MIN + 32;
 /// Flag: the patch starts from a point (and not from nothing), and its root is given.
 const FLAG_FROM_ROOT: u32 = 1;
 
-/// Flag: the patch is of an image that is no disk of a domain; the root alone says what it applies to. A reader that does
-/// not know it refuses it for its unknown flags.
+/// Flag: the patch is of an image that is no disk of a domain; the root alone says what it applies to. A reader that
+/// does not know it refuses it for its unknown flags.
 const FLAG_PLAIN: u32 = 2;
 
 /// What stands in the place of a disk's name in the patch of a plain image.
@@ -54,7 +54,9 @@ const PLAIN_DISK: &str = "image";
 /// What a patch is for: it applies to this disk in the state of this root, and to nothing else (I13).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Header {
+    /// UUID of the domain; all zero for a plain image.
     pub domain: DomainUuid,
+    /// Name of the disk, for example vda; `image` for a plain image.
     pub disk: DiskName,
     /// Size of the disk before. 0 where the patch starts from nothing.
     pub size_from: DiskSize,
@@ -65,7 +67,8 @@ pub struct Header {
 }
 
 impl Header {
-    /// Of a plain image: it applies to whatever has this size and root. `before` is `None` where it starts from nothing.
+    /// Of a plain image: it applies to whatever has this size and root. `before` is `None` where it starts from
+    /// nothing.
     pub fn plain(before: Option<(DiskSize, Digest)>, size: DiskSize) -> Header {
         let (domain, disk) = plain_names();
         let size_from = before.map_or(DiskSize(0), |(size, _)| size);

@@ -26,9 +26,9 @@ impl PieceMask {
         Self(pairs.enumerate().fold(0, |mask, (n, (a, b))| if a == b { mask } else { mask | 1 << n }))
     }
 
-    /// The pieces of a block of `block_len` bytes whose digests differ from those of its old version, which may have been
-    /// longer or shorter: the disk may have been resized. Empty where only the digest of the block itself differs, and no
-    /// piece can say why; then the whole block has to travel.
+    /// The pieces of a block of `block_len` bytes whose digests differ from those of its old version, which may have
+    /// been longer or shorter: the disk may have been resized. Empty where only the digest of the block itself differs,
+    /// and no piece can say why; then the whole block has to travel.
     pub fn differing_digests(old: &BlockPieces, new: &BlockPieces, block_len: usize) -> Self {
         let mask =
             old.iter().zip(new).enumerate().fold(0, |mask, (n, (a, b))| if a == b { mask } else { mask | 1 << n });
@@ -36,18 +36,22 @@ impl PieceMask {
         Self(mask & Self::all(block_len).0)
     }
 
+    /// The same set and this piece, numbered from 0 to 15.
     pub fn with(self, piece: usize) -> Self {
         Self(self.0 | 1 << piece)
     }
 
+    /// True if the set has this piece, numbered from 0 to 15.
     pub fn contains(self, piece: usize) -> bool {
         self.0 & (1 << piece) != 0
     }
 
+    /// True if the set has no piece.
     pub fn is_empty(self) -> bool {
         self.0 == 0
     }
 
+    /// Number of pieces in the set, from 0 to 16.
     pub fn count(self) -> u32 {
         self.0.count_ones()
     }

@@ -1,7 +1,7 @@
 //! Names beside an image, and how a finished file takes the image's place.
 //!
-//! `.NAME.vr-part` is what will become NAME: a new file, a clone or a copy. It is left where a copy is cut short, so that the
-//! next one goes on from it. Who writes it holds a lock on it.
+//! `.NAME.vr-part` is what will become NAME: a new file, a clone or a copy. It is left where a copy is cut short, so
+//! that the next one goes on from it. Who writes it holds a lock on it.
 
 use super::{FileMeta, WayWish, file_name};
 use crate::error::{Error, Kind, Result, advice};
@@ -18,8 +18,8 @@ use super::Way;
 /// Bytes copied by one call of the kernel.
 const COPY_MAX: u64 = 1 << 30;
 
-/// The path itself, links followed: of a file that is not there yet, its directory's. An image must not be replaced by way of
-/// a link that points to it.
+/// The path itself, links followed: of a file that is not there yet, its directory's. An image must not be replaced by
+/// way of a link that points to it.
 pub(super) fn real_path(path: &Path) -> Result<PathBuf> {
     match fs::canonicalize(path) {
         Ok(real) => Ok(real),
@@ -38,9 +38,9 @@ pub(super) fn is_beside_an_image(path: &Path) -> bool {
     name.starts_with('.') && (name.ends_with(".vr-part") || name.ends_with(".vr-redo"))
 }
 
-/// The real path, if it lies below `root`. What lies elsewhere is refused with the same words whether it is there or not; and
-/// so is what we keep beside an image ourselves: put in its place while it is written to, a file that names others would lead
-/// QEMU out of `root`.
+/// The real path, if it lies below `root`. What lies elsewhere is refused with the same words whether it is there or
+/// not; and so is what we keep beside an image ourselves: put in its place while it is written to, a file that names
+/// others would lead QEMU out of `root`.
 pub(super) fn check_within(path: &Path, root: &Path) -> Result<PathBuf> {
     let root = fs::canonicalize(root).map_err(|e| Error::io("cannot look at the directory of images", root, e))?;
     let ours = || Error::new(Kind::Refused, "this file belongs to an image, and is none itself").path(path);
@@ -183,8 +183,8 @@ pub(super) fn create(part: &Path) -> Result<File> {
     create.map_err(|e| Error::io("cannot create the file", part, e))
 }
 
-/// Makes `part`, which is not there, a second file of the same content, sparse where the image is. `wish` says how; without
-/// one a clone, or else a copy. `Refused` where a clone was asked for and cannot be had.
+/// Makes `part`, which is not there, a second file of the same content, sparse where the image is. `wish` says how;
+/// without one a clone, or else a copy. `Refused` where a clone was asked for and cannot be had.
 pub(super) fn duplicate(image: &Path, part: &Path, wish: WayWish) -> Result<Way> {
     let from = File::open(image).map_err(|e| Error::io("cannot open the image", image, e))?;
     let to = create(part)?;
@@ -255,8 +255,8 @@ fn copy_range(from: &File, to: &File, start: u64, end: u64) -> Result<(), Errno>
     Ok(())
 }
 
-/// Gives `part`, which is finished and durable, the name of `image`, with the owner and mode of what is there or those of `meta`.
-/// Durable when it returns.
+/// Gives `part`, which is finished and durable, the name of `image`, with the owner and mode of what is there or those
+/// of `meta`. Durable when it returns.
 pub(super) fn take_place(part: &Path, image: &Path, meta: Option<&FileMeta>) -> Result<()> {
     if let Ok(old) = fs::metadata(image) {
         let keep =

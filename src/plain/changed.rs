@@ -17,8 +17,9 @@ struct Item {
     length: u64,
 }
 
-/// Understands a list, in whichever of the four ways it is written; the ranges ascend and do not overlap. `block`: bytes of a
-/// block of the dm-era device, which only `era_invalidate` leaves to be said, and nothing else wants to be told.
+/// Understands a list, in whichever of the four ways it is written; the ranges ascend and do not overlap. `block`:
+/// bytes of a block of the dm-era device, which only `era_invalidate` leaves to be said, and nothing else wants to be
+/// told.
 pub fn parse(text: &str, block: Option<u64>) -> Result<Vec<ByteRange>> {
     let is_era = text.trim_start().starts_with("<blocks");
     let parsed = match (text.trim_start().chars().next(), block) {
@@ -74,7 +75,8 @@ fn number(word: &str) -> Option<u64> {
     }
 }
 
-/// `<superblock data_block_size="SECTORS"><diff><different begin= length=/><right_only …/></diff></superblock>`, in blocks.
+/// `<superblock data_block_size="SECTORS"><diff><different begin= length=/><right_only …/></diff></superblock>`, in
+/// blocks.
 fn parse_thin_delta(text: &str) -> Result<Vec<(u64, u64)>, String> {
     let document = roxmltree::Document::parse(text).map_err(|e| e.to_string())?;
     let top = document.root_element();

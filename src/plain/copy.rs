@@ -1,8 +1,8 @@
 //! The story of one copy: both ends are read at once, what differs is sent as a patch, and the patch is put in place.
 //!
 //! Which blocks are read, and how often: with kept digests at the target, or nothing there, the source is read once and
-//! the target not at all. Otherwise both ends hash what they have at the same time, equal roots end it, and only blocks that
-//! differ are read again. A change list from elsewhere replaces the reading of the source.
+//! the target not at all. Otherwise both ends hash what they have at the same time, equal roots end it, and only blocks
+//! that differ are read again. A change list from elsewhere replaces the reading of the source.
 
 use super::source::{Hashed, Source, hash};
 use super::{Finish, PlainTarget, Way};
@@ -24,13 +24,17 @@ const ASKING: usize = 6;
 
 /// What is to be copied, and how.
 pub struct Copy<'a> {
+    /// Image to copy, open for reading.
     pub source: &'a Source,
+    /// Image that gets the content, on this host or on another.
     pub target: &'a dyn PlainTarget,
     /// The only ranges that may differ from the target, ascending, without overlap; believed.
     pub changed: Option<Vec<ByteRange>>,
+    /// Owner, mode and time that the target gets beside the content.
     pub finish: Finish,
     /// Say what would be sent, and change nothing.
     pub dry_run: bool,
+    /// Threads, compression and rate of the patch.
     pub sending: Sending,
 }
 
@@ -39,6 +43,7 @@ pub struct Copy<'a> {
 pub struct Sending {
     /// Threads that read, hash and compress.
     pub workers: usize,
+    /// How the content is compressed before it is sent.
     pub compression: Compression,
     /// How fast; `None`: as fast as it goes.
     pub throttle: Option<Arc<Throttle>>,
@@ -47,6 +52,7 @@ pub struct Sending {
 /// What a copy did, or would do. The JSON of this struct is a contract with scripts: fields are added, never renamed.
 #[derive(Debug, Clone, Serialize)]
 pub struct Copied {
+    /// Size of the source, and of the target afterwards.
     pub size: DiskSize,
     /// 0 where there was nothing.
     pub size_before: DiskSize,
@@ -55,6 +61,7 @@ pub struct Copied {
     pub root: Option<Digest>,
     /// Source and target were equal: nothing was sent.
     pub equal: bool,
+    /// How the differences were found.
     pub mode: Mode,
     /// Why it was read in this way, as a sentence.
     pub reason: String,
@@ -67,7 +74,9 @@ pub struct Copied {
     pub bytes_read_target: u64,
     /// Bytes of patch.
     pub bytes_sent: u64,
+    /// Bytes of content written at the target; 0 in a dry run.
     pub bytes_written: u64,
+    /// Blocks that differed, zeroed ones included.
     pub blocks_changed: u64,
     /// Which way the content was sent; absent where that was said and not tried, and where nothing was sent.
     #[serde(skip_serializing_if = "Option::is_none")]

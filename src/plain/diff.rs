@@ -19,7 +19,9 @@ use std::sync::atomic::Ordering;
 
 /// An image that is not here, only its digests are: the base of a patch that is made far from it.
 pub struct KnownByDigests {
+    /// Digest tree of the image.
     pub nodes: NodeFile,
+    /// Root of the image, which the patch names as its base.
     pub root: Digest,
 }
 
@@ -101,15 +103,22 @@ impl PlainTarget for Nothing {
 /// What a patch was made of. The JSON of this struct is a contract with scripts: fields are added, never renamed.
 #[derive(Debug, Clone, Serialize)]
 pub struct Diffed {
+    /// Size of the source, which is the size after the patch.
     pub size: DiskSize,
+    /// Size of the base; 0 if the patch starts from nothing.
     pub size_from: DiskSize,
+    /// Root of the base. `None`: the patch starts from nothing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub from_root: Option<Digest>,
+    /// Root of the source, which is the root after the patch.
     pub to_root: Digest,
+    /// Bytes read from the source.
     pub bytes_read: u64,
+    /// Bytes read from the base to learn its digests; 0 if kept digests were believed.
     pub bytes_read_base: u64,
     /// Of the patch.
     pub bytes: u64,
+    /// Blocks that differ, zeroed ones included.
     pub blocks_changed: u64,
 }
 

@@ -10,18 +10,24 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 /// The coarsest tick of the clock that file systems stamp files with, and some more.
 const TICK: Duration = Duration::from_millis(20);
 
-/// Equal identities of one moment: the same file, not written to and not renamed over since. One that was kept is compared by
-/// [`Identity::is`]. Of a block device it says nothing, since nobody stamps a device that is written to from elsewhere.
+/// Equal identities of one moment: the same file, not written to and not renamed over since. One that was kept is
+/// compared by [`Identity::is`]. Of a block device it says nothing, since nobody stamps a device that is written to
+/// from elsewhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
+    /// Which file it is.
     #[serde(flatten)]
     pub id: FileId,
+    /// Length of the file in bytes.
     pub len_bytes: u64,
+    /// Time of the last write: seconds since the epoch, and nanoseconds.
     pub modified: (i64, i64),
+    /// Time of the last change of the inode: seconds since the epoch, and nanoseconds. Programs cannot set it.
     pub changed: (i64, i64),
 }
 
 impl Identity {
+    /// Identity of the file at this path now. Fails if nothing is there.
     pub fn of(path: &Path) -> Result<Identity> {
         let m = std::fs::metadata(path).map_err(|e| Error::io("cannot look at the image", path, e))?;
         Ok(Identity {
@@ -38,8 +44,9 @@ impl Identity {
         self.id.is(&other.id) && written(self) == written(other)
     }
 
-    /// As [`Identity::of`], but only once the file has been left alone for a tick of the clock: whoever writes to it later
-    /// leaves another time behind. Blocks, some milliseconds at most while nobody writes; `None` if somebody does.
+    /// As [`Identity::of`], but only once the file has been left alone for a tick of the clock: whoever writes to it
+    /// later leaves another time behind. Blocks, some milliseconds at most while nobody writes; `None` if somebody
+    /// does.
     pub fn settled(path: &Path) -> Result<Option<Identity>> {
         for _ in 0..3 {
             let seen = Self::of(path)?;

@@ -1,7 +1,7 @@
 //! Digests in files: of an image as it is, to be carried elsewhere, and those kept of an image that only we write to.
 //!
-//! Both are change lists that start from nothing (docs/formats/changes.md); in front of kept ones stands a line that says
-//! which file they are of, and when it was last touched.
+//! Both are change lists that start from nothing (docs/formats/changes.md); in front of kept ones stands a line that
+//! says which file they are of, and when it was last touched.
 
 use super::file_name;
 use super::identity::Identity;

@@ -67,8 +67,9 @@ enum State {
     Pieces(PieceMask, Digest),
 }
 
-/// Merges the patches, oldest first, into one. `Conflict` if one does not lead to where the next begins; that is certain only at
-/// the end, so whoever writes into a pipe must know that a patch without its end is none. Memory: a few records per patch.
+/// Merges the patches, oldest first, into one. `Conflict` if one does not lead to where the next begins; that is
+/// certain only at the end, so whoever writes into a pipe must know that a patch without its end is none. Memory: a few
+/// records per patch.
 pub fn merge<R: Read>(patches: Vec<R>, out: &mut dyn Write) -> Result<Header> {
     let mut links = patches.into_iter().map(Link::new).collect::<Result<Vec<_>>>()?;
     let [first, .., last] = links.as_slice() else {

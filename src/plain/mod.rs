@@ -1,14 +1,15 @@
-//! Plain images: files and block devices that are brought into step with one another, without libvirt and without a store.
+//! Plain images: files and block devices that are brought into step with one another, without libvirt and without a
+//! store.
 //!
-//! The same engine as a run's: the digest tree finds what differs, the pump sends it as a patch, and whoever writes checks
-//! every block and, before anything counts, the root. [`copy`] tells the story of one image, [`diff`] that of a patch
-//! for later; [`target`] is an image on this host at the end of a patch, the agent's client one on another, and both are a
-//! [`PlainTarget`].
+//! The same engine as a run's: the digest tree finds what differs, the pump sends it as a patch, and whoever writes
+//! checks every block and, before anything counts, the root. [`copy`] tells the story of one image, [`diff`] that of a
+//! patch for later; [`target`] is an image on this host at the end of a patch, the agent's client one on another, and
+//! both are a [`PlainTarget`].
 //!
 //! Invariants
 //! - Nothing is overwritten unless the whole patch is known to be right and can be ended by a later run: it goes into a
-//!   file beside the image that then takes its name, or the patch is first durable as a *redo file*. Only [`WayWish::InPlace`]
-//!   gives that up, and says so.
+//!   file beside the image that then takes its name, or the patch is first durable as a *redo file*. Only
+//!   [`WayWish::InPlace`] gives that up, and says so.
 //! - No image is read or written that a QEMU has open for writing: its locks are asked for every layer.
 //! - Digests are believed of a file only if it is that file, untouched since they were made.
 //!
@@ -46,8 +47,8 @@ use std::str::FromStr;
 
 /// An image that a patch is for, here or on another host. Methods block.
 ///
-/// First [`PlainTarget::read`], unless [`ImageView::root`] is known; then the patch, by the verbs of [`DiskTarget`]; then
-/// [`PlainTarget::commit`]. Whoever drops it before has changed nothing that counts, except in place.
+/// First [`PlainTarget::read`], unless [`ImageView::root`] is known; then the patch, by the verbs of [`DiskTarget`];
+/// then [`PlainTarget::commit`]. Whoever drops it before has changed nothing that counts, except in place.
 pub trait PlainTarget: DiskTarget {
     /// What was found when it was opened.
     fn view(&self) -> Result<ImageView>;
@@ -55,7 +56,8 @@ pub trait PlainTarget: DiskTarget {
     /// Reads the whole image and gives its root. `progress` gets (done, total) bytes. At once where the root is known.
     fn read(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<Whole>;
 
-    /// Puts what the patch brought into its place; without a patch only what `finish` asks for is done. Durable when it returns.
+    /// Puts what the patch brought into its place; without a patch only what `finish` asks for is done. Durable when it
+    /// returns.
     fn commit(&self, finish: &Finish) -> Result<Committed>;
 }
 
@@ -64,10 +66,12 @@ pub trait PlainTarget: DiskTarget {
 pub struct Wish {
     /// Absolute.
     pub path: PathBuf,
+    /// Format of the image, as the operator says or its name implies.
     pub format: AnyFormat,
     /// Only to be compared with.
     #[serde(default)]
     pub read_only: bool,
+    /// How an image that is there may be changed.
     #[serde(default)]
     pub way: WayWish,
     /// Directory of kept digests on the image's host.
@@ -79,8 +83,8 @@ pub struct Wish {
     /// Read it although a QEMU may be writing to it. Never for writing.
     #[serde(default)]
     pub force_share: bool,
-    /// What was cut short on its way into the image's place is thrown away, not gone on from. A patch that was made earlier
-    /// is for the image that is there, and not for what something else had begun to make of it.
+    /// What was cut short on its way into the image's place is thrown away, not gone on from. A patch that was made
+    /// earlier is for the image that is there, and not for what something else had begun to make of it.
     #[serde(default)]
     pub afresh: bool,
 }
@@ -121,9 +125,13 @@ impl FromStr for WayWish {
 pub enum Way {
     /// It was not there.
     New,
+    /// A patched clone that shares the image's blocks took its name.
     Reflink,
+    /// A patched copy took its name.
     Copy,
+    /// The patch was durable as a redo file, then applied in place.
     Redo,
+    /// The patch was applied in place at once, without protection against a crash.
     InPlace,
 }
 
@@ -163,7 +171,9 @@ pub struct ImageView {
 /// What reading an image gave.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Whole {
+    /// Size of the image.
     pub size: DiskSize,
+    /// Root of the image's digest tree.
     pub root: Digest,
     /// 0 where kept digests were believed.
     pub bytes_read: u64,
@@ -172,6 +182,7 @@ pub struct Whole {
 /// What is asked for beside the content.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finish {
+    /// Owner, mode and time that the file gets. `None`: they stay as they are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub meta: Option<FileMeta>,
 }
@@ -179,11 +190,15 @@ pub struct Finish {
 /// Owner, mode and time of a file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileMeta {
+    /// User id of the owner.
     pub uid: u32,
+    /// Group id of the owner.
     pub gid: u32,
     /// Permission bits only.
     pub mode: u32,
+    /// Time of the last write, in seconds since the epoch.
     pub modified_s: i64,
+    /// Nanoseconds of the time of the last write.
     pub modified_ns: i64,
 }
 
@@ -197,8 +212,8 @@ pub struct Committed {
     pub digests_reason: Option<String>,
 }
 
-/// The format that a file's name speaks of: qcow2 for `.qcow2` and `.qcow`, else raw. Its content is not asked: a guest can make
-/// a raw image look like any other.
+/// The format that a file's name speaks of: qcow2 for `.qcow2` and `.qcow`, else raw. Its content is not asked: a guest
+/// can make a raw image look like any other.
 pub fn format_by_name(path: &Path) -> Format {
     match path.extension().and_then(|e| e.to_str()) {
         Some("qcow2" | "qcow") => Format::Qcow2,

@@ -20,20 +20,27 @@ pub struct PatchInfo {
     /// Whose disk it is of; absent of a plain image.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub domain: Option<DomainUuid>,
+    /// Name of the disk that the patch is of. `None`: it is of a plain image.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk: Option<DiskName>,
+    /// Size before the patch; 0 if it starts from nothing.
     pub size_from: DiskSize,
+    /// Size after the patch.
     pub size: DiskSize,
     /// Absent: it starts from nothing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub from_root: Option<Digest>,
+    /// Root after the patch, as its trailer says.
     pub to_root: Digest,
     /// Of the patch.
     pub bytes: u64,
+    /// Number of records in the patch.
     pub records: u64,
     /// Blocks that travel whole, in pieces, and as zeros.
     pub blocks_whole: u64,
+    /// Blocks of which only some pieces travel.
     pub blocks_in_pieces: u64,
+    /// Blocks that the patch makes read as zeros.
     pub blocks_zero: u64,
     /// Bytes of content, once decompressed.
     pub content_bytes: u64,
@@ -84,8 +91,8 @@ impl<R: Read> Incoming<R> {
     }
 }
 
-/// Reads a patch to its end. With `check` every block that travels whole is compared with its digest, and of a patch that
-/// starts from nothing the root, too; what travels in pieces can be checked only where it is applied.
+/// Reads a patch to its end. With `check` every block that travels whole is compared with its digest, and of a patch
+/// that starts from nothing the root, too; what travels in pieces can be checked only where it is applied.
 pub fn look(input: impl Read, check: bool) -> Result<PatchInfo> {
     let mut patch = Incoming::new(input)?;
     let header = patch.header()?;
@@ -146,22 +153,29 @@ pub fn look(input: impl Read, check: bool) -> Result<PatchInfo> {
 pub struct Applied {
     /// The image was already as the patch makes it; nothing was done.
     pub already: bool,
+    /// Size of the image after the patch.
     pub size: DiskSize,
+    /// Root of the image after the patch.
     pub root: Digest,
+    /// How the image was changed. `None`: it was already as the patch makes it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub way: Option<Way>,
+    /// Bytes read from the image to learn its root; 0 if the root was known or did not matter.
     pub bytes_read: u64,
+    /// Bytes of content that were written.
     pub bytes_written: u64,
+    /// Blocks that the patch changed.
     pub blocks_changed: u64,
+    /// Before anything else, a change that was cut short was completed.
     pub redone: bool,
 }
 
 /// Opens the image that a patch of this header is for.
 pub type OpenImage<'a> = &'a dyn Fn(&Header) -> Result<Box<dyn PlainTarget>>;
 
-/// Applies the patch to the image that `open` gives. An image that is as the patch makes it is left alone; any other base
-/// than the patch's is a `Conflict`. `replace`: a patch that starts from nothing may take the place of what is there.
-/// `progress` gets (done, total) bytes while the image is read. Durable when it returns.
+/// Applies the patch to the image that `open` gives. An image that is as the patch makes it is left alone; any other
+/// base than the patch's is a `Conflict`. `replace`: a patch that starts from nothing may take the place of what is
+/// there. `progress` gets (done, total) bytes while the image is read. Durable when it returns.
 pub fn apply(
     input: impl Read,
     open: OpenImage,
@@ -212,7 +226,8 @@ pub fn apply(
     Ok(applied)
 }
 
-/// The root of an image that the patch has been applied to already. The patch is read to its end, to know what it makes.
+/// The root of an image that the patch has been applied to already. The patch is read to its end, to know what it
+/// makes.
 fn already_applied<R: Read>(
     patch: &mut Incoming<R>,
     header: &Header,

@@ -11,7 +11,8 @@ pub(super) fn lock_whole(path: &Path) -> Result<QemuLock> {
     QemuLock::take(path)?.ok_or_else(|| in_use(path, "a QEMU program has the image open, or another copy"))
 }
 
-/// Reads one block, which lies in the image at least in part, as it would be in a disk of `size`: cut, or zeros behind its end.
+/// Reads one block, which lies in the image at least in part, as it would be in a disk of `size`: cut, or zeros behind
+/// its end.
 pub(super) fn read_block(image: &dyn Image, block: BlockIndex, size: DiskSize) -> Result<Vec<u8>> {
     let wanted = block.bytes(size).len() as usize;
     let mut bytes = vec![0; wanted.max(block.bytes(image.size()).len() as usize).min(BLOCK_LEN)];

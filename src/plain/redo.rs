@@ -1,8 +1,8 @@
 //! The redo file: a whole patch, durable beside an image before the first byte of that image is overwritten.
 //!
-//! Two lines of text, then a patch. As long as it bears its name, the image is torn, and applying the patch once more ends it
-//! (each record leaves its block the same, however often and however far it was done before). A name with `.part` behind it
-//! is a patch that is still coming; it means nothing.
+//! Two lines of text, then a patch. As long as it bears its name, the image is torn, and applying the patch once more
+//! ends it (each record leaves its block the same, however often and however far it was done before). A name with
+//! `.part` behind it is a patch that is still coming; it means nothing.
 //!
 //! ```text
 //! i1   the redo file is whole, known to be right, durable, and bears its name
@@ -65,8 +65,8 @@ impl Of {
         self.file.map(|(device, inode)| FileId { device, inode, born, boot })
     }
 
-    /// Whether both are of one image. A file's redo file lies beside it, so where births tell that it is this file, the path is
-    /// of no account: a file system that was mounted elsewhere to be mended is mended there.
+    /// Whether both are of one image. A file's redo file lies beside it, so where births tell that it is this file, the
+    /// path is of no account: a file system that was mounted elsewhere to be mended is mended there.
     fn is(&self, other: &Of) -> bool {
         match (self.id(), other.id()) {
             (None, None) => self.path == other.path,
@@ -173,15 +173,17 @@ impl Drop for Spool {
     }
 }
 
-/// Steps i2 and i3: applies the redo file of an image, if there is one, and removes it. The caller holds the image's lock.
-/// `Conflict` if the redo file is for another file of that name, `Corrupt` if the image was changed since. Durable.
+/// Steps i2 and i3: applies the redo file of an image, if there is one, and removes it. The caller holds the image's
+/// lock. `Conflict` if the redo file is for another file of that name, `Corrupt` if the image was changed since.
+/// Durable.
 ///
-/// `just_checked`: it was published by this process, under the lock that is still held. Then it was taken apart, and every
-/// block it makes compared with its digest, on the way in, and neither is done a second time.
+/// `just_checked`: it was published by this process, under the lock that is still held. Then it was taken apart, and
+/// every block it makes compared with its digest, on the way in, and neither is done a second time.
 pub(super) fn roll(layer: &Layer, redo: &Path, just_checked: bool) -> Result<bool> {
     let file = match File::open(redo) {
         Ok(file) => file,
-        // Whoever ended it may have died before its absence was durable: over what is written next it must not come back.
+        // Whoever ended it may have died before its absence was durable: over what is written next it must not come
+        // back.
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return sync_dir_if_there(dir_of(redo)).map(|()| false),
         Err(e) => return Err(Error::io("cannot open the redo file", redo, e)),
     };
@@ -283,7 +285,8 @@ fn for_each_item(
     }
 }
 
-/// One record, in place. Of pieces only those that came are written, so that it can be done again from wherever it was cut.
+/// One record, in place. Of pieces only those that came are written, so that it can be done again from wherever it was
+/// cut.
 fn apply(image: &RawWriter, size: DiskSize, item: Item, just_checked: bool) -> Result<()> {
     match item {
         Item::Data { block, digest, bytes } => {
@@ -402,7 +405,8 @@ mod tests {
         let (rolled, steps) = crate::failpoint::traced(|| roll(&layer, &redo, false).unwrap());
         let synced = format!("sync {}", dir.path().display());
         assert_eq!((rolled, steps), (false, vec![synced.clone()]));
-        // One that is found: its name is durable before the image may be torn by it, and so before anything else is found out.
+        // One that is found: its name is durable before the image may be torn by it, and so before anything else is
+        // found out.
         let of = serde_json::to_string(&Of::image(&layer).unwrap()).unwrap();
         fs::write(&redo, format!("{BANNER}{of}\nno patch")).unwrap();
         let (rolled, steps) = crate::failpoint::traced(|| roll(&layer, &redo, false));

@@ -25,6 +25,7 @@ use std::sync::atomic::Ordering;
 /// How an image is opened for reading.
 #[derive(Debug, Clone)]
 pub struct ReadOptions {
+    /// Locks, readers and directory for sockets.
     pub open: OpenOptions,
     /// Let a raw image end in the middle of a sector, where its file does.
     pub exact: bool,
@@ -40,7 +41,9 @@ pub struct ReadOptions {
 
 /// An image open for reading.
 pub struct Source {
+    /// Content of the image. The file may be written to meanwhile; `still_good` finds that out.
     pub image: Arc<dyn Image>,
+    /// Path of the uppermost layer, as the caller gave it.
     pub path: PathBuf,
     /// How it is read, as part of a sentence.
     pub how: String,
@@ -108,6 +111,7 @@ impl Source {
         Ok(Source { image, path: path.to_owned(), how, opened: Some(opened), seen, shared, _locks: locks })
     }
 
+    /// Size of the image, as a guest would see it.
     pub fn size(&self) -> DiskSize {
         self.image.size()
     }
@@ -149,7 +153,9 @@ pub(super) fn alone(layer: &Layer) -> Chain {
 
 /// The digest tree of an image.
 pub struct Hashed {
+    /// Digest tree of the whole image, in a temporary file.
     pub nodes: NodeFile,
+    /// Root of the tree.
     pub root: Digest,
 }
 

@@ -43,6 +43,7 @@ const UNTOLD: &str = "nothing tells whether somebody has written to it";
 /// What this host allows and has.
 #[derive(Debug, Clone)]
 pub struct LocalOptions {
+    /// Locks, readers and directory for sockets.
     pub open: OpenOptions,
     /// Threads that read and hash.
     pub workers: usize,
@@ -56,6 +57,7 @@ pub struct LocalOptions {
     pub undo: Option<PathBuf>,
 }
 
+/// An image on this host at the end of a patch.
 pub struct LocalTarget {
     wish: Wish,
     options: LocalOptions,
@@ -82,8 +84,8 @@ struct State {
 }
 
 impl LocalTarget {
-    /// Opens the image at `wish.path`, which need not be there, and ends what was cut short on it. `Busy` if it is in use;
-    /// `Refused` where its format or place does not allow it. Blocks.
+    /// Opens the image at `wish.path`, which need not be there, and ends what was cut short on it. `Busy` if it is in
+    /// use; `Refused` where its format or place does not allow it. Blocks.
     pub fn open(wish: &Wish, options: &LocalOptions) -> Result<LocalTarget> {
         let real = match &options.within {
             Some(root) => beside::check_within(&wish.path, root)?,
@@ -310,7 +312,8 @@ impl LocalTarget {
         meta.map_or(Ok(()), |meta| beside::set_meta(image, meta))
     }
 
-    /// What QEMU has written is an image of this format that holds together, and reads as it should: asked of the closed file.
+    /// What QEMU has written is an image of this format that holds together, and reads as it should: asked of the
+    /// closed file.
     fn prove(&self, part: &Path, format: Foreign, wanted: (DiskSize, Digest)) -> Result<()> {
         writer::check_sound(part, format)?;
         let layer = Layer { path: part.to_owned(), ..self.layer.clone() };

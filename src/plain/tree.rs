@@ -18,16 +18,20 @@ const DEPTH_MAX: usize = 64;
 /// What a directory holds, as far as it concerns a copy. All paths of `files`, `dirs` and `links` are relative to it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Tree {
+    /// Regular files to copy.
     pub files: Vec<PathBuf>,
     /// Each before what lies in it.
     pub dirs: Vec<PathBuf>,
+    /// Symbolic links to make anew: path, and the text that the link leads to.
     pub links: Vec<(PathBuf, String)>,
+    /// Entries that are not copied, each with the reason.
     pub left_out: Vec<LeftOut>,
 }
 
 /// An entry that is not copied.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct LeftOut {
+    /// Path of the entry, below the directory as the caller named it.
     pub path: PathBuf,
     /// A sentence without its subject.
     pub why: String,
@@ -86,19 +90,28 @@ fn walk_into(root: &Path, below: &Path, recursive: bool, depth: usize, tree: &mu
 pub struct Make {
     /// Absolute.
     pub path: PathBuf,
+    /// Whether a directory or a link is made there.
     pub what: What,
 }
 
+/// Kind of the entry that is made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum What {
     /// A directory, which may be there; with its owner, mode and time, if they are given.
-    Dir { meta: Option<FileMeta> },
+    Dir {
+        /// Owner, mode and time of the directory. `None`: they are not set.
+        meta: Option<FileMeta>,
+    },
     /// A symbolic link, which may be there and lead to the same.
-    Link { to: String },
+    Link {
+        /// Text of the link. It must not lead out of the root of an agent.
+        to: String,
+    },
 }
 
 impl Make {
+    /// A directory without owner, mode and time.
     pub fn dir(path: PathBuf) -> Make {
         Make { path, what: What::Dir { meta: None } }
     }
@@ -108,6 +121,7 @@ impl Make {
         Ok(Make { path, what: What::Dir { meta: Some(meta_of(source)?) } })
     }
 
+    /// A symbolic link at `path` that leads to `to`.
     pub fn link(path: PathBuf, to: String) -> Make {
         Make { path, what: What::Link { to } }
     }

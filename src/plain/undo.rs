@@ -1,7 +1,7 @@
 //! The undo patch: what leads back from where a patch led, made while that patch is looked at.
 //!
-//! The old contents are gathered in a file without a name; the patch is written once both roots are known, and is durable
-//! before the patch that it undoes is put in place.
+//! The old contents are gathered in a file without a name; the patch is written once both roots are known, and is
+//! durable before the patch that it undoes is put in place.
 
 use crate::block::digest::{Digest, block_digest};
 use crate::block::{BlockIndex, DiskSize};

@@ -212,7 +212,8 @@ impl Choice {
         Ok(Landing { into: Into::Served(writer), way: Way::New, held: Some(held) })
     }
 
-    /// A part in a format of others is worth nothing until it is whole: its tables may be torn, and nothing tells for sure.
+    /// A part in a format of others is worth nothing until it is whole: its tables may be torn, and nothing tells for
+    /// sure.
     fn worth(&self, held: PartLock, part: &Path) -> PartLock {
         if self.wish.format.foreign().is_some() { held.or_nothing(part) } else { held }
     }
@@ -260,7 +261,8 @@ fn copy_content(from: &dyn Image, into: &dyn ImageMut) -> Result<()> {
 }
 
 impl Landing {
-    /// Ends the writing: durable, cut to its size, and closed. `part` is the file, `None` where it is the image itself. Returns its lock.
+    /// Ends the writing: durable, cut to its size, and closed. `part` is the file, `None` where it is the image itself.
+    /// Returns its lock.
     pub(super) fn finish(self, size: DiskSize, part: Option<&Path>) -> Result<Option<PartLock>> {
         let done = match self.into {
             Into::Raw(mut writer) => {

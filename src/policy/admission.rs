@@ -1,8 +1,8 @@
 //! Which of the runs that are due begin now, and which of them will come too late. Pure.
 //!
-//! Least slack first: whoever has to begin earliest to be within its RPO goes first. A deadline stands still while its run waits,
-//! so everybody who waits becomes the most urgent in the end: nobody starves, also where there is always more to do than can
-//! be done.
+//! Least slack first: whoever has to begin earliest to be within its RPO goes first. A deadline stands still while its
+//! run waits, so everybody who waits becomes the most urgent in the end: nobody starves, also where there is always
+//! more to do than can be done.
 
 use jiff::{SignedDuration, Timestamp};
 use std::collections::BTreeMap;
@@ -11,9 +11,11 @@ use std::time::Duration;
 /// A run that is due. `K` names it to the caller.
 #[derive(Debug, Clone)]
 pub struct Waiting<K> {
+    /// Name of the run for the caller.
     pub key: K,
     /// A domain has one run at a time, whatever its targets.
     pub domain: String,
+    /// URL of the target; each one has a limit of its own.
     pub target: String,
     /// Until when it has to be done.
     pub deadline: Timestamp,
@@ -24,14 +26,18 @@ pub struct Waiting<K> {
 /// A run that is under way.
 #[derive(Debug, Clone)]
 pub struct Running {
+    /// UUID of the domain that is replicated. It has no second run at the same time.
     pub domain: String,
+    /// URL of the target that the run sends to.
     pub target: String,
+    /// When the run is expected to end.
     pub ends_at: Timestamp,
 }
 
 /// How many runs at a time. Zero admits nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Caps {
+    /// Most runs on this host, whatever their targets.
     pub host: usize,
     /// Per target; one that is not listed has the host's.
     pub targets: BTreeMap<String, usize>,
@@ -95,12 +101,16 @@ pub fn admit<K: Ord + Clone>(waiting: &[Waiting<K>], running: &[Running], caps: 
 /// A run that is expected to come too late.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Miss<K> {
+    /// Name of the run for the caller.
     pub key: K,
+    /// When the run would have to be done.
     pub deadline: Timestamp,
+    /// When the run is expected to be done; later than `deadline`.
     pub expected_end: Timestamp,
 }
 
-/// Who will miss its deadline, if those under way end when they are expected to and all that wait follow in their order.
+/// Who will miss its deadline, if those under way end when they are expected to and all that wait follow in their
+/// order.
 pub fn foresee<K: Ord + Clone>(
     waiting: &[Waiting<K>],
     running: &[Running],
@@ -133,7 +143,8 @@ pub fn foresee<K: Ord + Clone>(
     }
 }
 
-/// How long a run is expected to take: the longest of the last few. Too long a guess warns too early; too short a one, too late.
+/// How long a run is expected to take: the longest of the last few. Too long a guess warns too early; too short a one,
+/// too late.
 pub fn expected(recent: &[Duration]) -> Duration {
     recent.iter().copied().max().unwrap_or_default()
 }
@@ -141,8 +152,11 @@ pub fn expected(recent: &[Duration]) -> Duration {
 /// What became of an RPO.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BreachChange {
+    /// The RPO is kept as before, or in breach as before.
     Unchanged,
+    /// The lag became greater than the RPO.
     Entered,
+    /// The lag is within the RPO again.
     Left,
 }
 

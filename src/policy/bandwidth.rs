@@ -20,9 +20,12 @@ pub struct Bandwidth {
     pub times: Vec<TimedRate>,
 }
 
+/// A rate for certain hours.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TimedRate {
+    /// Hours and days in which the rate applies.
     pub window: Window,
+    /// Most bytes per second in that window.
     pub rate_bytes: u64,
 }
 
@@ -59,7 +62,9 @@ impl Bandwidth {
 /// One rate as an operator types it: `50M`, or `10M@08:00-18:00`, or `10M@08:00-18:00/mon,fri`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RateRule {
+    /// Hours and days in which the rate applies. `None`: at all times without a window of their own.
     pub window: Option<Window>,
+    /// Most bytes per second.
     pub rate_bytes: u64,
 }
 

@@ -5,32 +5,42 @@ use serde_json::{Map, Value, json};
 /// What a key holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Shape {
+    /// Any text; not empty.
     Text,
     /// `90s`, `15m`, `1h 30m`, `7d`.
     Duration,
     /// `512M`, `1G`, or a plain number of bytes.
     Bytes,
+    /// A whole number, zero or more.
     Count,
     /// `auto`, `no`, or a level of compression.
     Level,
+    /// `true` or `false`.
     Switch,
     /// One of these words.
     Choice(&'static [&'static str]),
     /// `"08:00"`.
     Clock,
+    /// A list of days: `mon` to `sun`.
     Days,
+    /// A list of texts; not empty.
     Texts,
     /// Names of disks by a selector of domains.
     DisksByDomain,
 }
 
+/// A key of a policy, as the schema and the documentation describe it.
 #[derive(Debug, Clone, Copy)]
 pub struct Key {
     /// `a.b` is key `b` of `a`; `a[].b` is key `b` of each item of the list `a`.
     pub path: &'static str,
+    /// Kind of value that the key holds.
     pub shape: Shape,
+    /// A policy without this key is an error.
     pub required: bool,
+    /// Value of a policy without this key, in words; empty if there is none to name.
     pub default: &'static str,
+    /// Meaning of the key, in a sentence for editors.
     pub about: &'static str,
 }
 

@@ -1,7 +1,7 @@
 //! Policies: which domains go where, when, and what is kept. Pure: text in, values out; the time is always an argument.
 //!
-//! One policy is one file of `policies.d`. A key that is not known is an error, and so is one that stands twice: there is
-//! nothing in a policy that nobody acts on. All keys: [`keys::KEYS`], docs/policies.md.
+//! One policy is one file of `policies.d`. A key that is not known is an error, and so is one that stands twice: there
+//! is nothing in a policy that nobody acts on. All keys: [`keys::KEYS`], docs/policies.md.
 
 pub mod admission;
 pub mod bandwidth;
@@ -46,35 +46,53 @@ use window::{Day, Window};
 pub struct Policy {
     /// Where it was read.
     pub file: PathBuf,
+    /// Name of the policy. No other policy may have it.
     pub name: String,
+    /// Domains that the policy selects.
     pub domains: Vec<Selector>,
+    /// Domains that the policy leaves out although `domains` selects them.
     pub exclude: Vec<Selector>,
+    /// Disks to leave out, by the domains they belong to.
     pub exclude_disks: BTreeMap<Selector, Vec<DiskName>>,
     /// Of a target: the store on this host whose replicas it means. Then it has no runs, and `domains` are replicas.
     pub store: Option<PathBuf>,
     /// Names of the configuration, each once.
     pub targets: Vec<String>,
+    /// When runs begin, and when none may.
     pub timing: Timing,
+    /// Allowed age of the head. `None`: the daemon watches no age.
     pub rpo: Option<Duration>,
+    /// Points to keep on the target. `None`: the daemon removes none.
     pub keep: Option<Keep>,
     /// `None`: as the configuration has it.
     pub overlay_dir: Option<PathBuf>,
+    /// Largest size and age of an overlay.
     pub overlay: Overlay,
+    /// Bytes to keep free where overlays lie; 256 MiB without the key.
     pub min_free_source_bytes: u64,
+    /// How long a commit may take to become ready; one hour without the key. Afterwards the next run ends it.
     pub ready_timeout: Duration,
+    /// Graphics passwords travel with the definition.
     pub with_secrets: bool,
     /// One of [`CAPTURES`]; `None`: as the configuration has it.
     pub capture: Option<String>,
+    /// Whether, how often and for how long the guest agent holds the guest's file systems.
     pub quiesce: Quiesce,
+    /// How much of a disk a run compares although its dirty bitmap says clean.
     pub audit: Audit,
+    /// Rates at which runs may send.
     pub bandwidth: Bandwidth,
+    /// How content is compressed before it is sent.
     pub compression: Compression,
     /// When points are read again on the target, and when its whole store is.
     pub verify: Option<Timed>,
+    /// When all points are read again on the target. `None`: never by this policy.
     pub scrub: Option<Timed>,
     /// When replicas of this host's store are booted, and what proves that they work.
     pub drill: Option<Drill>,
+    /// How long to wait after a failure.
     pub retry: Retry,
+    /// Programs that the daemon or a run starts at certain moments.
     pub hooks: Hooks,
 }
 
@@ -138,10 +156,16 @@ fn freeze_budget<'de, D: Deserializer<'de>>(de: D) -> Result<Duration, D::Error>
 /// When runs begin, as it is written.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Timing {
+    /// Time between two runs, on a grid that never moves. `None`: `cron` decides, or there are no runs.
     pub every: Option<Duration>,
+    /// Pattern of five fields for the times of runs. `None`: `every` decides, or there are no runs.
     pub cron: Option<String>,
+    /// Time zone of `cron` and `blackout`. `None`: the host's.
     pub timezone: Option<TimeZone>,
+    /// Span over which the runs of different domains are spread. Without the key: all of `every`, or none with
+    /// `cron`.
     pub jitter: Duration,
+    /// Windows in which no run begins. A run that is under way goes on.
     pub blackout: Vec<Window>,
 }
 
@@ -149,9 +173,12 @@ pub struct Timing {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Audit {
+    /// Number of runs in which the audit has compared a whole disk once; 0 turns the audit off.
     pub runs: u32,
+    /// Most bytes to read for the audit, for each disk and run.
     #[serde(deserialize_with = "bytes")]
     pub bytes: u64,
+    /// Most time for the audit, for each disk and run.
     #[serde(deserialize_with = "duration")]
     pub time: Duration,
 }
@@ -165,20 +192,25 @@ impl Default for Audit {
 /// How far an overlay may go before its run is cut short and the overlay committed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Overlay {
+    /// Largest size of one overlay, in bytes. `None`: no limit.
     pub bytes_max: Option<u64>,
+    /// Longest time since the freeze. `None`: no limit.
     pub age_max: Option<Duration>,
 }
 
 /// A schedule beside that of the runs; one of both.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Timed {
+    /// Once in every such span, on a grid that never moves.
     Every(Duration),
+    /// At the times of this pattern of five fields.
     Cron(String),
 }
 
 /// A drill of every replica that is meant, as `drill` has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Drill {
+    /// When drills begin.
     pub when: Timed,
     /// Evidence; at least one.
     pub probes: Vec<String>,
@@ -190,14 +222,19 @@ pub struct Drill {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Hooks {
+    /// Program to start before the disks are frozen. If it fails, the run makes no point. `None`: no program.
     #[serde(deserialize_with = "hook")]
     pub before_freeze: Option<Hook>,
+    /// Program to start after the freeze, and whenever `before_freeze` was started. `None`: no program.
     #[serde(deserialize_with = "hook")]
     pub after_freeze: Option<Hook>,
+    /// Program to start after every run. `None`: no program.
     #[serde(deserialize_with = "hook")]
     pub after_run: Option<Hook>,
+    /// Program to start after a run that made no point, or a check that failed. `None`: no program.
     #[serde(deserialize_with = "hook")]
     pub on_failure: Option<Hook>,
+    /// Program to start when the lag exceeds the RPO, and when it no longer does. `None`: no program.
     #[serde(deserialize_with = "hook")]
     pub on_breach: Option<Hook>,
 }
@@ -294,8 +331,8 @@ fn command<'de, D: Deserializer<'de>>(de: D) -> Result<Vec<String>, D::Error> {
 }
 
 impl Policy {
-    /// Reads a policy. `targets`: the names the configuration knows; `path`: for errors. [`Kind::Config`] says file, line and
-    /// column, and shows the line.
+    /// Reads a policy. `targets`: the names the configuration knows; `path`: for errors. [`Kind::Config`] says file,
+    /// line and column, and shows the line.
     pub fn parse(text: &str, path: &Path, targets: &[&str]) -> Result<Policy> {
         let nothing = || mistake("the file has no policy in it", None, text, path).advise(advice::Host::PolicySchema);
         // Which of the two kinds it is. What is no mapping at all is told so by the parser of the first.

@@ -1,5 +1,5 @@
-//! A policy of a target: what this host does, on its own, with the replicas of its own store. It has no runs: those are the
-//! sources' business, and a source may be gone. It has checks, drills, and an RPO that is watched from here.
+//! A policy of a target: what this host does, on its own, with the replicas of its own store. It has no runs: those are
+//! the sources' business, and a source may be gone. It has checks, drills, and an RPO that is watched from here.
 
 use super::file::{RetryFile, Span, TimedFile, Wrong, check_name, no_open_hour, retry, timed, timezone, wrong};
 use super::select::Selector;

@@ -6,7 +6,9 @@ use std::time::Duration;
 /// What a policy says of it. `first` is at least a second and at most `max`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Retry {
+    /// Wait after the first failure. It doubles with each further one.
     pub first: Duration,
+    /// Longest wait. It applies at once where a person has to act.
     pub max: Duration,
 }
 
@@ -42,8 +44,8 @@ impl Patience {
 /// How many doublings [`Patience::Soon`] goes through.
 const SOON_DOUBLINGS: u32 = 2;
 
-/// The time to wait after `failures` in a row (1: the first). Never more than `retry.max`, never less than half of what the
-/// rule says: the random bits shorten it, so that domains that failed together do not come back together.
+/// The time to wait after `failures` in a row (1: the first). Never more than `retry.max`, never less than half of what
+/// the rule says: the random bits shorten it, so that domains that failed together do not come back together.
 pub fn delay(retry: Retry, kind: Option<Kind>, failures: u32, random: u64) -> Duration {
     let doublings = failures.saturating_sub(1);
     let grown = |n: u32| retry.first.saturating_mul(2u32.saturating_pow(n.min(31))).min(retry.max);

@@ -12,8 +12,11 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Selector {
+    /// The domain of exactly this name.
     Name(String),
+    /// Domains whose whole name matches: `*` is any run of characters, `?` is one.
     Pattern(String),
+    /// The domain of this UUID, whatever its name.
     Uuid(DomainUuid),
     /// `tag:gold`: a word in the domain's metadata.
     Tag(String),
@@ -61,6 +64,7 @@ impl fmt::Display for Selector {
 }
 
 impl Selector {
+    /// True if the selector selects this domain.
     pub fn means(&self, domain: &SeenDomain) -> bool {
         match self {
             Selector::Name(name) => name == domain.name.as_str(),
@@ -71,7 +75,8 @@ impl Selector {
     }
 }
 
-/// Whether `pattern` is all of `text`; `*` is any run of characters, `?` is one. Takes at most their lengths multiplied.
+/// Whether `pattern` is all of `text`; `*` is any run of characters, `?` is one. Takes at most their lengths
+/// multiplied.
 fn glob(pattern: &str, text: &str) -> bool {
     let (pattern, text): (Vec<char>, Vec<char>) = (pattern.chars().collect(), text.chars().collect());
     let (mut p, mut t) = (0, 0);
@@ -99,7 +104,9 @@ fn glob(pattern: &str, text: &str) -> bool {
 /// A domain of this host, as far as policies ask.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SeenDomain {
+    /// Name of the domain, which names and patterns of a policy are compared with.
     pub name: DomainName,
+    /// UUID of the domain, which stays if the domain is renamed.
     pub uuid: DomainUuid,
     /// Words in its metadata.
     pub tags: Vec<String>,
@@ -110,17 +117,19 @@ pub struct SeenDomain {
 pub struct Pair {
     /// Index of the policy.
     pub policy: usize,
+    /// Domain that the policy selects.
     pub domain: SeenDomain,
     /// The target's name in the configuration.
     pub target: String,
 }
 
+/// Which domain goes to which target, and what is wrong with that.
 #[derive(Debug, Default)]
 pub struct Selection {
     /// Each (domain, target) once.
     pub pairs: Vec<Pair>,
-    /// Domains that two policies mean for one target. The policy that comes first keeps them, so that they do not go without
-    /// a replica until somebody has read this.
+    /// Domains that two policies mean for one target. The policy that comes first keeps them, so that they do not go
+    /// without a replica until somebody has read this.
     pub clashes: Vec<Error>,
     /// Names and UUIDs (index of the policy) that are no domain of this host. A pattern or a tag may mean nobody.
     pub unmatched: Vec<(usize, Selector)>,
@@ -131,6 +140,7 @@ pub struct Selection {
 pub struct SeenReplica {
     /// The domain it is of; a source's tags do not travel.
     pub domain: SeenDomain,
+    /// Directory of the store that has the replica.
     pub store: PathBuf,
 }
 
@@ -139,8 +149,8 @@ pub fn store_url(store: &Path) -> String {
     format!("local:{}", store.display())
 }
 
-/// Who goes where. `urls`: the target's URL by its name; two names of one URL are one target. Policies of a target: which
-/// replicas they mean.
+/// Who goes where. `urls`: the target's URL by its name; two names of one URL are one target. Policies of a target:
+/// which replicas they mean.
 pub fn select(
     policies: &[Policy],
     domains: &[SeenDomain],

@@ -1,4 +1,5 @@
-//! Years of replication in a moment: schedules, admission and retries together, with hundreds of domains and a made-up clock.
+//! Years of replication in a moment: schedules, admission and retries together, with hundreds of domains and a made-up
+//! clock.
 
 use super::admission::{Caps, Running, Waiting, admit};
 use super::retry::{Retry, delay};
@@ -186,7 +187,8 @@ fn seed() -> u64 {
     seed
 }
 
-/// Three hundred domains, two targets, two years through four changes of the clock: everybody within his RPO, all the time.
+/// Three hundred domains, two targets, two years through four changes of the clock: everybody within his RPO, all the
+/// time.
 #[test]
 fn years_of_many_domains_stay_within_their_rpo() {
     let mut s = Simulation::new(seed(), 4, &[("dr1", 3), ("vault", 2)]);
@@ -258,7 +260,8 @@ fn a_target_that_is_away_is_not_hammered() {
     let before: u64 = s.pairs.iter().map(|p| p.runs).sum();
     s.run_days(1);
     let attempts = s.pairs.iter().map(|p| p.runs).sum::<u64>() - before;
-    // At most every quarter of an hour (half of the longest wait) once the waits have grown; 288 a day would be its slots.
+    // At most every quarter of an hour (half of the longest wait) once the waits have grown; 288 a day would be its
+    // slots.
     assert!(attempts / 40 <= 110, "{} attempts a domain in a day", attempts / 40);
     s.fails_one_in = 0;
     let back = s.now;

@@ -1,7 +1,7 @@
 //! Blackout windows: hours of the week in which no run is begun. Pure: the time zone and the time are arguments.
 //!
-//! A window is a clock's on the wall: from 08:00 to 18:00 means what the clock of the policy's time zone shows, also on days
-//! of 23 and 25 hours. An hour that a clock set back repeats is in the window both times.
+//! A window is a clock's on the wall: from 08:00 to 18:00 means what the clock of the policy's time zone shows, also on
+//! days of 23 and 25 hours. An hour that a clock set back repeats is in the window both times.
 
 use jiff::civil::{DateTime, Time, Weekday};
 use jiff::tz::TimeZone;
@@ -47,25 +47,35 @@ impl Serialize for Minute {
     }
 }
 
+/// A day of the week.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Day {
+    /// Monday.
     Mon,
+    /// Tuesday.
     Tue,
+    /// Wednesday.
     Wed,
+    /// Thursday.
     Thu,
+    /// Friday.
     Fri,
+    /// Saturday.
     Sat,
+    /// Sunday.
     Sun,
 }
 
 impl Day {
+    /// All days, Monday first.
     pub const ALL: [Day; 7] = [Day::Mon, Day::Tue, Day::Wed, Day::Thu, Day::Fri, Day::Sat, Day::Sun];
 
     fn of(weekday: Weekday) -> Day {
         Day::ALL[weekday.to_monday_zero_offset() as usize]
     }
 
+    /// The day as policies write it: three letters in lower case.
     pub fn word(self) -> &'static str {
         ["mon", "tue", "wed", "thu", "fri", "sat", "sun"][self as usize]
     }
@@ -75,8 +85,11 @@ impl Day {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Window {
+    /// Time of day at which the window begins.
     pub from: Minute,
+    /// Time of day at which the window ends.
     pub to: Minute,
+    /// Days on which the window begins; every day if the document names none.
     #[serde(default = "every_day")]
     pub days: Vec<Day>,
 }
@@ -207,7 +220,8 @@ mod tests {
         opens(&["08:00-12:00", "11:00-13:00"], berlin, "2026-11-25T10:30:00Z", "2026-11-25T12:00:00Z");
     }
 
-    /// 2026-03-29: 02:00 becomes 03:00 in Berlin at 01:00 UTC. 2026-11-01: 02:00 becomes 01:00 in New York at 06:00 UTC.
+    /// 2026-03-29: 02:00 becomes 03:00 in Berlin at 01:00 UTC. 2026-11-01: 02:00 becomes 01:00 in New York at 06:00
+    /// UTC.
     #[test]
     fn clocks_that_are_set_do_not_lose_a_window() {
         opens(&["01:00-02:30"], "Europe/Berlin", "2026-03-29T00:30:00Z", "2026-03-29T01:00:00Z");

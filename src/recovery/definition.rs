@@ -1,9 +1,10 @@
-//! From the definition that travels with a point to one that can be started here. Pure: XML and wishes in, XML and remarks
-//! out.
+//! From the definition that travels with a point to one that can be started here. Pure: XML and wishes in, XML and
+//! remarks out.
 //!
-//! The XML is a stranger's: it may name any file, device, program or network of this host. So nothing of it is spliced into
-//! what is defined here. Elements on the allow-list are written anew, value by value; whatever reaches the host (disks, networks,
-//! emulator, firmware, consoles) is put in by us; all the rest is left out, with a reason, or refused.
+//! The XML is a stranger's: it may name any file, device, program or network of this host. So nothing of it is spliced
+//! into what is defined here. Elements on the allow-list are written anew, value by value; whatever reaches the host
+//! (disks, networks, emulator, firmware, consoles) is put in by us; all the rest is left out, with a reason, or
+//! refused.
 //!
 //! Invariants
 //! - No path in the result comes from the source but through the operator's mapping.
@@ -43,11 +44,15 @@ const DEPTH_MAX: usize = 32;
 /// What is put in the place of what the source had.
 #[derive(Debug, Clone)]
 pub struct Wish<'a> {
+    /// Name in the new definition. A drill uses a name of its own.
     pub name: DomainName,
+    /// UUID in the new definition. A drill uses a UUID of its own.
     pub uuid: DomainUuid,
     /// Every disk of the point, with the qcow2 image that the guest is to write to.
     pub disks: &'a [(DiskName, PathBuf)],
+    /// Where the network interfaces are attached: by the mapping, or all to one isolated network.
     pub nics: Nics,
+    /// Whether the interfaces keep the source's MAC addresses or get new ones.
     pub macs: Macs,
     /// The first serial line writes to this file; without it, it is a terminal of libvirt's (`virsh console`).
     pub console: Option<PathBuf>,
@@ -66,8 +71,10 @@ pub enum Nics {
     Isolated(String),
 }
 
+/// Which MAC addresses the interfaces of the new definition get.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Macs {
+    /// Each interface keeps its MAC address from the source.
     Keep,
     /// Made of these random bits, different for each interface.
     New(u64),
@@ -77,15 +84,23 @@ pub enum Macs {
 #[derive(Debug, Clone)]
 pub struct Definition {
     xml: String,
+    /// Domain type, architecture and machine type in the new definition; this host's QEMU must support them.
     pub machine: Machine,
     /// The model that the guest's processor has to have; `None`: one of the host's choice, or the host's own.
     pub cpu: Option<String>,
+    /// Memory of the guest in bytes; 0 if the source's definition gives no usable size.
     pub memory_bytes: u64,
+    /// Number of virtual processors of the guest; 1 if the source's definition gives no usable number.
     pub vcpus: u64,
+    /// Networks and bridges of this host that the interfaces use, each listed once.
     pub attached: Vec<Attach>,
+    /// MAC addresses in the new definition, in lower case. An interface whose address libvirt chooses has none here.
     pub macs: Vec<String>,
+    /// The guest boots with UEFI firmware.
     pub uefi: bool,
+    /// The source's definition asks for secure boot. Only set together with `uefi`.
     pub secure_boot: bool,
+    /// The emulated TPM of the new definition. `None`: the definition has none.
     pub tpm: Option<Tpm>,
     /// It has a channel for the guest agent.
     pub guest_agent: bool,
@@ -97,6 +112,7 @@ pub struct Definition {
     pub unmapped: Vec<String>,
     /// The disk that the guest boots from, if it boots from a disk. It may be in no point.
     pub boot_disk: Option<DiskName>,
+    /// Elements of the source's definition that did not come through unchanged, each with the reason.
     pub remarks: Vec<Remark>,
     /// Paths of the elements that came through by their rule: what could be left out, if libvirt refuses it.
     written: Vec<String>,
@@ -105,6 +121,7 @@ pub struct Definition {
 /// An emulated TPM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tpm {
+    /// Version of the TPM, 1.2 or 2.0.
     pub version: TpmVersion,
     /// Its state comes with the point.
     pub state: bool,
@@ -152,8 +169,8 @@ pub fn render(xml: &str, wish: &Wish, mapping: &Mapping) -> Result<Definition> {
     render_for(xml, wish, mapping, &Limits::default())
 }
 
-/// Reads the source's definition and writes the one for this host. An error: it is no domain's XML. What cannot be used of
-/// it, and what was left out, is in the remarks.
+/// Reads the source's definition and writes the one for this host. An error: it is no domain's XML. What cannot be used
+/// of it, and what was left out, is in the remarks.
 pub fn render_for(xml: &str, wish: &Wish, mapping: &Mapping, limits: &Limits) -> Result<Definition> {
     if xml.len() > DEFINITION_MAX {
         let what = format!("the definition has {} bytes; at most {DEFINITION_MAX} are read", xml.len());

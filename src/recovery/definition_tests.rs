@@ -1,6 +1,6 @@
-//! The allow-list against strangers: `tests/fixtures/definitions/hostile/` has a definition for every way that is known of
-//! reaching a host. Whatever is dangerous in them is marked with the word `canary`, which must not come through; beside each
-//! lies what is said about it. `VIRT_REPLICA_BLESS=1` writes those files anew.
+//! The allow-list against strangers: `tests/fixtures/definitions/hostile/` has a definition for every way that is known
+//! of reaching a host. Whatever is dangerous in them is marked with the word `canary`, which must not come through;
+//! beside each lies what is said about it. `VIRT_REPLICA_BLESS=1` writes those files anew.
 
 use super::*;
 use crate::hypervisor::xml;

@@ -1,14 +1,15 @@
-//! Gives a domain that was brought up here, for good, images of its own: what its overlays have only by the point is copied into
-//! them, while the guest works, or to raw images ([`raw`]). Then the point is free, and the replica takes runs again from whoever
-//! is of this generation.
+//! Gives a domain that was brought up here, for good, images of its own: what its overlays have only by the point is
+//! copied into them, while the guest works, or to raw images ([`raw`]). Then the point is free, and the replica takes
+//! runs again from whoever is of this generation.
 //!
 //! Invariants
-//! - The guest writes to the same images, under the same names, from beginning to end: no crash can bring back an older one.
-//!   Raw ones excepted, which have rules of their own for that.
-//! - The point stays leased until every image stands alone, durably (g3 before g4). QEMU changes an image's header before its
-//!   tables are safe, so an image that names no backing image is believed only after it was flushed by the very QEMU that copied
-//!   it; otherwise it gets its point back first, which it then covers again.
-//! - Every step may be done twice. Whatever dies, the same command goes on from the record, and copying goes on in QEMU meanwhile.
+//! - The guest writes to the same images, under the same names, from beginning to end: no crash can bring back an older
+//!   one. Raw ones excepted, which have rules of their own for that.
+//! - The point stays leased until every image stands alone, durably (g3 before g4). QEMU changes an image's header
+//!   before its tables are safe, so an image that names no backing image is believed only after it was flushed by the
+//!   very QEMU that copied it; otherwise it gets its point back first, which it then covers again.
+//! - Every step may be done twice. Whatever dies, the same command goes on from the record, and copying goes on in QEMU
+//!   meanwhile.
 //!
 //! Steps: docs/recovery.md.
 
@@ -34,10 +35,13 @@ const LOOK: Duration = Duration::from_millis(500);
 
 /// What is needed of the world.
 pub struct Ports<'a> {
+    /// QEMU's jobs that copy a backing image into the overlay above it.
     pub flattening: &'a dyn Flattening,
+    /// QEMU's jobs that copy a disk to another image. Used for disks that become raw.
     pub relocating: &'a dyn Relocating,
     /// A dead-man for the domain.
     pub guard: &'a dyn Fn() -> Result<Box<dyn PauseGuard>>,
+    /// The domain's replica in this host's store. It is told when the domain needs its point no longer.
     pub replica: &'a dyn Promoting,
     /// Told what is done now, in words.
     pub say: &'a dyn Fn(&str),
@@ -50,6 +54,7 @@ pub struct Ports<'a> {
 pub struct Request {
     /// That of this host.
     pub generation: Generation,
+    /// Most bytes that QEMU copies in one second. `None`: no limit.
     pub rate_bytes: Option<u64>,
     /// See [`raw::disks`].
     pub raw: Vec<DiskName>,
@@ -58,6 +63,7 @@ pub struct Request {
 /// What was done.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Detached {
+    /// Record of the failover at stage `Detached`, as it stood before it was closed.
     pub record: FailoverRecord,
     /// Where an image may be a mixture, and why.
     pub warnings: Vec<String>,
@@ -74,9 +80,12 @@ pub struct Seen {
     pub runs: Option<Instanced>,
 }
 
+/// Whether the running QEMU is the one that was recorded when the copying began.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Instanced {
+    /// The domain still runs in the recorded QEMU instance.
     AsRecorded,
+    /// The domain runs in another QEMU instance: it was restarted after the record was written.
     Another,
 }
 
@@ -93,8 +102,9 @@ pub enum Step {
     Flush,
     /// The same, and say that nobody knows whether its tables had been complete.
     FlushInDoubt,
-    /// Its tables may not be complete: it gets the point below it again. That is harmless where they are: what the guest wrote,
-    /// zeroed or discarded since is marked in them (QEMU marks a discarded cluster as zeros), and covers the point.
+    /// Its tables may not be complete: it gets the point below it again. That is harmless where they are: what the
+    /// guest wrote, zeroed or discarded since is marked in them (QEMU marks a discarded cluster as zeros), and covers
+    /// the point.
     Reattach,
 }
 
@@ -111,9 +121,9 @@ pub fn step(seen: Seen) -> Step {
     }
 }
 
-/// Goes on until every disk stands alone and the replica is free, durably. Blocks as long as there is data to copy, at most
-/// `rate_bytes` in a second. `held`: the point; not needed once the record says [`Stage::Detached`]. `stop`: a signal came; QEMU
-/// goes on to copy what it copies.
+/// Goes on until every disk stands alone and the replica is free, durably. Blocks as long as there is data to copy, at
+/// most `rate_bytes` in a second. `held`: the point; not needed once the record says [`Stage::Detached`]. `stop`: a
+/// signal came; QEMU goes on to copy what it copies.
 pub fn run(
     ports: &Ports,
     state: &FailoverState,

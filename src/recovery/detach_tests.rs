@@ -386,7 +386,8 @@ fn to_raw_with_a_qemu_that_dies_after_any_verb_no_old_image_comes_back() {
         bench.world.inner.lock().unwrap().forgetful = true;
         bench.run_raw(Some(verbs)).unwrap_err();
         let mut inner = bench.world.inner.lock().unwrap();
-        // By its definition, with what there is under that name; the guest has run on since if nothing says that it was held.
+        // By its definition, with what there is under that name; the guest has run on since if nothing says that it was
+        // held.
         (inner.id, inner.copy, inner.live_raw, inner.held) = (None, None, false, false);
         drop(inner);
         bench.release();

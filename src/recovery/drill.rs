@@ -1,9 +1,9 @@
-//! A drill: a throw-away copy of a point is booted under another name, UUID and MAC addresses, on a network that leads nowhere,
-//! until there is evidence that it works. Then nothing is left of it but the report.
+//! A drill: a throw-away copy of a point is booted under another name, UUID and MAC addresses, on a network that leads
+//! nowhere, until there is evidence that it works. Then nothing is left of it but the report.
 //!
 //! Invariants
-//! - What is made is in the record before it is made (d1): whatever dies, [`settle`] finds it. The normal end is the same
-//!   function.
+//! - What is made is in the record before it is made (d1): whatever dies, [`settle`] finds it. The normal end is the
+//!   same function.
 //! - The point is leased while its images are read, and none of them is written to (I20): the report has the proof.
 //! - The copy leaves no definition behind: it ends with its QEMU, and is never started by itself.
 //!
@@ -43,15 +43,21 @@ const TAIL_KEPT: u64 = 4 << 20;
 
 /// What is to be drilled, and what is to be seen.
 pub struct Request<'a> {
+    /// Id of the drill. Its directories, its network and its copy are named after it.
     pub id: RunId,
     /// Of the throw-away copy.
     pub drill_uuid: DomainUuid,
+    /// Name of the replicated domain that is drilled.
     pub domain: DomainName,
+    /// UUID of the replicated domain that is drilled.
     pub uuid: DomainUuid,
+    /// Evidence to wait for. The drill passes only if every probe succeeds in time.
     pub probes: Vec<Probe>,
     /// How long the evidence may take, from the start of the copy.
     pub within: Duration,
+    /// State directory of the program on this host.
     pub state: &'a Path,
+    /// The mapping of this host, from `recovery.yaml`.
     pub mapping: &'a Mapping,
     /// Random bits for MAC addresses.
     pub bits: u64,
@@ -59,7 +65,9 @@ pub struct Request<'a> {
 
 /// What a drill needs of the world.
 pub struct Ports<'a> {
+    /// This host's libvirt, for starting, watching and ending the copy.
     pub machines: &'a dyn Machines,
+    /// Gives the current time of this host.
     pub clock: &'a dyn Fn() -> Timestamp,
     /// Bytes that are free in a directory; `None`: there is none.
     pub room: &'a dyn Fn(&Path) -> Option<u64>,
@@ -72,13 +80,21 @@ pub struct Ports<'a> {
 pub struct Report {
     /// Version of this document: 1.
     pub format: u32,
+    /// Id of the drill.
     pub id: RunId,
+    /// Name of the replicated domain that was drilled.
     pub domain: DomainName,
+    /// UUID of the replicated domain that was drilled.
     pub uuid: DomainUuid,
+    /// Recovery point that the copy was booted from.
     pub point: PointId,
+    /// When the disks of that point stood still at the source.
     pub frozen_at: Timestamp,
+    /// Name of the throw-away copy.
     pub drill_domain: DomainName,
+    /// When the drill began, by this host's clock.
     pub started_at: Timestamp,
+    /// Whether the drill passed.
     pub outcome: Outcome,
     /// From the beginning of the drill to the last evidence; absent if any is missing.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -86,7 +102,9 @@ pub struct Report {
     /// Until the copy was started.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub start_ms: Option<u64>,
+    /// Milliseconds from the beginning of the drill until the copy was removed.
     pub duration_ms: u64,
+    /// One entry for each probe of the request, in the same order.
     pub evidence: Vec<Evidence>,
     /// The point's images are the same files as before, of the same length, written at the same time.
     pub point_untouched: bool,
@@ -94,25 +112,33 @@ pub struct Report {
     pub console_tail: String,
     /// Directory of the files that are kept: this report, the console, the picture.
     pub kept: PathBuf,
+    /// A screenshot of the guest was kept as `screen` in the directory `kept`.
     pub picture: bool,
+    /// Elements of the source's definition that the copy does without or has otherwise.
     pub remarks: Vec<Remark>,
     /// Everything that was made for the drill is gone.
     pub cleaned: bool,
+    /// Why the drill failed, with all causes. `None`: it passed.
     pub error: Option<String>,
+    /// Kind of the error in `error`. `None`: the drill passed.
     pub error_kind: Option<Kind>,
 }
 
+/// Result of a drill.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
     /// All evidence was there in time, and nothing is left.
     Passed,
+    /// The copy did not start, evidence is missing, the point's images were written to, or the copy could not be
+    /// removed.
     Failed,
 }
 
 /// What became of one probe.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Evidence {
+    /// The probe as the operator writes it, for example `tcp:192.0.2.10/24:22`.
     pub probe: String,
     /// From the beginning of the drill until it was seen; absent: it never was.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -129,8 +155,8 @@ struct Drill<'a> {
     since: Instant,
 }
 
-/// Drills the point that is held. An error: nothing was made. From then on how it went is in the report, which is kept, and
-/// the copy is gone with all that was made for it, or is in a record that the next drill settles.
+/// Drills the point that is held. An error: nothing was made. From then on how it went is in the report, which is kept,
+/// and the copy is gone with all that was made for it, or is in a record that the next drill settles.
 pub fn run(ports: &Ports, request: &Request, held: &mut dyn Held, stop: &AtomicBool) -> Result<Report> {
     let since = Instant::now();
     let (record, definition, qemu_uid) = prepare(ports, request, held)?;

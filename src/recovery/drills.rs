@@ -1,5 +1,6 @@
-//! The state of drills on this host: `STATE/recovery/drills/ID/` holds `lock` (held as long as the drill's process lives),
-//! `record.json` (until everything of it is gone), and what stays as proof: `report.json`, `console.log`, `screen`, `script.log`.
+//! The state of drills on this host: `STATE/recovery/drills/ID/` holds `lock` (held as long as the drill's process
+//! lives), `record.json` (until everything of it is gone), and what stays as proof: `report.json`, `console.log`,
+//! `screen`, `script.log`.
 //!
 //! A record without the holder of its lock is a drill that was cut short: whoever meets it settles it.
 //! Format: docs/formats/recovery.md.
@@ -18,6 +19,7 @@ use std::path::{Path, PathBuf};
 const KEPT_MAX: usize = 200;
 
 const RECORD: &str = "record.json";
+/// Name of the report's file in the directory of a drill.
 pub const REPORT: &str = "report.json";
 
 /// What a drill has made, or was about to make.
@@ -25,17 +27,23 @@ pub const REPORT: &str = "report.json";
 pub struct DrillRecord {
     /// Version of this document: 1.
     pub format: u32,
+    /// Id of the drill.
     pub id: RunId,
+    /// Name of the replicated domain that is drilled.
     pub domain: DomainName,
+    /// UUID of the replicated domain that is drilled.
     pub uuid: DomainUuid,
+    /// Recovery point that the copy reads.
     pub point: PointId,
     /// The throw-away domain.
     pub drill_domain: DomainName,
+    /// UUID of the throw-away domain. The cleanup ends the domain with this UUID.
     pub drill_uuid: DomainUuid,
     /// Its network, if it is on any.
     pub network: Option<String>,
     /// Its overlays.
     pub dir: PathBuf,
+    /// When the drill began, by this host's clock.
     pub started_at: Timestamp,
 }
 
@@ -64,6 +72,7 @@ pub fn dir_name(id: &RunId) -> String {
 /// One drill's state, with its lock held. Released when dropped, also by `kill -9`.
 #[derive(Debug)]
 pub struct DrillState {
+    /// Directory of this drill: `STATE/recovery/drills/ID`.
     pub dir: PathBuf,
     _lock: Flock,
 }
@@ -81,6 +90,8 @@ impl DrillState {
         Ok(locked_dir::lock(&dir)?.map(|lock| DrillState { dir, _lock: lock }))
     }
 
+    /// Reads the record of the drill. `None`: nothing is left to clean up. Fails with `Corrupt` if the record names a
+    /// directory that is not this drill's.
     pub fn record(&self) -> Result<Option<DrillRecord>> {
         let path = self.dir.join(RECORD);
         read_json::<DrillRecord>(&path)?.map(|r| r.check(&path)).transpose()

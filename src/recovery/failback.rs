@@ -1,13 +1,15 @@
-//! The way home: a domain that was brought up on this host goes back to where it came from, or on to any other host that has an
-//! old copy of it. What the home still has gives way first, so that only what differs is sent, then the domain is handed over
-//! as in every planned failover, and in the end this host is its target again.
+//! The way home: a domain that was brought up on this host goes back to where it came from, or on to any other host
+//! that has an old copy of it. What the home still has gives way first, so that only what differs is sent, then the
+//! domain is handed over as in every planned failover, and in the end this host is its target again.
 //!
 //! Invariants
 //! - Who loses is said beforehand: the home's old content. It stays as a pinned point of the home's store (k1 to k3).
 //! - Home is asked first whether it could bring up the domain as it is here now: a home that is not ready keeps what it
 //!   has.
-//! - Nothing here is thrown away before the home has committed (k4 before k5): until then the handover can be called off.
-//! - Every step may be done twice. Whatever dies, the same command goes on from what the home says, and from the records.
+//! - Nothing here is thrown away before the home has committed (k4 before k5): until then the handover can be called
+//!   off.
+//! - Every step may be done twice. Whatever dies, the same command goes on from what the home says, and from the
+//!   records.
 //!
 //! Steps: docs/recovery.md.
 
@@ -36,6 +38,7 @@ pub struct Ports<'a> {
 /// How it went.
 #[derive(Debug, Clone)]
 pub struct CameHome {
+    /// Report of the planned failover that brought the domain home.
     pub handover: handover::Report,
     /// The point that holds what the home had; absent if it had nothing, or gave way in an earlier attempt.
     pub old: Option<PointId>,
@@ -43,8 +46,8 @@ pub struct CameHome {
     pub generation: Option<Generation>,
 }
 
-/// Brings the domain home. Durable when it returns. `keep_undo`: the home does not commit, and this host keeps what it has.
-/// Blocks for as long as a first copy of the home's disks, and the runs, take.
+/// Brings the domain home. Durable when it returns. `keep_undo`: the home does not commit, and this host keeps what it
+/// has. Blocks for as long as a first copy of the home's disks, and the runs, take.
 pub fn run(ports: &Ports, keep_undo: bool) -> Result<CameHome> {
     let home = (ports.home)()?;
     let standing = home.state()?;

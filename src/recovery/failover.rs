@@ -1,11 +1,11 @@
-//! An unplanned failover: the domain is brought up on this host from a point, because its source is gone. The way back is to
-//! undo it, which loses what the guest wrote here, or to commit it, which makes this the truth.
+//! An unplanned failover: the domain is brought up on this host from a point, because its source is gone. The way back
+//! is to undo it, which loses what the guest wrote here, or to commit it, which makes this the truth.
 //!
 //! Invariants
-//! - The replica refuses its source durably (f2) before the guest can start here (f6), and until it cannot run here any more
-//!   (f9): at no time may both sides write.
-//! - The guest writes to overlays, never to a point (I20). Its overlays are made anew only as long as it was never started: the
-//!   record says `made` (f4) before anything can start it, and from then on they are kept.
+//! - The replica refuses its source durably (f2) before the guest can start here (f6), and until it cannot run here any
+//!   more (f9): at no time may both sides write.
+//! - The guest writes to overlays, never to a point (I20). Its overlays are made anew only as long as it was never
+//!   started: the record says `made` (f4) before anything can start it, and from then on they are kept.
 //! - Every step may be done twice. Whatever dies, the same command goes on from the record.
 //!
 //! Steps: docs/recovery.md.
@@ -57,8 +57,8 @@ fn is_dir_name(uuid: &DomainUuid, name: &OsStr) -> bool {
     rest.is_some_and(|rest| rest.is_empty() || rest.strip_prefix('.').is_some_and(|n| n.parse::<u32>().is_ok()))
 }
 
-/// Where in `images` the overlays of a failover that was not begun yet would lie: images of an earlier one that a domain was
-/// given for its own ([`detach`](super::detach)) may lie there still.
+/// Where in `images` the overlays of a failover that was not begun yet would lie: images of an earlier one that a
+/// domain was given for its own ([`detach`](super::detach)) may lie there still.
 pub fn free_dir(images: &Path, uuid: &DomainUuid) -> PathBuf {
     let mut dirs = (1..).map(|n| images.join(dir_name(uuid, n)));
     dirs.find(|dir| fs::symlink_metadata(dir).is_err()).expect("numbers do not end before directories do")
@@ -82,12 +82,14 @@ impl FailoverState {
         Ok(FailoverState { state: state.to_owned(), dir, _lock: lock })
     }
 
+    /// Reads the record of the failover. `None`: there is no failover of this domain. Fails with `Protocol` for
+    /// another version and `Corrupt` for a wrong directory.
     pub fn record(&self) -> Result<Option<FailoverRecord>> {
         peek_in(&self.dir)
     }
 
-    /// Refuses every order of this handover from now on; durable when it returns. Whoever holds the lock at the same time as
-    /// such an order has seen it, or will be seen by it.
+    /// Refuses every order of this handover from now on; durable when it returns. Whoever holds the lock at the same
+    /// time as such an order has seen it, or will be seen by it.
     pub fn call_off(&self, handover: &RunId) -> Result<()> {
         if self.is_called_off(handover)? {
             return Ok(());
@@ -100,6 +102,7 @@ impl FailoverState {
         replace_json(&self.dir, CALLED_OFF, &all)
     }
 
+    /// Says whether this handover was called off here. Only the newest 64 are remembered.
     pub fn is_called_off(&self, handover: &RunId) -> Result<bool> {
         let all = read_json::<CalledOff>(&self.dir.join(CALLED_OFF))?;
         Ok(all.is_some_and(|all| all.handovers.contains(handover)))
@@ -165,9 +168,13 @@ pub fn left_behind(state: &Path) -> Result<Vec<FailoverRecord>> {
 
 /// What a failover needs of the world.
 pub struct Ports<'a> {
+    /// This host's libvirt, for defining, starting and ending the domain.
     pub machines: &'a dyn Machines,
+    /// The domain's replica in this host's store. It refuses the source while the domain is promoted.
     pub replica: &'a dyn Promoting,
+    /// Sets whether libvirt starts the domain with the host.
     pub custody: &'a dyn Custody,
+    /// Gives the current time of this host.
     pub clock: &'a dyn Fn() -> Timestamp,
     /// Told what is done now, in words.
     pub say: &'a dyn Fn(&str),
@@ -175,10 +182,16 @@ pub struct Ports<'a> {
 
 /// What is brought up, and where its overlays go.
 pub struct Plan<'a> {
+    /// Name that the domain has here.
     pub domain: &'a DomainName,
+    /// UUID that the domain has here.
     pub uuid: &'a DomainUuid,
+    /// Directory for the overlays of a new failover. A failover that has begun keeps the directory in its record.
     pub dir: PathBuf,
+    /// Definition that is given to libvirt. The failover fails with `Refused` if the definition has refused elements.
     pub definition: &'a Definition,
+    /// Autostart and disk format for a new failover. A failover that has begun keeps its own, unless it moves to a
+    /// newer point.
     pub wanted: Wanted,
 }
 
@@ -257,8 +270,8 @@ pub fn run(ports: &Ports, state: &FailoverState, plan: &Plan, held: &dyn Held) -
     ports.machines.start(plan.uuid)?;
     failpoint!("f6");
     if record.stage == Stage::Made {
-        // Before the record: whoever finds it running has this done as well. A boot of this host before the undoing is done
-        // (f9 takes it away with the definition) starts what is ended again; its source is refused all the while.
+        // Before the record: whoever finds it running has this done as well. A boot of this host before the undoing is
+        // done (f9 takes it away with the definition) starts what is ended again; its source is refused all the while.
         if record.wanted.autostart {
             match ports.custody.set_autostart(plan.uuid, true) {
                 // It runs: that counts for more.

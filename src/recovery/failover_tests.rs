@@ -1,5 +1,5 @@
-//! A failover broken off at every step, in every order, against a host and a replica of the test's making: at no time may the
-//! guest run here while its source is let in, and no overlay that it may have written to is made anew.
+//! A failover broken off at every step, in every order, against a host and a replica of the test's making: at no time
+//! may the guest run here while its source is let in, and no overlay that it may have written to is made anew.
 
 use super::*;
 use crate::hypervisor::departure::Asking;
@@ -309,8 +309,8 @@ fn without_an_order_it_starts_with_its_new_host_if_the_point_says_so() {
         bench.run_wanted(None, 1, &Wanted::of(point.point())).unwrap();
         assert_eq!(bench.starts_with_host(), starts, "{said:?}");
     }
-    // What was recorded with a point that was passed by is not held against the one that took its place; an order for this
-    // very point is kept to.
+    // What was recorded with a point that was passed by is not held against the one that took its place; an order for
+    // this very point is kept to.
     for (point, starts) in [(2, false), (1, true)] {
         let bench = Bench::new();
         assert!(bench.run(Some(0), 1).is_err(), "the record is there, and nothing else");

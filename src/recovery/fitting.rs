@@ -16,7 +16,9 @@ const QUESTIONS_MAX: usize = 120;
 /// A definition for this host, and what both of them are judged by.
 #[derive(Debug, Clone)]
 pub struct Fitted {
+    /// Definition for this host, without the elements that its libvirt refuses.
     pub definition: Definition,
+    /// Capabilities, networks, domains and memory of this host, as libvirt told them.
     pub host: HostView,
     /// libvirt's words, why it would not start it; `None` also where nothing could be asked, which other findings
     /// tell.

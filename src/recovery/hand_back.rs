@@ -1,5 +1,5 @@
-//! The end of a stay: a domain that was brought up on this host has been handed on, and lives where it was handed to. What it
-//! wrote here went with it; its overlays go, and the replica is open for its new home.
+//! The end of a stay: a domain that was brought up on this host has been handed on, and lives where it was handed to.
+//! What it wrote here went with it; its overlays go, and the replica is open for its new home.
 //!
 //! Invariants
 //! - The caller has it from the new home, durably, that the domain is there for good: its generation is the proof.
@@ -15,8 +15,8 @@ use crate::hypervisor::Power;
 use crate::name::Generation;
 use crate::recovery::record::Stage;
 
-/// Durable when it returns. No error where the domain reads no point here (any more): then it has images of its own, which stay.
-/// `generation`: that of the new home.
+/// Durable when it returns. No error where the domain reads no point here (any more): then it has images of its own,
+/// which stay. `generation`: that of the new home.
 pub fn run(ports: &Ports, state: &FailoverState, generation: Generation) -> Result<()> {
     let Some(mut record) = state.record()? else {
         return Ok(());

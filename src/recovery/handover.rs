@@ -1,11 +1,11 @@
-//! A planned failover, at the source: the guest goes down cleanly, what is left is sent, the target brings it up. Nothing is lost,
-//! and nothing runs twice.
+//! A planned failover, at the source: the guest goes down cleanly, what is left is sent, the target brings it up.
+//! Nothing is lost, and nothing runs twice.
 //!
 //! Invariants
-//! - From the moment the target may have been asked (h5) the domain is started here only after the target has said, durably,
-//!   that it called that off (h9). An answer that was lost is asked for again, and never guessed (I15, I16).
-//! - What the target is asked to bring up was sealed while the guest was off (h4), by this very process: whoever goes on with
-//!   the record of another sends again, since nobody watched in between.
+//! - From the moment the target may have been asked (h5) the domain is started here only after the target has said,
+//!   durably, that it called that off (h9). An answer that was lost is asked for again, and never guessed (I15, I16).
+//! - What the target is asked to bring up was sealed while the guest was off (h4), by this very process: whoever goes
+//!   on with the record of another sends again, since nobody watched in between.
 //! - Until it was asked, whatever fails puts the domain back as it was: started, if it ran; autostart as it was.
 //! - Every step may be done twice. Whatever dies, the same command goes on from the record.
 //!
@@ -32,13 +32,16 @@ use std::time::Duration;
 /// How long a target that does not answer, or is at work, is asked again.
 const ASK_WITHIN: Duration = Duration::from_secs(120);
 const ASK_EVERY: Duration = Duration::from_secs(2);
-/// How often is looked whether the guest is off, and how often its power button is pressed: one that boots does not hear it.
+/// How often is looked whether the guest is off, and how often its power button is pressed: one that boots does not
+/// hear it.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 const PRESS_EVERY: Duration = Duration::from_secs(15);
 
 /// What a handover needs of the world.
 pub struct Ports<'a> {
+    /// The source's libvirt, for shutting the domain down and starting it again.
     pub machines: &'a dyn Machines,
+    /// Sets the domain's autostart and its handover mark in libvirt at the source.
     pub custody: &'a dyn Custody,
     /// Looks at the domain.
     pub look: &'a dyn Fn() -> Result<Look>,
@@ -51,7 +54,9 @@ pub struct Ports<'a> {
     pub head: &'a dyn Fn() -> Result<Option<Timestamp>>,
     /// The target; connects anew where the last connection has broken.
     pub there: &'a dyn Fn() -> Result<Box<dyn BringUp>>,
+    /// Gives the current time of this host.
     pub clock: &'a dyn Fn() -> Timestamp,
+    /// Waits for this time.
     pub sleep: &'a dyn Fn(Duration),
     /// Told what is done now, in words.
     pub say: &'a dyn Fn(&str),
@@ -62,26 +67,35 @@ pub struct Ports<'a> {
 /// A domain, as far as it decides whether it can be handed over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Look {
+    /// libvirt keeps the domain's definition when the domain is off.
     pub persistent: bool,
+    /// libvirt holds a saved memory image of the domain (`virsh managedsave`).
     pub managed_save: bool,
+    /// The guest agent is connected and can be asked to shut the guest down.
     pub guest_agent: bool,
 }
 
 /// What a run led to.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sent {
+    /// Recovery point that the run sealed.
     pub point: PointId,
+    /// When the disks of the point stood still, by the source's clock.
     pub frozen_at: Timestamp,
     /// It was read as shut off, from its beginning to its end.
     pub off: bool,
+    /// Bytes that the run sent to the target.
     pub bytes: u64,
+    /// Warnings of the run, for the operator.
     pub warnings: Vec<String>,
 }
 
 /// What is asked for.
 #[derive(Debug, Clone)]
 pub struct Request {
+    /// Name of the domain to hand over.
     pub domain: DomainName,
+    /// UUID of the domain to hand over.
     pub uuid: DomainUuid,
     /// The target's canonical URL.
     pub to: String,
@@ -93,7 +107,8 @@ pub struct Request {
     pub force_off: bool,
     /// It is going to be committed there.
     pub commit: bool,
-    /// An older head is brought up to date while the guest works, so that it is down for a short time. Zero: every head is.
+    /// An older head is brought up to date while the guest works, so that it is down for a short time. Zero: every head
+    /// is.
     pub head_age_max: Duration,
     /// What its images are to be there, once they are its own.
     pub disk_format: DiskFormat,
@@ -102,10 +117,15 @@ pub struct Request {
 /// How it went.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
+    /// Name of the domain that was handed over.
     pub domain: DomainName,
+    /// UUID of the domain that was handed over.
     pub uuid: DomainUuid,
+    /// Canonical URL of the target.
     pub to: String,
+    /// Id of the handover.
     pub handover: RunId,
+    /// Recovery point that the target brought the domain up from. `None`: no point is recorded.
     pub point: Option<PointId>,
     /// From the guest's end here to its start there; absent if it did not run.
     pub downtime_ms: Option<f64>,
@@ -113,15 +133,18 @@ pub struct Report {
     pub shutdown_ms: Option<f64>,
     /// From the end to the seal of the last point.
     pub last_run_ms: Option<f64>,
+    /// Bytes that the last run sent, while the guest was off.
     pub last_run_bytes: u64,
     /// It was ended as by a power cut: what it had not flushed is lost.
     pub forced_off: bool,
+    /// Warnings of the runs and of the handover, for the operator.
     pub warnings: Vec<String>,
 }
 
 /// What is known when is decided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Seen {
+    /// Stage of the recorded handover. `None`: no handover is recorded.
     pub stage: Option<Stage>,
     /// It has a QEMU here.
     pub runs: bool,
@@ -136,13 +159,17 @@ pub enum Step {
     Begin,
     /// Let nothing start it by accident.
     Secure,
+    /// Shut the guest down: it still runs, or it was started again before the target was asked.
     ShutDown,
     /// It is off: record it.
     NoteOff,
+    /// Run the last run: the domain is off, and no point of this process holds its final state.
     Send,
     /// Record that the target is going to be asked.
     Commit,
+    /// Ask the target to bring the domain up.
     Ask,
+    /// Nothing is left to do: the domain lives on the target.
     Done,
     /// It runs here, and may run there.
     Both,
@@ -179,7 +206,8 @@ pub enum Verdict {
     Unclear,
 }
 
-/// From the error that came back, and how it stands there afterwards (`None`: it did not say). `first`: no earlier process had asked.
+/// From the error that came back, and how it stands there afterwards (`None`: it did not say). `first`: no earlier
+/// process had asked.
 pub fn judge(error: &Error, first: bool, order: &Order, standing: Option<&Standing>) -> Verdict {
     match error.kind() {
         Kind::Unavailable | Kind::Interrupted | Kind::Busy => return Verdict::Again,
@@ -209,8 +237,8 @@ pub fn writes_may_matter(standing: &Standing) -> bool {
     runs || started
 }
 
-/// Hands the domain over, or goes on where an earlier attempt was left. Returns when the target runs it; durable. Blocks for
-/// as long as the guest, the last run and the target need.
+/// Hands the domain over, or goes on where an earlier attempt was left. Returns when the target runs it; durable.
+/// Blocks for as long as the guest, the last run and the target need.
 pub fn over(ports: &Ports, state: &HandoverState, request: &Request) -> Result<Report> {
     let mut run = Run::new(ports, state, request)?;
     loop {
@@ -239,8 +267,8 @@ pub fn over(ports: &Ports, state: &HandoverState, request: &Request) -> Result<R
     }
 }
 
-/// Puts the domain back: what the target brought up is called off there, durably, and only then it is started here. Refused
-/// once a guest may have written there, unless `lose_its_writes`.
+/// Puts the domain back: what the target brought up is called off there, durably, and only then it is started here.
+/// Refused once a guest may have written there, unless `lose_its_writes`.
 pub fn back(ports: &Ports, state: &HandoverState, lose_its_writes: bool) -> Result<HandoverRecord> {
     let record = state.record()?;
     let mut record =

@@ -1,6 +1,6 @@
-//! A handover in a world that misbehaves: a guest that does not hear its power button, a target that answers late, never, twice,
-//! or no; the power failing after every single act. At no time may the guest run on both sides, and what starts on the target
-//! is all that the guest wrote here.
+//! A handover in a world that misbehaves: a guest that does not hear its power button, a target that answers late,
+//! never, twice, or no; the power failing after every single act. At no time may the guest run on both sides, and what
+//! starts on the target is all that the guest wrote here.
 
 #[path = "handover_crash_tests.rs"]
 mod crash;
@@ -584,7 +584,8 @@ fn a_failover_from_another_point_is_nobodys_to_call_off() {
     assert_eq!(b.stage(), Some(Stage::Asked), "as it was");
 }
 
-/// Somebody starts it at the source while it lives there: the world of this test would say so at once, so he only tries.
+/// Somebody starts it at the source while it lives there: the world of this test would say so at once, so he only
+/// tries.
 #[test]
 fn nothing_goes_on_while_it_runs_here_and_may_run_there() {
     let b = Bench::new();

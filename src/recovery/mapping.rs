@@ -12,7 +12,7 @@
 //! paths:                    # where a guest that is booted by its kernel finds kernel and initrd here
 //!   /srv/kernels: /srv/kernels
 //! macs: keep                # or `new`; a drill always has new ones
-//! leave_out:                # elements of the source's definition that the guest does without here, as `ready` calls them
+//! leave_out:                # elements that the guest does without here, as `ready` calls them
 //!   - launchSecurity
 //! images_max: 25            # images that a disk may consist of here; without it libvirt's release decides
 //! images: /var/lib/libvirt/images    # overlays of drills and failovers lie here
@@ -38,28 +38,39 @@ pub const IMAGES_DIR: &str = "/var/lib/libvirt/images";
 /// Largest file that is read, in bytes.
 const FILE_MAX: u64 = 1 << 20;
 
+/// The mapping of this host, as `recovery.yaml` says it. The default maps nothing.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Mapping {
+    /// Network of the source (`TYPE:NAME`, or `NAME` for libvirt's) to network here: `NAME`, `bridge:NAME` or `none`.
     pub networks: BTreeMap<String, String>,
+    /// Machine type of the source to machine type here. A type that is not listed stays as it is.
     pub machines: BTreeMap<String, String>,
+    /// Processor model of the source to processor model here. A model that is not listed stays as it is.
     pub cpus: BTreeMap<String, String>,
+    /// Path of the source to path here, for kernel, initrd and firmware files. The longest matching entry applies.
     pub paths: BTreeMap<PathBuf, PathBuf>,
+    /// Whether interfaces keep their MAC addresses in a failover. A drill always makes new ones.
     pub macs: MacPolicy,
     /// Elements of a definition, as remarks call them.
     pub leave_out: Vec<String>,
     /// Images that a disk may consist of here; `None`: as libvirt's release says.
     pub images_max: Option<u64>,
+    /// Absolute directory for the overlays of drills and failovers. `None`: `IMAGES_DIR`.
     pub images: Option<PathBuf>,
     /// Disks that are in no point and that a guest is to be started without, though it boots from one of them.
     pub without_disks: Vec<DiskName>,
 }
 
+/// The key `macs:` in `recovery.yaml`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MacPolicy {
+    /// Interfaces keep the MAC addresses that they have at the source.
     #[default]
     Keep,
+    /// Interfaces get new MAC addresses, made from the domain's UUID, so that a repeated failover makes the same
+    /// ones.
     New,
 }
 
@@ -113,6 +124,7 @@ impl Mapping {
         Ok(mapping)
     }
 
+    /// Gives the directory for overlays: `images`, or `IMAGES_DIR` if that is not set.
     pub fn images_dir(&self) -> &Path {
         self.images.as_deref().unwrap_or(IMAGES_DIR.as_ref())
     }

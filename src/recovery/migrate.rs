@@ -1,9 +1,10 @@
-//! A migration, at the source: runs while the guest works (precopy) until what is left is so little that the guest may go down for
-//! it; then a planned failover (cutover).
+//! A migration, at the source: runs while the guest works (precopy) until what is left is so little that the guest may
+//! go down for it; then a planned failover (cutover).
 //!
 //! Invariants
 //! - Until the cutover a migration is runs, and nothing else: whatever ends it leaves the domain as after any run.
-//! - The cutover is [`handover`]'s, with all that holds there. One that was begun is gone on with, whatever the forecast.
+//! - The cutover is [`handover`]'s, with all that holds there. One that was begun is gone on with, whatever the
+//!   forecast.
 //!
 //! [`forecast`](forecast::forecast) and [`decide`] are pure.
 
@@ -28,9 +29,12 @@ const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// When is cut over, and when is given up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
+    /// Longest downtime that is acceptable. A forecast within it starts the cutover, or, with `at`, waits for that
+    /// time.
     pub downtime_max: Duration,
     /// Not before this time, and then whatever the forecast.
     pub at: Option<Timestamp>,
+    /// Give up after this many rounds, unless `at` is set.
     pub rounds_max: u32,
     /// After one round, whatever the forecast.
     pub now: bool,
@@ -40,19 +44,25 @@ pub struct Limits {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Decision {
+    /// Run another round at once.
     GoOn,
     /// There is time: what is left is little enough, or the time to cut over has not come.
     Wait,
+    /// Shut the guest down and hand the domain over, for this reason.
     CutOver(Why),
     /// The guest writes as fast as the link carries: rounds do not get shorter.
     Diverges,
+    /// Give up: `rounds_max` rounds were run and the forecast is still too long.
     TooManyRounds,
 }
 
+/// Reason for a cutover.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Why {
+    /// The forecast downtime is within `downtime_max`.
     Forecast,
+    /// The time that `at` names has come.
     Time,
     /// A key, a signal, or `--now`.
     Asked,
@@ -88,40 +98,55 @@ pub fn decide(rounds: usize, forecasts: &[Forecast], limits: &Limits, now: Times
 /// A round, as it is told.
 #[derive(Debug, Clone, Serialize)]
 pub struct Round {
+    /// Number of the round, from 1.
     pub round: usize,
+    /// Bytes that the round sent to the target.
     pub bytes_sent: u64,
+    /// Milliseconds that the round took.
     pub duration_ms: f64,
     /// Absent as long as nobody can tell.
     pub forecast: Option<Forecast>,
+    /// What the migration does after this round.
     pub decision: Decision,
 }
 
 /// Who sees it, and may want it to end.
 pub struct Ui<'a> {
+    /// Called after each round with its figures.
     pub told: &'a dyn Fn(&Round),
     /// A key, or SIGUSR1: cut over now.
     pub cut: &'a AtomicBool,
 }
 
+/// What a migration needs of the world.
 pub struct Ports<'a> {
+    /// Ports of the cutover. The precopy uses its clock, its sleep and its stop signal too.
     pub handover: &'a handover::Ports<'a>,
     /// One run while the guest works.
     pub round: &'a dyn Fn() -> Result<Ran>,
+    /// Receives the figures of each round and says whether a person wants the cutover now.
     pub ui: &'a Ui<'a>,
 }
 
+/// What to migrate, and when to cut over.
 #[derive(Debug, Clone)]
 pub struct Request {
+    /// Order for the cutover: domain, target, timeout of the shutdown, and whether to commit there.
     pub handover: handover::Request,
+    /// When the migration cuts over and when it gives up.
     pub limits: Limits,
 }
 
+/// Result of a migration: the report of its handover, with the rounds before it.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
+    /// Report of the cutover. In JSON its fields stand at the top level.
     #[serde(flatten)]
     pub handover: handover::Report,
+    /// Rounds of the precopy, oldest first. Empty if the command went on with a cutover that had begun earlier.
     pub rounds: Vec<Round>,
-    /// From the request to shut down to the start there, as it was forecast after the last round; absent where it was not.
+    /// From the request to shut down to the start there, as it was forecast after the last round; absent where it was
+    /// not.
     pub forecast_ms: Option<f64>,
     /// The same, as it was; absent if the domain did not run.
     pub measured_ms: Option<f64>,

@@ -1,9 +1,9 @@
 //! What the replica is for: to bring a domain up on this host, the target, whether for a while or for good.
 //!
-//! [`definition`] makes of the source's definition one that may be started here, [`ready`] says beforehand whether it can
-//! be. Both are pure. [`mapping`] is what the operator says of this host's networks, machines and paths. [`drill`] and
-//! [`failover`] act, [`detach`] gives what was brought up images of its own; [`bringup`] is the port to all that, here or on another
-//! host.
+//! [`definition`] makes of the source's definition one that may be started here, [`ready`] says beforehand whether it
+//! can be. Both are pure. [`mapping`] is what the operator says of this host's networks, machines and paths. [`drill`]
+//! and [`failover`] act, [`detach`] gives what was brought up images of its own; [`bringup`] is the port to all that,
+//! here or on another host.
 //!
 //! At the source, [`handover`] is a planned failover and [`migrate`] what goes before it; [`failback`] is the way home.
 //!

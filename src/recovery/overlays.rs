@@ -1,5 +1,5 @@
-//! What a guest that is brought up from a point writes to: a directory with an empty overlay for each disk, and a copy of the
-//! UEFI variables. The point's images lie below and are only read (I20).
+//! What a guest that is brought up from a point writes to: a directory with an empty overlay for each disk, and a copy
+//! of the UEFI variables. The point's images lie below and are only read (I20).
 
 use super::bringup::Coming;
 use super::definition::Definition;
@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 /// The overlays of a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Overlays {
+    /// Each disk of the point, with the absolute path of its overlay.
     pub disks: Vec<(DiskName, PathBuf)>,
     /// A copy of the point's UEFI variables, if it has any.
     pub nvram: Option<PathBuf>,
@@ -114,9 +115,9 @@ fn create(held: &dyn Held, disk: &DiskName, path: &Path, images_max: Option<u64>
     }
 }
 
-/// Begins a dirty bitmap of ours on each of these overlays, which nobody has written to yet: it leads on from the point (see
-/// [`birth`]). Durable when it returns. Returns what is not tracked, in words: without it the way home costs a comparison,
-/// and no more (I7). Such an overlay is made anew, so that nothing lies in it that a program died over.
+/// Begins a dirty bitmap of ours on each of these overlays, which nobody has written to yet: it leads on from the point
+/// (see [`birth`]). Durable when it returns. Returns what is not tracked, in words: without it the way home costs a
+/// comparison, and no more (I7). Such an overlay is made anew, so that nothing lies in it that a program died over.
 pub fn track(held: &dyn Held, overlays: &Overlays) -> Result<Vec<String>> {
     let mut problems = Vec::new();
     for (disk, path) in &overlays.disks {
@@ -142,8 +143,8 @@ pub fn bring_tpm(machines: &dyn Machines, held: &dyn Held, uuid: &DomainUuid, de
     }
 }
 
-/// Lets QEMU through to the images of the point, if it runs as a user of its own: directories of a store are closed to others.
-/// To pass is all that it may; the files are given to it by libvirt, for as long as it runs.
+/// Lets QEMU through to the images of the point, if it runs as a user of its own: directories of a store are closed to
+/// others. To pass is all that it may; the files are given to it by libvirt, for as long as it runs.
 pub fn let_qemu_pass(held: &dyn Held, qemu_uid: Option<u32>) -> Result<()> {
     if qemu_uid == Some(0) {
         return Ok(());
@@ -164,8 +165,8 @@ pub fn let_qemu_pass(held: &dyn Held, qemu_uid: Option<u32>) -> Result<()> {
     Ok(())
 }
 
-/// Whether overlays in `dir`, where so many bytes are free, can take all that they have only by the point; of the disks that
-/// are to be `raw`, a copy of all that they have. [`Kind::Space`] otherwise.
+/// Whether overlays in `dir`, where so many bytes are free, can take all that they have only by the point; of the disks
+/// that are to be `raw`, a copy of all that they have. [`Kind::Space`] otherwise.
 pub fn room_for_all(held: &dyn Held, dir: &Path, free_bytes: Option<u64>, raw: &[DiskName]) -> Result<()> {
     let mut needed = 0;
     for (disk, overlay) in held.point().disks.iter().zip(named(held, dir).disks) {

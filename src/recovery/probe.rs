@@ -1,5 +1,5 @@
-//! Evidence that a guest works, looked for from outside: its agent answers, its serial line says something, it accepts a
-//! connection, a program of the operator's is content.
+//! Evidence that a guest works, looked for from outside: its agent answers, its serial line says something, it accepts
+//! a connection, a program of the operator's is content.
 
 use crate::error::{Error, Kind, Result};
 use crate::hypervisor::drill_network;
@@ -22,7 +22,14 @@ pub enum Probe {
     /// The guest agent answers.
     Agent,
     /// Somebody at this address of the guest's accepts a connection; the prefix says what its network is.
-    Tcp { guest: Ipv4Addr, prefix: u8, port: u16 },
+    Tcp {
+        /// IPv4 address of the guest on the drill's network.
+        guest: Ipv4Addr,
+        /// Length of the network prefix of that address, for example 24.
+        prefix: u8,
+        /// TCP port that must accept a connection.
+        port: u16,
+    },
     /// The first serial line has said this.
     Serial(String),
     /// This program ends with 0. It is run again until it does.
@@ -99,8 +106,8 @@ pub fn console_tail(console: &Path, bytes_max: u64) -> Result<Vec<u8>> {
     }
 }
 
-/// Runs a program of the operator's, with `environment` beside our own, for at most `within`; what it says goes to the end of
-/// `log`. Whether it was content: it ended with 0, in time.
+/// Runs a program of the operator's, with `environment` beside our own, for at most `within`; what it says goes to the
+/// end of `log`. Whether it was content: it ended with 0, in time.
 pub fn run_script(path: &Path, environment: &[(&str, &str)], log: &Path, within: Duration) -> Result<bool> {
     let open = || OpenOptions::new().append(true).create(true).open(log);
     let (out, err) = open()
@@ -119,7 +126,8 @@ pub fn run_script(path: &Path, environment: &[(&str, &str)], log: &Path, within:
             Some(status) => return Ok(status.success()),
             None if Instant::now() < until => std::thread::sleep(Duration::from_millis(50)),
             None => {
-                // It leads a group of its own: what it has started goes with it. Not reaped, so the id is still its own.
+                // It leads a group of its own: what it has started goes with it. Not reaped, so the id is still its
+                // own.
                 let group = rustix::process::Pid::from_child(&child);
                 let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
                 let _ = child.wait();

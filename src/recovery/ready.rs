@@ -1,5 +1,5 @@
-//! Whether a domain could be brought up here, and what is missing. Pure: a definition and a view of the host in, one finding
-//! for each question out. A red one keeps a failover from being tried; every red one says what to do.
+//! Whether a domain could be brought up here, and what is missing. Pure: a definition and a view of the host in, one
+//! finding for each question out. A red one keeps a failover from being tried; every red one says what to do.
 
 use super::definition::Definition;
 use super::definition::remark::{Remark, Verdict};
@@ -30,7 +30,9 @@ const TPM_IS_HERE: &str = "the state of a TPM of this very domain is here";
 /// The answer to one question.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finding {
+    /// The question that this finding answers.
     pub question: Question,
+    /// Whether the answer is good, needs attention, or prevents the failover.
     pub color: Color,
     /// A sentence.
     pub what: String,
@@ -59,32 +61,50 @@ impl Finding {
     }
 }
 
+/// Severity of a finding. The order is from harmless to serious.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Color {
+    /// Nothing is in the way.
     Green,
+    /// The domain can be brought up, but the operator should know something first.
     Yellow,
+    /// The failover or drill is refused until the operator acts on the advice.
     Red,
 }
 
+/// One thing that must fit before a domain can be brought up here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Question {
+    /// Whether the recovery point is whole, has all disks, and has a chain that this libvirt can start.
     Point,
+    /// Whether this host runs the machine type and architecture, and whether libvirt accepts the definition.
     Machine,
+    /// Whether this host offers the processor model and has as many processors as the guest.
     Cpu,
+    /// Whether this host has UEFI firmware, with secure boot if needed, and which build it is.
     Firmware,
+    /// Whether this host can emulate the TPM and read the state that comes with the point.
     Tpm,
+    /// Whether the networks and bridges that the interfaces use exist here and are started.
     Network,
+    /// Whether an element of the source's definition is left out or refused; one finding for each remark.
     Devices,
+    /// Whether another domain on this host has the same name.
     Name,
+    /// Whether a domain of another name on this host has the same UUID.
     Uuid,
+    /// Whether another domain on this host has one of the MAC addresses.
     Mac,
+    /// Whether this host has enough free memory for the guest.
     Memory,
+    /// Whether the directory for the overlays exists, is writable and has free space.
     Room,
 }
 
 impl Question {
+    /// Gives the question's name in messages, for example `MAC addresses`.
     pub fn words(self) -> &'static str {
         match self {
             Question::Point => "point",
@@ -106,6 +126,7 @@ impl Question {
 /// Where the overlays are to lie.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Room {
+    /// Directory where the overlays of a failover or drill lie.
     pub dir: PathBuf,
     /// `None`: there is no such directory.
     pub free_bytes: Option<u64>,
@@ -114,7 +135,9 @@ pub struct Room {
 /// The builds of the UEFI firmware; `None`: not known.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Builds {
+    /// Build that the source boots from, as the point carries it. `None`: the point does not say.
     pub source: Option<Firmware>,
+    /// Build that libvirt on this host would choose. `None`: libvirt does not say, or the file cannot be read.
     pub here: Option<Firmware>,
 }
 
@@ -195,8 +218,8 @@ pub fn point(view: &ReplicaView, point: &PointView) -> Finding {
     }
 }
 
-/// The disks of the domain that are not in the point: the guest has to do without them. It cannot boot without the disk that
-/// it boots from, so that is red until the mapping of this host says that it is to be started so.
+/// The disks of the domain that are not in the point: the guest has to do without them. It cannot boot without the disk
+/// that it boots from, so that is red until the mapping of this host says that it is to be started so.
 pub fn left_out(definition: &Definition, point: &PointView, mapping: &Mapping) -> Vec<Finding> {
     let finding = |skipped: &crate::replica::left_out::Skipped| {
         let name = &skipped.name;

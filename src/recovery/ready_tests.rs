@@ -266,7 +266,8 @@ fn left(os: &str, disks: &str, skipped: &str, mapping: &str) -> Vec<(Color, Stri
     found.into_iter().map(|f| (f.color, f.what)).collect()
 }
 
-/// Yellow where the source could not protect a disk; red where the guest boots from it, until this host's operator says so.
+/// Yellow where the source could not protect a disk; red where the guest boots from it, until this host's operator says
+/// so.
 #[test]
 fn a_disk_that_the_source_could_not_protect_is_told_and_a_boot_disk_is_red() {
     let color = |os: &str, disks: &str, skipped: &str, mapping: &str| left(os, disks, skipped, mapping)[0].0;

@@ -12,14 +12,19 @@ use std::path::PathBuf;
 pub struct FailoverRecord {
     /// Version of this document: 1.
     pub format: u32,
+    /// Name of the domain that is brought up.
     pub domain: DomainName,
+    /// UUID of the domain that is brought up.
     pub uuid: DomainUuid,
+    /// Recovery point that the overlays lie on.
     pub point: PointId,
     /// When that point's disks stood still.
     pub frozen_at: Timestamp,
     /// Its overlays.
     pub dir: PathBuf,
+    /// The last step that is recorded as done. A repeated command goes on from it.
     pub stage: Stage,
+    /// When the failover began, by this host's clock.
     pub started_at: Timestamp,
     /// As it was asked for by whoever handed the domain over; without an order, as the point says it was at the source.
     #[serde(default)]
@@ -44,6 +49,7 @@ pub struct FailoverRecord {
 /// A disk whose guest moves from its overlay to its raw image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Moving {
+    /// Name of the disk that moves, as the domain has it.
     pub disk: DiskName,
     /// The guest ran before, and is let run again.
     pub resume: bool,
@@ -52,10 +58,13 @@ pub struct Moving {
 /// One running of a domain: libvirt counts anew after each boot of the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Instance {
+    /// libvirt's id of the running domain. It is unique only within one boot of the host.
     pub id: u32,
+    /// Id of the host's boot in which `id` was given. `None`: the kernel did not say.
     pub boot: Option<String>,
 }
 
+/// How far bringing a domain up for good has come. It names what is already done, never what comes next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stage {
@@ -84,20 +93,21 @@ impl Stage {
     }
 }
 
-/// What a domain is to be like where it is brought up, beside what its definition says: by order, or as its point says. An agent
-/// that does not know of it goes without.
+/// What a domain is to be like where it is brought up, beside what its definition says: by order, or as its point says.
+/// An agent that does not know of it goes without.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Wanted {
     /// It starts with the host, as it did at its source.
     #[serde(default)]
     pub autostart: bool,
+    /// Image format for the domain's own disks after `detach`. The default is qcow2.
     #[serde(default)]
     pub disk_format: DiskFormat,
 }
 
 impl Wanted {
-    /// By nobody's order. A point that does not say whether its domain started with its host leaves that off: to start what
-    /// nobody wanted is worse than to wait for a word.
+    /// By nobody's order. A point that does not say whether its domain started with its host leaves that off: to start
+    /// what nobody wanted is worse than to wait for a word.
     pub fn of(point: &PointView) -> Wanted {
         Wanted { autostart: point.autostart == Some(true), ..Wanted::default() }
     }

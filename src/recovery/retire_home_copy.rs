@@ -1,6 +1,6 @@
-//! What a host has of a domain that lives elsewhere by now gives way: its content becomes a point of the host's own store,
-//! pinned, and its definition goes. From then on the host is a target like any other: who has the domain sends only what
-//! differs from that point, and nothing of the old content is lost until somebody unpins it.
+//! What a host has of a domain that lives elsewhere by now gives way: its content becomes a point of the host's own
+//! store, pinned, and its definition goes. From then on the host is a target like any other: who has the domain sends
+//! only what differs from that point, and nothing of the old content is lost until somebody unpins it.
 //!
 //! Invariants
 //! - The definition goes last (k3), when the point is sealed (k1), which carries it, and pinned (k2).
@@ -35,8 +35,8 @@ pub struct Ports<'a> {
     pub say: &'a dyn Fn(&str),
 }
 
-/// Durable when it returns; takes as long as a first copy of the disks. `failover`: the domain reads a point of this store.
-/// [`Kind::Conflict`] if it runs here, [`Kind::Refused`] while it reads a point.
+/// Durable when it returns; takes as long as a first copy of the disks. `failover`: the domain reads a point of this
+/// store. [`Kind::Conflict`] if it runs here, [`Kind::Refused`] while it reads a point.
 pub fn run(ports: &Ports, uuid: &DomainUuid, failover: Option<&FailoverRecord>) -> Result<GaveWay> {
     if !is_off(ports, uuid)? {
         return Ok(GaveWay { point: None });

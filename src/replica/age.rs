@@ -1,8 +1,8 @@
 //! How long ago a point was sealed, by a clock that nobody sets (I17).
 //!
-//! The clock of a replica counts the seconds that this host was up, as far as the replica was looked at: `CLOCK_BOOTTIME` within
-//! one boot; over a boot, the time since that boot. A wall clock that is set forward ages no point. Time while the
-//! host was off does not count: a point may seem younger than it is, and never older.
+//! The clock of a replica counts the seconds that this host was up, as far as the replica was looked at:
+//! `CLOCK_BOOTTIME` within one boot; over a boot, the time since that boot. A wall clock that is set forward ages no
+//! point. Time while the host was off does not count: a point may seem younger than it is, and never older.
 //!
 //! Invariants
 //! - The clock never falls: it is at least what the newest point was sealed at.

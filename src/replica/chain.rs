@@ -1,10 +1,10 @@
 //! What a disk at a point is made of: the chain of its images and the merged list of its digests; and the head's digest
 //! file, which is made from them.
 //!
-//! Everything follows the manifest: what an image's header says of its backing image is compared, never believed. In two
-//! places there is a choice between answers that the manifest both knows: whether the links below a point are folded
-//! into it already, and whether a disk that is detaching stands alone already. The header of its image says so, and the root
-//! that its change list starts from.
+//! Everything follows the manifest: what an image's header says of its backing image is compared, never believed. In
+//! two places there is a choice between answers that the manifest both knows: whether the links below a point are
+//! folded into it already, and whether a disk that is detaching stands alone already. The header of its image says so,
+//! and the root that its change list starts from.
 
 use super::digests::{Binding, DigestFile, Opened};
 use super::files::Dir;
@@ -21,8 +21,8 @@ use std::path::PathBuf;
 /// A change list, read from its file.
 pub(super) type List = ChangesReader<BufReader<File>>;
 
-/// The points and links whose images make up `disk` at `point`, uppermost first: those of the manifest, without the links
-/// that are folded already.
+/// The points and links whose images make up `disk` at `point`, uppermost first: those of the manifest, without the
+/// links that are folded already.
 pub(super) fn image_links<'m>(
     points: &Dir,
     manifest: &'m Manifest,
@@ -53,7 +53,8 @@ pub(super) fn list_links<'m>(
     effective(manifest, point, disk, |upper, below| {
         let from_root = changes(points, upper, disk)?.header().from_root;
         let root = |below: Option<&Point>| below.and_then(|b| b.disk(disk)).map(|d| d.root);
-        // The nearest that fits: if the links changed nothing in the end, it does not matter whether they are passed by.
+        // The nearest that fits: if the links changed nothing in the end, it does not matter whether they are passed
+        // by.
         below.iter().position(|b| root(*b) == from_root).ok_or_else(|| {
             Error::new(Kind::Corrupt, "the change list starts from no state that the manifest knows")
                 .point(&upper.id)
@@ -62,8 +63,9 @@ pub(super) fn list_links<'m>(
     })
 }
 
-/// Walks the recorded chain, passing by what `choose` says is not below any more: it gets a point, and what may lie below it
-/// now, links first, then the first point, and nothing (`None`) if the point's disk is detaching; and picks one.
+/// Walks the recorded chain, passing by what `choose` says is not below any more: it gets a point, and what may lie
+/// below it now, links first, then the first point, and nothing (`None`) if the point's disk is detaching; and picks
+/// one.
 fn effective<'m>(
     manifest: &'m Manifest,
     point: &PointId,
@@ -91,7 +93,8 @@ fn effective<'m>(
     Ok(chain)
 }
 
-/// The images of `disk` at `point`, uppermost first, by absolute paths under `points`. Each is seen to be a file of ours.
+/// The images of `disk` at `point`, uppermost first, by absolute paths under `points`. Each is seen to be a file of
+/// ours.
 pub(super) fn images(points: &Dir, manifest: &Manifest, point: &PointId, disk: &DiskName) -> Result<Chain> {
     layers(points, &image_links(points, manifest, point, disk)?, disk)
 }

@@ -1,8 +1,8 @@
 //! Copying blocks from a chain into one image of the store, each compared with its digest on the way: damage is neither
 //! carried on nor hidden.
 //!
-//! Data is durable before the tables that lead to it are written: a power cut leaves an image that reads as before, with
-//! clusters that may be counted wrongly.
+//! Data is durable before the tables that lead to it are written: a power cut leaves an image that reads as before,
+//! with clusters that may be counted wrongly.
 
 use crate::block::changes::Run;
 use crate::block::digest::{Digest, block_digest};
@@ -12,8 +12,8 @@ use crate::image::qcow2::{Qcow2Image, Qcow2Writer};
 use crate::image::{Image, ImageMut};
 use std::collections::BTreeSet;
 
-/// Copied data is made durable in steps of this many bytes, or when so many tables of the image were touched: fewer than
-/// fit into the cache of the writer.
+/// Copied data is made durable in steps of this many bytes, or when so many tables of the image were touched: fewer
+/// than fit into the cache of the writer.
 const BATCH_BYTES: u64 = 64 << 20;
 const BATCH_TABLES: usize = 32;
 
@@ -40,8 +40,8 @@ impl Copier {
         Copier { reader, writer, bytes: 0, tables: BTreeSet::new(), buffer: vec![0; BLOCK_LEN] }
     }
 
-    /// Copies the blocks of a run; those that are zero in it become zeros. [`Kind::Corrupt`] where a block is not what its
-    /// digest says.
+    /// Copies the blocks of a run; those that are zero in it become zeros. [`Kind::Corrupt`] where a block is not what
+    /// its digest says.
     pub fn run(&mut self, run: &Run, copied: Copied) -> Result<()> {
         match run {
             Run::Zero { first, count } => self.zero(first.0, *count),
@@ -113,8 +113,8 @@ pub(super) fn data_blocks(runs: impl Iterator<Item = Result<Run>>) -> Result<u64
     Ok(blocks)
 }
 
-/// Room that so many blocks take in an image of a disk of this size: themselves, and a table for every 512 MiB, at most one
-/// for each block.
+/// Room that so many blocks take in an image of a disk of this size: themselves, and a table for every 512 MiB, at most
+/// one for each block.
 pub(super) fn room_bytes(blocks: u64, size: DiskSize) -> u64 {
     (blocks + blocks.min(size.0.div_ceil(TABLE_COVERS))) * BLOCK_LEN as u64
 }

@@ -1,13 +1,14 @@
 //! What scrubs found damaged, and how far the present one has come: `scrub.json` in the replica's directory.
 //!
-//! A record says where damage *lies*: in the files of which point. Who *reads* it is worked out anew whenever it is asked,
-//! from the change lists of the points above: they come and go, and a new head that names a block no longer reads what
-//! lies below it.
+//! A record says where damage *lies*: in the files of which point. Who *reads* it is worked out anew whenever it is
+//! asked, from the change lists of the points above: they come and go, and a new head that names a block no longer
+//! reads what lies below it.
 //!
 //! Invariants
-//! - The file is replaced whole, by rename, and durable then. Its writer holds the lock of the scrub, never the writer's.
-//! - What is in doubt counts as damaged: a record of a point that was folded since is taken for one of the point above. The
-//!   next scrub of that point drops what was not found again.
+//! - The file is replaced whole, by rename, and durable then. Its writer holds the lock of the scrub, never the
+//!   writer's.
+//! - What is in doubt counts as damaged: a record of a point that was folded since is taken for one of the point above.
+//!   The next scrub of that point drops what was not found again.
 //!
 //! Format: docs/formats/replica.md.
 
@@ -144,8 +145,8 @@ impl State {
         self.damage.push(Record { scrub: self.scrub, damage: Damage { start, end, ..like.clone() } });
     }
 
-    /// A part of a point was read to its end (`disk`: `None` for what stands beside the disks): what earlier scrubs had found
-    /// there and this one did not is there no more.
+    /// A part of a point was read to its end (`disk`: `None` for what stands beside the disks): what earlier scrubs had
+    /// found there and this one did not is there no more.
     pub fn forget_older(&mut self, manifest: &Manifest, point: &PointId, disk: Option<&DiskName>) {
         let now = self.scrub;
         let is_there = |d: &Damage| d.disk.as_ref() == disk && lies_in(manifest, d).is_none_or(|p| p.id == *point);
@@ -208,8 +209,8 @@ fn readers(points: &Dir, manifest: &Manifest, point: &Point, damage: &Damage) ->
     found
 }
 
-/// What is left of `ranges` where `point` has nothing of its own. A list that cannot be read has changed nothing: what is
-/// in doubt counts as damaged.
+/// What is left of `ranges` where `point` has nothing of its own. A list that cannot be read has changed nothing: what
+/// is in doubt counts as damaged.
 fn without_what_changed(points: &Dir, point: &Point, disk: &DiskName, ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
     let list = match chain::changes(points, point, disk) {
         Ok(list) => list,

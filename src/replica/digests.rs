@@ -4,9 +4,9 @@
 //! cache: it says which point it belongs to and that point's root, and whoever opens it says which it wants. Anything
 //! else is [`Opened::Unusable`], to be rebuilt from the change lists, never trusted.
 //!
-//! An update in place is: slot *updating to P*, fsync; nodes; fsync; slot *clean at P*, fsync. The slots alternate, so a
-//! torn one leaves the other. A crash leaves *clean at the old point* or *updating to P*, and the update may be done over
-//! from either, because applying a change list twice is applying it once.
+//! An update in place is: slot *updating to P*, fsync; nodes; fsync; slot *clean at P*, fsync. The slots alternate, so
+//! a torn one leaves the other. A crash leaves *clean at the old point* or *updating to P*, and the update may be done
+//! over from either, because applying a change list twice is applying it once.
 //!
 //! Format: docs/formats/replica.md. Crash order: docs/replication.md, step 6e.
 
@@ -36,8 +36,11 @@ const _: () = assert!(LEVELS_START == 2 * SLOT_STRIDE);
 /// The point a digest file belongs to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Binding {
+    /// The point whose disk the digests are of.
     pub point: PointId,
+    /// Size of the disk at that point, in bytes.
     pub size: DiskSize,
+    /// Root of the disk's digest tree at that point.
     pub root: Digest,
 }
 
@@ -73,8 +76,8 @@ pub enum Opened {
 }
 
 impl DigestFile {
-    /// Opens the file of `disk` in `dir` and compares it with the point it should be bound to; `below` is the point under
-    /// that one on which its image lies.
+    /// Opens the file of `disk` in `dir` and compares it with the point it should be bound to; `below` is the point
+    /// under that one on which its image lies.
     pub fn open(dir: &Dir, disk: &DiskName, wanted: &Binding, below: Option<&Binding>) -> Result<Opened> {
         let name = digests_file(disk);
         let Some(file) = dir.open_mut(&name)? else { return Ok(Opened::Unusable("there is none".into())) };
@@ -115,8 +118,8 @@ impl DigestFile {
         Ok(this)
     }
 
-    /// Carries the file to `to` by that point's own changes, in ascending order. [`Kind::Corrupt`] if the root does not come
-    /// out as `to` says; the file is then marked as being updated and has to be rebuilt.
+    /// Carries the file to `to` by that point's own changes, in ascending order. [`Kind::Corrupt`] if the root does not
+    /// come out as `to` says; the file is then marked as being updated and has to be rebuilt.
     pub fn update(&mut self, to: &Binding, changes: impl Iterator<Item = Result<Run>>) -> Result<()> {
         debug_assert_eq!(self.nodes.size(), to.size, "a resized disk is rebuilt");
         self.mark(State::Updating, to)?;
@@ -217,6 +220,7 @@ pub struct SlotSeen {
     pub sequence: u64,
     /// An update was begun: nodes may be of the point before or of this one.
     pub updating: bool,
+    /// What the digests of this slot are of.
     pub binding: Binding,
 }
 

@@ -1,8 +1,10 @@
-//! A disk at a point as a patch that starts from nothing, or from an earlier point: what travels to whoever wants a copy.
+//! A disk at a point as a patch that starts from nothing, or from an earlier point: what travels to whoever wants a
+//! copy.
 //!
 //! Blocks are read from the images and carry the digest of what was read; the trailer has the root that the manifest
-//! promises. Damage therefore does not pass unseen: the receiver's root is another one. Where the patch starts from a point,
-//! the change lists say which blocks differ, however the two points are related, and what is read is compared with them.
+//! promises. Damage therefore does not pass unseen: the receiver's root is another one. Where the patch starts from a
+//! point, the change lists say which blocks differ, however the two points are related, and what is read is compared
+//! with them.
 //!
 //! Memory: one chunk. Holes cost nothing. The points are leased as long as the stream is read.
 

@@ -169,7 +169,8 @@ impl Dir {
         Ok(())
     }
 
-    /// Makes the content of a file durable that is found finished: whoever finished it may have died before its own fsync.
+    /// Makes the content of a file durable that is found finished: whoever finished it may have died before its own
+    /// fsync.
     pub fn sync_file(&self, name: &str) -> Result<()> {
         let file = self.open(name)?.ok_or_else(|| self.vanished(name))?;
         file.sync_all().map_err(|e| Error::io("cannot sync the file", self.join(name), e))?;
@@ -245,8 +246,8 @@ impl Dir {
             .map_err(|e| Error::io("cannot set the mode", self.join(name), e.into()))
     }
 
-    /// Makes a finished file, durable already, read-only. The mode itself is not worth a sync: a crash that loses it loses
-    /// no data.
+    /// Makes a finished file, durable already, read-only. The mode itself is not worth a sync: a crash that loses it
+    /// loses no data.
     pub fn seal_file(&self, name: &str) -> Result<()> {
         let file = self.open(name)?.ok_or_else(|| self.vanished(name))?;
         rustix::fs::fchmod(&file, Mode::from_raw_mode(SEALED_MODE))

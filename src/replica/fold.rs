@@ -1,19 +1,20 @@
 //! Folding links, the images of removed points, into the point above them.
 //!
-//! A row of links `V1 .. Vk` lies between a point `S` and what is below it, `A` (a point, or nothing). Afterwards `S` lies on
-//! `A` and reads as before. Two ways, the cheaper one is taken:
+//! A row of links `V1 .. Vk` lies between a point `S` and what is below it, `A` (a point, or nothing). Afterwards `S`
+//! lies on `A` and reads as before. Two ways, the cheaper one is taken:
 //! - **down**: what differs between `V1` and `S` is written into `V1`'s image, which then takes the place of `S`'s;
 //! - **up**: what `S` reads from the row is written into `S`'s image, which then names `A` as its backing image.
 //!
 //! Invariants
-//! - Whoever reads `S`, or a point above it, reads the same at every instant. *Down* writes just those blocks of `V1` that
-//!   an image above it hides; nobody reads `V1` but through these. *Up* writes blocks of `S` that it did not have, with the
-//!   content it read from below anyway. The switch is one rename, or one write within a sector.
+//! - Whoever reads `S`, or a point above it, reads the same at every instant. *Down* writes just those blocks of `V1`
+//!   that an image above it hides; nobody reads `V1` but through these. *Up* writes blocks of `S` that it did not have,
+//!   with the content it read from below anyway. The switch is one rename, or one write within a sector.
 //! - No point's image is committed into: `V1` is a link, and the manifest has said so, durably, before.
 //! - Every block that is copied is compared with its digest first: damage is not carried on, and not hidden.
-//! - Every step may be repeated, and the way may change, until the switch; from there on the only way is forward. Whether it
-//!   happened is seen in the header of `S`'s image, and of the change list in its from-root (`chain.rs`).
-//! - What is seen is not yet durable: a switch or a list that is found in its place is synced before anything rests on it.
+//! - Every step may be repeated, and the way may change, until the switch; from there on the only way is forward.
+//!   Whether it happened is seen in the header of `S`'s image, and of the change list in its from-root (`chain.rs`).
+//! - What is seen is not yet durable: a switch or a list that is found in its place is synced before anything rests on
+//!   it.
 //!
 //! The caller holds the writer's lock and has closed the gate of the leases; QEMU is kept out by its own locks.
 //! Crash order: docs/replication.md, steps p2 to p7; the failpoints carry its numbers.
@@ -62,7 +63,8 @@ enum Way {
 }
 
 impl Folder<'_> {
-    /// Folds the row of links below `above`, on all disks. The manifest on disk and `manifest` then know nothing of them.
+    /// Folds the row of links below `above`, on all disks. The manifest on disk and `manifest` then know nothing of
+    /// them.
     pub fn fold(&mut self, manifest: &mut Manifest, above: &PointId) -> Result<()> {
         let rows = manifest.rows();
         let row = rows.iter().find(|(point, _)| point.id == *above);
@@ -122,15 +124,15 @@ impl Folder<'_> {
         Ok(())
     }
 
-    /// A switch that is found done may be that of a fold that died before its fsync. Neither a list nor the manifest may
-    /// rest on it before it is durable: behind p6 nothing leads back to the links.
+    /// A switch that is found done may be that of a fold that died before its fsync. Neither a list nor the manifest
+    /// may rest on it before it is durable: behind p6 nothing leads back to the links.
     fn make_switch_durable(&self, row: &[&Point], disk: &DiskName) -> Result<()> {
         point_dir(self.points, &row[0].id)?.sync_file(&image_file(disk))?;
         row.iter().try_for_each(|point| point_dir(self.points, &point.id)?.sync())
     }
 
-    /// Step p2: the change list that the point will have, aside. Reads every list to its end: behind this they are known
-    /// to be whole.
+    /// Step p2: the change list that the point will have, aside. Reads every list to its end: behind this they are
+    /// known to be whole.
     fn write_list(&self, task: &Task, dir: &Dir) -> Result<()> {
         let name = folded_changes_file(task.disk);
         dir.remove_all(&name)?;
@@ -236,8 +238,8 @@ impl Folder<'_> {
         chain::merged_of(self.points, &task.lists[..above], task.disk)
     }
 
-    /// What the point reads from the row. Its own image has what the lists say of everything above the uppermost link that
-    /// is still read through: more than its own list, if an earlier fold was cut short behind its switch.
+    /// What the point reads from the row. Its own image has what the lists say of everything above the uppermost link
+    /// that is still read through: more than its own list, if an earlier fold was cut short behind its switch.
     fn missing_above(&self, task: &Task) -> Result<impl Iterator<Item = Result<Run>> + use<>> {
         let uppermost = task.images[1].id.seq();
         let own = task.lists.iter().take_while(|p| p.id.seq() > uppermost).count();
@@ -245,8 +247,8 @@ impl Folder<'_> {
         Ok(Without::new(all, chain::merged_of(self.points, &task.lists[..own], task.disk)?))
     }
 
-    /// The way that copies less, if there is room for it. A disk that was resized in between is folded up: an image is made
-    /// longer or shorter by the run that needs it, and by nobody else.
+    /// The way that copies less, if there is room for it. A disk that was resized in between is folded up: an image is
+    /// made longer or shorter by the run that needs it, and by nobody else.
     fn choose(&self, task: &Task) -> Result<Way> {
         let size = |p: &&Point| p.disk(task.disk).map(|d| d.size);
         let same_size = task.images[..=task.row].iter().all(|p| size(p) == size(&task.images[0]));

@@ -3,7 +3,8 @@
 //! Invariants
 //! - A generation is never lower than 1 and never above [`Generation::MAX`]; one step of a peer is at most
 //!   [`Generation::STEP_MAX`].
-//! - Setting it changes generations alone: of the replica, and of points above it. It needs the writer's lock, and is durable.
+//! - Setting it changes generations alone: of the replica, and of points above it. It needs the writer's lock, and is
+//!   durable.
 //! - A manifest whose only fault are its generations can be set right, too: an earlier version could write one.
 
 use super::files::Dir;
@@ -20,7 +21,9 @@ use std::path::Path;
 /// A replica of this host whose generation may be set.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Found {
+    /// UUID of the replica's domain.
     pub uuid: DomainUuid,
+    /// Name of the replica's domain, as its manifest has it.
     pub name: DomainName,
     /// As its manifest has it, which may be more than there are.
     pub generation: String,
@@ -46,8 +49,8 @@ pub fn find(root: &Path, wanted: &str) -> Result<Vec<Found>> {
 }
 
 impl Store {
-    /// Sets the replica's generation; points above it get this one. [`Kind::Busy`] while somebody writes to the replica.
-    /// Durable when it returns.
+    /// Sets the replica's generation; points above it get this one. [`Kind::Busy`] while somebody writes to the
+    /// replica. Durable when it returns.
     pub fn set_generation(&self, generation: Generation) -> Result<()> {
         if !(Generation(1)..=Generation::MAX).contains(&generation) {
             let what = format!("a generation is a number from 1 to {}", Generation::MAX);

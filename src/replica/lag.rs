@@ -1,8 +1,9 @@
 //! How old a point is, by two clocks of which neither is believed alone. Pure.
 //!
-//! A point has two times: when the source's disks stood still, by the source's clock, and when the point began to exist,
-//! by the target's. The first is earlier in truth. Where it is later on paper, a clock was wrong. The age counts from the
-//! smaller of the two, so a clock that is ahead makes no point younger. If both lie in the future, the age is not known.
+//! A point has two times: when the source's disks stood still, by the source's clock, and when the point began to
+//! exist, by the target's. The first is earlier in truth. Where it is later on paper, a clock was wrong. The age counts
+//! from the smaller of the two, so a clock that is ahead makes no point younger. If both lie in the future, the age is
+//! not known.
 
 use jiff::{SignedDuration, Timestamp};
 

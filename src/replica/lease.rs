@@ -1,11 +1,11 @@
-//! Who uses which point: a file each in `leases/`, with an owner, a purpose and an expiry. Whoever reads a point for longer
-//! than a moment takes one, and prune goes around it.
+//! Who uses which point: a file each in `leases/`, with an owner, a purpose and an expiry. Whoever reads a point for
+//! longer than a moment takes one, and prune goes around it.
 //!
 //! Invariants
 //! - A lease is written before the manifest is read for the point, both under the gate that prune holds alone: a point
 //!   that was found under a lease stays, and its images stay as they are, until the lease is over.
-//! - A lease is over when it is released, and at the latest when it expires: a reader that was killed is in nobody's way
-//!   for long. The clock is the target's. A failover's lease alone knows no end but its release.
+//! - A lease is over when it is released, and at the latest when it expires: a reader that was killed is in nobody's
+//!   way for long. The clock is the target's. A failover's lease alone knows no end but its release.
 
 use super::files::Dir;
 use super::manifest::LEASES_DIR;
@@ -108,8 +108,8 @@ impl Leases {
         Ok(())
     }
 
-    /// Keeps `point` as it is until [`Leases::let_go`], whoever is alive then. Durable when it returns. The caller holds the
-    /// writer's lock.
+    /// Keeps `point` as it is until [`Leases::let_go`], whoever is alive then. Durable when it returns. The caller
+    /// holds the writer's lock.
     pub fn keep(replica: &Dir, point: &PointId, now: Timestamp) -> Result<()> {
         let leases = Self::of(replica)?;
         let _gate = leases.gate(Flock::shared, PATIENCE)?;

@@ -1,7 +1,7 @@
 //! Disks of a domain that are in no point of it, and whose decision that is. Pure.
 //!
-//! A disk that we cannot replicate and a disk that its operator does not want look the same in a list of disks. They are
-//! not: the first makes the domain *partly protected*, and every outlet says so until the operator names the disk.
+//! A disk that we cannot replicate and a disk that its operator does not want look the same in a list of disks. They
+//! are not: the first makes the domain *partly protected*, and every outlet says so until the operator names the disk.
 
 use crate::error::printable;
 use crate::name::DiskName;
@@ -34,10 +34,12 @@ pub enum Cause {
 /// A disk that is in no point.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Skipped {
+    /// Name of the disk as the domain has it, for example `vda`.
     pub name: DiskName,
     /// What it is, as a sentence part behind "it": "is encrypted by QEMU (luks)".
     #[serde(deserialize_with = "cleaned")]
     pub reason: String,
+    /// Whose decision it is. `NotSaid` if the document comes from an older program.
     #[serde(default)]
     pub cause: Cause,
 }
@@ -73,10 +75,12 @@ impl LeftOut {
         self.unprotected().next().is_some()
     }
 
+    /// Says whether every disk of the domain is in the point.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
+    /// Adds a disk. The limit of 256 disks applies only when a document is read.
     pub fn push(&mut self, skipped: Skipped) {
         self.0.push(skipped);
     }

@@ -29,9 +29,9 @@ struct Holder {
 }
 
 impl WriterLock {
-    /// Takes the lock of the replica in `dir`, or says at once who has it ([`Kind::Busy`]). Does not wait. The manifest that is
-    /// seen from here on is durable: a writer that died behind its rename and before its fsync is made good, or images of
-    /// points would be changed that a power cut brings back.
+    /// Takes the lock of the replica in `dir`, or says at once who has it ([`Kind::Busy`]). Does not wait. The manifest
+    /// that is seen from here on is durable: a writer that died behind its rename and before its fsync is made good, or
+    /// images of points would be changed that a power cut brings back.
     pub fn take(dir: &Dir, run: Option<&RunId>, now: Timestamp) -> Result<WriterLock> {
         let file = dir.open_or_create(LOCK_FILE)?;
         let cannot = |e| Error::io("cannot lock the replica", dir.join(LOCK_FILE), e);

@@ -1,5 +1,5 @@
-//! A replica as it lies there, for people who look into it: its manifest, the files of its points, leases, and what is out
-//! of bounds; and a file of digests. Takes no lock, changes nothing, and judges nothing by itself.
+//! A replica as it lies there, for people who look into it: its manifest, the files of its points, leases, and what is
+//! out of bounds; and a file of digests. Takes no lock, changes nothing, and judges nothing by itself.
 //!
 //! Invariants
 //! - Below the directory that was named nothing is opened through a link, and no FIFO is waited for.
@@ -43,6 +43,7 @@ const NODES_AT_ONCE: usize = 4096;
 /// A manifest, as far as it can be read.
 #[derive(Debug)]
 pub struct ManifestSeen {
+    /// Length of the manifest's file, in bytes.
     pub bytes: u64,
     /// The number of its format, if there is one.
     pub version: Option<u64>,
@@ -168,7 +169,9 @@ pub struct FileSeen {
 
 /// The directory of a replica.
 pub struct ReplicaSeen {
+    /// Directory of the replica.
     pub path: PathBuf,
+    /// What its manifest says, as far as it could be read.
     pub manifest: ManifestSeen,
     /// Of the points and links, in their order: image and change list of each disk, then what is attached.
     pub files: Vec<FileSeen>,
@@ -247,9 +250,11 @@ fn leases(dir: &Dir) -> Result<Vec<(String, Result<Lease, String>)>> {
 pub struct LevelSeen {
     /// 0: blocks, 1: groups, and so on.
     pub level: u8,
+    /// Nodes that a tree of this size has on the level, zero ones included.
     pub nodes: u64,
     /// Nodes that are not zero, and neighbours of them as one.
     pub filled: u64,
+    /// Runs of neighbouring nodes that are not zero.
     pub runs: u64,
     /// Where the level begins in the file.
     pub offset: u64,
@@ -258,11 +263,13 @@ pub struct LevelSeen {
 /// The head's digests of a disk.
 #[derive(Debug)]
 pub struct TreeSeen {
+    /// The two headers of the file; `None` where a header is empty or damaged.
     pub slots: [Option<SlotSeen>; 2],
     /// Of the slot that counts; without one there is no tree.
     pub levels: Vec<LevelSeen>,
     /// The root that the blocks lead to, and the one of the topmost node.
     pub root_of_blocks: Option<Digest>,
+    /// Root computed from the topmost node in the file. `None`: the node could not be read.
     pub root_of_top: Option<Digest>,
 }
 

@@ -3,11 +3,11 @@
 //! Owns the layout: no other file of the store spells a name, and every name is made from checked ids, so that a peer
 //! names nothing (I21). Paths are derived, never stored: a manifest cannot point outside its directory.
 //!
-//! A removed point whose images the point above still reads through is a *link*: it does not exist as a point, and its files
-//! stay until they are folded into the point above (`fold.rs`).
+//! A removed point whose images the point above still reads through is a *link*: it does not exist as a point, and its
+//! files stay until they are folded into the point above (`fold.rs`).
 //!
-//! A disk of a point may be *detaching*: an image that stands alone is taking the place of its own (`shorten.rs`), and what
-//! lies below may be passed by already.
+//! A disk of a point may be *detaching*: an image that stands alone is taking the place of its own (`shorten.rs`), and
+//! what lies below may be passed by already.
 //!
 //! Invariants, checked by [`Manifest::parse`] and kept by every method
 //! - points ascend by sequence, ids are unique, links included;
@@ -18,6 +18,7 @@
 //! A reader ignores fields it does not know and refuses a version it does not know.
 //! Format: docs/formats/replica.md.
 
+pub use super::file_names::*;
 use super::left_out::LeftOut;
 use super::source::Owner;
 use crate::block::DiskSize;
@@ -49,15 +50,15 @@ const VERSION_DETACHING: u32 = 3;
 /// The version of a manifest with a promotion. A program that does not know of it would accept runs of the old source.
 const VERSION_PROMOTED: u32 = 4;
 
-/// The version of a manifest with attachments that the first ones had not, and the newest this program reads. A program that
-/// does not know of the state of a TPM would bring the domain up with an empty one.
+/// The version of a manifest with attachments that the first ones had not, and the newest this program reads. A program
+/// that does not know of the state of a TPM would bring the domain up with an empty one.
 const VERSION_MORE_ATTACHED: u32 = 5;
 
 /// Largest manifest read or written, in bytes: tens of thousands of points.
 pub const MANIFEST_MAX: usize = 64 << 20;
 
-/// A source may fill so much of it, by seals and by pins. The rest is for the records of recovery, which this host writes itself:
-/// a promotion, an operator's pin.
+/// A source may fill so much of it, by seals and by pins. The rest is for the records of recovery, which this host
+/// writes itself: a promotion, an operator's pin.
 pub const SOURCE_MAX: usize = MANIFEST_MAX - (1 << 20);
 
 /// Largest disk in bytes.
@@ -69,69 +70,16 @@ pub const POINT_SIZE_MAX: u64 = 1 << 52;
 /// Most disks of one point.
 pub const DISKS_MAX: usize = 256;
 
-/// Directory of all replicas, below the root of a store.
-pub const REPLICAS_DIR: &str = "replicas";
-pub const MANIFEST_FILE: &str = "manifest.json";
-pub const LOCK_FILE: &str = "lock";
-pub const POINTS_DIR: &str = "points";
-pub const DIGESTS_DIR: &str = "digests";
-/// Who uses which point.
-pub const LEASES_DIR: &str = "leases";
-/// Copies of disks that are in no point, by the names of their images.
-pub const SEEDS_DIR: &str = "seeds";
-/// Holds disk space for an open point; gone before it is sealed.
-pub const RESERVATION_FILE: &str = "reservation";
-
-/// Of a disk's image, in a point's directory.
-pub fn image_file(disk: &DiskName) -> String {
-    format!("{disk}.qcow2")
-}
-
-/// Of the list of blocks a point changed on a disk, in the point's directory.
-pub fn changes_file(disk: &DiskName) -> String {
-    format!("{disk}.changes")
-}
-
-/// Of the list that takes the place of [`changes_file`] when links were folded into the point.
-pub fn folded_changes_file(disk: &DiskName) -> String {
-    format!("{disk}.changes.new")
-}
-
-/// Of an image that is to take the place of [`image_file`] and stands alone, and of its list.
-pub fn alone_image_file(disk: &DiskName) -> String {
-    format!("{disk}.qcow2.alone")
-}
-
-pub fn alone_changes_file(disk: &DiskName) -> String {
-    format!("{disk}.changes.alone")
-}
-
-/// Of all blocks of a seed, in the directory of the open point that is built on it; gone before that is sealed.
-pub fn seed_list_file(disk: &DiskName) -> String {
-    format!("{disk}.seed")
-}
-
-/// Of what the patch changed of a seed, there too.
-pub fn seed_patch_file(disk: &DiskName) -> String {
-    format!("{disk}.patch")
-}
-
-/// Of the head's digests of a disk, in [`DIGESTS_DIR`].
-pub fn digests_file(disk: &DiskName) -> String {
-    format!("{disk}.tree")
-}
-
-/// What an overlay's header says of its backing image: relative, so that a replica may be moved as a whole.
-pub fn backing_reference(backing: &PointId, disk: &DiskName) -> String {
-    format!("../{backing}/{}", image_file(disk))
-}
-
+/// The manifest of one replica: its points, its links, and who may write to it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     format: String,
     version: u32,
+    /// UUID of the domain; also the name of the replica's directory.
     pub uuid: DomainUuid,
+    /// Name of the domain, as its source gave it.
     pub name: DomainName,
+    /// Generation of the replica. A source of a lower generation is refused; no point has a higher one.
     pub generation: Generation,
     /// Oldest first.
     points: Vec<Point>,
@@ -149,11 +97,17 @@ pub struct Manifest {
 /// A sealed point as the manifest records it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Point {
+    /// Id of the point; it is also the name of the point's directory.
     pub id: PointId,
+    /// Generation that the source had when it made the point.
     pub generation: Generation,
+    /// When the source's disks stood still, by the source's clock.
     pub frozen_at: Timestamp,
+    /// When the point began to exist, by the target's clock.
     pub sealed_at: Timestamp,
+    /// What the point promises of the guest's file systems.
     pub consistency: Consistency,
+    /// Why the consistency is no better, or how a domain that is off came to be so. `None`: nothing to add.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "words::maybe_sentence")]
     pub consistency_reason: Option<String>,
     /// Whether the domain started with its host. Absent: made by a program that did not ask.
@@ -162,8 +116,11 @@ pub struct Point {
     /// What has written the state of the TPM. Absent: there is none, or its maker did not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tpm_programs: Option<super::TpmPrograms>,
+    /// Id of the run that made the point.
     pub run: RunId,
+    /// Disks of the point, from 1 to 256, each name once.
     pub disks: Vec<Disk>,
+    /// Files that the point has beside its disks, each kind at most once.
     #[serde(default)]
     pub attachments: Vec<Attached>,
     /// Disks of the domain that are not in the point.
@@ -172,7 +129,8 @@ pub struct Point {
     /// Not to be removed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pinned: Option<Pinned>,
-    /// When it was sealed, in seconds of the replica's own clock ([`super::age`]). Absent: made by a program without one.
+    /// When it was sealed, in seconds of the replica's own clock ([`super::age`]). Absent: made by a program without
+    /// one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sealed_clock_s: Option<u64>,
 }
@@ -180,6 +138,7 @@ pub struct Point {
 /// That a point is not to be removed, and why.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Pinned {
+    /// When the point was pinned, by the target's clock.
     pub since: Timestamp,
     /// An operator's words; may be empty.
     #[serde(deserialize_with = "words::sentence")]
@@ -189,10 +148,14 @@ pub struct Pinned {
     pub by_target: bool,
 }
 
+/// One disk of a point as the manifest records it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Disk {
+    /// Name of the disk as the domain has it, for example `vda`.
     pub name: DiskName,
+    /// Virtual size of the disk in bytes, when the point was frozen.
     pub size: DiskSize,
+    /// Root of the digest tree over the whole disk; it binds the size.
     pub root: Digest,
     /// The point whose image of this disk lies below this one; absent: this image stands alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -200,6 +163,7 @@ pub struct Disk {
     /// The image and the list are being replaced by some that stand alone: `backing` holds for those that are not yet.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub detaching: bool,
+    /// How the run read and sent the disk. In JSON its fields stand beside those of the disk.
     #[serde(flatten)]
     pub stats: DiskStats,
 }
@@ -207,7 +171,9 @@ pub struct Disk {
 /// A file beside the disks, with what it takes to see that it is still what it was.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Attached {
+    /// Kind of the file. Its file name follows from it.
     pub name: Attachment,
+    /// Length of the file in bytes.
     pub size_bytes: u64,
     /// Plain BLAKE3 of the content, as `b3sum` prints it.
     pub blake3: Digest,
@@ -294,14 +260,17 @@ impl Manifest {
         &self.points
     }
 
+    /// Gives the newest point. `None`: the replica has no point.
     pub fn head(&self) -> Option<&Point> {
         self.points.last()
     }
 
+    /// Finds a point by its id. `None`: there is no such point, or it is only a link.
     pub fn point(&self, id: &PointId) -> Option<&Point> {
         self.points.iter().find(|p| &p.id == id)
     }
 
+    /// Finds a point by its id, to change it. `None`: there is no such point, or it is only a link.
     pub fn point_mut(&mut self, id: &PointId) -> Option<&mut Point> {
         self.points.iter_mut().find(|p| &p.id == id)
     }
@@ -311,6 +280,7 @@ impl Manifest {
         &self.links
     }
 
+    /// Says whether a removed point of this id is still kept as a link.
     pub fn is_link(&self, id: &PointId) -> bool {
         self.links.iter().any(|p| &p.id == id)
     }
@@ -339,8 +309,8 @@ impl Manifest {
         self.check()
     }
 
-    /// Makes links of these points: from now on they do not exist. [`Kind::Refused`] for the head, [`Kind::NotFound`] for
-    /// what is no point; then nothing was changed.
+    /// Makes links of these points: from now on they do not exist. [`Kind::Refused`] for the head, [`Kind::NotFound`]
+    /// for what is no point; then nothing was changed.
     pub fn remove(&mut self, ids: &[PointId]) -> Result<()> {
         for id in ids {
             if self.point(id).is_none() {
@@ -413,8 +383,8 @@ impl Manifest {
         self.head().map_or(1, |p| p.id.seq() + 1)
     }
 
-    /// The points and links that a disk at `point` is recorded to consist of, the point itself first, the base last. Never
-    /// empty. Some of the links may be folded already: `chain.rs` knows.
+    /// The points and links that a disk at `point` is recorded to consist of, the point itself first, the base last.
+    /// Never empty. Some of the links may be folded already: `chain.rs` knows.
     pub fn chain(&self, point: &PointId, disk: &DiskName) -> Result<Vec<&Point>> {
         let mut chain = Vec::new();
         let mut next = Some(point);
@@ -459,10 +429,12 @@ impl Manifest {
 }
 
 impl Point {
+    /// Finds a disk of the point by its name. `None`: the disk is not in the point.
     pub fn disk(&self, name: &DiskName) -> Option<&Disk> {
         self.disks.iter().find(|d| &d.name == name)
     }
 
+    /// Says whether any disk of the point is getting an image that stands alone.
     pub fn is_detaching(&self) -> bool {
         self.disks.iter().any(|d| d.detaching)
     }

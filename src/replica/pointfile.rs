@@ -1,10 +1,11 @@
-//! A whole recovery point in one stream: all disks of one instant as patches, and what else the point has. A store is fed
-//! from it where the network is too thin for a first copy, or where there is none.
+//! A whole recovery point in one stream: all disks of one instant as patches, and what else the point has. A store is
+//! fed from it where the network is too thin for a first copy, or where there is none.
 //!
 //! Invariants
-//! - It leads on from a point whose disks have the roots that it names, or from nothing, and to nothing else is it applied.
-//! - The point exists when all of the stream has come and its checksum is right: patches and attachments go into an open
-//!   point, and the seal comes last.
+//! - It leads on from a point whose disks have the roots that it names, or from nothing, and to nothing else is it
+//!   applied.
+//! - The point exists when all of the stream has come and its checksum is right: patches and attachments go into an
+//!   open point, and the seal comes last.
 //! - Applied again it changes nothing.
 //! - Every length is bounded before anything is allocated.
 //!
@@ -43,14 +44,21 @@ const REASON_MAX: usize = 200;
 /// What a stream says of its point before the point comes. Fields are added, never renamed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Carried {
+    /// UUID of the domain that the point belongs to.
     pub uuid: DomainUuid,
+    /// Name of the domain, as the replica had it that the stream was read from.
     pub name: DomainName,
+    /// Generation that the point's source had when it made the point.
     pub generation: Generation,
     /// What the point is called where it was read.
     pub point: PointId,
+    /// Id of the run that made the point. With `frozen_at` and the roots it tells whether a replica has the point.
     pub run: RunId,
+    /// When the source's disks stood still, by the source's clock.
     pub frozen_at: Timestamp,
+    /// What the point promises of the guest's file systems.
     pub consistency: Consistency,
+    /// Why the consistency is no better, or how a domain that is off came to be so. `None`: nothing to add.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub consistency_reason: Option<String>,
     /// Whether the domain started with its host. Absent: made by a program that did not ask.
@@ -77,14 +85,18 @@ pub struct Carried {
 pub struct Since {
     /// What it is called where it was read; it may be called otherwise elsewhere, and is known by its disks.
     pub point: PointId,
+    /// Disks of that point. The stream applies only to a head with exactly these disks, sizes and roots.
     pub disks: Vec<CarriedDisk>,
 }
 
 /// A disk of a point.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CarriedDisk {
+    /// Name of the disk as the domain has it.
     pub name: DiskName,
+    /// Virtual size of the disk in bytes.
     pub size: DiskSize,
+    /// Root of the digest tree over the whole disk at this point.
     pub root: Digest,
 }
 
@@ -131,14 +143,15 @@ impl Carried {
 /// What was written. The JSON of this struct is a contract with scripts: fields are added, never renamed.
 #[derive(Debug, Clone, Serialize)]
 pub struct Written {
+    /// Description of the point in the stream. In JSON its fields stand at the top level.
     #[serde(flatten)]
     pub carried: Carried,
     /// Of the stream.
     pub bytes: u64,
 }
 
-/// Writes the point (the head: `None`) of a replica as a stream, from `since` on or from nothing. `progress` gets the bytes
-/// written so far. Blocks; not durable by itself.
+/// Writes the point (the head: `None`) of a replica as a stream, from `since` on or from nothing. `progress` gets the
+/// bytes written so far. Blocks; not durable by itself.
 pub fn write<R: Replica + Upkeep + ?Sized>(
     replica: &R,
     (uuid, name): (&DomainUuid, &DomainName),
@@ -313,6 +326,7 @@ pub enum Part<'a> {
     Head(&'a Carried),
     /// The section of this disk, or of this attachment, begins at this byte of the stream.
     Disk(&'a CarriedDisk, u64),
+    /// An attachment of the point, and its length in bytes.
     Attachment(Attachment, u64),
     /// Bytes of the section that is open.
     Bytes(&'a [u8]),
@@ -325,8 +339,8 @@ pub fn is_one(beginning: &[u8]) -> bool {
     beginning.starts_with(format!("virt-replica {} ", BANNER.what).as_bytes())
 }
 
-/// Reads a stream and tells its parts, in order and in pieces of at most 1 MiB. What was told before an error is what the
-/// stream had; whether it is right is known at the end alone. An error names the byte behind what was read.
+/// Reads a stream and tells its parts, in order and in pieces of at most 1 MiB. What was told before an error is what
+/// the stream had; whether it is right is known at the end alone. An error names the byte behind what was read.
 pub fn look(input: impl Read, told: &mut dyn FnMut(Part) -> Result<()>) -> Result<()> {
     let mut reading = Reading::new(BufReader::new(input));
     let looked = look_on(&mut reading, told);
@@ -361,18 +375,20 @@ fn corrupt(what: &'static str) -> Error {
 pub struct Brought {
     /// The replica had the point; nothing was done.
     pub already: bool,
+    /// Description of the point in the stream. In JSON its fields stand at the top level.
     #[serde(flatten)]
     pub carried: Carried,
     /// What the point is called here.
     pub point_here: PointId,
     /// Of the stream.
     pub bytes: u64,
+    /// Bytes of guest data that were written to the images here; 0 if the replica had the point already.
     pub bytes_written: u64,
 }
 
-/// Makes a new point of a stream, in the replica that `open` gives. `Conflict` if the replica's head is not what the stream
-/// leads on from. `progress` gets the bytes read so far; an error of it ends the work, and no point comes to be. Blocks;
-/// durable when it returns.
+/// Makes a new point of a stream, in the replica that `open` gives. `Conflict` if the replica's head is not what the
+/// stream leads on from. `progress` gets the bytes read so far; an error of it ends the work, and no point comes to be.
+/// Blocks; durable when it returns.
 pub fn apply<R: Replica>(
     input: impl Read,
     open: impl FnOnce(&Carried) -> Result<R>,

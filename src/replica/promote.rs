@@ -1,9 +1,9 @@
-//! A replica that runs: its domain was brought up on this host from a point. No source writes to it meanwhile (I16), and that
-//! point stays with the images below it, for as long as it takes.
+//! A replica that runs: its domain was brought up on this host from a point. No source writes to it meanwhile (I16),
+//! and that point stays with the images below it, for as long as it takes.
 //!
 //! Invariants
-//! - From the return of [`Promoting::promote`] every run is refused, durably, whatever its generation; one that was under way
-//!   keeps the lock, and so keeps the promotion from happening.
+//! - From the return of [`Promoting::promote`] every run is refused, durably, whatever its generation; one that was
+//!   under way keeps the lock, and so keeps the promotion from happening.
 //! - The point's lease is there before the manifest says that it is promoted, and until it says so no more.
 //! - A promotion that is withdrawn, or over, has changed nothing of any point.
 //! - A source of an older generation than the one that a promotion was committed or concluded with is refused for ever.

@@ -2,9 +2,10 @@
 //!
 //! Invariants
 //! - The manifest says durably that a point is gone before any byte of it is changed. Until then it is whole.
-//! - A point that was named goes or stays as a whole; the head, and what is younger than this host's floor, stay whoever asks.
-//! - What cannot be folded now (somebody reads through it, there is no room, something is damaged) waits: it takes room and
-//!   does no harm. The next prune and the next run try again.
+//! - A point that was named goes or stays as a whole; the head, and what is younger than this host's floor, stay
+//!   whoever asks.
+//! - What cannot be folded now (somebody reads through it, there is no room, something is damaged) waits: it takes room
+//!   and does no harm. The next prune and the next run try again.
 //!
 //! Crash order: docs/replication.md, step p1 (the others in `fold.rs`).
 
@@ -241,8 +242,8 @@ fn why_kept(manifest: &Manifest, held: &[Lease], id: &PointId) -> Option<String>
     Some(format!("in use: {}, {}", lease.purpose, lease.owner))
 }
 
-/// The leases in force, and the points that a QEMU program has open: the uppermost of an unbroken row of open images. The
-/// ones below it are open because of it, and may go: their images stay as long as it is.
+/// The leases in force, and the points that a QEMU program has open: the uppermost of an unbroken row of open images.
+/// The ones below it are open because of it, and may go: their images stay as long as it is.
 pub(super) fn in_use(dir: &Dir, points: &Dir, manifest: &Manifest, now: Timestamp) -> Result<Vec<Lease>> {
     let mut held = Leases::of(dir)?.in_force(now)?;
     let open = |point: &Point, disk: &DiskName| -> Result<bool> {

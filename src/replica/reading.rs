@@ -9,8 +9,8 @@ use crate::image::qcow2::Qcow2Image;
 use crate::image::{Chain, Image};
 use std::ops::Range;
 
-/// A disk as its images have it now, as runs in ascending order: what a change list would say of it, had it started from
-/// nothing. A block that cannot be read ends it with an error.
+/// A disk as its images have it now, as runs in ascending order: what a change list would say of it, had it started
+/// from nothing. A block that cannot be read ends it with an error.
 pub(super) fn runs_of(images: &Chain, size: DiskSize) -> Result<impl Iterator<Item = Result<Run>>> {
     let mut reading = Reading::open(images, size)?;
     let mut ready = Vec::new().into_iter();

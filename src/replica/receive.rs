@@ -2,8 +2,8 @@
 //!
 //! Invariants
 //! - The file appears under its name when it is whole and durable, and not before; whatever was there stays until then.
-//! - Every block is compared with its digest, and all of them with the point's root: what was damaged on the target or on the
-//!   way is not handed out as the point.
+//! - Every block is compared with its digest, and all of them with the point's root: what was damaged on the target or
+//!   on the way is not handed out as the point.
 
 use super::PointDisk;
 use super::upkeep::PatchStream;
@@ -20,15 +20,18 @@ use std::path::{Path, PathBuf};
 /// Where an export goes.
 #[derive(Debug, Clone)]
 pub struct Output {
+    /// Path of the new file. A temporary file lies beside it until the content is whole and durable.
     pub path: PathBuf,
+    /// Format of the new file: raw or qcow2.
     pub format: Format,
     /// Replace a file that is there.
     pub force: bool,
 }
 
-/// Writes `disk` of `domain`, as `stream` brings it, into a new file, sparse, mode 0600. Returns the bytes of guest data
-/// written. `progress` gets (done, total) bytes of the disk. [`Kind::Conflict`] if the file is there already and is not to
-/// be replaced, [`Kind::Corrupt`] if what came is not the point. Durable when it returns; after an error nothing is left.
+/// Writes `disk` of `domain`, as `stream` brings it, into a new file, sparse, mode 0600. Returns the bytes of guest
+/// data written. `progress` gets (done, total) bytes of the disk. [`Kind::Conflict`] if the file is there already and
+/// is not to be replaced, [`Kind::Corrupt`] if what came is not the point. Durable when it returns; after an error
+/// nothing is left.
 pub fn receive_file(
     stream: &mut dyn PatchStream,
     domain: &DomainUuid,

@@ -48,7 +48,9 @@ pub struct StoreWish {
 /// A store that was found at a directory. One URL leads to several where keys with forced commands do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KnownStore {
+    /// Directory at which the store was found on the target.
     pub root: PathBuf,
+    /// Id that the store had when it was found.
     pub id: StoreId,
 }
 
@@ -73,7 +75,8 @@ pub struct StoreSeen {
     pub created: bool,
 }
 
-/// Opens the store at `path`. `fresh`: the id that a store of version 0.1 gets. [`Kind::NotFound`] for what is no store.
+/// Opens the store at `path`. `fresh`: the id that a store of version 0.1 gets. [`Kind::NotFound`] for what is no
+/// store.
 pub fn open(path: &Path, fresh: &StoreId) -> Result<StoreSeen> {
     let seen = |id, adopted| StoreSeen { id, root: path.to_owned(), adopted, created: false };
     let dir = Dir::open_root(path)?.ok_or_else(|| no_store(path, "the directory does not exist"))?;

@@ -1,12 +1,12 @@
 //! Reading every point again, a bit at a time: what each of them has of its own, against its change list.
 //!
 //! Oldest point first, disk by disk. A block is read through the images of its point, so that what is found is what
-//! anybody would read there; it lies in the point's own image, because the list names it. Links, the removed points that
-//! others still read through, are read like points.
+//! anybody would read there; it lies in the point's own image, because the list names it. Links, the removed points
+//! that others still read through, are read like points.
 //!
 //! Invariants
-//! - Nothing of the replica is changed but `scrub.json`, and no lock is taken that a run could want. What is read is leased
-//!   for just as long: prune goes around it.
+//! - Nothing of the replica is changed but `scrub.json`, and no lock is taken that a run could want. What is read is
+//!   leased for just as long: prune goes around it.
 //! - What a step has read and found is durable when it returns. Whatever ends a scrub, the next one reads the rest.
 //! - An error of this machine, such as one of its memory, is an error; bytes that cannot be read are damage.
 
@@ -311,8 +311,8 @@ impl Scrub {
 }
 
 impl Place {
-    /// The next block from `from` on that the list names and that has to be read, with its digest: one that is to be zero
-    /// only where the map does not say that it is. An error with what it is the damage of.
+    /// The next block from `from` on that the list names and that has to be read, with its digest: one that is to be
+    /// zero only where the map does not say that it is. An error with what it is the damage of.
     fn next_block(&mut self, from: u64) -> std::result::Result<Option<(u64, Digest)>, (DamageKind, Error)> {
         loop {
             while let Some(next) = self.expected.pop_front() {
@@ -369,7 +369,8 @@ impl Place {
     }
 }
 
-/// The first disk of a point or link that was not read yet; the one that the cursor names, if it was not read to its end.
+/// The first disk of a point or link that was not read yet; the one that the cursor names, if it was not read to its
+/// end.
 fn next(manifest: &Manifest, cursor: &Cursor) -> Option<(PointId, DiskName)> {
     for point in manifest.all() {
         let mut names: Vec<&DiskName> = point.disks.iter().map(|d| &d.name).collect();

@@ -1,11 +1,11 @@
-//! Seeds: copies of disks at the target that are in no point. A first copy that was broken off leaves one behind, and an
-//! operator may bring one; the next first copy starts from it and sends only what differs.
+//! Seeds: copies of disks at the target that are in no point. A first copy that was broken off leaves one behind, and
+//! an operator may bring one; the next first copy starts from it and sends only what differs.
 //!
 //! Invariants
-//! - Only an image that was synced and closed gets the name of a seed: a killed agent leaves none, and what it was writing
-//!   is thrown away as before.
-//! - Nothing is believed of a seed. Its tables are checked and it is read whole before it is used, and what is read is what
-//!   counts; one whose tables are damaged, that cannot be read or is of another size, is thrown away.
+//! - Only an image that was synced and closed gets the name of a seed: a killed agent leaves none, and what it was
+//!   writing is thrown away as before.
+//! - Nothing is believed of a seed. Its tables are checked and it is read whole before it is used, and what is read is
+//!   what counts; one whose tables are damaged, that cannot be read or is of another size, is thrown away.
 //! - A seed is used once: it moves into the open point, and is that point's image from then on.
 //! - A disk that is in the head has no seed.
 //!
@@ -59,8 +59,8 @@ pub(super) fn list(replica: &Dir) -> Result<Vec<(DiskName, u64)>> {
     Ok(found)
 }
 
-/// Moves the seed of `disk` into the open point's directory and reads it whole: that takes as long as the storage needs.
-/// `None` if there is none, or none that can be used.
+/// Moves the seed of `disk` into the open point's directory and reads it whole: that takes as long as the storage
+/// needs. `None` if there is none, or none that can be used.
 pub(super) fn take(replica: &Dir, point: &Dir, id: &PointId, disk: &BeginDisk) -> Result<Option<Seed>> {
     let Some(seeds) = replica.sub(SEEDS_DIR)? else { return Ok(None) };
     let name = image_file(&disk.name);
@@ -143,8 +143,8 @@ pub(super) fn sweep(replica: &Dir, manifest: &Manifest) -> Result<()> {
     Ok(())
 }
 
-/// Copies `image` into the store as the seed of `disk`, sparsely; an older one goes. `progress` is told bytes done and all.
-/// Durable when it returns. The caller holds the lock.
+/// Copies `image` into the store as the seed of `disk`, sparsely; an older one goes. `progress` is told bytes done and
+/// all. Durable when it returns. The caller holds the lock.
 pub(super) fn adopt(
     replica: &Dir,
     disk: &DiskName,
@@ -200,8 +200,8 @@ fn copy(image: &dyn Image, writer: &Qcow2Writer, size: DiskSize, progress: &mut 
     Ok(copied)
 }
 
-/// The change list of a first point that was built on a seed: all that is not zero, from the seed's own list and what the
-/// patch changed. Both lists are read to their ends.
+/// The change list of a first point that was built on a seed: all that is not zero, from the seed's own list and what
+/// the patch changed. Both lists are read to their ends.
 pub(super) fn write_whole_list(seed: &File, patch: &File, out: &File, size: DiskSize, root: Digest) -> Result<()> {
     let at = |e| Error::from_io("cannot read the list of the seed", e);
     let reader = |file: &File| -> Result<_> { ChangesReader::new(BufReader::new(rewound(file).map_err(at)?)) };

@@ -1,14 +1,16 @@
 //! Keeping chains short: when a disk of the newest point consists of too many images, the point gets images that stand
 //! alone, and the next points build on these. No point is removed for it, and none below is touched.
 //!
-//! The images are made aside while runs go on, under a lease; only the switch needs the writer's lock, and copies nothing.
-//! The price is a second whole copy of these disks, once in as many points as a chain may be deep. It is given back when
-//! the points below are pruned: nobody reads through them any more, so their removal copies nothing either.
+//! The images are made aside while runs go on, under a lease; only the switch needs the writer's lock, and copies
+//! nothing. The price is a second whole copy of these disks, once in as many points as a chain may be deep. It is given
+//! back when the points below are pruned: nobody reads through them any more, so their removal copies nothing either.
 //!
 //! Invariants
-//! - Whoever reads the point, or one above it, reads the same at every instant: both images have its content. Between the two
-//!   the manifest says that the disk is *detaching*, and `chain.rs` asks the header and the list which of them is there.
-//! - What is aside counts for nothing until its change list is whole, which is written last; without it, it is made anew.
+//! - Whoever reads the point, or one above it, reads the same at every instant: both images have its content. Between
+//!   the two the manifest says that the disk is *detaching*, and `chain.rs` asks the header and the list which of them
+//!   is there.
+//! - What is aside counts for nothing until its change list is whole, which is written last; without it, it is made
+//!   anew.
 //! - Every block is compared with its digest on the way.
 //! - Behind the manifest's word (step s4) the only way is forward, and needs no room.
 //!
@@ -265,8 +267,8 @@ impl Shortening for Shorten {
     }
 }
 
-/// Steps s5 to s7, also of a shortening that died behind s4. The caller holds the writer's lock, has closed the gate, and
-/// knows that nobody reads through these points.
+/// Steps s5 to s7, also of a shortening that died behind s4. The caller holds the writer's lock, has closed the gate,
+/// and knows that nobody reads through these points.
 pub(super) fn finish_detaching(dir: &Dir, points: &Dir, manifest: &mut Manifest) -> Result<()> {
     let detaching: Vec<Point> = manifest.all().into_iter().filter(|p| p.is_detaching()).cloned().collect();
     for point in detaching {
@@ -319,8 +321,8 @@ fn too_deep(points: &Dir, manifest: &Manifest, point: &Point, depth_max: u64) ->
     Ok(deep)
 }
 
-/// Whether both files are there, and the list is whole and that of the disk: it is written behind the image. Then both are
-/// durable: whoever finished the list may have died before its fsync.
+/// Whether both files are there, and the list is whole and that of the disk: it is written behind the image. Then both
+/// are durable: whoever finished the list may have died before its fsync.
 fn is_whole_aside(dir: &Dir, disk: &manifest::Disk) -> Result<bool> {
     if dir.open(&alone_image_file(&disk.name))?.is_none() {
         return Ok(false);

@@ -1,8 +1,8 @@
 //! Whose points a replica has: a domain's UUID alone is no identity, because a clone by copied XML has the same one.
 //!
 //! Pure. A source says who it is ([`Claim`]) before it writes; the manifest remembers the source of its newest point
-//! ([`Owner`]). Another source is refused, unless its generation is higher (the domain was handed over for good), or its
-//! operator says that it takes over.
+//! ([`Owner`]). Another source is refused, unless its generation is higher (the domain was handed over for good), or
+//! its operator says that it takes over.
 //!
 //! Format: docs/formats/replica.md, docs/formats/wire.md.
 
@@ -39,7 +39,9 @@ impl fmt::Display for SourceId {
 /// What a source says of itself before it writes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Claim {
+    /// The source that wants to write.
     pub source: SourceId,
+    /// Generation that the source has. Higher than the replica's: the domain was handed over to it.
     pub generation: Generation,
     /// The operator says that this source is the right one from now on.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -49,8 +51,11 @@ pub struct Claim {
 /// The source of a replica's newest point, and how it came to be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Owner {
+    /// The host and state directory that made the newest point.
     pub source: SourceId,
+    /// When the replica began to follow this source, by the target's clock.
     pub since: Timestamp,
+    /// Why the replica accepted this source.
     pub how: How,
     /// The one before, if it was another.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -63,7 +68,8 @@ pub struct Owner {
 pub enum How {
     /// It made the first point.
     First,
-    /// The newest point did not say whose it is: it was made by version 0.1, came in a file, or is of a host that gave way.
+    /// The newest point did not say whose it is: it was made by version 0.1, came in a file, or is of a host that gave
+    /// way.
     Adopted,
     /// It is the same as before.
     Same,
@@ -76,6 +82,7 @@ pub enum How {
 /// What became of a claim.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Claimed {
+    /// Why the replica accepts the source.
     pub how: How,
     /// The source before, if it was another.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -109,8 +116,11 @@ fn name(source: Option<&SourceId>) -> String {
 /// What a replica knows of itself when a claim is made.
 #[derive(Debug, Clone, Copy)]
 pub struct Standing<'a> {
+    /// Source of the newest point, as the manifest has it. `None`: no point, or the point does not say.
     pub owner: Option<&'a Owner>,
+    /// Generation of the replica.
     pub generation: Generation,
+    /// The replica has at least one point.
     pub has_points: bool,
 }
 

@@ -69,8 +69,8 @@ pub struct Store {
 }
 
 impl Store {
-    /// The replica of domain `uuid` in the store that was opened. Touches nothing: the replica need not exist before the
-    /// first [`Replica::begin`], which creates it.
+    /// The replica of domain `uuid` in the store that was opened. Touches nothing: the replica need not exist before
+    /// the first [`Replica::begin`], which creates it.
     pub fn within(
         store: &StoreSeen,
         uuid: &DomainUuid,
@@ -79,8 +79,8 @@ impl Store {
         Ok(Store { mark: store.id.clone(), ..Store::open(&store.root, uuid, clock)? })
     }
 
-    /// The same in a directory of which nobody asks whether it is a store: for one that was asked already, and for tests.
-    /// The first [`Replica::begin`] creates it.
+    /// The same in a directory of which nobody asks whether it is a store: for one that was asked already, and for
+    /// tests. The first [`Replica::begin`] creates it.
     pub fn open(
         root: &Path,
         uuid: &DomainUuid,
@@ -165,8 +165,8 @@ impl Store {
     }
 }
 
-/// Every replica in the store at `root` that has a point, in the order of the domains' names. One that cannot be read is
-/// left out with a warning: on the day when another domain has to be brought up, it must not be in the way.
+/// Every replica in the store at `root` that has a point, in the order of the domains' names. One that cannot be read
+/// is left out with a warning: on the day when another domain has to be brought up, it must not be in the way.
 pub fn list(root: &Path) -> Result<Vec<(DomainUuid, DomainName, ReplicaView)>> {
     let Some(replicas) = Dir::open_root(root)?.map(|r| r.sub(REPLICAS_DIR)).transpose()?.flatten() else {
         return Ok(Vec::new());
@@ -320,8 +320,8 @@ impl Replica for Store {
         Ok(view)
     }
 
-    /// Also cleans up after a writer that died, if nobody else writes now. What arrived of a disk that the head does not
-    /// have becomes a seed.
+    /// Also cleans up after a writer that died, if nobody else writes now. What arrived of a disk that the head does
+    /// not have becomes a seed.
     fn abandon(&self) -> Result<()> {
         let mut slot = self.open.lock().expect("no code panics with this lock");
         if let Some(open) = slot.take() {
@@ -443,9 +443,9 @@ impl Store {
 }
 
 impl Store {
-    /// Adopts a copy of a disk, from wherever it came: it becomes the disk's seed, from which the first copy of that disk
-    /// starts. The image itself is only read. `progress` is told bytes done and all. Returns the bytes of data copied;
-    /// durable then. [`Kind::Conflict`] if the head has the disk already.
+    /// Adopts a copy of a disk, from wherever it came: it becomes the disk's seed, from which the first copy of that
+    /// disk starts. The image itself is only read. `progress` is told bytes done and all. Returns the bytes of data
+    /// copied; durable then. [`Kind::Conflict`] if the head has the disk already.
     pub fn adopt(&self, disk: &DiskName, image: &dyn Image, progress: &mut dyn FnMut(u64, u64)) -> Result<u64> {
         let dir = self.create_replica_dir()?;
         let _lock = WriterLock::take(&dir, None, (self.clock)())?;

@@ -1,8 +1,8 @@
 //! Reading a point again: every block of every disk against the digest it was sealed with (I12).
 //!
 //! Expected digests come from the change lists of the disk's points, never from the head's digest file: that one is a
-//! cache. What an image's map calls a hole counts as zeros and costs nothing. Two threads read and hash; memory does not
-//! depend on the size of the disk. Modifies nothing and needs no lock.
+//! cache. What an image's map calls a hole counts as zeros and costs nothing. Two threads read and hash; memory does
+//! not depend on the size of the disk. Modifies nothing and needs no lock.
 
 use super::files::Dir;
 use super::manifest::{self, Attached, Manifest, Point};
@@ -121,8 +121,8 @@ fn verify_disk(
     })
 }
 
-/// Whether what the images say of their backing images is what the manifest says: any other program that opens the point
-/// goes by the headers.
+/// Whether what the images say of their backing images is what the manifest says: any other program that opens the
+/// point goes by the headers.
 pub(super) fn check_headers(images: &Chain, disk: &DiskName) -> Result<()> {
     let corrupt = |what| Error::new(Kind::Corrupt, what).disk(disk).path(&images.top().path);
     match qcow2::own_chain(&images.top().path) {

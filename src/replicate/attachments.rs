@@ -21,9 +21,9 @@ pub(super) struct Described {
     live: Option<String>,
 }
 
-/// Step 3: reads the definitions and decides which one travels. Before the freeze, as it may show that the point could not
-/// be brought up; and while both documents name the domain's own images. `notes` gets how the definition that travels differs
-/// from what runs, or would be started, here.
+/// Step 3: reads the definitions and decides which one travels. Before the freeze, as it may show that the point could
+/// not be brought up; and while both documents name the domain's own images. `notes` gets how the definition that
+/// travels differs from what runs, or would be started, here.
 pub(super) fn describe(
     ports: &Ports,
     request: &Request,
@@ -93,8 +93,8 @@ pub(super) fn attach(
     }
 }
 
-/// Whether the domain starts with this host, which its definition does not say. `None` where that could not be found out: the
-/// point is as good without.
+/// Whether the domain starts with this host, which its definition does not say. `None` where that could not be found
+/// out: the point is as good without.
 pub(super) fn starts_with_host(custody: &dyn Custody, state: &Path, domain: &DomainView) -> Option<bool> {
     // In this order: a handover is on record before it takes autostart away (h2), and the record says how it was.
     let asked = custody.autostart(&domain.uuid);
@@ -108,7 +108,8 @@ pub(super) fn starts_with_host(custody: &dyn Custody, state: &Path, domain: &Dom
     }
 }
 
-/// What has written the state of the domain's TPM. `None`: it has none, or the programs do not say: the point is as good without.
+/// What has written the state of the domain's TPM. `None`: it has none, or the programs do not say: the point is as
+/// good without.
 pub(super) fn tpm_programs(domain: &DomainView) -> Option<TpmPrograms> {
     domain.tpm.as_ref()?;
     swtpm::programs().map(|swtpm::Programs { swtpm, libtpms }| TpmPrograms { swtpm, libtpms })

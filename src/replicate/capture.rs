@@ -1,6 +1,6 @@
-//! Three ways to make a domain's disks stand still while they are read, behind one trait: an overlay over each disk of a
-//! running domain, a backup job that serves them as they were ([`backup`](crate::replicate::capture::backup)), or nothing but attention for a
-//! domain that is off.
+//! Three ways to make a domain's disks stand still while they are read, behind one trait: an overlay over each disk of
+//! a running domain, a backup job that serves them as they were ([`backup`](crate::replicate::capture::backup)), or
+//! nothing but attention for a domain that is off.
 
 pub mod backup;
 pub mod freeze_hooks;
@@ -58,6 +58,7 @@ pub struct OverlayCapture<'a> {
 }
 
 impl<'a> OverlayCapture<'a> {
+    /// Prepares the record and the names of the overlays. Touches neither the domain nor any file.
     pub fn new(
         ports: &'a Ports<'a>,
         journal: &'a Journal,
@@ -148,8 +149,9 @@ impl<'a> OverlayCapture<'a> {
         })
     }
 
-    /// So that the guest's file systems are held for the transaction only, and not while files are made; and so that the
-    /// freeze of many disks stays far below its bound. libvirt has QEMU make each overlay with several jobs in a row.
+    /// So that the guest's file systems are held for the transaction only, and not while files are made; and so that
+    /// the freeze of many disks stays far below its bound. libvirt has QEMU make each overlay with several jobs in a
+    /// row.
     fn prepare_overlays(&self) -> Result<()> {
         for disk in &self.record.disks {
             qemu_img::create_overlay(&disk.overlay, &disk.base, disk.size).map_err(|e| e.disk(&disk.name))?;
@@ -228,8 +230,8 @@ impl Capture for OverlayCapture<'_> {
         })
     }
 
-    /// Nobody but us commits our overlay, and QEMU holds its locks on it: the base stands. But a guest that found no room
-    /// in its overlay stands still until that is committed.
+    /// Nobody but us commits our overlay, and QEMU holds its locks on it: the base stands. But a guest that found no
+    /// room in its overlay stands still until that is committed.
     fn check(&self) -> Result<()> {
         self.stopped.check(self.hypervisor, &self.record.uuid)
     }
@@ -292,6 +294,7 @@ pub struct OffCapture<'a> {
 const ASK_EVERY: Duration = Duration::from_millis(500);
 
 impl<'a> OffCapture<'a> {
+    /// Takes the images from the plan. Touches nothing.
     pub fn new(
         hypervisor: &'a dyn Hypervisor,
         clock: &'a (dyn Fn() -> Timestamp + Sync),

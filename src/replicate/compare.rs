@@ -17,24 +17,34 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// A live domain compared with its newest point.
 #[derive(Debug, Clone, serde::Serialize)]
 pub struct Comparison {
+    /// When the disks stood still for the comparison, by the source's clock.
     pub frozen_at: Timestamp,
+    /// One entry for each disk that was compared.
     pub disks: Vec<ComparedDisk>,
+    /// Duration of the freeze call in milliseconds; 0 for a domain that is off.
     pub freeze_ms: f64,
     /// The longest pause.
     pub pause_ms: f64,
     /// All pauses together.
     pub pause_sum_ms: f64,
+    /// How often the guest was paused on the way home.
     pub pauses: u32,
+    /// Messages for the operator, for example a commit that is still pending.
     pub warnings: Vec<String>,
 }
 
+/// Result of the comparison for one disk.
 #[derive(Debug, Clone, serde::Serialize)]
 pub struct ComparedDisk {
+    /// Name of the disk as the domain has it.
     pub name: DiskName,
+    /// Virtual size of the disk at the source, in bytes.
     pub size: crate::block::DiskSize,
     /// Blocks whose content is not the point's: written since its freeze, or damaged on one side.
     pub blocks_differ: u64,
+    /// Bytes that were read from the source's image.
     pub bytes_read: u64,
+    /// Size and root are those of the newest point.
     pub equal: bool,
 }
 

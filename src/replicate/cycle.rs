@@ -13,8 +13,8 @@
 //! What holds at every moment, whatever is killed (all of it with tests: docs/replication.md):
 //!
 //! - The production guest comes first: 7 happens even if 5 or 6 failed.
-//! - No overlay exists without an earlier durable record that lets any later run finish (I1); only our own layer is ever
-//!   committed, and only if the chain is the recorded one (I4).
+//! - No overlay exists without an earlier durable record that lets any later run finish (I1); only our own layer is
+//!   ever committed, and only if the chain is the recorded one (I4).
 //! - The guest is never held: every pause is bounded by a dead-man that outlives this process (I2).
 //! - Between the pivot and the durable end of the overlay's name the guest runs nothing (I3).
 //! - A point is all disks of one instant and exists if and only if the manifest names it (I9, I10).

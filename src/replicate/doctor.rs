@@ -21,8 +21,11 @@ use std::path::Path;
 /// What was found of one domain.
 #[derive(Debug, Clone, Serialize)]
 pub struct Finding {
+    /// UUID of the domain that was examined.
     pub uuid: DomainUuid,
+    /// Name of the domain, from libvirt or else from the record. `None`: neither knows it.
     pub domain: Option<String>,
+    /// State of the domain after the examination, and after the repair if one was asked for.
     pub health: Health,
     /// What was found, sentence by sentence.
     pub explanation: Vec<String>,
@@ -33,6 +36,7 @@ pub struct Finding {
     pub done: Vec<String>,
 }
 
+/// State of a domain as `doctor` judges it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Health {

@@ -1,5 +1,5 @@
-//! A hypervisor of a few lines, for tests: domains, chains and block jobs in memory, the overlays as files in a directory. It
-//! answers as libvirt does, and misbehaves as it is told.
+//! A hypervisor of a few lines, for tests: domains, chains and block jobs in memory, the overlays as files in a
+//! directory. It answers as libvirt does, and misbehaves as it is told.
 
 use crate::block::DiskSize;
 use crate::error::{Error, Kind, Result};

@@ -33,13 +33,19 @@ pub const DOCUMENTS: [&str; 8] = [
 pub enum Document {
     /// Who works on the domain, or was the last to do so.
     Lock(Holder),
+    /// The record of a run by overlay that is under way, or was cut short.
     Record(Record),
+    /// The record of a run by backup that is under way, or was cut short.
     Backup(BackupRecord),
     /// The guest may hold its file systems.
     Thaw,
+    /// The hook after the freeze that is still owed.
     Hook(OwedHook),
+    /// The guest that QEMU stopped after an I/O error.
     Stopped(StoppedRecord),
+    /// The generation that this host replicates the domain as.
     Generation(Generation),
+    /// The report of the newest run.
     Report(Box<Report>),
 }
 

@@ -29,7 +29,8 @@ use crate::replicate::tracking::bitmap_rotation::Tracked;
 use crate::replicate::tracking::{audit, failover_bitmap};
 use std::path::{Path, PathBuf};
 
-/// Plans a run, by the capture that was chosen. Pure. Whether its overlays will have room is [`forecast`](crate::replicate::plan::forecast)'s.
+/// Plans a run, by the capture that was chosen. Pure. Whether its overlays will have room is
+/// [`forecast`](crate::replicate::plan::forecast)'s.
 pub fn plan(
     domain: &DomainView,
     facts: &[DiskFacts],

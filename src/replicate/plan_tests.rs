@@ -147,7 +147,8 @@ fn shown(plan: &Plan) -> String {
     words.join(" ")
 }
 
-/// The plan of a domain whose disk the head has by `mode`, with or without a doubt, and which is tracked as `tracked` now.
+/// The plan of a domain whose disk the head has by `mode`, with or without a doubt, and which is tracked as `tracked`
+/// now.
 fn tracked_as(before: DiskStats, tracked: Tracked, options: &PlanOptions) -> Plan {
     let domain = domain("vda");
     let mut facts = facts(&domain);
@@ -257,7 +258,8 @@ fn a_believed_bitmap_is_followed_and_a_doubt_is_compared_with_its_reason() {
     assert_eq!(plan(&domain, &facts, &replica("vda"), Generation(1), &asked).disks[0].mode, Mode::Digest);
 }
 
-/// The way home after a planned failover: a bitmap like any other, with a reason of its own, over which the audit goes too.
+/// The way home after a planned failover: a bitmap like any other, with a reason of its own, over which the audit goes
+/// too.
 #[test]
 fn the_bitmap_of_a_failover_is_followed_with_a_reason_of_its_own() {
     let born = "vr-failover-0707-image";
@@ -268,7 +270,8 @@ fn the_bitmap_of_a_failover_is_followed_with_a_reason_of_its_own() {
     assert_eq!((disk.mode, disk.bitmap.as_deref(), disk.reserve_bytes), (Mode::Bitmap, Some(born), 3 << 20));
     assert!(disk.reason.contains("what the failover began from") && disk.audit.is_some(), "{disk:?}");
     assert!(disk.led_from_birth() && !disk.tracking_doubt);
-    // A run that made its point by it, and died before it was dropped: the next one knows, by whatever it is led itself.
+    // A run that made its point by it, and died before it was dropped: the next one knows, by whatever it is led
+    // itself.
     let by_birth = DiskStats { mode: Mode::Bitmap, reason: disk.reason.clone(), ..DiskStats::default() };
     assert!(tracked_as(by_birth, by("vr-x-1"), &options).disks[0].led_from_birth());
     assert!(!tracked_as(DiskStats::default(), by("vr-x-1"), &options).disks[0].led_from_birth());

@@ -1,4 +1,5 @@
-//! What a run is made of, as plain data: the ports to the world, the request, and the run that holds them while it lasts.
+//! What a run is made of, as plain data: the ports to the world, the request, and the run that holds them while it
+//! lasts.
 //!
 //! [`cycle`](super::cycle) tells what is done with it.
 
@@ -27,6 +28,7 @@ use std::sync::{Arc, OnceLock};
 
 /// The world as a run sees it: ports only. `wiring` chooses the adapters.
 pub struct Ports<'a> {
+    /// The source's libvirt: domains, freezes, commits and pauses.
     pub hypervisor: &'a dyn Hypervisor,
     /// The bitmaps of a running domain.
     pub tracking: &'a dyn Tracking,
@@ -48,6 +50,7 @@ pub struct Ports<'a> {
     pub open_export: &'a dyn Fn(&Path, &str, &OpenOptions) -> Result<Opened>,
     /// Says how a chain would be read, and why.
     pub explain_image: &'a dyn Fn(&Chain) -> Result<String>,
+    /// The wall clock. An argument, so that tests have one of their own.
     pub clock: &'a (dyn Fn() -> Timestamp + Sync),
 }
 
@@ -60,17 +63,25 @@ pub struct Request {
     pub target: String,
     /// The store that the target was found to be, once it is connected: the key of its dirty bitmaps from then on.
     pub store: Arc<OnceLock<StoreId>>,
+    /// Id of this run. Overlays, scratch files, bitmaps and the point carry it.
     pub run: RunId,
+    /// State directory of the program on this host.
     pub state: PathBuf,
+    /// How the run is planned: capture, quiescing, disks to leave out, mode, audit, space.
     pub plan: PlanOptions,
+    /// How long the commit may take, and how long a pause of the guest may last.
     pub settle: SettleOptions,
+    /// How images are opened for reading: directory for sockets, number of readers.
     pub open: OpenOptions,
     /// Keep secrets (graphics passwords) in the definitions that travel with the point.
     pub with_secrets: bool,
+    /// Number of threads that read, hash and compress.
     pub workers: usize,
+    /// How the data is compressed on its way to the target.
     pub compression: Compression,
     /// How fast the run may send; `None`: as fast as it goes.
     pub throttle: Option<Arc<Throttle>>,
+    /// Programs of the operator that run before and after the freeze.
     pub hooks: FreezeHooks,
     /// The handover that this run belongs to.
     pub handover: Option<RunId>,
@@ -86,6 +97,7 @@ pub trait Watch: Sync {
     fn disk(&self, name: &DiskName, size_bytes: u64, mode: Mode, progress: &Arc<Progress>);
     /// Called now and then while a disk is read.
     fn tick(&self);
+    /// Receives a warning for the operator, as one sentence or more.
     fn warn(&self, text: &str);
 }
 

@@ -1,9 +1,11 @@
-//! Performs what [`decide`] says until the domain stands on its own images, or a person is needed, or a deadline passed.
+//! Performs what [`decide`] says until the domain stands on its own images, or a person is needed, or a deadline
+//! passed.
 //!
 //! The same loop commits at the end of a normal run, mends after a crash, and, in the dead-man, lets a held guest go.
 //! Every step is decided from a fresh observation; what a step relies on is checked again under QEMU's own locks. One
-//! observation serves for the same step of all disks ([`decide_all`]), so that the work in a pause grows with the number of
-//! disks and not with its square; and a pause ends after [`SettleOptions::pause_share`], with what is left for the next one.
+//! observation serves for the same step of all disks ([`decide_all`]), so that the work in a pause grows with the
+//! number of disks and not with its square; and a pause ends after [`SettleOptions::pause_share`], with what is left
+//! for the next one.
 //!
 //! Step numbers are those of docs/replication.md; a failpoint stands behind each.
 
@@ -26,7 +28,7 @@ use crate::image::locks::QemuLock;
 use crate::image::{Chain, Format, Layer, chain, qemu_img};
 use crate::name::DiskName;
 use crate::replicate::settle::account::Account;
-use crate::replicate::settle::away::Away;
+use crate::replicate::settle::away::{Away, How};
 use crate::replicate::settle::decide::{
     Action, DiskSeen, Halt, HaltReason, Job, OverlayFile, Phase, PowerState, Stand, decide, decide_all,
 };
@@ -47,6 +49,7 @@ pub enum Goal {
     Released,
 }
 
+/// How a pass of the settle loop ended.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Outcome {
     /// The goal is reached.
@@ -57,12 +60,19 @@ pub enum Outcome {
     Halted(Halt),
 }
 
+/// The settle loop of one domain with an open record.
 pub struct Settler<'a> {
+    /// This host's libvirt, which is observed before every step.
     pub hypervisor: &'a dyn Hypervisor,
+    /// Journal of the domain, with its lock held.
     pub journal: &'a Journal,
+    /// The record that the loop works from. Every change is written to the journal before the step it allows.
     pub record: Record,
+    /// Dead-man that bounds each pause of the guest; the dead-man's own loop has none.
     pub guard: &'a mut dyn PauseGuard,
+    /// How long a commit and a pause may take.
     pub options: SettleOptions,
+    /// Steps, alarms and the longest pause so far, for the report.
     pub account: Account,
     paused_at: Option<Instant>,
     /// Disks that were pivoted in the pause that lasts.
@@ -83,6 +93,7 @@ const BETWEEN_PAUSES: (Duration, Duration) = (Duration::from_millis(100), Durati
 const ACTIONS_MAX: u32 = 10_000;
 
 impl<'a> Settler<'a> {
+    /// Prepares the loop with an empty account. Touches nothing.
     pub fn new(
         hypervisor: &'a dyn Hypervisor,
         journal: &'a Journal,
@@ -166,7 +177,8 @@ impl<'a> Settler<'a> {
             // Whoever only lets the guest go does not begin a pivot; nothing is pivoted and unretired here, or decide
             // would have said so.
             Action::Pivot(_) if goal == Goal::Released => self.resume()?,
-            // Each disk's rule is its own: what was pivoted in this pause is retired, the others stand on their overlays.
+            // Each disk's rule is its own: what was pivoted in this pause is retired, the others stand on their
+            // overlays.
             Action::Pivot(_) if self.pause_is_long() => {
                 self.resume()?;
                 std::thread::sleep(self.options.pause_share);
@@ -194,23 +206,23 @@ impl<'a> Settler<'a> {
         Ok(None)
     }
 
-    /// Whether the guest is let run although disks are left to pivot. Not before something was done in this pause: a slow
-    /// host would pause and resume for ever.
+    /// Whether the guest is let run although disks are left to pivot. Not before something was done in this pause: a
+    /// slow host would pause and resume for ever.
     fn pause_is_long(&self) -> bool {
         let stood = self.paused_at.map_or(Duration::ZERO, |at| at.elapsed());
         self.record.resume_after && self.pivoted > 0 && stood >= self.options.pause_share
     }
 
-    /// A retirement that is found done may be that of a hand that died before it had synced the directory. Nothing is built
-    /// on it before that is made good: neither a resume (I3), nor a definition, nor the end of the record.
+    /// A retirement that is found done may be that of a hand that died before it had synced the directory. Nothing is
+    /// built on it before that is made good: neither a resume (I3), nor a definition, nor the end of the record.
     fn make_retired_durable(&mut self, seen: &Observation) -> Result<()> {
         let gone = |d: &DiskSeen| matches!(d.overlay, OverlayFile::Retired | OverlayFile::Missing);
         let disks = seen.disks.iter().zip(&self.record.disks);
         self.away.make_durable(disks.filter(|((_, _, d), _)| gone(d)).map(|(_, disk)| disk.overlay.as_path()))
     }
 
-    /// A domain that was started anew while no disk of it had been pivoted is the instance to watch from now on: a pivot
-    /// that is seen in it later happened under our eyes, not before it was started.
+    /// A domain that was started anew while no disk of it had been pivoted is the instance to watch from now on: a
+    /// pivot that is seen in it later happened under our eyes, not before it was started.
     fn adopt_instance(&mut self, seen: &mut Observation) -> Result<()> {
         let now = seen.domain.as_ref().and_then(|d| d.id);
         let untouched = |d: &DiskSeen| matches!(d.live, Stand::Ours | Stand::OursBelow) || !d.overlay.is_there();
@@ -331,9 +343,9 @@ impl<'a> Settler<'a> {
                 break;
             }
             if let Err(e) = self.hypervisor.pivot(&self.record.uuid, disk) {
-                // Busy says for certain that this disk was not pivoted: the job fell back from ready, the loop lets the guest
-                // go and waits again. After any other answer it may have been, and the intent has to stand; so it has for
-                // disks that were pivoted just before, until they are retired.
+                // Busy says for certain that this disk was not pivoted: the job fell back from ready, the loop lets the
+                // guest go and waits again. After any other answer it may have been, and the intent has to stand; so it
+                // has for disks that were pivoted just before, until they are retired.
                 if e.kind() == Kind::Busy && self.pivoted == in_this_pause {
                     self.record.phase = Phase::CommitIntent;
                     self.journal.write(&self.record)?;
@@ -367,8 +379,8 @@ impl<'a> Settler<'a> {
         self.journal.write(&self.record)
     }
 
-    /// Steps 7g and 7h. The names of all disks go under QEMU's locks, which are held until that is durable; a directory with
-    /// many overlays is synced once.
+    /// Steps 7g and 7h. The names of all disks go under QEMU's locks, which are held until that is durable; a directory
+    /// with many overlays is synced once.
     fn rename_all_away(&mut self, actions: &[Action], seen: &Observation, how: How) -> Result<()> {
         let mut locks = Vec::new();
         let mut gone: Vec<PathBuf> = Vec::new();
@@ -421,7 +433,8 @@ impl<'a> Settler<'a> {
             self.disk_mut(disk).off_commit = true;
             self.journal.write(&self.record)?;
         }
-        // qemu-img takes QEMU's locks itself: a domain that was started meanwhile makes this fail, and is observed next.
+        // qemu-img takes QEMU's locks itself: a domain that was started meanwhile makes this fail, and is observed
+        // next.
         let mut layers =
             vec![Layer { path: overlay.clone(), format: Format::Qcow2, block_device: false, data_file: None }];
         layers.extend(chain::resolve_chain(&base).on_disk(disk)?.0);
@@ -463,10 +476,10 @@ impl<'a> Settler<'a> {
 
     /// QEMU's own locks on an overlay that, by libvirt's word, nobody uses; `Busy` if somebody does.
     ///
-    /// libvirtd may have died inside the freeze, between QEMU's answer and its own notes. Then QEMU has the overlay open
-    /// and libvirt does not know: unused, and it is closed, or libvirt, counting on from its notes, would give the name of
-    /// that node to the next overlay and fail; or the guest writes to it, and the next start would boot the base without
-    /// what was flushed since the freeze.
+    /// libvirtd may have died inside the freeze, between QEMU's answer and its own notes. Then QEMU has the overlay
+    /// open and libvirt does not know: unused, and it is closed, or libvirt, counting on from its notes, would give the
+    /// name of that node to the next overlay and fail; or the guest writes to it, and the next start would boot the
+    /// base without what was flushed since the freeze.
     fn lock_overlay(&mut self, disk: &DiskName, seen: &Observation) -> Result<QemuLock> {
         let (overlay, stamp) = (self.disk(disk).overlay.clone(), self.stamp_seen(disk, seen));
         let runs = matches!(seen.power, PowerState::Running | PowerState::Paused);
@@ -489,8 +502,8 @@ impl<'a> Settler<'a> {
         Err(Error::new(Kind::Busy, "the guest writes to the overlay").disk(disk).path(&overlay))
     }
 
-    /// The guest writes to our overlays (the freeze was one transaction) and libvirt believes in the bases: the next step
-    /// halts, and until then the definition names what is true.
+    /// The guest writes to our overlays (the freeze was one transaction) and libvirt believes in the bases: the next
+    /// step halts, and until then the definition names what is true.
     fn lost_track(&mut self, disk: &DiskName) -> Result<()> {
         let seen = observe(self.hypervisor, &self.record)?;
         let believed = |d: &DiskSeen| d.live == Stand::Base && d.overlay.is_there();
@@ -541,8 +554,9 @@ impl<'a> Settler<'a> {
         self.journal.close()
     }
 
-    /// The loop ends with an error: at least the guest must not be held, if that is safe. Also where the directory of a retired
-    /// overlay cannot be synced: a guest that stands for ever is worse than a name that a power cut might bring back.
+    /// The loop ends with an error: at least the guest must not be held, if that is safe. Also where the directory of a
+    /// retired overlay cannot be synced: a guest that stands for ever is worse than a name that a power cut might bring
+    /// back.
     fn release_after_failure(&mut self) {
         let Ok(seen) = observe(self.hypervisor, &self.record) else { return };
         if seen.held(&self.record)
@@ -578,13 +592,6 @@ impl<'a> Settler<'a> {
         tracing::warn!(domain = %self.record.domain, "{text}");
         self.account.alarms.push(text);
     }
-}
-
-/// Under which name an overlay is left.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum How {
-    Retired,
-    Kept,
 }
 
 #[cfg(test)]

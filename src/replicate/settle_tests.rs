@@ -1,5 +1,5 @@
-//! The settle loop over a libvirt of the tests' own: how often it looks, how long the guest stands, and that no guest runs
-//! while the overlay of a pivoted disk has its name (I3).
+//! The settle loop over a libvirt of the tests' own: how often it looks, how long the guest stands, and that no guest
+//! runs while the overlay of a pivoted disk has its name (I3).
 
 use super::*;
 use crate::hypervisor::{
@@ -271,8 +271,8 @@ fn a_long_pause_ends_between_two_disks() {
     assert_eq!(bench.did(), [each(0), each(1), each(2)].concat());
 }
 
-/// The intent of the pause stands for the disk that was pivoted just before, or its retirement would look like a stranger's
-/// deed.
+/// The intent of the pause stands for the disk that was pivoted just before, or its retirement would look like a
+/// stranger's deed.
 #[test]
 fn a_job_that_falls_back_ends_the_pause_and_nothing_else() {
     for falls_back in 0..3 {
@@ -285,8 +285,8 @@ fn a_job_that_falls_back_ends_the_pause_and_nothing_else() {
     }
 }
 
-/// The overlay of a driver that was killed behind the rename and before the fsync: the dead-man finds the name gone, and after a
-/// power cut it would be back, older than the base by what the guest has flushed meanwhile.
+/// The overlay of a driver that was killed behind the rename and before the fsync: the dead-man finds the name gone,
+/// and after a power cut it would be back, older than the base by what the guest has flushed meanwhile.
 #[cfg(feature = "failpoints")]
 #[test]
 fn a_retirement_that_is_found_done_is_durable_before_the_guest_runs() {
@@ -310,7 +310,8 @@ fn a_retirement_that_is_found_done_is_durable_before_the_guest_runs() {
     assert!(synced < resumed, "{steps:?}");
 }
 
-/// The file system of overlays and bases is back under another number of its device, after a boot; the record is of before.
+/// The file system of overlays and bases is back under another number of its device, after a boot; the record is of
+/// before.
 #[test]
 fn the_overlay_is_known_again_on_a_file_system_that_came_back() {
     use crate::file_id::{BootId, FileId};

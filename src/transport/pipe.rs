@@ -22,6 +22,7 @@ pub struct PipeReader(File);
 pub struct PipeWriter(File);
 
 impl PipeReader {
+    /// Takes the reading end over. A read waits at most `TICK`.
     pub fn new(fd: OwnedFd) -> Self {
         Self(File::from(fd))
     }
@@ -41,6 +42,7 @@ impl Read for PipeReader {
 }
 
 impl PipeWriter {
+    /// Takes the writing end over and makes it non-blocking. A write waits at most `TICK`.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
         // A blocking write of more than the free room waits for ever, whatever poll said before it.
         fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;

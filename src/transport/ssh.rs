@@ -1,6 +1,6 @@
-//! Channels to the agent on another host through the user's own `ssh`: one master connection per target, shared by
-//! all channels (crate `openssh`, native multiplexing). The user's configuration, ssh agent and ProxyJump apply; where it names no
-//! cipher, one that the processor is good at is preferred (`config`).
+//! Channels to the agent on another host through the user's own `ssh`: one master connection per target, shared by all
+//! channels (crate `openssh`, native multiplexing). The user's configuration, ssh agent and ProxyJump apply; where it
+//! names no cipher, one that the processor is good at is preferred (`config`).
 //!
 //! The crate is asynchronous; its two threads live here, and what leaves this file are plain blocking pipes.
 //!
@@ -9,8 +9,8 @@
 //! - The path of the control directory has at most 61 bytes: a socket below it must fit `sun_path`.
 //! - Neither end of file nor an exit code ends a session: the protocol says its own last word, since ssh cannot tell a
 //!   killed program from a lost connection.
-//! - A master outlives a SIGKILL of this process; it ends after [`SshOptions::idle_persist`] without a channel, and
-//!   the channels end at once, because the kernel closes our pipes. On every other way out it is ended ([`end_masters`]).
+//! - A master outlives a SIGKILL of this process; it ends after [`SshOptions::idle_persist`] without a channel, and the
+//!   channels end at once, because the kernel closes our pipes. On every other way out it is ended ([`end_masters`]).
 
 mod config;
 mod explain;
@@ -42,6 +42,7 @@ pub struct SshOptions {
     pub identity_file: Option<PathBuf>,
     /// Read instead of the user's and the system's configuration (`-F`).
     pub config_file: Option<PathBuf>,
+    /// File with the host keys to trust. `None`: the files that ssh's configuration names.
     pub known_hosts_file: Option<PathBuf>,
     /// Where the master's socket lives: private to this user, at most 61 bytes long. `None`: below the user's runtime
     /// directory, or `/run/virt-replica/ssh` for root, or a new directory in `/tmp`.
@@ -182,8 +183,8 @@ impl SshTransport {
     }
 }
 
-/// Ends every master that this process started and that is still there. For the end of the process: a thread may be waiting
-/// for an answer that never comes, and its channel would keep the master. Blocks for at most two seconds.
+/// Ends every master that this process started and that is still there. For the end of the process: a thread may be
+/// waiting for an answer that never comes, and its channel would keep the master. Blocks for at most two seconds.
 pub fn end_masters() {
     masters::end_all();
 }

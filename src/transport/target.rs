@@ -15,6 +15,7 @@ pub const ROOT_DEFAULT: &str = "/var/lib/virt-replica";
 /// A store's place. `Display` gives the canonical form, which parses to the same value.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum TargetUrl {
+    /// A store on another host, reached by ssh.
     Ssh(SshTarget),
     /// A store on this host: tests, and disks that are carried away.
     Local {
@@ -23,6 +24,7 @@ pub enum TargetUrl {
     },
 }
 
+/// A store on another host: login, host and directory.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct SshTarget {
     /// `None`: as the user's ssh configuration says.

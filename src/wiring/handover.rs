@@ -26,9 +26,13 @@ pub struct Means<'a> {
     pub target: &'a Connection,
     /// Of every run; each gets an id of its own.
     pub runs: &'a Request,
+    /// Draws the id of a new run.
     pub new_run: &'a dyn Fn() -> Result<RunId>,
+    /// Told how each run goes on.
     pub watch: &'a dyn Watch,
+    /// Told what the handover does now, in words.
     pub say: &'a dyn Fn(&str),
+    /// Becomes true when a signal came. It is heeded until the target is asked.
     pub stop: &'a AtomicBool,
 }
 
@@ -198,8 +202,8 @@ fn stays_when_off(conflict: &Conflict) -> bool {
     )
 }
 
-/// A disk that only the running instance has goes when the guest is shut down: the last run, of a domain that is off, would
-/// not have it.
+/// A disk that only the running instance has goes when the guest is shut down: the last run, of a domain that is off,
+/// would not have it.
 fn leaves_no_disk_behind(view: &DomainView, excluded: &[DiskName]) -> Result<()> {
     let runs = view.persistent && view.power != Power::Off;
     let lost = |d: &&DiskView| d.kind == DiskKind::Image && d.inactive.is_none() && !excluded.contains(&d.name);

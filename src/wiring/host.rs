@@ -33,6 +33,7 @@ pub(super) fn long_id() -> Result<u128> {
     Ok(u128::from_le_bytes(random_bytes()?))
 }
 
+/// Random bytes of the kernel, at most 256 at once. Blocks until its pool is ready, shortly after boot.
 pub fn random_bytes<const N: usize>() -> Result<[u8; N]> {
     let mut bits = [0u8; N];
     let got = rustix::rand::getrandom(&mut bits, rustix::rand::GetRandomFlags::empty())

@@ -37,9 +37,11 @@ pub struct HereOptions {
     pub root: PathBuf,
     /// This host's own state.
     pub state: PathBuf,
+    /// The mapping of this host, from `recovery.yaml`.
     pub mapping: Mapping,
 }
 
+/// This host as a target: an open store and a connection to the local libvirt.
 pub struct Here {
     pub(super) options: HereOptions,
     pub(super) opened: StoreSeen,
@@ -49,9 +51,13 @@ pub struct Here {
 /// A replica of this host's store, and one of its points.
 #[derive(Debug, Clone)]
 pub struct Found {
+    /// UUID of the replica's domain.
     pub uuid: DomainUuid,
+    /// Name of the replica's domain.
     pub name: DomainName,
+    /// State of the replica when it was looked up.
     pub view: ReplicaView,
+    /// The point that was asked for; the head if none was named.
     pub point: PointView,
 }
 
@@ -141,8 +147,8 @@ impl Here {
         Ok(findings)
     }
 
-    /// Every question about a definition that was fitted to this host. Whoever wants to know whether a domain can come up here
-    /// asks through this.
+    /// Every question about a definition that was fitted to this host. Whoever wants to know whether a domain can come
+    /// up here asks through this.
     fn judge_fitted(&self, uuid: &DomainUuid, name: &DomainName, fitted: &Fitted, builds: &Builds) -> Vec<Finding> {
         let mut findings = ready::judge(fitted, name, uuid, &self.room(), builds);
         let dir = self.options.mapping.images_dir();
@@ -220,7 +226,8 @@ impl Here {
         }
     }
 
-    /// Brings the domain up here, or goes on with what was begun: see [`failover::run`]. `ask`: URI of the source's libvirt.
+    /// Brings the domain up here, or goes on with what was begun: see [`failover::run`]. `ask`: URI of the source's
+    /// libvirt.
     pub fn failover(&self, found: &Found, ask: Option<&str>, say: &dyn Fn(&str)) -> Result<FailoverRecord> {
         let state = FailoverState::open(&self.options.state, &found.uuid)?;
         if let Some(uri) = ask {
@@ -293,8 +300,8 @@ impl Here {
         failover::commit(&self.failover_ports(&store, say), &state).map_err(|e| e.domain(&found.name))
     }
 
-    /// Gives a domain that was brought up here for good images of its own: see [`detach::run`]. `format`: `None`: as was asked
-    /// for when it was handed over.
+    /// Gives a domain that was brought up here for good images of its own: see [`detach::run`]. `format`: `None`: as
+    /// was asked for when it was handed over.
     pub fn detach(
         &self,
         name_or_uuid: &str,
@@ -406,9 +413,14 @@ pub struct Told<'a> {
 /// What is asked of a drill beside its point.
 #[derive(Debug, Clone)]
 pub struct DrillWish {
+    /// Id of the new drill.
     pub id: crate::name::RunId,
+    /// UUID for the throw-away copy.
     pub uuid: DomainUuid,
+    /// Random bits for the MAC addresses of the copy.
     pub bits: u64,
+    /// Evidence to wait for.
     pub probes: Vec<crate::recovery::probe::Probe>,
+    /// How long the evidence may take, from the start of the copy.
     pub within: std::time::Duration,
 }

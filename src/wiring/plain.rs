@@ -18,8 +18,11 @@ use std::path::{Path, PathBuf};
 pub enum Place {
     /// Absolute.
     Here(PathBuf),
+    /// An image on another host, reached by ssh.
     There {
+        /// Host, user and port of the ssh connection.
         host: SshTarget,
+        /// Absolute path of the image on that host.
         path: PathBuf,
     },
 }
@@ -41,12 +44,14 @@ impl Place {
         }
     }
 
+    /// Gives the path of the image, on its own host.
     pub fn path(&self) -> &Path {
         match self {
             Place::Here(path) | Place::There { path, .. } => path,
         }
     }
 
+    /// Gives the host that has the image. `None`: this host.
     pub fn host(&self) -> Option<&SshTarget> {
         match self {
             Place::Here(_) => None,

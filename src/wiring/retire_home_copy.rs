@@ -77,8 +77,8 @@ impl Here {
             state: self.options.state.clone(),
             plan: PlanOptions {
                 block_overlay_dir: self.options.mapping.images_dir().to_owned(),
-                // What is here is old by definition, and the replica may have points of the new home already: it gets one
-                // more, that belongs to nobody, and the next source adopts it.
+                // What is here is old by definition, and the replica may have points of the new home already: it gets
+                // one more, that belongs to nobody, and the next source adopts it.
                 take_over: true,
                 ..PlanOptions::default()
             },

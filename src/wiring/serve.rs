@@ -75,8 +75,8 @@ impl ReplicaOpener for Bringing<'_> {
     }
 }
 
-/// Runs the agent for the images below `root` on this process's stdin and stdout, until the client's end or its silence.
-/// `state` is this host's own state.
+/// Runs the agent for the images below `root` on this process's stdin and stdout, until the client's end or its
+/// silence. `state` is this host's own state.
 pub fn serve_images(root: &Path, state: &Path, words: Words) -> Result<()> {
     serve_stdio(&LocalImages { root: root.to_owned(), state: state.to_owned() }, speaking(words))
 }

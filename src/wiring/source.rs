@@ -26,6 +26,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+/// How the source side of this host is set up.
 #[derive(Debug, Clone)]
 pub struct SiteOptions {
     /// libvirt's URI; `None` lets libvirt decide.
@@ -48,10 +49,12 @@ impl Site {
         Ok(Site { options, hypervisor })
     }
 
+    /// Gives the connection to this host's libvirt.
     pub fn hypervisor(&self) -> &LibvirtHypervisor {
         &self.hypervisor
     }
 
+    /// Gives the state directory of the program on this host.
     pub fn state(&self) -> &Path {
         &self.options.state
     }

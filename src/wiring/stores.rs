@@ -56,8 +56,8 @@ pub fn serve_nbd(
     serve_nbd::serve(&store, point, disk, socket, ready, stop)
 }
 
-/// Adopts the image at `top`, with all below it in its directory or below `backing`, as the seed of a disk in the store at `root` of this host. Returns its size
-/// and the bytes of data copied. Blocks as long as the storage needs.
+/// Adopts the image at `top`, with all below it in its directory or below `backing`, as the seed of a disk in the store
+/// at `root` of this host. Returns its size and the bytes of data copied. Blocks as long as the storage needs.
 pub fn seed(
     root: &Path,
     uuid: &DomainUuid,
@@ -152,7 +152,8 @@ pub fn set_generation(root: &Path, uuid: &DomainUuid, generation: Generation) ->
     Store::within(&open(root)?, uuid, Timestamp::now)?.set_generation(generation)
 }
 
-/// What a source asks of the store that its URL leads to. `state`: where this host remembers which store it has found there.
+/// What a source asks of the store that its URL leads to. `state`: where this host remembers which store it has found
+/// there.
 pub(super) fn greet(
     client: &AgentClient,
     target: &TargetUrl,

@@ -1,7 +1,7 @@
 //! The program as people and scripts meet it: help, errors, exit codes, JSON. A cleared environment, no libvirt.
 //!
-//! What is printed is compared with tests/fixtures/cli/; `VIRT_REPLICA_BLESS=1 cargo test --test it cli::` writes those files
-//! anew, for a person to read the difference.
+//! What is printed is compared with tests/fixtures/cli/; `VIRT_REPLICA_BLESS=1 cargo test --test it cli::` writes those
+//! files anew, for a person to read the difference.
 
 mod debug;
 mod points;

@@ -1,5 +1,5 @@
-//! The daemon with its real loop, threads, processes, socket and files, and a script in the place of `virt-replica sync`. Needs
-//! no libvirt and no root.
+//! The daemon with its real loop, threads, processes, socket and files, and a script in the place of `virt-replica
+//! sync`. Needs no libvirt and no root.
 
 use serde_json::{Value, json};
 use std::io::{Read, Write};

@@ -1,5 +1,6 @@
-//! docs/replication.md numbers the steps of a run, docs/recovery.md those of a drill and a failover. Every failpoint has a row there and a test that kills the program at
-//! that number; every row has a failpoint. Where order is safety, the numbers must not drift.
+//! docs/replication.md numbers the steps of a run, docs/recovery.md those of a drill and a failover. Every failpoint
+//! has a row there and a test that kills the program at that number; every row has a failpoint. Where order is safety,
+//! the numbers must not drift.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -38,7 +39,8 @@ fn in_source() -> BTreeMap<String, Vec<String>> {
     found
 }
 
-/// Number -> who, tests; the rows of the tables of steps: of a run, of a backup, of a prune, of a shortening, of a drill, of a failover, of a planned one, of a detaching, of a failback.
+/// Number -> who, tests; the rows of the tables of steps: of a run, of a backup, of a prune, of a shortening, of a
+/// drill, of a failover, of a planned one, of a detaching, of a failback.
 fn in_docs() -> BTreeMap<String, (String, Vec<String>)> {
     let pages = ["docs/replication.md", "docs/recovery.md"];
     let text = pages.map(|page| fs::read_to_string(root().join(page)).unwrap()).join("\n## \n");

@@ -1,8 +1,8 @@
 //! One suite over every image and every adapter, against the real qemu-img, qemu-nbd and qemu-io.
 //!
-//! The table [`images`] makes disks with one feature each; every adapter that may read one reads it, and all have to agree
-//! with `qemu-img convert`. What we write, QEMU checks and compares. Block devices need root and are skipped, loudly,
-//! without it.
+//! The table [`images`] makes disks with one feature each; every adapter that may read one reads it, and all have to
+//! agree with `qemu-img convert`. What we write, QEMU checks and compares. Block devices need root and are skipped,
+//! loudly, without it.
 
 mod check;
 mod strangers;

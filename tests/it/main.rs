@@ -1,7 +1,7 @@
 //! Every test that needs no lab, in one binary: a binary of its own for each file would link the whole crate each time.
 //!
-//! A test is found by its place: `replica::prune::NAME` stands in `tests/it/replica/prune.rs`. Tests that need the two hosts
-//! are `tests/lab.rs`; those that hold one port against a real libvirt are `tests/hypervisor.rs`.
+//! A test is found by its place: `replica::prune::NAME` stands in `tests/it/replica/prune.rs`. Tests that need the two
+//! hosts are `tests/lab.rs`; those that hold one port against a real libvirt are `tests/hypervisor.rs`.
 
 mod agent;
 mod cli;

@@ -21,8 +21,8 @@ use virt_replica::image::Format::{Qcow2, Raw};
 use virt_replica::image::locks::QemuLock;
 use virt_replica::plain::{Way, WayWish};
 
-/// Contents as a name and a drawing: a letter for each block of 64 KiB (`.` is a hole, `0` written zeros, a letter data), and
-/// the length of the last block.
+/// Contents as a name and a drawing: a letter for each block of 64 KiB (`.` is a hole, `0` written zeros, a letter
+/// data), and the length of the last block.
 const SHAPES: [(&str, usize); 13] = [
     ("", 0),
     ("a", 1),

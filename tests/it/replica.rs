@@ -1,8 +1,8 @@
 //! The store against a model: a disk is an array of bytes, a point a copy of it.
 //!
-//! Kept here: what a point holds is what was sent, whatever comes later (I9, I10); damage is found and named (I12); what
-//! is rebuilt equals what was there; one writer (I15); a full file system costs the open point and nothing else (I18);
-//! nothing is followed out of the store (I21). Crashes: tests/it/replica/crash.rs.
+//! Kept here: what a point holds is what was sent, whatever comes later (I9, I10); damage is found and named (I12);
+//! what is rebuilt equals what was there; one writer (I15); a full file system costs the open point and nothing else
+//! (I18); nothing is followed out of the store (I21). Crashes: tests/it/replica/crash.rs.
 
 mod bounds;
 #[cfg(feature = "failpoints")]

@@ -1,5 +1,5 @@
-//! The units that we ship, under a real systemd: it boots in a container whose root is this machine's own, with everything
-//! that is written there thrown away. Needs root and systemd-nspawn; `make setup` installs it.
+//! The units that we ship, under a real systemd: it boots in a container whose root is this machine's own, with
+//! everything that is written there thrown away. Needs root and systemd-nspawn; `make setup` installs it.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -70,6 +70,7 @@ pub(super) fn of(request: &Request, options: &ClientOptions) -> Owed {
     }
 }
 
+/// Deadlines of one session with an agent, as the client applies them.
 #[derive(Debug, Clone, Copy)]
 pub struct ClientOptions {
     /// An agent that says nothing for this long is dead. Agents say something every few seconds.
@@ -79,6 +80,7 @@ pub struct ClientOptions {
     /// How long an agent that is alive may take for the answer to a question, and for work. Counted from the last
     /// movement.
     pub question: Duration,
+    /// How long an agent that is alive may take for long work. The time counts from the last movement.
     pub work: Duration,
     /// How long it may take for its goodbye.
     pub goodbye: Duration,

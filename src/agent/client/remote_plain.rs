@@ -1,4 +1,5 @@
-//! A plain image on the agent's host: what goes beyond a disk's patch is a message of its own, the rest is as for a replica.
+//! A plain image on the agent's host: what goes beyond a disk's patch is a message of its own, the rest is as for a
+//! replica.
 
 use super::remote::RemoteReplica;
 use crate::agent::client::AgentClient;

@@ -1,4 +1,5 @@
-//! A domain is brought up by an agent as it is on this host: every verb arrives, and so does every answer, refusal and word.
+//! A domain is brought up by an agent as it is on this host: every verb arrives, and so does every answer, refusal and
+//! word.
 
 use crate::agent::client::AgentClient;
 use crate::agent::server::{ReplicaOpener, ServeOptions, Served, serve};

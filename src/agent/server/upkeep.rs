@@ -1,4 +1,5 @@
-//! The agent's side of what is done with points that exist. It obeys or refuses: what may be removed is the store's to say.
+//! The agent's side of what is done with points that exist. It obeys or refuses: what may be removed is the store's to
+//! say.
 
 use crate::agent::server::{Answer, Served, Session};
 use crate::agent::wire::upkeep::{Ask, StreamId, Told};

@@ -3,9 +3,18 @@
 use crate::error::advice::Advice;
 use crate::error::{Error, Kind, Words, printable};
 use serde::{Deserialize, Deserializer, Serialize};
+use std::borrow::Cow;
 
 /// Longest text of one, in bytes.
 const TEXT_MAX: usize = 4 << 10;
+
+/// Advice for every kind of not understanding each other.
+pub const SAME_VERSION: &str = "install the same virt-replica on both hosts";
+
+/// The other side said something that its protocol does not allow.
+pub fn protocol(what: impl Into<Cow<'static, str>>) -> Error {
+    Error::new(Kind::Protocol, what).hint(SAME_VERSION)
+}
 
 /// An [`Error`] on its way: what the caller must do, a sentence, the place, the cause in words.
 ///
@@ -16,28 +25,39 @@ pub struct WireError {
     /// A kind this side does not know reads as [`Kind::Refused`].
     #[serde(deserialize_with = "known_kind")]
     pub kind: Kind,
+    /// Sentence that says what failed; at most 4 KiB, without control characters.
     pub what: String,
+    /// Place of the failure. Empty if the error names none.
     #[serde(default)]
     pub context: WireContext,
+    /// Advice for the operator. `None`: there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
+    /// What to do, as facts. `None`: the sender has no advice, or is older than this field.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "Advice::known")]
     pub advice: Option<Advice>,
+    /// Causes of the error, joined by colons, the nearest first and at most eight. `None`: there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cause: Option<String>,
 }
 
+/// Place of a failure: the parts that the error names, the rest absent.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct WireContext {
+    /// Domain that the error is about. `None`: the error names none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub domain: Option<String>,
+    /// Disk that the error is about. `None`: the error names none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk: Option<String>,
+    /// Recovery point that the error is about. `None`: the error names none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub point: Option<String>,
+    /// File or directory on the agent's host. `None`: the error names none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
+    /// Offset of the failure in the file or disk, in bytes. `None`: the error names none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub offset_bytes: Option<u64>,
 }
@@ -75,7 +95,8 @@ impl From<&Error> for WireError {
 }
 
 impl WireError {
-    /// As it goes to a peer: with the words of this program beside the facts. `words`: `None` for a program without any.
+    /// As it goes to a peer: with the words of this program beside the facts. `words`: `None` for a program without
+    /// any.
     pub fn spoken(self, words: Option<Words>) -> WireError {
         let (Some(words), Some(_), None) = (words, &self.advice, &self.hint) else { return self };
         let hint = self.clone().into_error(None).next_step(words).map(|text| printable(&text, TEXT_MAX));

@@ -12,8 +12,8 @@ use std::io::Read;
 /// If the oldest list starts from nothing, the runs are the whole of the newest point, and
 /// [`MergedChanges::check_root`] verifies that they are.
 ///
-/// What lies beyond the end of a list's disk was cut off at that point, and is zero if the disk grew again later. Blocks
-/// beyond the shortest of the disks are therefore reported even if no list names them: as zeros.
+/// What lies beyond the end of a list's disk was cut off at that point, and is zero if the disk grew again later.
+/// Blocks beyond the shortest of the disks are therefore reported even if no list names them: as zeros.
 ///
 /// Once the last item was taken, every list was read to its end, every checksum was right, and each list ended with the
 /// root from which the next one starts. Before that, nothing is certain.

@@ -4,8 +4,8 @@ use super::Run;
 use crate::error::Result;
 use std::iter::Peekable;
 
-/// The runs of `runs`, without the blocks that `others` name, whatever these say of them. Both ascend. An iterator that reads
-/// each of the two once; `others` only as far as `runs` go.
+/// The runs of `runs`, without the blocks that `others` name, whatever these say of them. Both ascend. An iterator that
+/// reads each of the two once; `others` only as far as `runs` go.
 pub struct Without<A: Iterator<Item = Result<Run>>, B: Iterator<Item = Result<Run>>> {
     runs: A,
     others: Peekable<B>,
@@ -15,6 +15,7 @@ pub struct Without<A: Iterator<Item = Result<Run>>, B: Iterator<Item = Result<Ru
 }
 
 impl<A: Iterator<Item = Result<Run>>, B: Iterator<Item = Result<Run>>> Without<A, B> {
+    /// Takes the two sources of runs. Nothing is read before the first call of `next`.
     pub fn new(runs: A, others: B) -> Self {
         Self { runs, others: others.peekable(), rest: None, done: false }
     }

@@ -1,7 +1,7 @@
 //! `debug extents`: the chain of an image, layer by layer, and the map of what reads as zeros and what has to be read.
 //!
-//! No lock is taken: a QEMU that has the image open goes on as if nobody looked. What it writes meanwhile may be missing
-//! in the map, or be there half.
+//! No lock is taken: a QEMU that has the image open goes on as if nobody looked. What it writes meanwhile may be
+//! missing in the map, or be there half.
 
 use super::file;
 use super::page::{Finding, List, Look, Page, View, clean, counted};

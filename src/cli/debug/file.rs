@@ -13,8 +13,8 @@ pub struct Input {
     pub len: u64,
 }
 
-/// Opens a regular file. The operator named it, so a link to one will do. A FIFO, a socket or a device is refused before
-/// it is opened: opening some of them waits, and opening others acts.
+/// Opens a regular file. The operator named it, so a link to one will do. A FIFO, a socket or a device is refused
+/// before it is opened: opening some of them waits, and opening others acts.
 pub fn open(path: &Path) -> Result<Input> {
     let cannot = |e| Error::io("cannot open the file", path, e).hint("name a file that is there and may be read");
     refuse_other(path, &std::fs::metadata(path).map_err(cannot)?)?;

@@ -1,7 +1,7 @@
 //! `debug`: what is in a file of ours, for who has to find out why something went wrong. Read-only.
 //!
-//! One file per subject. Each makes a view out of a file with the reader that the program itself uses, and says at which
-//! byte that ended and why. This page has the grammar, and prints the views.
+//! One file per subject. Each makes a view out of a file with the reader that the program itself uses, and says at
+//! which byte that ended and why. This page has the grammar, and prints the views.
 //!
 //! Invariants
 //! - Nothing is written, no lock is taken, nothing is decrypted without a key, and nothing is waited for.

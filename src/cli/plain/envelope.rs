@@ -100,8 +100,8 @@ impl ProtectedOut {
         self.piped
     }
 
-    /// Gives the file its name, durably; its signature first, so that a file that is there has one. Where both are replaced
-    /// and that is cut short between the two, the signature is not that of the file, and says so.
+    /// Gives the file its name, durably; its signature first, so that a file that is there has one. Where both are
+    /// replaced and that is cut short between the two, the signature is not that of the file, and says so.
     pub fn commit(self) -> Result<()> {
         let (out, text) = self.out.finish()?;
         if let (Some(mut signature), Some(text)) = (self.signature, text) {

@@ -51,8 +51,8 @@ mod act {
     pub fn failback(args: &FailbackArgs, globals: &Globals, output: Output) -> Result<Exit> {
         let here = args.here.connect(globals)?;
         let mut prepared = Prepared::new(&args.handover, &args.domain, &args.to, globals, output)?;
-        // What the home gave way with is a young point, and no word of what is here: a comparison with it may take hours, and is
-        // made while the guest works, as everything is that can be.
+        // What the home gave way with is a young point, and no word of what is here: a comparison with it may take
+        // hours, and is made while the guest works, as everything is that can be.
         prepared.request.head_age_max = Duration::ZERO;
         let done = prepared.with(|p, means| p.site.fail_back(&here, means, &p.request, args.keep_undo))?;
         match output.json {

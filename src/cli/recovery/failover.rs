@@ -1,5 +1,5 @@
-//! `failover`: at the source, hands a domain to its target (planned); on the target, brings one up because its source is gone,
-//! undoes that, or makes it the truth.
+//! `failover`: at the source, hands a domain to its target (planned); on the target, brings one up because its source
+//! is gone, undoes that, or makes it the truth.
 
 use super::handover::HandoverArgs;
 use super::here::HereArgs;
@@ -25,7 +25,8 @@ pub struct FailoverArgs {
     /// On the target: bring it up from a point, without its source. Its writes since that point are not here
     #[arg(long, requires = "source_is_dead")]
     unplanned: bool,
-    /// You have made sure that the domain cannot run at its source any more: the host is off, or cut from storage and network
+    /// You have made sure that the domain cannot run at its source any more: the host is off, or cut from storage and
+    /// network
     #[arg(long, requires = "unplanned")]
     source_is_dead: bool,
     /// The point [default: the head]

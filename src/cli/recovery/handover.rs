@@ -124,7 +124,8 @@ mod act {
         }
     }
 
-    /// By name, UUID or id. One that was handed over may not be defined here any more: then the record of that knows it.
+    /// By name, UUID or id. One that was handed over may not be defined here any more: then the record of that knows
+    /// it.
     fn find(site: &Site, domain: &str) -> Result<(DomainName, DomainUuid)> {
         match site.hypervisor().find(domain) {
             Ok(found) => Ok((found.name, found.uuid)),

@@ -37,8 +37,8 @@ impl LinkArgs {
     }
 }
 
-/// The throttle of these rates; `None`: nothing is limited. [`Kind::Usage`] if they contradict one another, or if there is
-/// no such time zone.
+/// The throttle of these rates; `None`: nothing is limited. [`Kind::Usage`] if they contradict one another, or if there
+/// is no such time zone.
 pub fn throttle(rates: &[RateRule], timezone: Option<&str>) -> Result<Option<Arc<Throttle>>> {
     let zone = match timezone {
         Some(name) => TimeZone::get(name).map_err(|_| {

@@ -251,7 +251,8 @@ mod run {
         }
     }
 
-    /// Step 8d: what is done about older points, and about the depth of their images. Gives what was done of the latter.
+    /// Step 8d: what is done about older points, and about the depth of their images. Gives what was done of the
+    /// latter.
     fn tend(
         keep: Option<Keep>,
         connection: &Connection,
@@ -269,7 +270,8 @@ mod run {
         report.warnings.extend(prune::after_run(&client, report, keep, output));
         let shortened = keep_short(&client, (&report.uuid, &report.domain), &report.target, output, stop);
         report.warnings.extend(shortened.warning);
-        // Of what is seen now a daemon makes its metrics; a target that does not answer any more has made its point all the same.
+        // Of what is seen now a daemon makes its metrics; a target that does not answer any more has made its point all
+        // the same.
         report.target_seen = client
             .open(&report.uuid)
             .and_then(|replica| replica.describe())

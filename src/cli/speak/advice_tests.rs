@@ -1,4 +1,5 @@
-//! Every advice is a sentence that a person understands, with commands that this program has; and the library names none.
+//! Every advice is a sentence that a person understands, with commands that this program has; and the library names
+//! none.
 
 use super::*;
 use clap::CommandFactory as _;

@@ -8,7 +8,8 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-/// Logs go to stderr, above the progress bars if there are any. `tells`: what it does is worth a line without being asked.
+/// Logs go to stderr, above the progress bars if there are any. `tells`: what it does is worth a line without being
+/// asked.
 pub fn start(globals: &Globals, output: Output, tells: bool) {
     let level = match (globals.quiet, globals.verbose.max(u8::from(tells))) {
         (true, _) => "error",
@@ -32,8 +33,8 @@ pub fn start(globals: &Globals, output: Output, tells: bool) {
     };
 }
 
-/// Whether stderr leads to the journal: systemd says which file that is (systemd.exec(5), `$JOURNAL_STREAM`), and whoever
-/// redirected it since has another.
+/// Whether stderr leads to the journal: systemd says which file that is (systemd.exec(5), `$JOURNAL_STREAM`), and
+/// whoever redirected it since has another.
 pub fn is_journal() -> bool {
     let Some(told) = std::env::var("JOURNAL_STREAM").ok() else { return false };
     let stderr = std::fs::metadata("/proc/self/fd/2");

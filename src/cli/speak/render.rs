@@ -120,7 +120,8 @@ pub fn consistency(c: Consistency) -> &'static str {
 /// Where prose is broken: right for the narrowest terminal, readable on all others.
 const PROSE_WIDTH: usize = 80;
 
-/// Prose after a label, broken between words and indented below the text. A word that is too long (a path) stands whole.
+/// Prose after a label, broken between words and indented below the text. A word that is too long (a path) stands
+/// whole.
 pub fn wrap(label: &str, text: &str) -> String {
     let indent = label.chars().count();
     let mut out = label.to_owned();

@@ -49,8 +49,8 @@ pub fn cut_over(keys: bool) -> Result<&'static AtomicBool> {
     Ok(&CUT)
 }
 
-/// SIGINT, SIGTERM and SIGHUP, and the runtime to await them on. They are registered when this returns: a signal that comes
-/// early must not take the default, and lethal, way.
+/// SIGINT, SIGTERM and SIGHUP, and the runtime to await them on. They are registered when this returns: a signal that
+/// comes early must not take the default, and lethal, way.
 pub struct Signals {
     pub runtime: Runtime,
     pub int: Signal,

@@ -155,8 +155,8 @@ fn rows_of_screen() -> usize {
     rustix::termios::tcgetwinsize(std::io::stdout()).map_or(24, |size| usize::from(size.ws_row))
 }
 
-/// A screen of `rows` lines: from the upper left corner, each line to its end, and nothing below, so that nothing flickers. What
-/// has no place is counted.
+/// A screen of `rows` lines: from the upper left corner, each line to its end, and nothing below, so that nothing
+/// flickers. What has no place is counted.
 fn frame(text: &str, rows: usize) -> String {
     let room = rows.max(3) - 2;
     let mut lines: Vec<&str> = text.lines().collect();

@@ -1,5 +1,5 @@
-//! `status --nagios`: one verdict as monitoring plugins give it (Nagios Plugins' developer guidelines): a line, performance data
-//! behind `|`, details below, and 0, 1, 2 or 3. Pure.
+//! `status --nagios`: one verdict as monitoring plugins give it (Nagios Plugins' developer guidelines): a line,
+//! performance data behind `|`, details below, and 0, 1, 2 or 3. Pure.
 
 use super::view::{Row, State};
 use std::fmt::Write;
@@ -215,8 +215,8 @@ mod tests {
         ] {
             assert_eq!(of(&[row("a", state, None)]).1, code, "{state:?}");
         }
-        // A replica whose domain lives here is as old as it is; seen from elsewhere it replicates nothing any more, and is late like
-        // any other.
+        // A replica whose domain lives here is as old as it is; seen from elsewhere it replicates nothing any more, and
+        // is late like any other.
         assert_eq!(of(&[row("a", State::Promoted, Some(1))]).1, 1);
         let promoted = row("a", State::Promoted, Some(1 << 20));
         let (text, code) = of(std::slice::from_ref(&promoted));

@@ -60,8 +60,8 @@ pub struct Seen {
     pub open: Option<Phase>,
     /// A run by backup is on record.
     pub backup: bool,
-    /// The open record cannot be settled without a person, an overlay of ours has no record, or an I/O error has stopped
-    /// the guest.
+    /// The open record cannot be settled without a person, an overlay of ours has no record, or an I/O error has
+    /// stopped the guest.
     pub stuck: bool,
     /// How far the domain is on the way to its target.
     pub handed: Option<Stage>,
@@ -71,7 +71,8 @@ pub struct Seen {
     pub observed: bool,
     /// A point was sealed, ever.
     pub replicated: bool,
-    /// The newest run found that a dirty bitmap had lied, a scrub that the newest point is damaged, or a clock was wrong.
+    /// The newest run found that a dirty bitmap had lied, a scrub that the newest point is damaged, or a clock was
+    /// wrong.
     pub alarmed: bool,
     /// The newest point lacks a disk that nobody excluded.
     pub partly: bool,
@@ -291,7 +292,8 @@ pub fn describe(rows: &[Row], from: HeadFrom) -> String {
 mod tests {
     use super::*;
 
-    /// A letter each; the last may be `d` for a disk that is not protected. Phase (- f F c p, b by backup, m moved, h being handed over, P promoted), stuck, observed, replicated, alarmed.
+    /// A letter each; the last may be `d` for a disk that is not protected. Phase (- f F c p, b by backup, m moved, h
+    /// being handed over, P promoted), stuck, observed, replicated, alarmed.
     fn of(text: &str) -> State {
         let c: Vec<char> = text.chars().collect();
         let open = match c[0] {

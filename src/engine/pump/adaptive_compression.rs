@@ -1,9 +1,10 @@
 //! Whether compressing is worth its while on this link and at this moment.
 //!
-//! It shortens what goes over the link and lengthens the work of both hosts. Which of the two a run waits for depends on the
-//! link, the cores, the cipher, the guests beside it, and changes while it runs; so it is not computed but tried: one stretch
-//! is sent compressed, the next as it is, and the quicker way is kept for a good while. What is too short to be tried, as most
-//! runs are, is compressed; and so is everything where it makes little difference: the link has other users.
+//! It shortens what goes over the link and lengthens the work of both hosts. Which of the two a run waits for depends
+//! on the link, the cores, the cipher, the guests beside it, and changes while it runs; so it is not computed but
+//! tried: one stretch is sent compressed, the next as it is, and the quicker way is kept for a good while. What is too
+//! short to be tried, as most runs are, is compressed; and so is everything where it makes little difference: the link
+//! has other users.
 //!
 //! Which way was taken, and why, is in the report.
 
@@ -11,7 +12,8 @@ use crate::engine::stats::CompressionStats;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// A stretch has at least so many bytes of payload and takes at least so long: less is the jitter of groups and buffers.
+/// A stretch has at least so many bytes of payload and takes at least so long: less is the jitter of groups and
+/// buffers.
 const STRETCH_BYTES: u64 = 32 << 20;
 const STRETCH_TIME: Duration = Duration::from_millis(250);
 
@@ -19,13 +21,14 @@ const STRETCH_TIME: Duration = Duration::from_millis(250);
 const THIN_BYTES: u64 = 8 << 20;
 const THIN_TIME: Duration = Duration::from_secs(10);
 
-/// Nothing is sent as it is before so much has been sent compressed. To be tried costs a shipment up to two stretches, one to measure
-/// and one that is under way by then, of bytes that compression would have spared: of 100 MiB more than half. To win there is little:
-/// one core compresses that much in some tenths of a second, less than it takes to reach the other host and to make the copy durable.
+/// Nothing is sent as it is before so much has been sent compressed. To be tried costs a shipment up to two stretches,
+/// one to measure and one that is under way by then, of bytes that compression would have spared: of 100 MiB more than
+/// half. To win there is little: one core compresses that much in some tenths of a second, less than it takes to reach
+/// the other host and to make the copy durable.
 const UNTRIED_BYTES: u64 = 128 << 20;
 
-/// For how many times the bytes of both stretches, whole ones, what was found out is kept. What is under way at a change goes the
-/// slower way too: all in all one byte in thirty does.
+/// For how many times the bytes of both stretches, whole ones, what was found out is kept. What is under way at a
+/// change goes the slower way too: all in all one byte in thirty does.
 const KEPT_FOR: u64 = 24;
 
 /// How much quicker it must be without compression to do without.
@@ -210,8 +213,8 @@ mod tests {
     use super::*;
     use crate::block::GROUP_LEN;
 
-    /// Sends `mib` of payload where a group takes so many milliseconds either way, with eight groups under way at any time.
-    /// Returns the MiB that went compressed.
+    /// Sends `mib` of payload where a group takes so many milliseconds either way, with eight groups under way at any
+    /// time. Returns the MiB that went compressed.
     fn send(mib: u64, compressed_ms: u64, stored_ms: u64) -> u64 {
         send_and_say(mib, compressed_ms, stored_ms).0
     }

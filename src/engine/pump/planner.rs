@@ -152,8 +152,8 @@ impl Planner<'_> {
     }
 }
 
-/// Level and length of the subtrees that are taken from the head whole where nothing in them is marked: their group nodes
-/// fit one request each.
+/// Level and length of the subtrees that are taken from the head whole where nothing in them is marked: their group
+/// nodes fit one request each.
 const SUBTREE_LEVEL: u8 = 3;
 const SUBTREE_LEN: u64 = GROUP_LEN * (FANOUT * FANOUT) as u64;
 

@@ -1,9 +1,9 @@
-//! [`Backups`] on libvirt. The server that serves the disks is QEMU's only one, and libvirt's for the time of the job: it
-//! is never started or stopped here, only given an export more.
+//! [`Backups`] on libvirt. The server that serves the disks is QEMU's only one, and libvirt's for the time of the job:
+//! it is never started or stopped here, only given an export more.
 //!
-//! Tried with libvirt 9.0 and QEMU 7.2: raw and qcow2, running and paused. libvirt refuses a scratch file that exists, and
-//! removes its own with the job, also when the domain ends; the socket it leaves behind. A scratch file without room
-//! fails the guest's write, not the job: room has to be watched.
+//! Tried with libvirt 9.0 and QEMU 7.2: raw and qcow2, running and paused. libvirt refuses a scratch file that exists,
+//! and removes its own with the job, also when the domain ends; the socket it leaves behind. A scratch file without
+//! room fails the guest's write, not the job: room has to be watched.
 
 use super::gate::{Failure, Repeat};
 use super::sys;

@@ -1,4 +1,5 @@
-//! [`Custody`] on libvirt: each verb is one call through the gate. Tried with libvirt 9.0 in tests/lab/suite/handover.rs.
+//! [`Custody`] on libvirt: each verb is one call through the gate. Tried with libvirt 9.0 in
+//! tests/lab/suite/handover.rs.
 
 use super::gate::{Failure, Repeat};
 use crate::error::Result;

@@ -6,10 +6,11 @@
 //!
 //! Invariants
 //! - A caller of [`Gate::call`] is back by its deadline, whatever libvirtd, the network or QEMU do.
-//! - Work that its caller has left changes nothing any more: before it does, it asks [`Line::about_to_change`]. A freeze
-//!   that hung in a question does not happen minutes later.
-//! - A missing answer is [`Kind::Unavailable`], never [`Kind::Interrupted`]: that one ends a run, this one makes it observe
-//!   again and go on from what it finds. The text says if the change had been sent and may have taken effect, or may yet.
+//! - Work that its caller has left changes nothing any more: before it does, it asks [`Line::about_to_change`]. A
+//!   freeze that hung in a question does not happen minutes later.
+//! - A missing answer is [`Kind::Unavailable`], never [`Kind::Interrupted`]: that one ends a run, this one makes it
+//!   observe again and go on from what it finds. The text says if the change had been sent and may have taken effect,
+//!   or may yet.
 //! - A change is sent twice only if its [`Repeat`] allows it.
 //! - A change that may take long and was left behind is not sent beside itself: who wants the very same again waits
 //!   for the answer that is still owed ([`Gate::call_once`]).
@@ -50,6 +51,7 @@ const CLOSE_MAX: Duration = Duration::from_secs(2);
 pub enum Repeat {
     /// Doing it twice is as good as once, or there is no change at all.
     Harmless,
+    /// A second time could do harm. If the answer is lost, the caller gets an error and must observe.
     Never,
 }
 
@@ -60,14 +62,18 @@ pub struct Call<'a> {
     pub what: &'static str,
     /// Name or UUID of the domain it is about.
     pub domain: Option<&'a str>,
+    /// How long the caller waits for the answer.
     pub deadline: Duration,
+    /// Whether the call may be sent again if the connection breaks.
     pub repeat: Repeat,
 }
 
 /// Why the work of a call failed: libvirt's word, or ours about what libvirt said.
 #[derive(Debug)]
 pub enum Failure {
+    /// libvirt's own error.
     Libvirt(VirtError),
+    /// Our error about an answer that libvirt gave.
     Ours(Error),
     /// The caller has left; nobody will read this.
     Left,
@@ -206,8 +212,8 @@ impl Gate {
         })))
     }
 
-    /// Runs `work` with a line to libvirt and returns what it returned, or an error by the call's deadline at the latest.
-    /// `work` runs wholly on one thread. It must not use this gate.
+    /// Runs `work` with a line to libvirt and returns what it returned, or an error by the call's deadline at the
+    /// latest. `work` runs wholly on one thread. It must not use this gate.
     pub fn call<T, F>(&self, call: Call<'_>, work: F) -> Result<T>
     where
         T: Send + 'static,
@@ -320,9 +326,9 @@ impl Gate {
 }
 
 impl Drop for Gate {
-    /// Waits for the goodbye, because the process often ends right behind it: libvirtd 9.0 frees the events of a client whose
-    /// socket breaks while a worker of its still takes back those very events, and crashes. A connection that a call which
-    /// was left behind still uses is closed when that one ends.
+    /// Waits for the goodbye, because the process often ends right behind it: libvirtd 9.0 frees the events of a client
+    /// whose socket breaks while a worker of its still takes back those very events, and crashes. A connection that a
+    /// call which was left behind still uses is closed when that one ends.
     fn drop(&mut self) {
         let slot = mem::replace(&mut lock(&self.0.state).slot, Slot::Empty);
         let Slot::Open(session) = slot else { return };
@@ -490,8 +496,8 @@ impl Session {
 }
 
 impl Session {
-    /// Closing asks libvirtd, which may be the very one that does not answer: it happens on a thread of its own. What is
-    /// returned hangs up when that has ended; `None` if somebody closed it before.
+    /// Closing asks libvirtd, which may be the very one that does not answer: it happens on a thread of its own. What
+    /// is returned hangs up when that has ended; `None` if somebody closed it before.
     fn close(&mut self) -> Option<Receiver<()>> {
         let (connection, registrations) = self.open.take()?;
         let (ended, closed) = mpsc::sync_channel(0);
@@ -527,8 +533,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    //! On libvirt's in-process test driver: the gate's own promises, without a daemon. The daemon's part (kill, hang) is
-    //! in tests/hypervisor.rs.
+    //! On libvirt's in-process test driver: the gate's own promises, without a daemon. The daemon's part (kill, hang)
+    //! is in tests/hypervisor.rs.
 
     use super::*;
     use std::sync::atomic::AtomicUsize;

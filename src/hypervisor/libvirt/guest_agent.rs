@@ -1,6 +1,7 @@
 //! [`GuestAgent`] on libvirt: the guest agent's own commands, passed through, each with a time of its own.
 //!
-//! Not `virDomainFSFreeze`: it waits for an answer for ever unless the domain was told otherwise, for everybody who asks it.
+//! Not `virDomainFSFreeze`: it waits for an answer for ever unless the domain was told otherwise, for everybody who
+//! asks it.
 
 use crate::error::{Error, Kind, Result, printable};
 use crate::hypervisor::guest::GuestAgent;

@@ -1,8 +1,8 @@
 //! Whether libvirt's host is this host: what it says of a domain's images are paths of its own, and we open them here.
 //!
 //! The spelling of the URI is not enough: it may come from `LIBVIRT_DEFAULT_URI`, from `uri_default` or an alias, and a
-//! socket of this host may lead to another one. So the URI that libvirt really opened has to be local, and both sides have
-//! to see the same kernel count its CPU time.
+//! socket of this host may lead to another one. So the URI that libvirt really opened has to be local, and both sides
+//! have to see the same kernel count its CPU time.
 
 use super::gate::{Call, Failure, Repeat};
 use super::sys;

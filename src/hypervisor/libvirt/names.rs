@@ -12,7 +12,9 @@ use virt::sys as c;
 /// A domain of this host.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct NamedDomain {
+    /// Name of the domain in libvirt. An operator may change it; the UUID stays.
     pub name: DomainName,
+    /// UUID by which libvirt knows the domain.
     pub uuid: DomainUuid,
     /// Words that its owner has put into its metadata ([`xml::TAGS_NS`]), sorted.
     pub tags: Vec<String>,

@@ -101,8 +101,8 @@ pub fn block_copy(domain: &Domain, disk: &str, xml: &str, rate_bytes: u64) -> Re
         | sys::VIR_DOMAIN_BLOCK_COPY_SYNCHRONOUS_WRITES;
     let mut params: sys::virTypedParameterPtr = ptr::null_mut();
     let (mut count, mut room): (c_int, c_int) = (0, 0);
-    // SAFETY: `domain` and the strings outlive the calls. `params` is null or holds `count` parameters that libvirt allocated,
-    // and that only `virTypedParamsFree` may free, null and 0 included.
+    // SAFETY: `domain` and the strings outlive the calls. `params` is null or holds `count` parameters that libvirt
+    // allocated, and that only `virTypedParamsFree` may free, null and 0 included.
     unsafe {
         let field = sys::VIR_DOMAIN_BLOCK_COPY_BANDWIDTH.as_ptr();
         let done =
@@ -115,7 +115,8 @@ pub fn block_copy(domain: &Domain, disk: &str, xml: &str, rate_bytes: u64) -> Re
     }
 }
 
-/// Ends the disk's block job; with `VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT` in favour of its target. Returns when it has ended.
+/// Ends the disk's block job; with `VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT` in favour of its target. Returns when it has
+/// ended.
 pub fn block_job_abort(domain: &Domain, disk: &str, flags: u32) -> Result<()> {
     let disk = CString::new(disk)?;
     // SAFETY: `domain` and `disk` outlive the call.
@@ -249,8 +250,8 @@ where
 }
 
 impl Registrations {
-    /// Gives all callbacks back, so that the connection can be closed. Speaks to libvirtd and blocks as long as it does.
-    /// Errors are of no consequence: they say that the connection is gone already.
+    /// Gives all callbacks back, so that the connection can be closed. Speaks to libvirtd and blocks as long as it
+    /// does. Errors are of no consequence: they say that the connection is gone already.
     pub fn end(self, connection: &Connect) {
         for id in self.ids {
             // SAFETY: the id was given by this connection and is given back once.

@@ -13,7 +13,8 @@ use virt::domain::Domain;
 use virt::error::{Error as VirtError, ErrorDomain};
 use virt::storage_pool::StoragePool;
 
-/// Asks libvirt for the volumes of a definition. `runs`: its instance has them open, so that the pool need not be active.
+/// Asks libvirt for the volumes of a definition. `runs`: its instance has them open, so that the pool need not be
+/// active.
 pub fn of(conn: &Connect, xml: &str, runs: bool) -> Result<Volumes, Failure> {
     let mut volumes = BTreeMap::new();
     for (pool, volume) in named_in(xml)? {

@@ -1,8 +1,9 @@
 //! Images of other hypervisors: read and written through `qemu-nbd`.
 //!
-//! Owns what has to hold before QEMU opens one. Its drivers follow what some of these headers name: extents of a VMDK in
-//! other files (any file, and QEMU may run as root), parents. So only images that are whole in themselves are opened,
-//! and that is looked for here, in the few bytes that say it; what else is wrong with an image QEMU says. [`crate::image::foreign::writer`] writes.
+//! Owns what has to hold before QEMU opens one. Its drivers follow what some of these headers name: extents of a VMDK
+//! in other files (any file, and QEMU may run as root), parents. So only images that are whole in themselves are
+//! opened, and that is looked for here, in the few bytes that say it; what else is wrong with an image QEMU says.
+//! [`crate::image::foreign::writer`] writes.
 use crate::block::{DiskSize, SECTOR_LEN};
 use crate::error::{Error, Kind, Result};
 use crate::image::{Format, Layer, raw};
@@ -18,15 +19,20 @@ pub(in crate::image) const DESCRIPTION_MAX: u64 = 64 << 10;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Foreign {
+    /// VMware's format, `.vmdk`.
     Vmdk,
+    /// VirtualBox's format, `.vdi`.
     Vdi,
+    /// Hyper-V's newer format, `.vhdx`.
     Vhdx,
     /// Of Virtual PC and older Hyper-V: `.vhd`.
     Vpc,
+    /// QEMU's older format, `.qed`.
     Qed,
 }
 
 impl Foreign {
+    /// All foreign formats.
     pub const ALL: [Foreign; 5] = [Foreign::Vmdk, Foreign::Vdi, Foreign::Vhdx, Foreign::Vpc, Foreign::Qed];
 
     /// QEMU's name for it.
@@ -48,15 +54,19 @@ impl FromStr for Foreign {
     }
 }
 
-/// A format that a plain image may have, named as QEMU does: on the wire, too, so that who does not know one refuses it.
+/// A format that a plain image may have, named as QEMU does: on the wire, too, so that who does not know one refuses
+/// it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum AnyFormat {
+    /// A format that a domain's disk may have: raw or qcow2.
     Own(Format),
+    /// A foreign format.
     Of(Foreign),
 }
 
 impl AnyFormat {
+    /// QEMU's name for the format.
     pub fn as_str(self) -> &'static str {
         match self {
             AnyFormat::Own(format) => format.as_str(),

@@ -1,7 +1,8 @@
 //! An image in a format of others, written through a `qemu-nbd` child.
 //!
-//! Invariant: nothing ends a write into the tables of such an image that was cut short, so only a file that nobody needs yet is written: a
-//! new one, or a copy. Whoever gives it its name has closed it, asked [`check_sound`], and read it.
+//! Invariant: nothing ends a write into the tables of such an image that was cut short, so only a file that nobody
+//! needs yet is written: a new one, or a copy. Whoever gives it its name has closed it, asked [`check_sound`], and read
+//! it.
 
 use crate::block::extent::Extent;
 use crate::block::{ByteRange, DiskSize};
@@ -14,8 +15,8 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-/// Refuses an image that cannot be changed, before anything is read: `check`, and `Refused` where its kind is written once only,
-/// `Corrupt` where it does not hold together. The caller has the whole lock of it.
+/// Refuses an image that cannot be changed, before anything is read: `check`, and `Refused` where its kind is written
+/// once only, `Corrupt` where it does not hold together. The caller has the whole lock of it.
 pub fn check_writable(layer: &Layer, format: Foreign) -> Result<()> {
     check(layer, format)?;
     if format == Foreign::Vmdk && is_compressed(layer)? {
@@ -67,8 +68,9 @@ pub struct ForeignWriter {
 }
 
 impl ForeignWriter {
-    /// Makes a new image in the place of the file at `path`, which is empty and ours, and opens it. It goes by the name of `name`, where the
-    /// format writes a name down. `Refused` where the format cannot have the size. Blocks; starts a process.
+    /// Makes a new image in the place of the file at `path`, which is empty and ours, and opens it. It goes by the name
+    /// of `name`, where the format writes a name down. `Refused` where the format cannot have the size. Blocks; starts
+    /// a process.
     pub fn create(path: &Path, format: Foreign, size: DiskSize, name: &str, runtime_dir: &Path) -> Result<Self> {
         qemu_img::create_foreign(path, format, size)?;
         if format == Foreign::Vmdk {
@@ -82,7 +84,8 @@ impl ForeignWriter {
         Ok(writer)
     }
 
-    /// Opens an image that nobody else has, to be changed. The errors are those of `check`, and QEMU's. Blocks; starts a process.
+    /// Opens an image that nobody else has, to be changed. The errors are those of `check`, and QEMU's. Blocks; starts
+    /// a process.
     pub fn open(path: &Path, format: Foreign, runtime_dir: &Path) -> Result<Self> {
         let layer = alone(path);
         check(&layer, format)?;
@@ -94,8 +97,8 @@ impl ForeignWriter {
         Ok(Self { image, child })
     }
 
-    /// Durable and closed when it returns without an error; then nothing of ours has the file open. Whether QEMU wrote what it was
-    /// given, a reading tells. At most some minutes.
+    /// Durable and closed when it returns without an error; then nothing of ours has the file open. Whether QEMU wrote
+    /// what it was given, a reading tells. At most some minutes.
     pub fn close(self) -> Result<()> {
         self.image.sync()?;
         drop(self.image);

@@ -1,7 +1,7 @@
 //! The NBD protocol as a client speaks it: bytes in and out of any stream, no sockets.
 //!
-//! Fixed newstyle negotiation, structured replies, metadata contexts, block sizes. Everything the server says is bounded
-//! before it is believed: a reply fits the request it answers, byte for byte, or the connection is at an end.
+//! Fixed newstyle negotiation, structured replies, metadata contexts, block sizes. Everything the server says is
+//! bounded before it is believed: a reply fits the request it answers, byte for byte, or the connection is at an end.
 //!
 //! Specified in the NBD project's doc/proto.md.
 
@@ -52,26 +52,40 @@ const CHUNKS_MAX: usize = PIECES_MAX + 64;
 
 /// Bits of [`Export::flags`].
 pub const FLAG_READ_ONLY: u16 = 1 << 1;
+/// The server accepts `Flush`.
 pub const FLAG_SEND_FLUSH: u16 = 1 << 2;
+/// The server accepts `Trim`.
 pub const FLAG_SEND_TRIM: u16 = 1 << 5;
+/// The server accepts `WriteZeroes`.
 pub const FLAG_SEND_WRITE_ZEROES: u16 = 1 << 6;
+/// Several connections see the same content; a flush on one of them covers all.
 pub const FLAG_CAN_MULTI_CONN: u16 = 1 << 8;
 
+/// Type of a request, by its number in the NBD protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Command {
+    /// Read bytes.
     Read = 0,
+    /// Write bytes.
     Write = 1,
+    /// End the connection. The server sends no reply.
     Disconnect = 2,
+    /// Make all finished writes durable.
     Flush = 3,
+    /// Give up the content of a range. Later reads of it may bring anything.
     Trim = 4,
+    /// Make a range read as zeros, without sending them.
     WriteZeroes = 6,
+    /// Ask for the extents of a range in the negotiated metadata contexts.
     BlockStatus = 7,
 }
 
 /// What the server said of the export.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Export {
+    /// Size of the export in bytes.
     pub size: u64,
+    /// Transmission flags of the server, the `FLAG_` constants.
     pub flags: u16,
     /// Requests are aligned to this, a power of two.
     pub block_min: u32,
@@ -82,10 +96,12 @@ pub struct Export {
 }
 
 impl Export {
+    /// True if the server set this flag, one of the `FLAG_` constants.
     pub fn offers(&self, flag: u16) -> bool {
         self.flags & flag != 0
     }
 
+    /// Id that the server gave to the metadata context of this name. `None`: it was not negotiated.
     pub fn context_id(&self, name: &str) -> Option<u32> {
         self.contexts.iter().find(|(n, _)| n == name).map(|(_, id)| *id)
     }
@@ -94,14 +110,18 @@ impl Export {
 /// One extent of a block status reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Descriptor {
+    /// Length of the extent in bytes. Extents follow one another without gaps.
     pub len: u32,
+    /// Flags of the extent, whose meaning the metadata context defines.
     pub flags: u32,
 }
 
 /// The server could not do what was asked; the connection goes on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServerError {
+    /// Error number as Linux has it.
     pub errno: i32,
+    /// Text of the server; empty if it sent none.
     pub message: String,
 }
 
@@ -119,15 +139,20 @@ impl std::error::Error for ServerError {}
 
 /// What the reply to a request has to bring.
 pub enum Expect<'a> {
+    /// Success or an error, and no content.
     Nothing,
     /// Every byte of `buf`, read from `offset`.
     Data {
+        /// Offset in the disk of the first byte of `buf`.
         offset: u64,
+        /// Buffer for the bytes; its length is the length of the request.
         buf: &'a mut [u8],
     },
     /// Extents of the context `id`; those of other contexts are read and dropped.
     Status {
+        /// Id of the metadata context whose extents are wanted.
         id: u32,
+        /// List that the extents are added to, in order.
         into: &'a mut Vec<Descriptor>,
     },
 }
@@ -434,6 +459,8 @@ fn read_exact<R: Read>(stream: &mut R, buf: &mut [u8]) -> Result<()> {
     stream.read_exact(buf).map_err(stream_error)
 }
 
+/// Writes all bytes to the server. `Unavailable` if the server hung up, `Interrupted` if it does not take them in
+/// time.
 pub fn write_all<W: Write>(stream: &mut W, bytes: &[u8]) -> Result<()> {
     stream.write_all(bytes).map_err(stream_error)
 }

@@ -1,12 +1,13 @@
-//! Whether an image that our store made is sound enough to be written to: what `qemu-img check` would ask, for the plain
-//! images of the store, without the program.
+//! Whether an image that our store made is sound enough to be written to: what `qemu-img check` would ask, for the
+//! plain images of the store, without the program.
 //!
-//! Reading a damaged image shows wrong data, which digests find. Writing to one destroys: a cluster that is in use and not
-//! counted is given out a second time. So before an image is built on that nobody sealed, every table is walked: each cluster
-//! must be inside the file, have one user, and be counted once. Clusters that are counted and not used (leaked) do no harm.
+//! Reading a damaged image shows wrong data, which digests find. Writing to one destroys: a cluster that is in use and
+//! not counted is given out a second time. So before an image is built on that nobody sealed, every table is walked:
+//! each cluster must be inside the file, have one user, and be counted once. Clusters that are counted and not used
+//! (leaked) do no harm.
 //!
-//! Cost: the tables are read (one 64 KiB table per 512 MiB of data, one per 2 GiB of file), a bit of memory per cluster.
-//! Format: QEMU's docs/interop/qcow2.txt.
+//! Cost: the tables are read (one 64 KiB table per 512 MiB of data, one per 2 GiB of file), a bit of memory per
+//! cluster. Format: QEMU's docs/interop/qcow2.txt.
 
 use super::header::Header;
 use crate::error::{Error, Kind, Result};
@@ -26,15 +27,16 @@ const COPIED: u64 = 1 << 63;
 /// In an entry of an L2 table: reads as zeros, whatever the cluster holds.
 const ZERO: u64 = 1;
 
-/// [`Kind::Corrupt`], with the place, if the image must not be written to. Only plain images are known: version 3, clusters of
-/// 64 KiB, counts of 16 bits, one file, no backing image, no internal snapshots; others are refused.
+/// [`Kind::Corrupt`], with the place, if the image must not be written to. Only plain images are known: version 3,
+/// clusters of 64 KiB, counts of 16 bits, one file, no backing image, no internal snapshots; others are refused.
 pub fn check_plain(file: &File, path: &Path) -> Result<()> {
     let header = Header::read(file, path)?;
     let mut head = [0; 112];
     read(file, 0, &mut head).map_err(|e| e.path(path))?;
     let be32 = |at: usize| u32::from_be_bytes(head[at..at + 4].try_into().expect("four bytes"));
     let be64 = |at: usize| u64::from_be_bytes(head[at..at + 8].try_into().expect("eight bytes"));
-    // No backing name and no table of snapshots, not even unused; behind the fixed fields the compression type, if at all.
+    // No backing name and no table of snapshots, not even unused; behind the fixed fields the compression type, if at
+    // all.
     let bare = be64(8) == 0 && be64(64) == 0 && matches!(be32(100), 104 | 112) && (be32(100) == 104 || be64(104) == 0);
     let plain = header.version == 3 && be32(20) == 16 && be32(96) == 4 && be64(72) == 0 && bare;
     if !plain || header.backing.is_some() || header.encrypted || header.snapshots != 0 {
@@ -123,7 +125,8 @@ impl Used {
     }
 }
 
-/// Where an entry that is not empty leads. One that is compressed, shared or has a bit that means nothing is none of ours.
+/// Where an entry that is not empty leads. One that is compressed, shared or has a bit that means nothing is none of
+/// ours.
 fn leads_to(entry: u64, table: u64) -> Result<u64> {
     if entry & !OFFSET != COPIED {
         return Err(Error::new(Kind::Corrupt, format!("{entry:#x} is no entry of a plain image's table")).offset(table));

@@ -1,6 +1,8 @@
-//! The header of a qcow2 image, read by us before anything else looks at the file, and what it means for who may read it.
+//! The header of a qcow2 image, read by us before anything else looks at the file, and what it means for who may read
+//! it.
 //!
-//! Pure but for one bounded read. Every field is a stranger's word: names found here are shown and compared, never opened.
+//! Pure but for one bounded read. Every field is a stranger's word: names found here are shown and compared, never
+//! opened.
 //!
 //! Format: QEMU's docs/interop/qcow2.txt.
 
@@ -38,14 +40,17 @@ const EXT_DATA_FILE_NAME: u32 = 0x4441_5441;
 /// The fields on which our decisions rest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Header {
+    /// Version of the format, as the header says; versions 2 and 3 are known.
     pub version: u32,
     /// Size the guest sees, as the header says.
     pub size: DiskSize,
     /// Name of the backing image as written, lossily decoded. Never to be opened for a stranger's image.
     pub backing: Option<String>,
+    /// Format of the backing image, as written and lossily decoded. `None`: the header names none.
     pub backing_format: Option<String>,
     /// Name of the external data file as written, where there is one and it is named.
     pub data_file: Option<String>,
+    /// The header names a method of encryption.
     pub encrypted: bool,
     /// Number of internal snapshots.
     pub snapshots: u32,
@@ -130,6 +135,7 @@ impl Header {
         Ok(())
     }
 
+    /// True if the header names a backing image.
     pub fn has_backing(&self) -> bool {
         self.backing.is_some()
     }
@@ -139,10 +145,12 @@ impl Header {
         self.incompatible & DATA_FILE != 0
     }
 
+    /// True if the image was not closed properly: its refcounts may be wrong.
     pub fn is_dirty(&self) -> bool {
         self.incompatible & DIRTY != 0
     }
 
+    /// True if QEMU found the image's metadata damaged and marked it.
     pub fn is_corrupt(&self) -> bool {
         self.incompatible & CORRUPT != 0
     }

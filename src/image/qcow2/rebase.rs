@@ -1,8 +1,8 @@
 //! Writing another backing image into the header of an image of our own store, and nothing else.
 //!
-//! First the new name, where nothing is, durably; then one write within the first sector, which makes it the name. Before
-//! that the image reads through the old backing image, after it through the new one, and a power cut leaves one of the two.
-//! The caller answers for it that the guest's data is the same through both.
+//! First the new name, where nothing is, durably; then one write within the first sector, which makes it the name.
+//! Before that the image reads through the old backing image, after it through the new one, and a power cut leaves one
+//! of the two. The caller answers for it that the guest's data is the same through both.
 
 use super::super::Format;
 use super::{check_own_name, open_own};

@@ -4,8 +4,8 @@ use crate::hypervisor::xml::{child, children};
 use crate::name::DiskName;
 use roxmltree::Node;
 
-/// The disk that a guest boots from: the first by its own order, or the first of all where `<os>` says `hd`, or nothing. A guest
-/// that is booted by its kernel needs none to begin.
+/// The disk that a guest boots from: the first by its own order, or the first of all where `<os>` says `hd`, or
+/// nothing. A guest that is booted by its kernel needs none to begin.
 pub(super) fn boot_disk(root: Node) -> Option<DiskName> {
     let os = child(root, "os")?;
     if child(os, "kernel").is_some() {

@@ -19,7 +19,9 @@ pub struct Limits {
     pub cpu_modes: Vec<String>,
     /// Models of screens; empty: not known.
     pub videos: Vec<String>,
+    /// Version of this host's libvirt. `None`: not known.
     pub libvirt: Option<Version>,
+    /// Version of this host's QEMU. `None`: not known.
     pub qemu: Option<Version>,
     /// Images that a disk may consist of, that of the guest's own writes included; `None`: as many as there are.
     pub images_max: Option<u64>,
@@ -36,6 +38,7 @@ impl Default for Limits {
 }
 
 impl Limits {
+    /// Takes the limits from what libvirt said about this host. An unknown value limits nothing.
     pub fn of(host: &HostView) -> Limits {
         let able = host.machine.as_ref().ok();
         Limits {

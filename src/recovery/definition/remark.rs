@@ -7,11 +7,13 @@ use serde::Serialize;
 pub struct Remark {
     /// Where it stands: `devices/hostdev`, `os/kernel`, `cpu/@mode`.
     pub what: String,
+    /// How much the change matters to the guest.
     pub verdict: Verdict,
     /// A sentence part: "passes a device of the source's host through".
     pub why: String,
 }
 
+/// Consequence of leaving out or changing an element. The order is from harmless to serious.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {

@@ -1,5 +1,5 @@
-//! Writes known XML anew: a rule says which attributes, which children and which text an element may have, and what a value
-//! has to look like. What no rule names does not come through, and is told.
+//! Writes known XML anew: a rule says which attributes, which children and which text an element may have, and what a
+//! value has to look like. What no rule names does not come through, and is told.
 
 use super::remark::{Remark, Verdict};
 use super::rules;
@@ -105,8 +105,8 @@ impl Out {
         }
     }
 
-    /// The attributes of `node` that `allowed` names. An unknown attribute is left out, and so is a value that this host
-    /// cannot use: nothing that is harmless keeps a guest from being started.
+    /// The attributes of `node` that `allowed` names. An unknown attribute is left out, and so is a value that this
+    /// host cannot use: nothing that is harmless keeps a guest from being started.
     pub fn attributes<'a>(
         &mut self,
         node: Node<'a, '_>,
@@ -187,7 +187,8 @@ impl Out {
     }
 }
 
-/// How an element is called in remarks and in `leave_out:`; those that are told apart by a name of their own have it behind.
+/// How an element is called in remarks and in `leave_out:`; those that are told apart by a name of their own have it
+/// behind.
 pub(super) fn path_of(node: Node, parent: &str) -> String {
     let kind = node.tag_name().name();
     match (kind, node.attribute("name").filter(|name| is_word(name))) {

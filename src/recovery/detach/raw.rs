@@ -1,9 +1,11 @@
 //! A raw image of its own: the disk is copied to a raw file, then the guest moves over to that.
 //!
 //! Invariants
-//! - Where both images are there, the overlay is the disk, until both definitions name the raw image. So between the move and
-//!   the moment in which the overlay's name is durably gone (g2d) the guest runs nothing: an old image never comes back.
-//! - The raw image is complete and durable before the guest moves: the copy keeps the two equal, the guest stands, fsync, move.
+//! - Where both images are there, the overlay is the disk, until both definitions name the raw image. So between the
+//!   move and the moment in which the overlay's name is durably gone (g2d) the guest runs nothing: an old image never
+//!   comes back.
+//! - The raw image is complete and durable before the guest moves: the copy keeps the two equal, the guest stands,
+//!   fsync, move.
 //! - The guest is held for nothing else, and a dead-man is armed first: whoever comes to it, `let_go` does the same.
 //!
 //! Steps: docs/recovery.md. `next` decides, and is pure.
@@ -31,13 +33,14 @@ use std::time::Duration;
 /// Longer the guest is never held: a move takes a tenth of a second.
 const HOLD_WITHIN: Duration = Duration::from_secs(10);
 
-/// Pauses of the guest after which the move of one disk is left to the next command. QEMU may refuse it again and again.
+/// Pauses of the guest after which the move of one disk is left to the next command. QEMU may refuse it again and
+/// again.
 const MOVES_MAX: u32 = 10;
 /// How long the guest runs at least between two of them, times their number.
 const BETWEEN_MOVES: Duration = Duration::from_millis(100);
 
-/// Which disks are to have a raw image: as is asked for, or as was when the domain was handed over. What was begun is gone on
-/// with.
+/// Which disks are to have a raw image: as is asked for, or as was when the domain was handed over. What was begun is
+/// gone on with.
 pub fn disks(record: &FailoverRecord, asked: Option<DiskFormat>, held: &dyn Held) -> Result<Vec<DiskName>> {
     let begun = record.stage != Stage::Committed;
     if begun && asked.is_none() {
@@ -185,8 +188,8 @@ pub(super) fn next(seen: Seen) -> Next {
     }
 }
 
-/// Lets a guest go that a [`Moving`] may hold: first whatever it has moved to is made the only one, durably. Nothing is done
-/// without one. For the driver and for its dead-man.
+/// Lets a guest go that a [`Moving`] may hold: first whatever it has moved to is made the only one, durably. Nothing is
+/// done without one. For the driver and for its dead-man.
 pub(super) fn let_go(relocating: &dyn Relocating, state: &FailoverState, record: &mut FailoverRecord) -> Result<()> {
     let Some(moving) = record.moving.clone() else { return Ok(()) };
     let (uuid, files) = (record.uuid.clone(), Files::of(record, &moving.disk));
@@ -307,8 +310,8 @@ impl super::One<'_> {
     }
 }
 
-/// Of a domain that is off, and that nobody starts meanwhile: as long as the lock is held QEMU does not open the overlay, and
-/// then it does not find it.
+/// Of a domain that is off, and that nobody starts meanwhile: as long as the lock is held QEMU does not open the
+/// overlay, and then it does not find it.
 fn convert(chain: &Chain, files: &Files) -> Result<()> {
     let busy = || Error::new(Kind::Busy, "the image is in use: was the domain started?").path(&files.overlay);
     let _lock = ReadLock::take(&files.overlay)?.ok_or_else(busy)?;

@@ -30,11 +30,15 @@ const TELLING_TIME: Duration = Duration::from_millis(200);
 /// What one run told, and how the disks stood right after it.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Ran {
+    /// Bytes that the run sent to the target, all disks together.
     pub bytes_sent: u64,
+    /// Bytes that the run read from the source's images, all disks together.
     pub bytes_read: u64,
     /// Whole blocks that differed.
     pub changed_bytes: u64,
+    /// Duration of the whole run.
     pub took: Duration,
+    /// When the disks stood still, by the source's clock; the start of the run if it sealed no point.
     pub frozen_at: Timestamp,
     /// How long after the freeze the next figure was asked for.
     pub since_freeze: Duration,
@@ -76,6 +80,7 @@ impl Ran {
 /// How long the guest would be down, if it went down now.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Forecast {
+    /// Expected downtime in milliseconds: `shutdown_ms`, `transfer_ms` and `fixed_ms` together.
     pub downtime_ms: f64,
     /// What that consists of.
     pub shutdown_ms: f64,
@@ -85,6 +90,8 @@ pub struct Forecast {
     pub transfer_ms: f64,
     /// Of which reading.
     pub read_ms: f64,
+    /// Cost that does not depend on the data, in milliseconds: the shortest round so far, and the start at the
+    /// target.
     pub fixed_ms: f64,
     /// Of which the start at the target.
     pub start_ms: f64,
@@ -94,6 +101,7 @@ pub struct Forecast {
     pub left_bytes: u64,
     /// What it would have to read from end to end.
     pub read_bytes: u64,
+    /// Bytes per second that the source's storage reads; see `read_rate_assumed`.
     pub read_rate_bytes: u64,
     /// No round has read enough to show how fast the storage is.
     pub read_rate_assumed: bool,

@@ -1,13 +1,15 @@
-//! Capture by backup: QEMU serves the disks as they were at one instant, and copies what the guest overwrites into scratch
-//! files of ours first. Nothing lies on the production chain, so nothing is committed and the guest is never paused.
+//! Capture by backup: QEMU serves the disks as they were at one instant, and copies what the guest overwrites into
+//! scratch files of ours first. Nothing lies on the production chain, so nothing is committed and the guest is never
+//! paused.
 //!
-//! The steps are b1 to b6 of docs/replication.md. A durable record names the socket and the scratch files before the job
-//! begins; the normal end of a run, the next run and `doctor` finish from it by the same [`settle`].
+//! The steps are b1 to b6 of docs/replication.md. A durable record names the socket and the scratch files before the
+//! job begins; the normal end of a run, the next run and `doctor` finish from it by the same [`settle`].
 //!
 //! Invariants
-//! - Only the job that libvirt names with exactly our socket and scratch files is ended. Another program's is left alone.
-//! - The bitmap that leads on was begun before the job (3c), and what the old one marks is asked after it (5): too much is
-//!   safe, and too little cannot be.
+//! - Only the job that libvirt names with exactly our socket and scratch files is ended. Another program's is left
+//!   alone.
+//! - The bitmap that leads on was begun before the job (3c), and what the old one marks is asked after it (5): too much
+//!   is safe, and too little cannot be.
 
 use super::quiesce::{Held, Quiescer};
 use crate::durable::sync_dir;
@@ -56,6 +58,7 @@ pub struct BackupCapture<'a> {
 }
 
 impl<'a> BackupCapture<'a> {
+    /// Prepares a capture by backup. Touches neither the domain nor any file.
     pub fn new(
         ports: &'a Ports<'a>,
         journal: &'a Journal,

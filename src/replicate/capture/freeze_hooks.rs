@@ -1,8 +1,8 @@
 //! The operator's own programs around the freeze: a database is told to flush and to wait, and to go on.
 //!
 //! Invariant: whoever was told to wait is told to go on. Before `before_freeze` is run, the journal says durably that
-//! `after_freeze` is owed; whoever comes next runs it: the run itself, the dead-man, the next run, `doctor`. It may so be
-//! run twice, and has to bear that.
+//! `after_freeze` is owed; whoever comes next runs it: the run itself, the dead-man, the next run, `doctor`. It may so
+//! be run twice, and has to bear that.
 //!
 //! Steps 3d.owed, 3d and 4g of docs/replication.md.
 
@@ -69,7 +69,8 @@ impl FreezeHooks {
     }
 }
 
-/// Step 4g, and all that is needed after any crash: runs the hook that is owed. Gives what an operator has to know of it.
+/// Step 4g, and all that is needed after any crash: runs the hook that is owed. Gives what an operator has to know of
+/// it.
 pub(in crate::replicate) fn settle(journal: &Journal) -> Result<Option<String>> {
     let Some(owed) = journal.owed_hook()? else { return Ok(None) };
     let failed = match owed.command.is_empty() {

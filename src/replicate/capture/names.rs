@@ -14,7 +14,8 @@ pub(in crate::replicate) fn scratch_path(disk: &DiskPlan, run: &RunId) -> PathBu
     run_file(disk, run, "scratch.qcow2")
 }
 
-/// Longest name of a file, in bytes. File systems that take less are asked in step 3: see [`rights`](crate::replicate::plan::rights).
+/// Longest name of a file, in bytes. File systems that take less are asked in step 3: see
+/// [`rights`](crate::replicate::plan::rights).
 const NAME_MAX: usize = 255;
 
 /// Longest path that the kernel takes, its end included.

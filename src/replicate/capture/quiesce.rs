@@ -1,5 +1,5 @@
-//! Holding the guest's file systems for the moment in which its disks are frozen, so that a point is what a clean unmount
-//! leaves and not what a power cut does.
+//! Holding the guest's file systems for the moment in which its disks are frozen, so that a point is what a clean
+//! unmount leaves and not what a power cut does.
 //!
 //! Invariants
 //! - The guest is never held (I2): before it is asked to hold anything, the journal says durably that it may have to be
@@ -33,6 +33,7 @@ const THAW_WITHIN: Duration = Duration::from_secs(3);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Quiesce {
+    /// The guest agent is not asked. A point of a running domain has `crash` consistency.
     #[default]
     No,
     /// Where it cannot be had, the point is as after a power cut, and says why.
@@ -54,9 +55,11 @@ impl std::str::FromStr for Quiesce {
     }
 }
 
+/// When and for how long the guest agent holds the guest's file systems.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct QuiesceOptions {
+    /// Whether the guest agent is asked, in runs that `every` selects. The default is `No`.
     pub wish: Quiesce,
     /// Only if none of the newest points, one less than this many, is consistent; 1: in every run.
     pub every: u32,
@@ -82,8 +85,11 @@ impl QuiesceOptions {
 
 /// Who holds and lets go.
 pub struct Quiescer<'a> {
+    /// The guest agent of the domain, reached through libvirt.
     pub agent: &'a dyn GuestAgent,
+    /// Journal of the domain. It records that the guest is owed a thaw before the agent is asked.
     pub journal: &'a Journal,
+    /// UUID of the domain whose guest agent is asked.
     pub uuid: &'a DomainUuid,
     /// What is wished of this run.
     pub wish: Quiesce,
@@ -121,7 +127,9 @@ impl Held {
 /// How the freeze went for the guest's file systems.
 #[derive(Debug, PartialEq)]
 pub struct Thawed {
+    /// `FileSystem` if the guest agent confirmed after the freeze that it still held; otherwise `Crash`.
     pub consistency: Consistency,
+    /// Why the point has only `crash` consistency. `None`: it is consistent, or quiescing was not asked for.
     pub why_not: Option<String>,
     /// How long they were held, at most.
     pub held: Option<Duration>,
@@ -194,8 +202,8 @@ impl Quiescer<'_> {
         }
     }
 
-    /// After a freeze that failed: the guest must not be held for it. What is left is said, and asked for again by whoever
-    /// comes next.
+    /// After a freeze that failed: the guest must not be held for it. What is left is said, and asked for again by
+    /// whoever comes next.
     pub fn settle(&self, hypervisor: &dyn Hypervisor) {
         match settle(hypervisor, self.agent, self.journal, self.uuid) {
             Ok(Settled::Nothing | Settled::LetGo) => {}
@@ -228,6 +236,7 @@ fn may_hold(hypervisor: &dyn Hypervisor, uuid: &DomainUuid) -> Result<bool> {
 /// What became of what a run may have left held.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Settled {
+    /// No thaw was owed, or the domain has no QEMU any more.
     Nothing,
     /// The guest agent has said that it let go.
     LetGo,

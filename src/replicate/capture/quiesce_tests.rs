@@ -5,7 +5,8 @@ use jiff::Timestamp;
 use std::cell::RefCell;
 use std::sync::Mutex;
 
-/// A guest agent that answers as it is told: `h3` holds three, `h?` does not answer, `h!` refuses; `s+`, `s-`, `s?`; `t+`, `t?`.
+/// A guest agent that answers as it is told: `h3` holds three, `h?` does not answer, `h!` refuses; `s+`, `s-`, `s?`;
+/// `t+`, `t?`.
 struct Agent {
     script: Vec<&'static str>,
     asked: Mutex<Vec<char>>,

@@ -28,9 +28,11 @@ pub trait Capture {
 /// Images that stand still.
 #[derive(Debug, Clone)]
 pub struct Still {
+    /// Each disk that stands still, with the place where its content is read.
     pub disks: Vec<(DiskName, Source)>,
     /// Taken just before the disks were frozen: nothing acknowledged earlier can be missing.
     pub frozen_at: Timestamp,
+    /// What a point made from these disks may promise of the guest's file systems.
     pub consistency: Consistency,
     /// Why it is not `file_system` although that was asked for.
     pub consistency_reason: Option<String>,
@@ -48,11 +50,18 @@ pub enum Source {
     /// From images that stand still.
     Chain(Chain),
     /// From an NBD server on a unix socket.
-    Export { socket: PathBuf, name: String },
+    Export {
+        /// Absolute path of QEMU's unix socket on this host.
+        socket: PathBuf,
+        /// Name of the NBD export; it is the name of the disk.
+        name: String,
+    },
 }
 
+/// Result of bringing a domain back onto its own images.
 #[derive(Debug, Clone)]
 pub struct Release {
+    /// Steps, alarms and the longest pause of the way back. Empty for a domain that was off.
     pub account: Account,
     /// The commit did not become ready in time, or a person has to look: the domain still is on its overlay.
     pub left_open: Option<String>,

@@ -1,6 +1,7 @@
 //! By which way the disks of a domain are made to stand still, with the reason. Pure.
 //!
-//! An overlay works on any storage, and has to be committed; a backup needs no commit, and leaves the production chain alone.
+//! An overlay works on any storage, and has to be committed; a backup needs no commit, and leaves the production chain
+//! alone.
 
 use crate::hypervisor::{Confinement, Power};
 use crate::name::DiskName;
@@ -10,7 +11,9 @@ use crate::replicate::state::report::{Report, RunOutcome};
 /// The choice, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Choice {
+    /// The chosen way. A domain that is off is always read as it is.
     pub kind: CaptureKind,
+    /// Why this way was chosen, in words for the report.
     pub reason: String,
 }
 

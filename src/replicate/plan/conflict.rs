@@ -12,38 +12,102 @@ use std::path::PathBuf;
 #[serde(rename_all = "snake_case", tag = "conflict")]
 pub enum Conflict {
     /// Another block job runs on a disk.
-    BlockJob { disk: DiskName },
+    BlockJob {
+        /// Name of the disk that the other job works on.
+        disk: DiskName,
+    },
     /// A migration, save, dump or backup runs on the domain.
-    DomainJob { job: String },
+    DomainJob {
+        /// What runs on the domain, as part of a sentence.
+        job: String,
+    },
     /// The running domain and its definition name different images.
-    DefinitionDiffers { disk: DiskName, live: PathBuf, defined: PathBuf },
+    DefinitionDiffers {
+        /// Name of the disk whose images differ.
+        disk: DiskName,
+        /// Image that the running domain writes to.
+        live: PathBuf,
+        /// Image that the persistent definition names.
+        defined: PathBuf,
+    },
     /// An overlay of ours without a record: an earlier run's state directory was lost.
-    StrayOverlay { disk: DiskName, overlay: PathBuf },
+    StrayOverlay {
+        /// Name of the disk that stands on the overlay.
+        disk: DiskName,
+        /// Path of the overlay; no record on this host knows it.
+        overlay: PathBuf,
+    },
     /// Something was begun with the domain and could not be ended.
-    Unsettled { what: String },
+    Unsettled {
+        /// What was found and could not be ended, in words.
+        what: String,
+    },
     /// The replica belongs to a later direction of replication than this host knows.
-    Promoted { ours: Generation, theirs: Generation },
+    Promoted {
+        /// Generation that this host knows for the domain.
+        ours: Generation,
+        /// Generation of the replica; it is higher.
+        theirs: Generation,
+    },
     /// The domain was brought up on the target.
-    BroughtUp { promoted: Promoted },
+    BroughtUp {
+        /// The promotion at the target: its point, its time, and whether it is committed.
+        promoted: Promoted,
+    },
     /// No disk is left to replicate.
     NoDisks,
     /// An image's size is not known: libvirt cannot look at it.
-    SizeUnknown { disk: DiskName },
+    SizeUnknown {
+        /// Name of the disk whose size libvirt does not tell.
+        disk: DiskName,
+    },
     /// The overlays of a file system would have no room to grow: this disk's, and others beside it.
-    NoOverlaySpace { disk: DiskName, dir: PathBuf, free_bytes: u64, growth_bytes: u64, floor_bytes: u64, hold_s: u64 },
+    NoOverlaySpace {
+        /// First disk whose overlay would lie on the file system that is too small.
+        disk: DiskName,
+        /// Directory for that disk's overlay.
+        dir: PathBuf,
+        /// Bytes that are free on the file system now.
+        free_bytes: u64,
+        /// Bytes that all overlays on the file system and their commits are expected to need.
+        growth_bytes: u64,
+        /// Bytes that must stay free there in any case.
+        floor_bytes: u64,
+        /// Seconds that the disks are expected to stand still.
+        hold_s: u64,
+    },
     /// A block device's overlay needs a directory that is not there.
-    NoOverlayDir { disk: DiskName, dir: PathBuf },
+    NoOverlayDir {
+        /// Name of the disk whose overlay has no directory.
+        disk: DiskName,
+        /// The directory that does not exist.
+        dir: PathBuf,
+    },
     /// The target has less room than this run may need.
-    NoTargetSpace { free_bytes: u64, needed_bytes: u64 },
+    NoTargetSpace {
+        /// Bytes that an unprivileged writer may still write to the file system of the store.
+        free_bytes: u64,
+        /// Most bytes that the run may write at the target, all disks together.
+        needed_bytes: u64,
+    },
     /// The guest's file systems are to be held, and cannot be.
-    CannotQuiesce { why: String },
+    CannotQuiesce {
+        /// Why the guest's file systems cannot be held, for example that no guest agent is connected.
+        why: String,
+    },
     /// This process may not do what the run needs, or a name is too long.
     Hindered(Hindrance),
     /// An image cannot be read, and why.
-    Unreadable { disk: DiskName, why: String },
+    Unreadable {
+        /// Name of the disk whose image cannot be read.
+        disk: DiskName,
+        /// Why the image cannot be read, in words.
+        why: String,
+    },
 }
 
 impl Conflict {
+    /// Gives the disk that the conflict is about. `None`: it is about the domain, the replica or the target.
     pub fn disk(&self) -> Option<&DiskName> {
         match self {
             Conflict::BlockJob { disk }
@@ -58,6 +122,7 @@ impl Conflict {
         }
     }
 
+    /// Gives the kind of error that a run with this conflict ends with; it decides the exit code.
     pub fn kind(&self) -> Kind {
         match self {
             Conflict::BlockJob { .. } | Conflict::DomainJob { .. } => Kind::Busy,
@@ -145,10 +210,13 @@ impl std::fmt::Display for Conflict {
 /// A right that is missing, or a name that the file system does not take.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Hindrance {
+    /// Name of the disk whose overlay or scratch file is affected.
     pub disk: DiskName,
+    /// Directory in which the overlay or scratch file would lie.
     pub path: PathBuf,
     /// A sentence.
     pub why: String,
+    /// What the operator should do.
     #[serde(skip)]
     pub advice: Advice,
 }

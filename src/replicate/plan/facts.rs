@@ -9,6 +9,7 @@ use crate::replicate::tracking::bitmap_rotation::Tracked;
 pub struct Room {
     /// Tells the file system from others: overlays on the same one share its room.
     pub file_system: u64,
+    /// Bytes that are free on the file system.
     pub free_bytes: u64,
     /// The image that the overlay is committed into lies on it too.
     pub beside_image: bool,
@@ -17,6 +18,7 @@ pub struct Room {
 /// What was found out about a disk beyond libvirt's view; gathered by the caller, so that planning stays pure.
 #[derive(Debug, Clone)]
 pub struct DiskFacts {
+    /// Name of the disk as the domain has it.
     pub name: DiskName,
     /// The chain to read: the live one, or for a domain that is off the resolved one; or why there is none.
     pub chain: Result<Chain, String>,

@@ -1,9 +1,9 @@
 //! Room at the source, foreseen: what the overlays will grow to while the disks stand still, and whether that fits.
 //! Pure.
 //!
-//! How fast the guest writes was seen twice: by the bitmap, since the head, and by the runs before it. How long the disks
-//! will stand still follows from what is to be read and from how fast the last runs were. Neither is known of a first run, so
-//! a floor is kept free in any case, and `space_watch` watches it while the disks stand still. An overlay
+//! How fast the guest writes was seen twice: by the bitmap, since the head, and by the runs before it. How long the
+//! disks will stand still follows from what is to be read and from how fast the last runs were. Neither is known of a
+//! first run, so a floor is kept free in any case, and `space_watch` watches it while the disks stand still. An overlay
 //! that lies beside its image takes its room twice: the commit writes into the image what the overlay still holds.
 
 use crate::block::BLOCK_LEN;
@@ -39,9 +39,9 @@ const SEEN_MIN: Duration = Duration::from_secs(10);
 /// The guest may write faster than it did, and writes on while the overlay is committed.
 const MARGIN: u64 = 2;
 
-/// Foresees how far the overlays will grow, and adds a conflict for every file system that has too little room for them.
-/// A backup's scratch files grow the same way: by each cluster that the guest writes, once.
-/// `past`: reports of this domain's runs to this target, oldest first.
+/// Foresees how far the overlays will grow, and adds a conflict for every file system that has too little room for
+/// them. A backup's scratch files grow the same way: by each cluster that the guest writes, once. `past`: reports of
+/// this domain's runs to this target, oldest first.
 pub fn foresee(
     plan: &mut Plan,
     facts: &[DiskFacts],

@@ -1,7 +1,7 @@
 //! What a point of a domain that is off may be called. Pure.
 //!
-//! "Off" says nothing about the guest's file systems: a guest that was ended as by a power cut, or whose memory was saved, is
-//! off too. The label says what is known, and the reason says the rest.
+//! "Off" says nothing about the guest's file systems: a guest that was ended as by a power cut, or whose memory was
+//! saved, is off too. The label says what is known, and the reason says the rest.
 
 use crate::hypervisor::{DomainView, Ended};
 use crate::replica::Consistency;
@@ -23,7 +23,8 @@ pub fn of_off(domain: &DomainView) -> (Consistency, Option<String>) {
     (label, Some(why.to_owned()))
 }
 
-/// The warning of a run that froze and whose point is less than was asked for. How a domain came to be off is no news in each run.
+/// The warning of a run that froze and whose point is less than was asked for. How a domain came to be off is no news
+/// in each run.
 pub fn told(still: &Still) -> Option<String> {
     let why = still.consistency_reason.as_ref().filter(|_| still.freeze.is_some())?;
     Some(format!("the point is as after a power cut: {why}"))

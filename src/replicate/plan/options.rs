@@ -18,6 +18,7 @@ pub struct PlanOptions {
     pub overlay_dir: Option<PathBuf>,
     /// Directory for overlays of block devices where no other is given.
     pub block_overlay_dir: PathBuf,
+    /// Disks that the operator does not want in any point.
     pub exclude_disks: Vec<DiskName>,
     /// Read everything and send everything, whatever the target has.
     pub full: bool,
@@ -25,7 +26,9 @@ pub struct PlanOptions {
     pub compare: bool,
     /// The operator says that this host is the domain's source from now on, whatever the replica knows.
     pub take_over: bool,
+    /// How many blocks that a bitmap calls clean are compared all the same.
     pub audit: AuditOptions,
+    /// How much space stays free at the source, and how far an overlay may grow.
     pub space: SpaceOptions,
 }
 
@@ -59,8 +62,10 @@ impl CaptureKind {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CaptureWish {
+    /// Capture a running domain by overlay. This is the default.
     #[default]
     Overlay,
+    /// Capture a running domain by backup.
     Backup,
     /// By overlay, unless something is known that could keep it from being committed.
     Auto,
@@ -85,6 +90,7 @@ impl std::str::FromStr for CaptureWish {
 pub struct SpaceOptions {
     /// Where overlays lie, beside what they are expected to grow to.
     pub min_free_source_bytes: u64,
+    /// Limits at which a run is cut short, for the size and the age of an overlay or scratch file.
     pub overlay: OverlayLimits,
 }
 

@@ -16,16 +16,21 @@ use crate::replicate::tracking::{bitmap_rotation, failover_bitmap};
 use serde::Serialize;
 use std::path::PathBuf;
 
+/// Everything that a run will do, decided before anything is touched.
 #[derive(Debug, Clone, Serialize)]
 pub struct Plan {
+    /// Name of the domain.
     pub domain: DomainName,
+    /// UUID of the domain.
     pub uuid: DomainUuid,
+    /// How the disks are made to stand still.
     pub capture: CaptureKind,
     /// Why so.
     pub capture_reason: String,
     /// Whether the guest agent is asked, this time.
     #[serde(skip)]
     pub quiesce: Quiesce,
+    /// Generation that this host has for the domain; the point is made with it.
     pub generation: Generation,
     /// The head the patches start from.
     pub head: Option<PointId>,
@@ -35,7 +40,9 @@ pub struct Plan {
     /// Seconds that the disks will stand still, as far as that can be foreseen; absent where nothing is frozen.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hold_s: Option<u64>,
+    /// Disks that the point will contain. Disks that cannot be planned have a conflict instead.
     pub disks: Vec<DiskPlan>,
+    /// Disks that the point will not contain, each with the reason.
     pub skipped: LeftOut,
     /// Why the run would not begin. Empty: it would.
     pub conflicts: Vec<Conflict>,
@@ -44,10 +51,12 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// Finds a planned disk by its name. `None`: the disk is skipped, or cannot be planned.
     pub fn disk(&self, name: &DiskName) -> Option<&DiskPlan> {
         self.disks.iter().find(|d| &d.name == name)
     }
 
+    /// Gives the disks that the point will contain, in the order of the definition.
     pub fn replicated(&self) -> impl Iterator<Item = &DiskPlan> {
         self.disks.iter()
     }
@@ -76,10 +85,14 @@ impl Plan {
     }
 }
 
+/// What a run will do with one disk.
 #[derive(Debug, Clone, Serialize)]
 pub struct DiskPlan {
+    /// Name of the disk as the domain has it, for example `vda`.
     pub name: DiskName,
+    /// Virtual size of the disk in bytes.
     pub size: DiskSize,
+    /// How the run finds the changes of the disk.
     pub mode: Mode,
     /// Why this mode and no cheaper one.
     pub reason: String,
@@ -87,7 +100,8 @@ pub struct DiskPlan {
     pub reader: String,
     /// Most bytes that will be written at the target, as far as it can be known: reserved there.
     pub reserve_bytes: u64,
-    /// What its overlay, or its scratch file, is expected to grow to; absent where nobody has seen yet how fast the guest writes.
+    /// What its overlay, or its scratch file, is expected to grow to; absent where nobody has seen yet how fast the
+    /// guest writes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub overlay_bytes: Option<u64>,
     /// Most that its commit can add to the image on the overlay's own file system.
@@ -104,8 +118,11 @@ pub struct DiskPlan {
     /// What its images occupy: a run that reads it from end to end reads no more.
     #[serde(skip)]
     pub data_bytes: u64,
+    /// Directory for the disk's overlay or scratch file.
     #[serde(skip)]
     pub overlay_dir: PathBuf,
+    /// Size and root that the copy has from which the patch starts: the head or a seed. `None`: it starts from
+    /// nothing.
     #[serde(skip)]
     pub head: Option<(DiskSize, Digest)>,
     /// Compared by digest because its tracking is in doubt.
@@ -127,7 +144,8 @@ impl DiskPlan {
         self.reason = compared(why);
     }
 
-    /// The bitmap of its failover has led to this run's point, or to the head (by a run that died before it dropped it).
+    /// The bitmap of its failover has led to this run's point, or to the head (by a run that died before it dropped
+    /// it).
     pub fn led_from_birth(&self) -> bool {
         self.bitmap.as_deref().is_some_and(failover_bitmap::is_birth)
             || self.head_stats.reason.starts_with(failover_bitmap::REASON)

@@ -34,6 +34,7 @@ const PUT_AWAY: &str = ".retired";
 /// This process, as far as the kernel asks who it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Process {
+    /// Effective user id.
     pub uid: u32,
     /// It reads, writes and enters whatever the modes say.
     pub overrides_modes: bool,
@@ -42,6 +43,8 @@ pub struct Process {
 }
 
 impl Process {
+    /// Reads the user id and the effective capabilities of this process. If the kernel does not tell, only root has
+    /// all capabilities.
     pub fn this() -> Process {
         let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
         Process::of(rustix::process::geteuid().as_raw(), &status)
@@ -64,8 +67,11 @@ impl Process {
 /// A directory in which libvirt will make a file that the run removes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Dir {
+    /// Path of the directory.
     pub path: PathBuf,
+    /// User id of the directory's owner.
     pub uid: u32,
+    /// Mode of the directory, as `stat` gives it; the sticky bit matters.
     pub mode: u32,
     /// The kernel's word on making and removing files in it.
     pub write: Result<(), Errno>,

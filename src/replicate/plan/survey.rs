@@ -138,8 +138,8 @@ fn disk_facts(
     DiskFacts { name: disk.name.clone(), chain, allocated_bytes, reader, overlay_room, tracked }
 }
 
-/// Whether a bitmap of the running QEMU, or of the image of a domain that is off, leads on from the head: from its run, or
-/// from its very content.
+/// Whether a bitmap of the running QEMU, or of the image of a domain that is off, leads on from the head: from its run,
+/// or from its very content.
 fn tracked(
     ports: &Ports,
     request: &Request,

@@ -6,9 +6,11 @@ use std::time::Duration;
 /// How often and how long the guest's vCPUs were held.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Pauses {
+    /// How often the guest was paused.
     pub count: u32,
     /// All of them together.
     pub sum: Duration,
+    /// The longest of the pauses.
     pub longest: Duration,
 }
 
@@ -23,6 +25,7 @@ impl Pauses {
 /// What happened, for the report.
 #[derive(Debug, Default, Clone)]
 pub struct Account {
+    /// How often, and how long, the guest was paused on the way home.
     pub pauses: Pauses,
     /// The steps performed, in words, oldest first.
     pub steps: Vec<String>,

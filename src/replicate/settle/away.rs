@@ -1,8 +1,8 @@
-//! Names of overlays, taken away durably: a name that is gone may still come back after a power cut, until its directory was
-//! synced.
+//! Names of overlays, taken away durably: a name that is gone may still come back after a power cut, until its
+//! directory was synced.
 //!
-//! One hand renames and dies before it syncs; the next one finds the name gone. It must not believe its eyes: it syncs the
-//! directory before it does anything that rests on the name's absence ([`Away::make_durable`]).
+//! One hand renames and dies before it syncs; the next one finds the name gone. It must not believe its eyes: it syncs
+//! the directory before it does anything that rests on the name's absence ([`Away::make_durable`]).
 
 use crate::durable::sync_dir;
 use crate::error::{Error, Result};
@@ -14,6 +14,13 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, Default)]
 pub(in crate::replicate) struct Away {
     durable: BTreeSet<PathBuf>,
+}
+
+/// Under which name an overlay is left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::replicate) enum How {
+    Retired,
+    Kept,
 }
 
 impl Away {

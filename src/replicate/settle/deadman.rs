@@ -11,12 +11,13 @@
 //! < disarmed         or "fired", if it has acted: the driver has to observe again
 //! ```
 //!
-//! It never resumes blindly: it runs the same [`settle`](crate::replicate::settle) loop with [`Goal::Released`], which retires what
-//! was pivoted before it resumes (I3). A driver that is still alive when the deadline passes is killed first: two hands
-//! on one domain are worse than none.
+//! It never resumes blindly: it runs the same [`settle`](crate::replicate::settle) loop with [`Goal::Released`], which
+//! retires what was pivoted before it resumes (I3). A driver that is still alive when the deadline passes is killed
+//! first: two hands on one domain are worse than none.
 //!
-//! A run by backup arms it only while the guest's file systems are held: there is nothing else to let go. But while the job goes on every write of the guest's fills the scratch
-//! files, which only the driver watches; so at end of file a backup that is still on record is ended at once. So is a hook run that the driver owes.
+//! A run by backup arms it only while the guest's file systems are held: there is nothing else to let go. But while the
+//! job goes on every write of the guest's fills the scratch files, which only the driver watches; so at end of file a
+//! backup that is still on record is ended at once. So is a hook run that the driver owes.
 
 use super::guard::{PauseGuard, Unguarded};
 use super::stopped;
@@ -139,10 +140,15 @@ impl PauseGuard for Deadman {
 
 /// What the dead-man needs to act.
 pub struct Charge<'a> {
+    /// Connection to libvirt that belongs to the dead-man alone.
     pub hypervisor: &'a dyn Hypervisor,
+    /// The guest agent, which is asked to let the guest's file systems go.
     pub guest: &'a dyn GuestAgent,
+    /// Backup jobs in libvirt: one that the driver left behind is ended.
     pub backups: &'a dyn Backups,
+    /// State directory of the program on this host.
     pub state: &'a Path,
+    /// UUID of the domain that is guarded.
     pub uuid: DomainUuid,
     /// Lets go a guest that is held for something that is no run.
     pub others: &'a dyn Fn() -> Result<()>,
@@ -211,8 +217,8 @@ fn release(charge: &Charge) -> Result<()> {
     persist(charge, &try_release)
 }
 
-/// Ends the backup that a driver left, and runs the hook that it owes; one that ended in order has left none. In this order: while
-/// the backup goes on, every write of the guest's fills its scratch files, and a hook may take its time.
+/// Ends the backup that a driver left, and runs the hook that it owes; one that ended in order has left none. In this
+/// order: while the backup goes on, every write of the guest's fills its scratch files, and a hook may take its time.
 fn finish(charge: &Charge) -> Result<()> {
     persist(charge, &end_backup)?;
     persist(charge, &run_owed_hook)

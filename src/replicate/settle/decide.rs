@@ -5,13 +5,13 @@
 //! may be cut short and repeated.
 //!
 //! The rules rest on one invariant (I3 in docs/replication.md): between the pivot and the moment the overlay's name is
-//! durably gone, the guest runs nothing. Therefore, *while the overlay's name exists, the overlay chain is a correct view
-//! of the disk; once it is gone, only the base is*. What breaks the invariant from outside (somebody resumes the domain
-//! by hand, starts it from another definition, writes to the base) is told apart below, and where it cannot be told
-//! apart, nothing is touched: [`Action::Halt`].
+//! durably gone, the guest runs nothing. Therefore, *while the overlay's name exists, the overlay chain is a correct
+//! view of the disk; once it is gone, only the base is*. What breaks the invariant from outside (somebody resumes the
+//! domain by hand, starts it from another definition, writes to the base) is told apart below, and where it cannot be
+//! told apart, nothing is touched: [`Action::Halt`].
 //!
-//! `docs/replication.md` has the same table for people. The tests enumerate the whole input space, and explore a model of
-//! libvirt and QEMU with faults at every step.
+//! `docs/replication.md` has the same table for people. The tests enumerate the whole input space, and explore a model
+//! of libvirt and QEMU with faults at every step.
 
 use crate::error::advice::{Advice, Repair};
 use crate::name::DiskName;
@@ -64,8 +64,10 @@ pub enum Under {
     Another,
 }
 
+/// Block job on a disk, as libvirt reports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Job {
+    /// No block job works on the disk.
     None,
     /// A commit, not yet ready; with our overlay in the chain it can only be ours, libvirt allows one job per disk.
     Running,
@@ -101,9 +103,12 @@ impl OverlayFile {
     }
 }
 
+/// Whether a QEMU runs the domain on this host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum PowerState {
+    /// QEMU runs the domain and its vCPUs run.
     Running,
+    /// QEMU runs the domain and its vCPUs stand still, by us or by somebody else.
     Paused,
     /// Defined, and no QEMU runs it here.
     Off,
@@ -111,12 +116,18 @@ pub enum PowerState {
     Gone,
 }
 
+/// What was observed of one disk, compared with the record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct DiskSeen {
+    /// Where the chain of the running domain stands. `Absent`: it does not run, or lacks the disk.
     pub live: Stand,
+    /// Where the persistent definition stands. `Absent`: there is none, or it lacks the disk.
     pub inactive: Stand,
+    /// Which image lies right below our overlay.
     pub under: Under,
+    /// Block job that works on the disk.
     pub job: Job,
+    /// What lies under the overlay's recorded name.
     pub overlay: OverlayFile,
     /// The base was written to since the freeze although no commit of ours had begun, or the overlay was written to
     /// after the base had become complete.
@@ -131,16 +142,21 @@ pub struct DiskSeen {
 /// Everything a decision is made from.
 #[derive(Debug, Clone)]
 pub struct Situation<'a> {
+    /// How far the run had come, as its record says.
     pub phase: Phase,
     /// The record says that we paused, or were about to, a domain that ran.
     pub resume_after: bool,
+    /// Whether a QEMU runs the domain now.
     pub power: PowerState,
     /// The QEMU that runs now is the one that was frozen, or was since seen running on our overlays.
     pub same_instance: bool,
+    /// The domain had a persistent definition when the run began.
     pub persistent: bool,
+    /// libvirt holds a saved memory image of the domain.
     pub managed_save: bool,
     /// This QEMU was refused to write to a base: asking again is of no use before it ends.
     pub commit_denied: bool,
+    /// Disks of the record, each with its recorded facts and its observation.
     pub disks: &'a [(DiskName, DiskFacts, DiskSeen)],
 }
 
@@ -170,9 +186,9 @@ pub enum Action {
     SetAside(DiskName),
     /// Every pivoted disk is retired: let the guest run.
     Resume,
-    /// No QEMU has the disk: commit with `qemu-img`; then, holding QEMU's own locks so that it cannot start, and if nothing
-    /// changed since, retire and redefine, in this order: the reverse could start on the base while the overlay's
-    /// name exists.
+    /// No QEMU has the disk: commit with `qemu-img`; then, holding QEMU's own locks so that it cannot start, and if
+    /// nothing changed since, retire and redefine, in this order: the reverse could start on the base while the
+    /// overlay's name exists.
     CommitOffline(DiskName),
     /// Remove an overlay that never held data and that nothing refers to.
     Discard(DiskName),
@@ -183,8 +199,8 @@ pub enum Action {
 }
 
 impl Action {
-    /// Quick, and checked again by libvirt or under QEMU's locks when it is done. A commit with `qemu-img` is neither quick
-    /// nor may it rest on an old observation: the domain can be started meanwhile.
+    /// Quick, and checked again by libvirt or under QEMU's locks when it is done. A commit with `qemu-img` is neither
+    /// quick nor may it rest on an old observation: the domain can be started meanwhile.
     fn is_for_many(&self) -> bool {
         match self {
             Action::Adopt(_) | Action::StartCommit(_) | Action::StartCommitBelow(_) | Action::Pivot(_) => true,
@@ -199,10 +215,13 @@ impl Action {
 /// Why nothing may be touched.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Halt {
+    /// Name of the disk that is the reason. `None`: no single disk is.
     pub disk: Option<DiskName>,
+    /// What was found that forbids every further step.
     pub reason: HaltReason,
 }
 
+/// Reason for a halt. `explain` gives the words for the operator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum HaltReason {
@@ -297,9 +316,9 @@ pub fn decide(s: &Situation) -> Action {
     }
 }
 
-/// All that one observation permits: the next step, and the same step for every other disk that would get it if it stood
-/// alone. Each disk's rule is its own, so what is done to one disk changes nothing for another. Without this, `n` disks
-/// would cost `n` observations of `n` disks each, and most of them while the guest stands.
+/// All that one observation permits: the next step, and the same step for every other disk that would get it if it
+/// stood alone. Each disk's rule is its own, so what is done to one disk changes nothing for another. Without this, `n`
+/// disks would cost `n` observations of `n` disks each, and most of them while the guest stands.
 pub fn decide_all(s: &Situation) -> Vec<Action> {
     let first = decide(s);
     if !first.is_for_many() {
@@ -430,12 +449,12 @@ enum Gone {
     Commit,
 }
 
-/// A disk that no QEMU of this domain has (it was hot-plugged, and its QEMU has ended, or it was unplugged): what can be
-/// done about its overlay without a person.
+/// A disk that no QEMU of this domain has (it was hot-plugged, and its QEMU has ended, or it was unplugged): what can
+/// be done about its overlay without a person.
 ///
 /// QEMU's locks are taken before either image is touched. An overlay that holds nothing goes. One that holds writes is
-/// committed where the base is exactly as it was frozen: once a commit by QEMU has begun, the base's times no longer tell of
-/// a stranger.
+/// committed where the base is exactly as it was frozen: once a commit by QEMU has begun, the base's times no longer
+/// tell of a stranger.
 fn gone_disk(s: &Situation, facts: &DiskFacts, seen: &DiskSeen) -> Option<Gone> {
     if facts.base_complete || seen.base_touched {
         return None;
@@ -515,7 +534,8 @@ fn off_disk(s: &Situation, facts: &DiskFacts, seen: &DiskSeen) -> Off {
             OverlayFile::Retired => Off::Settled,
             _ => Off::Halt(HaltReason::ForeignChain),
         },
-        // A transient domain that ended, or a disk taken out of the definition: nothing names the images but our record.
+        // A transient domain that ended, or a disk taken out of the definition: nothing names the images but our
+        // record.
         Stand::Absent => match seen.overlay {
             OverlayFile::Retired => Off::Settled,
             OverlayFile::Missing if s.phase == Phase::FreezeIntent => Off::Settled,

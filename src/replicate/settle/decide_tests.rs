@@ -186,8 +186,8 @@ fn every_input_with_one_disk_has_a_safe_answer() {
     assert_eq!(inputs, 2 * 6 * 6 * 4 * 5 * 2 * 3 * 2 * (4 * 2 * 4 * 2 * 2 * 2));
 }
 
-/// A QEMU that may not write to a base is not asked again, and nothing else changes: what is ready is pivoted, and what is
-/// off is committed.
+/// A QEMU that may not write to a base is not asked again, and nothing else changes: what is ready is pivoted, and what
+/// is off is committed.
 #[test]
 fn a_denied_commit_halts_only_what_would_begin_one() {
     let (a, b) = (disk("vda"), disk("vdb"));
@@ -326,8 +326,8 @@ fn every_input_with_two_disks_has_a_safe_answer() {
 /// Contents are version numbers: the guest writes 1, 2, 3 and flushes each.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct World {
-    /// What the image right below our overlay holds: the one that was planned, or, once `planned` is there, a stranger's
-    /// snapshot above it.
+    /// What the image right below our overlay holds: the one that was planned, or, once `planned` is there, a
+    /// stranger's snapshot above it.
     base: u8,
     /// What the planned image holds since a stranger's snapshot came between plan and freeze.
     planned: Option<u8>,

@@ -18,9 +18,13 @@ use std::path::Path;
 pub struct Observation {
     /// `None` when libvirt does not know the domain any more.
     pub domain: Option<DomainView>,
+    /// Whether a QEMU runs the domain on this host.
     pub power: PowerState,
+    /// The running QEMU is the recorded one: same libvirt id, in the same boot of the host.
     pub same_instance: bool,
+    /// libvirt holds a saved memory image of the domain.
     pub managed_save: bool,
+    /// Each disk of the record, in the record's order, with recorded facts and what was seen.
     pub disks: Vec<(DiskName, DiskFacts, DiskSeen)>,
     /// The overlays' stamps of this moment, in the record's order; what an action may rely on.
     pub overlay_stamps: Vec<Option<Stamp>>,
@@ -31,6 +35,7 @@ pub struct Observation {
 }
 
 impl Observation {
+    /// Joins the observation with its record, as input for `decide`.
     pub fn situation<'a>(&'a self, record: &Record) -> Situation<'a> {
         Situation {
             phase: record.phase,
@@ -50,8 +55,8 @@ impl Observation {
     }
 }
 
-/// Observes the domain of a record; its disks have no sizes. Blocks on libvirt and `stat`; runs `qemu-img info` only for a
-/// domain that is off, where an overlay of ours is there, or the definition names neither base nor overlay.
+/// Observes the domain of a record; its disks have no sizes. Blocks on libvirt and `stat`; runs `qemu-img info` only
+/// for a domain that is off, where an overlay of ours is there, or the definition names neither base nor overlay.
 pub fn observe(hypervisor: &dyn Hypervisor, record: &Record) -> Result<Observation> {
     let domain = match hypervisor.observe_without_sizes(&record.uuid) {
         Ok(view) => Some(view),
@@ -92,8 +97,8 @@ pub fn observe(hypervisor: &dyn Hypervisor, record: &Record) -> Result<Observati
     })
 }
 
-/// The image right below our overlay: in the chain of the running QEMU, or, while none runs, by the header of the overlay,
-/// which may have been retired. `None` where neither tells.
+/// The image right below our overlay: in the chain of the running QEMU, or, while none runs, by the header of the
+/// overlay, which may have been retired. `None` where neither tells.
 fn image_under(disk: &DiskRecord, view: Option<&DiskView>, runs: bool) -> Option<Layer> {
     let chain = view.and_then(|v| v.live.as_ref());
     if runs {
@@ -197,8 +202,8 @@ fn inactive_stand(disk: &DiskRecord, view: Option<&DiskView>) -> Result<Stand> {
     Ok(resolve(top).map_or(Stand::Foreign, |chain| stand(disk, &chain)))
 }
 
-/// Where a disk stands that only an instance had which is over. No definition will name it; our overlay, while it has its
-/// name, holds what the guest wrote to the disk last.
+/// Where a disk stands that only an instance had which is over. No definition will name it; our overlay, while it has
+/// its name, holds what the guest wrote to the disk last.
 fn gone_with_its_instance(overlay: OverlayFile) -> Stand {
     if overlay.is_there() { Stand::Ours } else { Stand::Base }
 }
@@ -287,7 +292,8 @@ mod tests {
         }
     }
 
-    /// It was plugged in without `--persistent`, and its instance ended on our overlay: what the guest wrote is committed.
+    /// It was plugged in without `--persistent`, and its instance ended on our overlay: what the guest wrote is
+    /// committed.
     #[test]
     fn a_disk_that_went_with_its_instance_is_committed_from_the_record() {
         let mut record = record(Phase::Frozen);

@@ -1,9 +1,9 @@
 //! A guest that QEMU stopped because a write failed, while it wrote to a file of ours.
 //!
-//! Where an overlay or a scratch file finds no room, QEMU pauses the guest, and only a resume ends that. Nobody asked for
-//! this pause: it came under our hands, so ending it is our task. The commit comes first, as it gives the room back. Then
-//! the guest is resumed, if its own images have room. If they have none, it stays on record, is reported by every run, by
-//! `doctor` and by `status`, and each run tries again.
+//! Where an overlay or a scratch file finds no room, QEMU pauses the guest, and only a resume ends that. Nobody asked
+//! for this pause: it came under our hands, so ending it is our task. The commit comes first, as it gives the room
+//! back. Then the guest is resumed, if its own images have room. If they have none, it stays on record, is reported by
+//! every run, by `doctor` and by `status`, and each run tries again.
 //!
 //! A guest that an operator paused is never resumed here, nor one that stood before its disks were frozen.
 
@@ -132,6 +132,7 @@ pub struct StoppedWatch {
 }
 
 impl StoppedWatch {
+    /// Begins to watch. `ran`: the guest ran when its disks were frozen; otherwise `check` never fails.
     pub fn new(ran: bool) -> Self {
         Self { ran, asked: Mutex::new(Instant::now()) }
     }
@@ -159,7 +160,8 @@ impl StoppedWatch {
 }
 
 /// The end of every settling: resumes a guest that is ours to resume, and takes down what has to be known of one that
-/// stands. `on_overlay`: a disk still is on an overlay, so that the guest has to wait. Never an error: the disks are right.
+/// stands. `on_overlay`: a disk still is on an overlay, so that the guest has to wait. Never an error: the disks are
+/// right.
 pub fn conclude(
     hypervisor: &dyn Hypervisor,
     journal: &Journal,

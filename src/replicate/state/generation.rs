@@ -1,7 +1,8 @@
 //! The generation that this host replicates a domain as: 1, until a domain was brought up here for good.
 //!
-//! A target refuses a source of an older generation than its replica is of (I15): that is how a host that lost its domain is
-//! kept from writing over what came after. So a generation that was given must not be forgotten, and never falls.
+//! A target refuses a source of an older generation than its replica is of (I15): that is how a host that lost its
+//! domain is kept from writing over what came after. So a generation that was given must not be forgotten, and never
+//! falls.
 
 use crate::durable::{read_json, replace_json, sync_dir};
 use crate::error::{Error, Kind, Result, advice};

@@ -1,8 +1,8 @@
-//! A domain that was handed to its target, or is being handed: no run of this host goes over it (I15, I16), and whoever asks is
-//! told where it lives.
+//! A domain that was handed to its target, or is being handed: no run of this host goes over it (I15, I16), and whoever
+//! asks is told where it lives.
 //!
-//! The record is durable before the guest is shut down, and goes only when the target has said that the domain cannot run there.
-//! It is written by `recovery::handover`; runs, `status` and `doctor` read it.
+//! The record is durable before the guest is shut down, and goes only when the target has said that the domain cannot
+//! run there. It is written by `recovery::handover`; runs, `status` and `doctor` read it.
 //!
 //! Format: docs/formats/recovery.md. Steps: docs/recovery.md.
 
@@ -29,16 +29,22 @@ pub struct HandoverRecord {
     pub format: u32,
     /// Names the handover in everything that is asked of the target.
     pub handover: RunId,
+    /// Name of the domain that is handed over.
     pub domain: DomainName,
+    /// UUID of the domain that is handed over.
     pub uuid: DomainUuid,
     /// The target's canonical URL.
     pub to: String,
+    /// When the handover began, by this host's clock.
     pub since: Timestamp,
+    /// How far the handover has come. A repeated command goes on from it.
     pub stage: Stage,
     /// As it was found: so it is put back.
     pub ran: bool,
+    /// Autostart as it was before the handover. If the domain is put back, it gets this again.
     pub autostart: bool,
-    /// The target may have been asked to start it: only its word that it called that off lets the domain run here again.
+    /// The target may have been asked to start it: only its word that it called that off lets the domain run here
+    /// again.
     #[serde(default)]
     pub asked: bool,
     /// It is committed there in the end: a migration, that needs no way back.
@@ -50,6 +56,7 @@ pub struct HandoverRecord {
     /// When the guest was asked to go down, and when it was off.
     #[serde(default)]
     pub down_from: Option<Timestamp>,
+    /// When the handover found the domain off, by this host's clock. `None`: not yet.
     #[serde(default)]
     pub off_at: Option<Timestamp>,
     /// What the target is to bring up: sealed after `off_at`.
@@ -58,6 +65,7 @@ pub struct HandoverRecord {
     /// Sent by the last run, in bytes.
     #[serde(default)]
     pub last_run_bytes: u64,
+    /// When the last run had sealed its point, by this host's clock. `None`: not yet.
     #[serde(default)]
     pub sent_at: Option<Timestamp>,
     /// When the target had started it, by this host's clock.
@@ -72,11 +80,13 @@ pub enum DiskFormat {
     /// What its guest has written to since it was brought up.
     #[default]
     Qcow2,
+    /// All images become raw.
     Raw,
     /// Raw where it was raw at the source.
     Same,
 }
 
+/// How far a handover has come, as its record says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stage {
@@ -176,6 +186,7 @@ impl HandoverState {
         Ok(HandoverState { dir, _lock: lock })
     }
 
+    /// Reads the record of the handover. `None`: none is open. Fails with `Protocol` for another version.
     pub fn record(&self) -> Result<Option<HandoverRecord>> {
         peek_in(&self.dir)
     }
@@ -190,6 +201,7 @@ impl HandoverState {
         read_json(&self.dir.join(LEARNED)).ok().flatten().unwrap_or_default()
     }
 
+    /// Keeps these times for the next forecast. Durable when it returns.
     pub fn learn(&self, learned: &Learned) -> Result<()> {
         replace_json(&self.dir, LEARNED, learned)
     }
@@ -253,9 +265,9 @@ pub fn may_run(
     }
 }
 
-/// Takes the mark off a domain that its target has withdrawn: it had been promoted there, and is not any more, so that it
-/// cannot run there (f9 comes before f11). Gives the words for the report, if there was a mark; the refusal as long as it
-/// lives there.
+/// Takes the mark off a domain that its target has withdrawn: it had been promoted there, and is not any more, so that
+/// it cannot run there (f9 comes before f11). Gives the words for the report, if there was a mark; the refusal as long
+/// as it lives there.
 pub fn let_back(
     custody: &dyn Custody,
     state: &Path,
@@ -281,8 +293,8 @@ pub fn let_back(
     )))
 }
 
-/// Forgets that the domain was handed away: it was brought up on this host from a replica of where it went. What is still on
-/// its way there stays on record.
+/// Forgets that the domain was handed away: it was brought up on this host from a replica of where it went. What is
+/// still on its way there stays on record.
 pub fn has_come_home(state: &Path, uuid: &DomainUuid) -> Result<()> {
     if peek(state, uuid)?.is_none_or(|record| record.stage != Stage::Moved) {
         return Ok(());

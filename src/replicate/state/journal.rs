@@ -56,15 +56,18 @@ pub struct Journal {
 /// Who holds a domain's lock, as written into it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Holder {
+    /// Process id of the holder.
     pub pid: u32,
+    /// What the holder does, for example `sync to URL` or `dead-man`.
     pub what: String,
+    /// When the holder took the lock, by this host's clock.
     pub since: Timestamp,
 }
 
 impl Journal {
-    /// Takes the domain's lock. `Busy`, naming the holder, when another program has it. What the journal says from here on is
-    /// durable: a run that died behind a rename and before its fsync is made good, or a commit would begin whose intent a
-    /// power cut takes back.
+    /// Takes the domain's lock. `Busy`, naming the holder, when another program has it. What the journal says from here
+    /// on is durable: a run that died behind a rename and before its fsync is made good, or a commit would begin whose
+    /// intent a power cut takes back.
     pub fn open(state: &Path, uuid: &DomainUuid, what: &str, now: Timestamp) -> Result<Journal> {
         let dir = domain_dir(state, uuid);
         fs::DirBuilder::new()
@@ -94,8 +97,8 @@ impl Journal {
         Ok(Journal { dir, _lock: lock })
     }
 
-    /// As [`Journal::open`], and waits while it is the dead-man who holds the lock: after a crash it lets the guest go, which
-    /// takes a moment, and nobody should be turned away for that.
+    /// As [`Journal::open`], and waits while it is the dead-man who holds the lock: after a crash it lets the guest go,
+    /// which takes a moment, and nobody should be turned away for that.
     pub fn open_after_deadman(state: &Path, uuid: &DomainUuid, what: &str, now: Timestamp) -> Result<Journal> {
         let give_up_at = Instant::now() + DEADMAN_WITHIN;
         loop {
@@ -110,6 +113,8 @@ impl Journal {
         }
     }
 
+    /// Reads the record of the open run. `None`: no run by overlay is open. Fails with `Corrupt` for an unknown
+    /// version.
     pub fn record(&self) -> Result<Option<Record>> {
         read_record(&self.dir.join("record.json"))
     }
@@ -233,8 +238,8 @@ pub fn last_report<T: serde::de::DeserializeOwned>(state: &Path, uuid: &DomainUu
     read_json(&path)
 }
 
-/// The newest reports, oldest first: as many as the last 256 KiB of the history hold. What cannot be read there (the line
-/// a crash cut short, a report of another version) is left out.
+/// The newest reports, oldest first: as many as the last 256 KiB of the history hold. What cannot be read there (the
+/// line a crash cut short, a report of another version) is left out.
 pub fn recent_reports<T: serde::de::DeserializeOwned>(state: &Path, uuid: &DomainUuid) -> Result<Vec<T>> {
     let path = domain_dir(state, uuid).join(HISTORY);
     match history::tail(&path) {
@@ -390,8 +395,8 @@ pub(crate) mod tests {
         assert_eq!(journal.record().unwrap(), None);
     }
 
-    /// A power cut takes back what was seen and not synced: whoever takes the lock syncs before it believes, and a removal that
-    /// is found done is made durable like one's own.
+    /// A power cut takes back what was seen and not synced: whoever takes the lock syncs before it believes, and a
+    /// removal that is found done is made durable like one's own.
     #[cfg(feature = "failpoints")]
     #[test]
     fn what_a_killed_run_left_unsynced_is_made_durable_first() {

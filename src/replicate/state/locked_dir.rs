@@ -1,7 +1,7 @@
 //! A directory of state with a lock: one hand at a time on a drill, a failover, a handover.
 //!
-//! The kernel frees the lock when its holder dies, however it dies. The file is never removed: a lock on an unlinked file
-//! excludes nobody.
+//! The kernel frees the lock when its holder dies, however it dies. The file is never removed: a lock on an unlinked
+//! file excludes nobody.
 
 use crate::durable::{denied, sync_dir};
 use crate::error::{Error, Result};
@@ -18,8 +18,8 @@ pub(crate) fn make(dir: &Path) -> Result<()> {
     made.map_err(|e| denied(Error::io("cannot make the directory of the state", dir, e)))
 }
 
-/// Takes the lock of `dir`, which is there; held until dropped. Does not wait; `None`: another hand has it. What is seen in it
-/// from here on is durable, also where an earlier holder died behind a rename and before its fsync.
+/// Takes the lock of `dir`, which is there; held until dropped. Does not wait; `None`: another hand has it. What is
+/// seen in it from here on is durable, also where an earlier holder died behind a rename and before its fsync.
 pub(crate) fn lock(dir: &Path) -> Result<Option<Flock>> {
     let path = dir.join(LOCK);
     let mut options = fs::OpenOptions::new();

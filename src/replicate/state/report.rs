@@ -16,12 +16,17 @@ use std::time::Duration;
 /// the names: fields are added, never renamed.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Report {
+    /// Name of the domain that the run replicated.
     pub domain: DomainName,
+    /// UUID of the domain that the run replicated.
     pub uuid: DomainUuid,
+    /// Canonical URL of the target.
     pub target: String,
     /// The run, whether or not it led to a point (whose own `run` stands below).
     pub run_id: RunId,
+    /// When the run began, by the source's clock.
     pub started_at: Timestamp,
+    /// Whether a point was sealed, and whether the domain is back on its own images.
     pub outcome: RunOutcome,
     /// The new point; absent if none was sealed.
     #[serde(flatten)]
@@ -29,6 +34,7 @@ pub struct Report {
     /// How the disks were made to stand still, and why so; absent if the run did not come to plan it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub capture: Option<CaptureKind>,
+    /// Why this capture was chosen. `None`: the run did not come to plan it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub capture_reason: Option<String>,
     /// Duration of the freeze call in milliseconds, an upper bound of what the guest felt; 0 for a domain that is off.
@@ -45,6 +51,7 @@ pub struct Report {
     /// How often the guest was paused; absent where `pause_sum_ms` is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pauses: Option<u32>,
+    /// Duration of the whole run in milliseconds.
     pub duration_ms: f64,
     /// Disks that are in no point, and whose decision that is.
     pub skipped: LeftOut,
@@ -63,6 +70,7 @@ pub struct Report {
     /// not say.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub target_lacks: Vec<String>,
+    /// Why the run failed, with all causes. `None`: it did not fail.
     pub error: Option<String>,
     /// What to do about it: whoever decides on a failure, decides on this.
     #[serde(default)]
@@ -78,6 +86,7 @@ pub struct TargetSeen {
     pub free_bytes: u64,
 }
 
+/// Result of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RunOutcome {
@@ -107,6 +116,7 @@ impl Report {
         self.pause_sum_ms.unwrap_or(self.pause_ms)
     }
 
+    /// Marks the run as failed, with the words and the kind of this error.
     pub fn failed(mut self, error: &Error) -> Self {
         self.outcome = RunOutcome::Failed;
         self.error = Some(error.chain());

@@ -1,7 +1,7 @@
 //! Who this source is: the machine, and this state directory.
 //!
-//! The id of the state directory is drawn once and kept in `STATE/source.json`. A host that was cloned together with its
-//! state directory cannot be told from the original.
+//! The id of the state directory is drawn once and kept in `STATE/source.json`. A host that was cloned together with
+//! its state directory cannot be told from the original.
 //!
 //! Format: docs/formats/journal.md.
 
@@ -26,11 +26,14 @@ struct Stored {
 /// Facts of this host, as the system tells them.
 #[derive(Debug, Clone)]
 pub struct Machine {
+    /// Name of the host, as the kernel tells it; empty if it cannot be read.
     pub hostname: String,
+    /// Content of `/etc/machine-id`; empty if it cannot be read. Only a hash of it leaves the host.
     pub machine_id: String,
 }
 
 impl Machine {
+    /// Reads the facts of this host. Never fails: a fact that cannot be read is empty.
     pub fn here() -> Machine {
         let read = |path: &str| std::fs::read_to_string(path).map(|text| text.trim().to_owned()).ok();
         let machine_id = read("/etc/machine-id").or_else(|| read("/var/lib/dbus/machine-id"));
@@ -41,8 +44,8 @@ impl Machine {
     }
 }
 
-/// This source. `fresh`: the id that a state directory gets which has none. With `keep` it is durable when this returns;
-/// without, nothing is written.
+/// This source. `fresh`: the id that a state directory gets which has none. With `keep` it is durable when this
+/// returns; without, nothing is written.
 pub fn source(state: &Path, machine: &Machine, fresh: u128, keep: bool) -> Result<SourceId> {
     // systemd asks that the machine id itself is not shown to others.
     let machine_hash = blake3::derive_key("virt-replica source machine v1", machine.machine_id.as_bytes());

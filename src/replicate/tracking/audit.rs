@@ -1,13 +1,14 @@
 //! The audit: a dirty bitmap's word is checked before it is relied on.
 //!
-//! A bitmap cannot know of a write that went past QEMU (a mount on the host, a restored file, a storage that forgot), and
-//! nothing in it tells when it is wrong. So in every run by bitmap some blocks that it calls clean are read and compared
-//! with the head all the same: a rotating slice, so that the whole disk is compared once in so many runs, and a random
-//! sample, so that a fault does not wait for its turn. One block that lies, and the disk is compared by digest in the same
-//! run, over the same frozen image: the point is right, and an operator is told.
+//! A bitmap cannot know of a write that went past QEMU (a mount on the host, a restored file, a storage that forgot),
+//! and nothing in it tells when it is wrong. So in every run by bitmap some blocks that it calls clean are read and
+//! compared with the head all the same: a rotating slice, so that the whole disk is compared once in so many runs, and
+//! a random sample, so that a fault does not wait for its turn. One block that lies, and the disk is compared by digest
+//! in the same run, over the same frozen image: the point is right, and an operator is told.
 //!
-//! Cost: bounded in bytes and in time per disk and run. Holes cost nothing; an unchanged group costs 32 bytes on the wire.
-//! Which blocks are sampled follows from the run's id, which nobody knows beforehand and everybody can look up afterwards.
+//! Cost: bounded in bytes and in time per disk and run. Holes cost nothing; an unchanged group costs 32 bytes on the
+//! wire. Which blocks are sampled follows from the run's id, which nobody knows beforehand and everybody can look up
+//! afterwards.
 
 use crate::block::digest::{Digest, block_digest, node_digest};
 use crate::block::extent::Content;
@@ -48,7 +49,9 @@ impl Default for AuditOptions {
 pub struct AuditPlan {
     /// The slice, in bytes of the disk: whole groups.
     pub from: u64,
+    /// End of the slice: first byte of the disk after it.
     pub to: u64,
+    /// Limits of bytes and time for the audit.
     #[serde(skip)]
     pub options: AuditOptions,
 }
@@ -238,8 +241,8 @@ impl Auditor<'_> {
         self.group(group, mask, None)
     }
 
-    /// The first stretch of data at or behind `at`, or else from the start of the disk. Looks at growing windows, so that
-    /// the cost follows the distance.
+    /// The first stretch of data at or behind `at`, or else from the start of the disk. Looks at growing windows, so
+    /// that the cost follows the distance.
     fn data_from(&self, at: u64) -> Result<Option<ByteRange>> {
         for (mut start, end) in [(at, self.size.0), (0, at)] {
             let mut window = GROUP_LEN;
@@ -266,7 +269,8 @@ impl Auditor<'_> {
         !suspects(group, &inside) & all_blocks(group, self.size)
     }
 
-    /// Compares the blocks of a group that `mask` names with the head's. `node`: the head's node of the group, if known.
+    /// Compares the blocks of a group that `mask` names with the head's. `node`: the head's node of the group, if
+    /// known.
     fn group(&self, group: GroupIndex, mask: u64, node: Option<Digest>) -> Result<Found> {
         let mut found = Found { blocks: u64::from(mask.count_ones()), ..Found::default() };
         if mask == 0 {

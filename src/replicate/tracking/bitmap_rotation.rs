@@ -1,11 +1,11 @@
 //! Changed-block tracking from one point to the next: which bitmap leads on from the head, whether it may be believed,
 //! and the turning over from one to its successor.
 //!
-//! A bitmap is named after the target (its store's id; where that is not known, its URL), the run whose point it leads on from, and the image it was begun on. A run adds
-//! its own bitmap before the freeze (recording too much is safe), ships what the head's bitmap marks, and drops that one
-//! only after its own point is sealed and the domain is back on its own images (I8). A crash anywhere leaves one of the
-//! two or both, and the replica's head says which one counts. Other programs' bitmaps are never touched; other targets'
-//! are not ours here.
+//! A bitmap is named after the target (its store's id; where that is not known, its URL), the run whose point it leads
+//! on from, and the image it was begun on. A run adds its own bitmap before the freeze (recording too much is safe),
+//! ships what the head's bitmap marks, and drops that one only after its own point is sealed and the domain is back on
+//! its own images (I8). A crash anywhere leaves one of the two or both, and the replica's head says which one counts.
+//! Other programs' bitmaps are never touched; other targets' are not ours here.
 
 use crate::block::BLOCK_LEN;
 use crate::engine::stats::DiskStats;
@@ -25,9 +25,9 @@ pub fn prefix(target: &str) -> String {
 
 /// The bitmap that records on one image (its [`identity`]) what changes after the point of `run` on `target`.
 ///
-/// The image is part of the name because libvirt copies bitmaps by name: into a snapshot's overlay, where the copy begins
-/// empty, and from there wherever a blockpull or a blockcopy leads. A copy has missed what was written before it was
-/// made; under the name of another image it is never taken for the one that has not.
+/// The image is part of the name because libvirt copies bitmaps by name: into a snapshot's overlay, where the copy
+/// begins empty, and from there wherever a blockpull or a blockcopy leads. A copy has missed what was written before it
+/// was made; under the name of another image it is never taken for the one that has not.
 pub fn bitmap_name(target: &str, run: &RunId, image: &str) -> String {
     format!("{}{run}-{image}", prefix(target))
 }
@@ -46,9 +46,9 @@ pub(in crate::replicate) fn without_image(name: &str) -> &str {
     name.rsplit_once('-').map_or(name, |(name, _)| name)
 }
 
-/// What tells an image from every other one on this host: eight hex digits of its path, and its file's number and time of
-/// birth, as numbers are used again. The path alone if it cannot be looked at, or is a block device, whose node is made
-/// anew at every start of the machine.
+/// What tells an image from every other one on this host: eight hex digits of its path, and its file's number and time
+/// of birth, as numbers are used again. The path alone if it cannot be looked at, or is a block device, whose node is
+/// made anew at every start of the machine.
 pub fn identity(layer: &Layer) -> String {
     use std::os::unix::ffi::OsStrExt;
     use std::os::unix::fs::MetadataExt;
@@ -66,7 +66,12 @@ pub fn identity(layer: &Layer) -> String {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Tracked {
     /// This bitmap has recorded every change, so many bytes by now.
-    By { bitmap: String, dirty_bytes: u64 },
+    By {
+        /// Name of the dirty bitmap that leads on from the head.
+        bitmap: String,
+        /// Bytes that the bitmap marks as changed now.
+        dirty_bytes: u64,
+    },
     /// They should be, and are not, and why: compare by digest. Two in a row are worth a warning ([`doubted_again`]).
     Doubt(String),
     /// Nothing keeps track of them where the disk is now, and why: compare by digest, every time.
@@ -76,8 +81,8 @@ pub enum Tracked {
 /// Judges the bitmaps of a disk's layers, uppermost first, as a running QEMU or the images of a domain that is off have
 /// them. Pure.
 ///
-/// Only a bitmap of the uppermost layer alone is believed. libvirt gives an overlay copies of the bitmaps below it, which
-/// begin empty: where a lower layer has it too, somebody put a snapshot in between, and neither marks everything.
+/// Only a bitmap of the uppermost layer alone is believed. libvirt gives an overlay copies of the bitmaps below it,
+/// which begin empty: where a lower layer has it too, somebody put a snapshot in between, and neither marks everything.
 pub fn judge(layers: &[Vec<BitmapView>], wanted: &str) -> Tracked {
     let (bitmaps, below) = layers.split_first().map_or((&[][..], &[][..]), |(top, below)| (top.as_slice(), below));
     if below.iter().flatten().any(|b| b.name == wanted) {
@@ -110,8 +115,9 @@ pub fn judge(layers: &[Vec<BitmapView>], wanted: &str) -> Tracked {
     Tracked::By { bitmap: wanted.to_owned(), dirty_bytes: found.dirty_bytes }
 }
 
-/// What an operator is told of a disk whose tracking failed twice in a row: once may be a crash, twice is no accident, and
-/// every run costs a reading of the whole disk. `before`: how the head's copy came about; `now`: why this one. Pure.
+/// What an operator is told of a disk whose tracking failed twice in a row: once may be a crash, twice is no accident,
+/// and every run costs a reading of the whole disk. `before`: how the head's copy came about; `now`: why this one.
+/// Pure.
 pub fn doubted_again(disk: &DiskName, before: &DiskStats, now: &str) -> Option<String> {
     before.tracking_doubt.then(|| {
         format!(
@@ -121,8 +127,8 @@ pub fn doubted_again(disk: &DiskName, before: &DiskStats, now: &str) -> Option<S
     })
 }
 
-/// Step 3c: the successor starts to record on every layer, before anything is frozen. What cannot be tracked costs the next
-/// run a comparison, not this one its point. Returns what went wrong, in words.
+/// Step 3c: the successor starts to record on every layer, before anything is frozen. What cannot be tracked costs the
+/// next run a comparison, not this one its point. Returns what went wrong, in words.
 pub fn begin(
     tracking: &dyn Tracking,
     uuid: &DomainUuid,
@@ -183,9 +189,9 @@ pub fn retire(
     Ok(left)
 }
 
-/// Drops what of ours lies on layers below the uppermost, where a snapshot was put above the image that we tracked. Of a
-/// running domain QEMU lets go only of what was never saved; the rest goes when the domain is off, or when the layer is
-/// the uppermost again. Nobody believes any of it, so what stays is not worth a warning.
+/// Drops what of ours lies on layers below the uppermost, where a snapshot was put above the image that we tracked. Of
+/// a running domain QEMU lets go only of what was never saved; the rest goes when the domain is off, or when the layer
+/// is the uppermost again. Nobody believes any of it, so what stays is not worth a warning.
 pub fn sweep(tracking: &dyn Tracking, uuid: &DomainUuid, layers: &[Layer], target: &str) {
     let keep = |_: &Layer| Vec::new();
     match retire(tracking, uuid, layers, target, &keep) {

@@ -1,6 +1,7 @@
 //! The dirty bitmaps of one run: what they mark while everything stands still, and which of them stay afterwards.
 //!
-//! The words of [`bitmap_rotation`], applied to the run's disks. A doubt costs a disk a comparison, never the run its point (I7).
+//! The words of [`bitmap_rotation`], applied to the run's disks. A doubt costs a disk a comparison, never the run its
+//! point (I7).
 
 use crate::block::ByteRange;
 use crate::engine::pump::Shipment;
@@ -30,7 +31,8 @@ struct Shelf<'a> {
     below: Vec<Layer>,
 }
 
-/// What is to be shipped; but a disk by bitmap whose end was cut off since the head and grown again is compared by digest.
+/// What is to be shipped; but a disk by bitmap whose end was cut off since the head and grown again is compared by
+/// digest.
 pub(in crate::replicate) fn unless_cut(
     image: &dyn Image,
     replica: &dyn Replica,
@@ -136,8 +138,9 @@ impl Bitmaps<'_> {
         marked
     }
 
-    /// The marks of all disks that stand on images, by one question: the domain is on its overlays meanwhile, and each question
-    /// has QEMU describe all images of all disks. Nothing if one of them cannot be read: then each is asked for alone.
+    /// The marks of all disks that stand on images, by one question: the domain is on its overlays meanwhile, and each
+    /// question has QEMU describe all images of all disks. Nothing if one of them cannot be read: then each is asked
+    /// for alone.
     fn marked_together(&self, plan: &Plan, still: &Still, tracking: &dyn Tracking) -> Marked {
         let wanted = plan.disks.iter().filter(|d| d.mode == Mode::Bitmap).filter_map(|disk| {
             let (_, source) = still.disks.iter().find(|(name, _)| *name == disk.name)?;
@@ -158,8 +161,8 @@ impl Bitmaps<'_> {
         }
     }
 
-    /// Step 8b: only the bitmaps that lead on from the newest point stay (I8). Without a new point these are the old ones,
-    /// and our own as well: a seal whose answer was lost may have made the point, and the next run will know.
+    /// Step 8b: only the bitmaps that lead on from the newest point stay (I8). Without a new point these are the old
+    /// ones, and our own as well: a seal whose answer was lost may have made the point, and the next run will know.
     pub(in crate::replicate) fn retire(&self, report: &mut Report, plan: &Plan, sealed: bool) {
         let keys = self.keys();
         let keep = |layer: &Layer| {
@@ -188,8 +191,8 @@ impl Bitmaps<'_> {
         self.retire_births(report, plan, &shelf, sealed);
     }
 
-    /// Step 8b as well: the bitmaps of a failover that have done what they were for (see [`failover_bitmap`]). A run without a point
-    /// drops none: the next one begins from where this one did.
+    /// Step 8b as well: the bitmaps of a failover that have done what they were for (see [`failover_bitmap`]). A run
+    /// without a point drops none: the next one begins from where this one did.
     fn retire_births(&self, report: &mut Report, plan: &Plan, shelf: &Shelf, sealed: bool) {
         for disk in plan.replicated().filter(|d| shelf.tops.contains(d.chain.top())) {
             let forbidden = chain::must_not_be_tracked(disk.chain.top()).is_some();

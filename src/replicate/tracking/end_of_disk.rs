@@ -4,10 +4,10 @@
 //! though it reads as zeros where the head has data. A disk that is smaller or larger than in the head is seen by its
 //! size; one that was shrunk and grown back between two runs is not.
 //!
-//! One block tells. Let the cut have been at some offset: behind it, every block reads as zeros, or was written since and
-//! is marked. The highest block that has data in the head and is not marked lies behind every block that was lost without
-//! a mark, so if any was lost, it was too, and reads otherwise than in the head. The head's digest tree leads to it in a
-//! few questions, whatever the size of the disk.
+//! One block tells. Let the cut have been at some offset: behind it, every block reads as zeros, or was written since
+//! and is marked. The highest block that has data in the head and is not marked lies behind every block that was lost
+//! without a mark, so if any was lost, it was too, and reads otherwise than in the head. The head's digest tree leads
+//! to it in a few questions, whatever the size of the disk.
 
 use crate::block::digest::{Digest, block_digest};
 use crate::block::tree::TreeShape;
@@ -21,12 +21,12 @@ use std::ops::Range;
 /// Nodes that the search may begin with: 32 KiB on the wire, and one question less than from the top.
 const WIDE_MAX: u64 = 1024;
 
-/// Questions after which the search is given up. One for each level is usual; more are asked where all that the head has in a
-/// subtree is marked, but not all of the subtree.
+/// Questions after which the search is given up. One for each level is usual; more are asked where all that the head
+/// has in a subtree is marked, but not all of the subtree.
 const QUESTIONS_MAX: u32 = 256;
 
-/// Whether the image still has, at the end of the disk, what the head has there and `dirty` does not mark. `false`: it has
-/// not, or that could not be found out in a bounded time; compare by digest. Reads at most one block.
+/// Whether the image still has, at the end of the disk, what the head has there and `dirty` does not mark. `false`: it
+/// has not, or that could not be found out in a bounded time; compare by digest. Reads at most one block.
 pub fn stands(
     image: &dyn Image,
     replica: &dyn DiskTarget,

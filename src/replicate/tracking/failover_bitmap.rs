@@ -1,13 +1,14 @@
 //! The dirty bitmap that an overlay of a failover is born with: it leads on from what the failover began from.
 //!
 //! Every other bitmap of ours leads on from the point of one run at one target ([`turnover`]). This one leads on from
-//! content: its name says which, by the root of the disk's digests, which binds the size too. So it serves for the first
-//! run to whatever target has exactly that as its newest point: a home that has given way after a planned failover, above
-//! all. A home that has something else is compared by digest. It belongs to one image like every bitmap of ours.
+//! content: its name says which, by the root of the disk's digests, which binds the size too. So it serves for the
+//! first run to whatever target has exactly that as its newest point: a home that has given way after a planned
+//! failover, above all. A home that has something else is compared by digest. It belongs to one image like every bitmap
+//! of ours.
 //!
-//! It is dropped when the run that used it has sealed its point. As long as the disk reads the failover's point below it,
-//! no other run drops it, whatever its target: the way home is still to come. A disk that stands alone (`detach`) has come
-//! to stay, and there the first point that is sealed ends it. With the overlay it goes in any case.
+//! It is dropped when the run that used it has sealed its point. As long as the disk reads the failover's point below
+//! it, no other run drops it, whatever its target: the way home is still to come. A disk that stands alone (`detach`)
+//! has come to stay, and there the first point that is sealed ends it. With the overlay it goes in any case.
 
 use crate::block::digest::Digest;
 use crate::error::Result;
@@ -37,9 +38,9 @@ pub fn is_birth(bitmap: &str) -> bool {
     bitmap.starts_with(PREFIX)
 }
 
-/// Judges the bitmaps of a disk's layers, uppermost first: [`bitmap_rotation::judge`] for what leads on from the run that made the
-/// head (`wanted`), and where no layer has anything of that run, the bitmap of the failover, if `head` is the root that it
-/// leads on from. `image`: the uppermost layer's [`bitmap_rotation::identity`]. Pure.
+/// Judges the bitmaps of a disk's layers, uppermost first: [`bitmap_rotation::judge`] for what leads on from the run
+/// that made the head (`wanted`), and where no layer has anything of that run, the bitmap of the failover, if `head` is
+/// the root that it leads on from. `image`: the uppermost layer's [`bitmap_rotation::identity`]. Pure.
 pub fn judge(layers: &[Vec<BitmapView>], wanted: &str, head: Option<&Digest>, image: &str) -> Tracked {
     let any = |test: &dyn Fn(&str) -> bool| layers.iter().flatten().any(|b| test(&b.name));
     let begun = bitmap_rotation::without_image(wanted);
@@ -55,9 +56,9 @@ pub fn judge(layers: &[Vec<BitmapView>], wanted: &str, head: Option<&Digest>, im
     Tracked::Doubt("the newest point is not what the failover began from, and no dirty bitmap leads on from it".into())
 }
 
-/// Which of them go from the uppermost layer when a point is sealed. `over`: nobody is to be led by one any more. What can
-/// never be believed goes in any case; but not a copy of what a layer below has still, because libvirt puts the marks of the
-/// two together when it commits the snapshot that lies between them. Pure.
+/// Which of them go from the uppermost layer when a point is sealed. `over`: nobody is to be led by one any more. What
+/// can never be believed goes in any case; but not a copy of what a layer below has still, because libvirt puts the
+/// marks of the two together when it commits the snapshot that lies between them. Pure.
 fn superseded(layers: &[Vec<BitmapView>], image: &str, over: bool) -> Vec<String> {
     let Some((top, below)) = layers.split_first() else { return Vec::new() };
     let worthless =
@@ -67,8 +68,8 @@ fn superseded(layers: &[Vec<BitmapView>], image: &str, over: bool) -> Vec<String
     top.iter().filter(goes).map(|b| b.name.clone()).collect()
 }
 
-/// Step 8b: drops what is superseded on a disk's chain, on which the domain runs again. Returns what could not be removed, in
-/// words.
+/// Step 8b: drops what is superseded on a disk's chain, on which the domain runs again. Returns what could not be
+/// removed, in words.
 pub fn retire(tracking: &dyn Tracking, uuid: &DomainUuid, chain: &[Layer], over: bool) -> Result<Vec<String>> {
     let Some(top) = chain.first() else { return Ok(Vec::new()) };
     let mut left = Vec::new();
@@ -137,7 +138,8 @@ mod tests {
         {
             doubts(&[vec![born(flags)]], Some(&ROOT), word);
         }
-        // A snapshot above the overlay, with libvirt's empty copy or without; the overlay pulled into it; moved elsewhere.
+        // A snapshot above the overlay, with libvirt's empty copy or without; the overlay pulled into it; moved
+        // elsewhere.
         doubts(&[vec![born("")], vec![born("")]], Some(&ROOT), "a snapshot was put above");
         doubts(&[vec![], vec![born("")]], Some(&ROOT), "a snapshot was put above");
         doubts(&[vec![bitmap(&named(&ROOT, "another"), "")]], Some(&ROOT), "not on the image");

@@ -1,9 +1,10 @@
-//! The configuration that ssh is run with: the operator's own, as it is, and behind it the cipher that we would rather have
-//! where the operator says nothing.
+//! The configuration that ssh is run with: the operator's own, as it is, and behind it the cipher that we would rather
+//! have where the operator says nothing.
 //!
-//! Of each setting ssh takes the first value that it finds (ssh_config(5)), so that what stands last is a preference and
-//! never a change. OpenSSH puts chacha20-poly1305 first because it is quick everywhere; where the processor has AES of its
-//! own, AES-GCM moves the same bytes with half the processor time, and one core's cipher is what bounds a connection.
+//! Of each setting ssh takes the first value that it finds (ssh_config(5)), so that what stands last is a preference
+//! and never a change. OpenSSH puts chacha20-poly1305 first because it is quick everywhere; where the processor has AES
+//! of its own, AES-GCM moves the same bytes with half the processor time, and one core's cipher is what bounds a
+//! connection.
 
 use crate::error::{Error, Result};
 use crate::users;
@@ -17,9 +18,9 @@ const SYSTEM: &str = "/etc/ssh/ssh_config";
 /// In front of what OpenSSH would offer; an end that has neither takes one of the others.
 const PREFERRED: &str = "^aes128-gcm@openssh.com,aes256-gcm@openssh.com";
 
-/// Makes the configuration in `dir`, which is private to this user. `given` is what the operator wants read instead of the
-/// user's and the system's. `None`: ssh's own way of reading is left alone, because it could not be repeated word for word, or
-/// because nothing would be gained.
+/// Makes the configuration in `dir`, which is private to this user. `given` is what the operator wants read instead of
+/// the user's and the system's. `None`: ssh's own way of reading is left alone, because it could not be repeated word
+/// for word, or because nothing would be gained.
 pub(super) fn prepare(dir: &Path, given: Option<&Path>) -> Result<Option<PathBuf>> {
     if !has_aes() {
         return Ok(None);

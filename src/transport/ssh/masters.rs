@@ -1,8 +1,8 @@
 //! The ssh masters that this process started. Each ends with the process, on every way out but SIGKILL.
 //!
-//! A master is a process of its own: `ssh` leaves it behind, in the background, as soon as it has connected. Dropping its
-//! session ends it. But a thread that is still waiting for an answer when the process ends never drops anything, and
-//! an `ssh` that still connects becomes a master later. Both would stay for [`idle_persist`](super::SshOptions).
+//! A master is a process of its own: `ssh` leaves it behind, in the background, as soon as it has connected. Dropping
+//! its session ends it. But a thread that is still waiting for an answer when the process ends never drops anything,
+//! and an `ssh` that still connects becomes a master later. Both would stay for [`idle_persist`](super::SshOptions).
 
 use rustix::process::{Pid, Signal, kill_process};
 use std::os::unix::ffi::OsStrExt;
@@ -46,8 +46,8 @@ pub(super) fn end_all() {
     }
 }
 
-/// Ends children of this process that are an `ssh` on its way to be a master with its socket below `directory`. An attempt
-/// was given up; without this it would connect later, and nobody would know of it.
+/// Ends children of this process that are an `ssh` on its way to be a master with its socket below `directory`. An
+/// attempt was given up; without this it would connect later, and nobody would know of it.
 pub(super) fn end_connecting(directory: &Path) {
     for child in children() {
         let Ok(words) = std::fs::read(format!("/proc/{child}/cmdline")) else { continue };

@@ -263,7 +263,8 @@ fn answers_that_nobody_asked_for_end_the_session() {
     }
 }
 
-/// An agent of 0.1 does not know the question: what it answers is what it says to every request that it cannot understand.
+/// An agent of 0.1 does not know the question: what it answers is what it says to every request that it cannot
+/// understand.
 struct OldOpener(FakeOpener);
 
 impl ReplicaOpener for OldOpener {

@@ -1,5 +1,5 @@
-//! Prose for readers at three in the morning: short sentences, and lines that fit a terminal. Holds README, docs, policies,
-//! packaging and every help text to the bounds that docs/contributing.md names. Needs no lab.
+//! Prose for readers at three in the morning: short sentences, and lines that fit a terminal. Holds README, docs,
+//! policies, packaging and every help text to the bounds that docs/contributing.md names. Needs no lab.
 
 use super::{pages, root};
 use std::process::Command;

@@ -1,4 +1,5 @@
-//! The check of an image that is going to be built on, against QEMU's own: what ours calls sound, QEMU does not call corrupt.
+//! The check of an image that is going to be built on, against QEMU's own: what ours calls sound, QEMU does not call
+//! corrupt.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

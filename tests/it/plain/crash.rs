@@ -1,5 +1,5 @@
-//! A copy killed at every step that docs/replication.md numbers: old or new, or torn with a redo file beside it that every
-//! reader minds and the next run ends.
+//! A copy killed at every step that docs/replication.md numbers: old or new, or torn with a redo file beside it that
+//! every reader minds and the next run ends.
 
 use super::patches::program;
 use super::support::*;

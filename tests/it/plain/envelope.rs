@@ -1,5 +1,5 @@
-//! Patches that are encrypted and signed: age's and minisign's own programs read what we write, and we what they write; and
-//! what is not as it should be changes nothing.
+//! Patches that are encrypted and signed: age's and minisign's own programs read what we write, and we what they write;
+//! and what is not as it should be changes nothing.
 
 use super::patches::program;
 use super::support::*;
@@ -53,7 +53,8 @@ impl Stage {
         String::from_utf8(done.stdout).unwrap()
     }
 
-    /// It fails with this code and these words, gives a next step, and the image is what it was, with nothing beside it.
+    /// It fails with this code and these words, gives a next step, and the image is what it was, with nothing beside
+    /// it.
     #[track_caller]
     fn refused(&self, args: &[&str], code: i32, words: &str) {
         let before = fs::read(self.path("image")).unwrap();

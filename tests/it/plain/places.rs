@@ -1,4 +1,5 @@
-//! Where images lie: devices with sectors of 4 KiB, and file systems that share blocks between files. And how fast a copy may be.
+//! Where images lie: devices with sectors of 4 KiB, and file systems that share blocks between files. And how fast a
+//! copy may be.
 
 use super::patches::program;
 use super::support::*;
@@ -13,8 +14,8 @@ use virt_replica::image::Format::{Qcow2, Raw};
 use virt_replica::image::foreign::format::{AnyFormat, Foreign};
 use virt_replica::plain::{Way, WayWish};
 
-/// Contents as in the table of all pairs of formats: around the sectors of 512 bytes and of 4 KiB, zeros that end within one, and
-/// the whole device.
+/// Contents as in the table of all pairs of formats: around the sectors of 512 bytes and of 4 KiB, zeros that end
+/// within one, and the whole device.
 const SHAPES: [(&str, usize); 12] = [
     ("a", 1),
     ("a", 511),

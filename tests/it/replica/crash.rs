@@ -1,5 +1,6 @@
-//! Crashes of the store: a process is killed at every numbered step, and at every pair of steps, and the replica is opened
-//! again. Its head is then the old point or the new one, whole, never a mixture, and the next run works (I9, I11, I14).
+//! Crashes of the store: a process is killed at every numbered step, and at every pair of steps, and the replica is
+//! opened again. Its head is then the old point or the new one, whole, never a mixture, and the next run works (I9,
+//! I11, I14).
 //!
 //! This kills processes, not machines: the order of fsyncs is not tried here.
 

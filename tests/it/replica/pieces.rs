@@ -254,8 +254,8 @@ fn random_histories_by_pieces_keep_every_point() {
     }
 }
 
-/// The source built its pieces on a content that the head never had. Whichever piece is missing, the block is refused by
-/// number, the point is condemned, nothing is sealed, and the next run starts from the head as it was.
+/// The source built its pieces on a content that the head never had. Whichever piece is missing, the block is refused
+/// by number, the point is condemned, nothing is sealed, and the next run starts from the head as it was.
 #[test]
 fn pieces_over_a_content_that_the_head_does_not_have_seal_nothing() {
     let lab = Lab::new();

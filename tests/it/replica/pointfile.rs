@@ -1,4 +1,5 @@
-//! Whole points in files: what comes out of one store goes into another, all of it or nothing, and onto the right point only.
+//! Whole points in files: what comes out of one store goes into another, all of it or nothing, and onto the right point
+//! only.
 
 use super::support::{
     self, Lab, Rng, assert_history, assert_image, assert_nodes, begin, content, now, patch, seal, send, sync, uuid,

@@ -1,5 +1,5 @@
-//! A replica whose domain was brought up from it: no source writes to it, and its point stays, until that is withdrawn; once it
-//! was committed, for ever.
+//! A replica whose domain was brought up from it: no source writes to it, and its point stays, until that is withdrawn;
+//! once it was committed, for ever.
 
 use super::support::*;
 use virt_replica::error::Kind;

@@ -1,5 +1,5 @@
-//! Removing points from the store, against a model: whatever is removed, in whatever order, every point that is left has
-//! its content, for us and for QEMU; what is held stays; what is younger than the host allows stays. Crashes:
+//! Removing points from the store, against a model: whatever is removed, in whatever order, every point that is left
+//! has its content, for us and for QEMU; what is held stays; what is younger than the host allows stays. Crashes:
 //! `prune_crash`.
 
 use super::support::*;

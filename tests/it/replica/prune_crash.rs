@@ -1,7 +1,9 @@
-//! Crashes of a prune: a process is killed at every numbered step, and at every pair of steps, and the replica is opened
-//! again. What was removed is gone or whole, every other point reads as before, at once and after the next prune or run.
+//! Crashes of a prune: a process is killed at every numbered step, and at every pair of steps, and the replica is
+//! opened again. What was removed is gone or whole, every other point reads as before, at once and after the next prune
+//! or run.
 //!
-//! This kills processes, not machines. What a power cut would take back is seen by the order in which the next one syncs.
+//! This kills processes, not machines. What a power cut would take back is seen by the order in which the next one
+//! syncs.
 
 use super::support::*;
 use std::os::unix::process::ExitStatusExt;
@@ -20,8 +22,8 @@ const STEPS: [&str; 13] =
 const ROOT: &str = "REPLICA_PRUNE_ROOT";
 const GONE: &str = "REPLICA_PRUNE_GONE";
 
-/// Blocks of both disks at each point: of `vda` the second point changes more than the third, which is folded down, of `vdb`
-/// less, and that is folded up. Both have zeros that hide what lies below.
+/// Blocks of both disks at each point: of `vda` the second point changes more than the third, which is folded down, of
+/// `vdb` less, and that is folded up. Both have zeros that hide what lies below.
 const VDA: [&str; 5] = ["aaaaaaaa", "bbbb--..", "....-c..", "d.......", ".......e"];
 const VDB: [&str; 5] = ["aaaaaaaa", "b......-", ".cccc-..", "..d.....", "e......."];
 
@@ -172,11 +174,12 @@ fn failed_at_any_step_it_waits() {
     }
 }
 
-/// What is visible is not yet durable: the fold that finds a step done makes it durable before the manifest forgets what it was
-/// made of, and the prune that finds a manifest makes that durable before it touches an image.
+/// What is visible is not yet durable: the fold that finds a step done makes it durable before the manifest forgets
+/// what it was made of, and the prune that finds a manifest makes that durable before it touches an image.
 #[test]
 fn a_step_that_is_found_done_is_made_durable_before_anything_rests_on_it() {
-    // Killed there; what the next prune has to sync before it publishes the manifest, relative to the replica's directory.
+    // Killed there; what the next prune has to sync before it publishes the manifest, relative to the replica's
+    // directory.
     let (lower, upper) = ("points/2", "points/3");
     let cases: [(&str, &[&str]); 6] = [
         ("p1", &[]),

@@ -1,5 +1,5 @@
-//! Recovering without this program: what docs/formats/replica.md says is done, word by word, with qemu-img alone, for every
-//! point of a replica with a history: also while removed points are only half folded.
+//! Recovering without this program: what docs/formats/replica.md says is done, word by word, with qemu-img alone, for
+//! every point of a replica with a history: also while removed points are only half folded.
 
 use super::support::*;
 use serde_json::Value;

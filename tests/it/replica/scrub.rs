@@ -1,5 +1,5 @@
-//! Reading all points again: what has rotted is named with point, disk, range and readers; what was read stays read; and the
-//! next run mends the head. Over the wire: tests/it/agent; on two hosts: tests/lab/suite/scrub.rs.
+//! Reading all points again: what has rotted is named with point, disk, range and readers; what was read stays read;
+//! and the next run mends the head. Over the wire: tests/it/agent; on two hosts: tests/lab/suite/scrub.rs.
 
 use super::support::*;
 use std::collections::BTreeMap;
@@ -195,8 +195,8 @@ fn prune_goes_around_a_scrub_and_the_scrub_around_what_is_gone() {
     assert_image(&file(&store, &ids[3], "vda.qcow2"), &content);
 }
 
-/// A removed point that others still read through is read, too; what is damaged there stands in the way of its folding, and
-/// its readers are named.
+/// A removed point that others still read through is read, too; what is damaged there stands in the way of its folding,
+/// and its readers are named.
 #[test]
 fn links_are_read_like_points() {
     let lab = Lab::in_memory();
@@ -222,8 +222,8 @@ fn repairing(store: &Store, run: u64, size: usize) -> BeginPoint {
     request
 }
 
-/// Damaged blocks differ from everything, at every level of the tree and piece by piece; sent again they are written, and
-/// then the head is whole. Nothing else is written.
+/// Damaged blocks differ from everything, at every level of the tree and piece by piece; sent again they are written,
+/// and then the head is whole. Nothing else is written.
 #[test]
 fn a_run_writes_again_what_is_damaged_in_the_head() {
     let lab = Lab::in_memory();

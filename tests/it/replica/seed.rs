@@ -171,7 +171,8 @@ fn nothing_of_a_seed_is_believed() {
     assert_eq!(begun.seeds[0].root, root(&there));
     store.abandon().unwrap();
 
-    // A header or a table that rotted, another size, a backing image slipped under: thrown away, and begun from nothing.
+    // A header or a table that rotted, another size, a backing image slipped under: thrown away, and begun from
+    // nothing.
     type Damage<'a> = (&'a str, &'a dyn Fn(&std::path::Path));
     let damages: [Damage; 4] = [
         ("no qcow2", &|p| std::fs::write(p, "not an image").unwrap()),

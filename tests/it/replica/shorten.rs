@@ -1,5 +1,5 @@
-//! Keeping chains short, against a model: whatever is read, before, between and after, is what was sealed; no point goes; runs
-//! and readers are not in the way, or are told of. With removals in between: `prune`. Crashes:
+//! Keeping chains short, against a model: whatever is read, before, between and after, is what was sealed; no point
+//! goes; runs and readers are not in the way, or are told of. With removals in between: `prune`. Crashes:
 //! `shorten_crash`.
 
 use super::support::*;
@@ -90,7 +90,8 @@ fn zeros_stay_zeros_and_blocks_beyond_a_shorter_disk_too() {
     assert_history(&store, &history, "shrunk and grown");
 }
 
-/// A run that begins, ships and seals in the middle of the copying, and the next one on top of what was switched beneath it.
+/// A run that begins, ships and seals in the middle of the copying, and the next one on top of what was switched
+/// beneath it.
 #[test]
 fn runs_go_on_beside_it() {
     let lab = Lab::in_memory();

@@ -1,7 +1,8 @@
-//! Crashes of a shortening: a process is killed at every numbered step, and the one that goes on with it as well. Every point
-//! reads as before, for us and for QEMU, at once and after whatever comes next: a shortening, a prune, a run.
+//! Crashes of a shortening: a process is killed at every numbered step, and the one that goes on with it as well. Every
+//! point reads as before, for us and for QEMU, at once and after whatever comes next: a shortening, a prune, a run.
 //!
-//! This kills processes, not machines. What a power cut would take back is seen by the order in which the next one syncs.
+//! This kills processes, not machines. What a power cut would take back is seen by the order in which the next one
+//! syncs.
 
 use super::support::*;
 use std::os::unix::process::ExitStatusExt;
@@ -77,8 +78,8 @@ fn remove(store: &Store, history: &mut History, at: usize) {
     assert!(report.kept.is_empty() && report.waiting.is_empty(), "{report:?}");
 }
 
-/// Afterwards comes one of: a shortening, a run, a prune of a point below, a prune of the point itself when it is not the
-/// newest any more.
+/// Afterwards comes one of: a shortening, a run, a prune of a point below, a prune of the point itself when it is not
+/// the newest any more.
 #[test]
 fn shortening_killed_at_any_step_leaves_every_point_whole() {
     for step in STEPS {

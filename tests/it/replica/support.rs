@@ -1,4 +1,5 @@
-//! What the tests of the store share: contents in a tiny notation, patches between them, and the model they are held against.
+//! What the tests of the store share: contents in a tiny notation, patches between them, and the model they are held
+//! against.
 #![allow(dead_code)] // Without failpoints some of it has no user.
 
 use std::os::unix::fs::FileExt;
@@ -246,7 +247,8 @@ pub fn assert_no_remains(store: &Store) {
     }
 }
 
-/// A history of one disk of blocks: `"aab. ..cc"`: a point for each word, a letter fills the block, `-` zeroes it, `.` leaves it.
+/// A history of one disk of blocks: `"aab. ..cc"`: a point for each word, a letter fills the block, `-` zeroes it, `.`
+/// leaves it.
 pub fn blocks(store: &Store, words: &str) -> History {
     let mut history: History = Vec::new();
     for word in words.split_whitespace() {
@@ -284,8 +286,8 @@ pub fn kill(step: &str) -> String {
     }
 }
 
-/// Lets the store keep its chain short, at most so many steps of the smallest size; whether there was something to do, and
-/// it came to its end.
+/// Lets the store keep its chain short, at most so many steps of the smallest size; whether there was something to do,
+/// and it came to its end.
 pub fn shorten(store: &Store, steps_max: u64) -> virt_replica::error::Result<bool> {
     let Some(mut shortening) = store.shorten()? else { return Ok(false) };
     let mut result = Ok(false);

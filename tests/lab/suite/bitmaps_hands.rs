@@ -225,7 +225,8 @@ fn disk_grown() {
     tracked.by_bitmap_again();
 }
 
-/// Shrunk, as libvirt allows to whoever knows what he does; and shrunk and grown back between two runs, which no bitmap marks.
+/// Shrunk, as libvirt allows to whoever knows what he does; and shrunk and grown back between two runs, which no bitmap
+/// marks.
 #[test]
 fn disk_shrunk() {
     let lab = Lab::get();

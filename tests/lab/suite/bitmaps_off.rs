@@ -111,7 +111,8 @@ fn qcow2_of_version_2() {
     tracked.by_bitmap_again();
 }
 
-/// An image over a golden one, and one whose data lies in another file: the turnover leaves the names in the headers alone.
+/// An image over a golden one, and one whose data lies in another file: the turnover leaves the names in the headers
+/// alone.
 #[test]
 fn off_on_a_golden_image_and_with_a_data_file() {
     let lab = Lab::get();

@@ -1,5 +1,5 @@
-//! The same tests once more, with every run by backup: what a point promises does not depend on how the disks were made to
-//! stand still. What is only so by overlay, the tests ask of `domain::by_backup`.
+//! The same tests once more, with every run by backup: what a point promises does not depend on how the disks were made
+//! to stand still. What is only so by overlay, the tests ask of `domain::by_backup`.
 
 /// What every run and plan is told here.
 pub const WAY: &[&str] = &["--capture", "backup"];

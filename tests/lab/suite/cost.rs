@@ -22,8 +22,8 @@ fn within_5_percent(what: &str, bytes: u64, changed_bytes: u64) {
     );
 }
 
-/// One block in a hundred of a disk of 16 GiB, each far from the next, and what was written cannot be compressed. The audit
-/// reads beside it, within a budget of its own and on an account of its own, so it is off here; the kernel counts
+/// One block in a hundred of a disk of 16 GiB, each far from the next, and what was written cannot be compressed. The
+/// audit reads beside it, within a budget of its own and on an account of its own, so it is off here; the kernel counts
 /// what travels, with everything that ssh and TCP put around it.
 #[test]
 fn a_run_costs_what_changed() {

@@ -1,8 +1,8 @@
 //! kill -9 at every numbered step of a run, of the driver and of the agent, on real libvirt, QEMU and sshd.
 //!
-//! What has to hold afterwards is in `crash_machine`: the guest runs, unheld; the head is the old or the new point, whole;
-//! one `sync`, or one `doctor --repair`, brings the domain back onto its own images with every write that the guest had
-//! flushed; the next run seals. docs/replication.md lists which number is borne by which test, and
+//! What has to hold afterwards is in `crash_machine`: the guest runs, unheld; the head is the old or the new point,
+//! whole; one `sync`, or one `doctor --repair`, brings the domain back onto its own images with every write that the
+//! guest had flushed; the next run seals. docs/replication.md lists which number is borne by which test, and
 //! `tests/it/failpoints.rs` keeps that list true.
 
 use crate::crash_bench::{Driver, HELD_MAX, Lab, wait_for};
@@ -122,8 +122,8 @@ impl Watch {
         of_event.map(|l| l.split(' ').next().unwrap().parse().unwrap()).collect()
     }
 
-    /// I2 and I3, as QEMU's clock and the file system's saw them: held no longer than the bound; every overlay whose disk
-    /// had pivoted had lost its name before the guest ran its next instruction.
+    /// I2 and I3, as QEMU's clock and the file system's saw them: held no longer than the bound; every overlay whose
+    /// disk had pivoted had lost its name before the guest ran its next instruction.
     fn check_pause(&self, machine: &Machine, why: &str) {
         let resumed = wait_for("QEMU's word that it runs again", || self.times("RESUME").first().copied());
         let stopped = self.times("STOP")[0];
@@ -172,7 +172,8 @@ fn killed_while_committing_what_is_off() {
     }
 }
 
-/// The agent dies at each of its own steps: the guest is on its own images when `sync` returns, and the head is one point.
+/// The agent dies at each of its own steps: the guest is on its own images when `sync` returns, and the head is one
+/// point.
 #[test]
 fn agent_killed() {
     let lab = Lab::up();
@@ -246,8 +247,8 @@ fn session_killed_in_mid_ship() {
     }
 }
 
-/// A driver that hangs: the dead-man ends it and lets the guest go, within the bound. Meanwhile whoever comes is told who
-/// is at work.
+/// A driver that hangs: the dead-man ends it and lets the guest go, within the bound. Meanwhile whoever comes is told
+/// who is at work.
 #[test]
 fn hanging_driver_is_ended() {
     let lab = Lab::up();
@@ -308,8 +309,8 @@ fn recovery_killed_too() {
             machine.write();
             let one_is_left = !machine.named_overlays().is_empty();
             let recovery = machine.doctor(&format!("{second}=kill"), true);
-            // At 7b one disk's commit is begun and the other's not; later both are. At 7f one is pivoted, at 7h as many as the
-            // pause had time for; and the dead-man has let the guest go.
+            // At 7b one disk's commit is begun and the other's not; later both are. At 7f one is pivoted, at 7h as many
+            // as the pause had time for; and the dead-man has let the guest go.
             let skipped = match first {
                 "7f" | "7h" if one_is_left => ["7a", "7b"].contains(&second),
                 "7h" => !["7n", "8a"].contains(&second),

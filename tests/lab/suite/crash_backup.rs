@@ -1,6 +1,6 @@
-//! kill -9 at every numbered step of a run by backup, and what else may end one: QEMU, libvirtd, the operator, a scratch
-//! file's full file system. The machine is that of `crash_machine`, and so is what has to hold afterwards; besides, no
-//! job runs and no scratch file, socket or record is left.
+//! kill -9 at every numbered step of a run by backup, and what else may end one: QEMU, libvirtd, the operator, a
+//! scratch file's full file system. The machine is that of `crash_machine`, and so is what has to hold afterwards;
+//! besides, no job runs and no scratch file, socket or record is left.
 
 use crate::crash_bench::{Driver, Ended, Lab, wait_for};
 use crate::crash_machine::Machine;
@@ -193,9 +193,9 @@ fn libvirtd_killed_under_a_backup() {
     check_next_sync(&mut machine, "libvirtd was killed and came back");
 }
 
-/// libvirtd dies at some moment inside the begin, and may come back with a job of which it knows nothing and which nothing
-/// ends but the end of the domain and another libvirtd. Ours is settled in any case; a run is refused in words, or seals; after a restart of the
-/// domain it seals.
+/// libvirtd dies at some moment inside the begin, and may come back with a job of which it knows nothing and which
+/// nothing ends but the end of the domain and another libvirtd. Ours is settled in any case; a run is refused in words,
+/// or seals; after a restart of the domain it seals.
 #[test]
 fn libvirtd_killed_inside_the_begin_of_a_backup() {
     let lab = Lab::up();

@@ -63,8 +63,8 @@ impl Lab {
         String::from_utf8_lossy(&done.stdout).into_owned()
     }
 
-    /// However it ends. A `virsh` that lost its libvirtd to a crash (see tests/lab/lib/keep-libvirtd.sh) asks again; one that
-    /// finds it killed by the test does not.
+    /// However it ends. A `virsh` that lost its libvirtd to a crash (see tests/lab/lib/keep-libvirtd.sh) asks again;
+    /// one that finds it killed by the test does not.
     pub fn try_exec(&self, host: &str, args: &[&str]) -> Output {
         let crashes = self.path(host, "/var/log/libvirt/crashes");
         let run = || self.command(&[&["exec", host], args].concat()).output().unwrap();
@@ -203,8 +203,8 @@ impl Driver {
         })
     }
 
-    /// As [`Driver::wait`], for one that was stopped: what the lab put in front of it has stopped with it, and is only told
-    /// to go on when the driver is dead.
+    /// As [`Driver::wait`], for one that was stopped: what the lab put in front of it has stopped with it, and is only
+    /// told to go on when the driver is dead.
     #[track_caller]
     pub fn wait_stopped(self, lab: &Lab) -> Ended {
         let dead = format!("cut -d' ' -f3 /proc/{}/stat 2>/dev/null || echo Z", self.pid());

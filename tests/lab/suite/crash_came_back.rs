@@ -24,7 +24,8 @@ impl FileSystem {
         Host::A.output(&["stat", "-c", "%d", &self.at])
     }
 
-    /// Everything that had files open on it has died. The old device is given back last, or its number would be given out again.
+    /// Everything that had files open on it has died. The old device is given back last, or its number would be given
+    /// out again.
     fn comes_back(&mut self) {
         let before = self.number();
         let script = "for _ in $(seq 100); do umount \"$1\" && break; sleep 0.05; done

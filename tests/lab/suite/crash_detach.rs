@@ -1,5 +1,5 @@
-//! Images of its own for a domain that was brought up on host b for good, while its guest writes; with kill -9 at every numbered
-//! step (docs/recovery.md), and the same command after it.
+//! Images of its own for a domain that was brought up on host b for good, while its guest writes; with kill -9 at every
+//! numbered step (docs/recovery.md), and the same command after it.
 
 use super::crash_drill::Drills;
 use super::crash_failover::{OnB, lost_after_two_points};
@@ -84,7 +84,8 @@ fn a_domain_that_is_off_gets_images_of_its_own_and_the_next_failover_leaves_them
         &image,
     ]);
 
-    // The domain that lives here now can be replicated from here; and what a failover of its replica lays is laid elsewhere.
+    // The domain that lives here now can be replicated from here; and what a failover of its replica lays is laid
+    // elsewhere.
     Host::B.ok(&["virsh", "-q", "undefine", name]);
     b.run("", &up).success().says(&["vr-failover-", ".2"]);
     assert!(there.runs());

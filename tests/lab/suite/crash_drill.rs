@@ -1,5 +1,5 @@
-//! kill -9 at every numbered step of a drill (docs/recovery.md). Whatever is left, `doctor` explains it and changes nothing;
-//! `doctor --repair`, or the next drill, removes it; and the point is what it was.
+//! kill -9 at every numbered step of a drill (docs/recovery.md). Whatever is left, `doctor` explains it and changes
+//! nothing; `doctor --repair`, or the next drill, removes it; and the point is what it was.
 
 use super::domain::{Disk, Domain};
 use super::support::{Done, Host, Job, Lab, PATIENCE};

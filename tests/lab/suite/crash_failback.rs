@@ -1,6 +1,6 @@
-//! The way home, with two real hypervisors: a guest that was brought up on host b comes home to host a, which had an old copy of
-//! it; with kill -9 at every numbered step (docs/recovery.md), and the same command after it. What is read for it on host b is what
-//! was written there, if home has what the failover began from.
+//! The way home, with two real hypervisors: a guest that was brought up on host b comes home to host a, which had an
+//! old copy of it; with kill -9 at every numbered step (docs/recovery.md), and the same command after it. What is read
+//! for it on host b is what was written there, if home has what the failover began from.
 
 use super::crash_failover::OnB;
 use super::domain::{Disk, Domain, Reference};
@@ -117,8 +117,8 @@ fn failback<'a>(name: &'a str, rest: &[&'a str]) -> Vec<&'a str> {
     [&["failback", name, "--to", HOME, "--home-loses", "--json"], &OFF[..], rest].concat()
 }
 
-/// A disk of the newest point at home was sent by a bitmap: what was written, in whole blocks, and no more was read. Zeros
-/// need no reading.
+/// A disk of the newest point at home was sent by a bitmap: what was written, in whole blocks, and no more was read.
+/// Zeros need no reading.
 #[track_caller]
 fn by_bitmap(disk: &Value, reason: &str, written: u64) {
     assert_eq!(disk["mode"], "bitmap", "{disk:#}");
@@ -128,8 +128,9 @@ fn by_bitmap(disk: &Value, reason: &str, written: u64) {
     assert!(read <= 2 * written, "{written} bytes were written, {read} read: {disk:#}");
 }
 
-/// After a planned failover home has exactly what the failover began from: the first run home reads what was written there, over
-/// restarts of the guest; and the next one goes on by its own bitmap, even if the first way home was called off.
+/// After a planned failover home has exactly what the failover began from: the first run home reads what was written
+/// there, over restarts of the guest; and the next one goes on by its own bitmap, even if the first way home was called
+/// off.
 #[test]
 fn after_a_planned_failover_only_what_was_written_there_is_read_for_the_way_home() {
     let lab = Lab::get();
@@ -230,8 +231,8 @@ fn a_run_that_was_led_by_it_and_died_before_it_dropped_it_leaves_that_to_the_nex
     drop(t);
 }
 
-/// Home wrote on after the failover's point: what it has is compared, and comes out right. The failover had died after its
-/// overlays were made, and they were made anew.
+/// Home wrote on after the failover's point: what it has is compared, and comes out right. The failover had died after
+/// its overlays were made, and they were made anew.
 #[test]
 fn a_home_that_has_something_else_is_compared() {
     let lab = Lab::get();

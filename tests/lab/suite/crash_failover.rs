@@ -1,5 +1,5 @@
-//! kill -9 at every numbered step of a failover, of its undoing and of its commit (docs/recovery.md). The same command finishes
-//! what was begun, and whenever the domain runs on host b its source on host a is refused.
+//! kill -9 at every numbered step of a failover, of its undoing and of its commit (docs/recovery.md). The same command
+//! finishes what was begun, and whenever the domain runs on host b its source on host a is refused.
 
 use super::crash_drill::Drills;
 use super::domain::{Disk, Domain};
@@ -36,8 +36,8 @@ impl OnB<'_> {
     }
 }
 
-/// The source is lost after its guest has written and two runs have sent that: there is something below the newest point. Gives the
-/// last line that was acknowledged before them.
+/// The source is lost after its guest has written and two runs have sent that: there is something below the newest
+/// point. Gives the last line that was acknowledged before them.
 pub fn lost_after_two_points(vm: &Domain) -> (u64, Drills<'_>, OnB<'_>) {
     vm.wait_acked(5);
     let acked = vm.acked();

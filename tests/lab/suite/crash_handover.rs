@@ -1,5 +1,5 @@
-//! kill -9 at every numbered step of a planned failover and of its calling off (docs/recovery.md). The same command finishes what
-//! was begun, the other one puts it back, and at no time does the domain run on both sides.
+//! kill -9 at every numbered step of a planned failover and of its calling off (docs/recovery.md). The same command
+//! finishes what was begun, the other one puts it back, and at no time does the domain run on both sides.
 
 use super::domain::{Disk, Domain};
 use super::handover::{Traveller, message};
@@ -165,8 +165,9 @@ impl Drop for Mortal<'_> {
     }
 }
 
-/// Whoever asked it is told nothing when the agent dies. To bring up, it is asked again at once: one command, and the guest runs
-/// there, once. To call off, the command ends with an error, starts nothing here, and goes on when it is repeated.
+/// Whoever asked it is told nothing when the agent dies. To bring up, it is asked again at once: one command, and the
+/// guest runs there, once. To call off, the command ends with an error, starts nothing here, and goes on when it is
+/// repeated.
 #[test]
 fn an_agent_that_dies_at_each_step_of_bringing_up_or_calling_off_is_asked_again() {
     let lab = Lab::alone();

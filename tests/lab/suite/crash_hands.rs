@@ -122,8 +122,8 @@ fn foreign_snapshot_above_ours() {
 
 /// Somebody's snapshot between our plan and our freeze, as a backup tool at the same hour makes it.
 ///
-/// Mostly it is seen in the freeze. A moment later it cannot be: libvirt takes no condition. That is made by hand here: a
-/// driver dies before its freeze, and its overlays are put over the stranger's.
+/// Mostly it is seen in the freeze. A moment later it cannot be: libvirt takes no condition. That is made by hand here:
+/// a driver dies before its freeze, and its overlays are put over the stranger's.
 #[test]
 fn foreign_snapshot_before_our_freeze() {
     let lab = Lab::up();
@@ -176,8 +176,8 @@ fn foreign_snapshot_before_our_freeze() {
     }
 }
 
-/// Two disks that the domain loses with its QEMU, as hot-plugged ones are: nothing but our record names their images then.
-/// One has been written to since the freeze, one has not. The domain goes on without either.
+/// Two disks that the domain loses with its QEMU, as hot-plugged ones are: nothing but our record names their images
+/// then. One has been written to since the freeze, one has not. The domain goes on without either.
 #[test]
 fn a_hot_plugged_disk_goes_with_its_qemu() {
     let lab = Lab::up();
@@ -254,8 +254,8 @@ fn resumed_by_hand_while_pivoted() {
         machine.virsh("resume", &[]);
         machine.write();
         if off {
-            // The driver goes on, sees it, and marks each base as complete. A disk it had not come to yet would keep its
-            // overlay for a person, and rightly so: nobody saw when its base became complete.
+            // The driver goes on, sees it, and marks each base as complete. A disk it had not come to yet would keep
+            // its overlay for a person, and rightly so: nobody saw when its base became complete.
             wait_for("the overlays are retired", || machine.named_overlays().is_empty().then_some(()));
             machine.kill_qemu();
         }

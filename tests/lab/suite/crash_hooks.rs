@@ -1,5 +1,5 @@
-//! The operator's programs around the freeze: when they are run, what they are told, and that whoever was told to wait is told
-//! to go on when the run dies in between.
+//! The operator's programs around the freeze: when they are run, what they are told, and that whoever was told to wait
+//! is told to go on when the run dies in between.
 
 use crate::domain::{Disk, Domain};
 use crate::support::{Host, Lab, PATIENCE, SyncResult, eventually};

@@ -1,7 +1,8 @@
 //! A machine whose every flushed write is remembered.
 //!
-//! It has no guest OS. Patterns are written through its devices by QEMU's monitor, flushed, and noted in a model; whatever
-//! is killed, every noted pattern has to be readable afterwards, and [`Machine::check_settled`] says what else has to hold.
+//! It has no guest OS. Patterns are written through its devices by QEMU's monitor, flushed, and noted in a model;
+//! whatever is killed, every noted pattern has to be readable afterwards, and [`Machine::check_settled`] says what else
+//! has to hold.
 
 use crate::crash_bench::{Driver, Ended, HELD_MAX, Lab, Script, text, wait_for, wait_within};
 use crate::crash_qmp::Qmp;
@@ -34,7 +35,8 @@ pub struct Disk {
 /// (disk, slot) -> the pattern that was flushed there last.
 pub type Model = BTreeMap<(usize, u8), u8>;
 
-/// `….vr-RUN.qcow2`, retired or kept, or the scratch file of a backup; what somebody made on top and named after it is theirs.
+/// `….vr-RUN.qcow2`, retired or kept, or the scratch file of a backup; what somebody made on top and named after it is
+/// theirs.
 fn is_ours(name: &str) -> bool {
     let Some((_, rest)) = name.rsplit_once(".vr-") else { return false };
     matches!(rest.split_once('.'), Some((_, "qcow2" | "qcow2.retired" | "qcow2.kept" | "scratch.qcow2")))

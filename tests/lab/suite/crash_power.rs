@@ -1,7 +1,9 @@
-//! libvirtd, QEMU, or everything at once dies, at the worst moments; and the reversion that the order of step 7 prevents.
+//! libvirtd, QEMU, or everything at once dies, at the worst moments; and the reversion that the order of step 7
+//! prevents.
 //!
 //! "Everything at once" is what a power cut leaves, short of lost caches: dead-man, driver, QEMU and libvirtd get
-//! SIGKILL in one go. Whoever then starts the domain without asking us must find every flushed write, or no disk at all.
+//! SIGKILL in one go. Whoever then starts the domain without asking us must find every flushed write, or no disk at
+//! all.
 
 use crate::crash_bench::{Driver, Lab, wait_for};
 use crate::crash_machine::Machine;
@@ -201,8 +203,8 @@ fn libvirtd_killed_inside_the_freeze() {
     }
 }
 
-/// A moment inside the freeze that no clock hits at will: QEMU has opened the overlay's file, libvirtd died before it noted
-/// the node's number. It counts on from its notes, and would give the next overlay the name of that node.
+/// A moment inside the freeze that no clock hits at will: QEMU has opened the overlay's file, libvirtd died before it
+/// noted the node's number. It counts on from its notes, and would give the next overlay the name of that node.
 #[test]
 fn libvirtd_dies_with_the_overlay_half_opened() {
     let lab = Lab::up();

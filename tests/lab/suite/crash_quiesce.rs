@@ -1,5 +1,5 @@
-//! The guest agent holds the guest's file systems around the freeze: what a point is then, what it is when the agent does not
-//! play along, and who lets the guest go when the run dies in between.
+//! The guest agent holds the guest's file systems around the freeze: what a point is then, what it is when the agent
+//! does not play along, and who lets the guest go when the run dies in between.
 
 use crate::domain::{Disk, Domain};
 use crate::support::{Host, Lab, PATIENCE, SyncResult, eventually};
@@ -28,7 +28,8 @@ fn needs_recovery(vm: &Domain, disk: &str) -> bool {
     features.contains("needs_recovery")
 }
 
-/// The control first: without the guest agent's help, the journal of a file system that is being written has to be replayed.
+/// The control first: without the guest agent's help, the journal of a file system that is being written has to be
+/// replayed.
 #[test]
 fn a_quiesced_point_is_what_a_clean_unmount_leaves() {
     let lab = Lab::get();

@@ -1,5 +1,6 @@
-//! Raw images of its own for a domain that was brought up on host b for good, while its guest writes; with kill -9 at every
-//! numbered step (docs/recovery.md), and the same command after it. The guest is never left held, and no old image comes back.
+//! Raw images of its own for a domain that was brought up on host b for good, while its guest writes; with kill -9 at
+//! every numbered step (docs/recovery.md), and the same command after it. The guest is never left held, and no old
+//! image comes back.
 
 use super::crash_drill::Drills;
 use super::crash_failover::{OnB, lost_after_two_points};

@@ -3,8 +3,8 @@
 use super::domain::Disk;
 use super::support::{Host, Job, Lab, PATIENCE, Undo, eventually};
 
-/// Somebody else fills the file system of the overlay, faster than any watch: QEMU stops the guest. The commit comes first,
-/// then the guest goes on. A run that died in between leaves that to the next one, and nobody calls it sound.
+/// Somebody else fills the file system of the overlay, faster than any watch: QEMU stops the guest. The commit comes
+/// first, then the guest goes on. A run that died in between leaves that to the next one, and nobody calls it sound.
 #[test]
 fn a_guest_whose_overlay_is_full_is_resumed_after_the_commit() {
     let lab = Lab::get();

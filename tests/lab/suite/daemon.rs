@@ -88,8 +88,8 @@ impl Daemon {
     }
 }
 
-/// Domains are replicated over and over, libvirtd comes and goes, a broken file changes nothing, a good one does; at the end
-/// every domain is on its own image and the head is there.
+/// Domains are replicated over and over, libvirtd comes and goes, a broken file changes nothing, a good one does; at
+/// the end every domain is on its own image and the head is there.
 #[test]
 fn a_daemon_replicates_several_domains_unattended() {
     let lab = Lab::alone();
@@ -201,8 +201,8 @@ fn a_target_drills_by_policy() {
     );
 }
 
-/// A run that hangs while the domain is on its overlay, and does not hear SIGTERM, is killed, and its domain is put back onto its own
-/// image.
+/// A run that hangs while the domain is on its overlay, and does not hear SIGTERM, is killed, and its domain is put
+/// back onto its own image.
 #[test]
 fn a_run_that_hangs_is_killed_and_its_domain_put_right() {
     let lab = Lab::get();
@@ -235,8 +235,8 @@ fn has_field(entry: &[u8], name: &str, value: &str) -> bool {
     entry.windows(field.len()).any(|part| part == field)
 }
 
-/// What a domain's owner has written into its metadata decides; the head is read again on the target; the log goes to the
-/// journal with fields; monitoring is answered.
+/// What a domain's owner has written into its metadata decides; the head is read again on the target; the log goes to
+/// the journal with fields; monitoring is answered.
 #[test]
 fn tags_checks_the_journal_and_monitoring() {
     const TAGS: &str = "https://virt-replica.org/xmlns/tags/1";

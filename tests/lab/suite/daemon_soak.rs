@@ -1,5 +1,5 @@
-//! One daemon, thirty domains, two targets, mixed schedules; libvirtd restarts, a target is cut off and returns, policies are
-//! read anew. At the end every domain is within its RPO, and nothing is left behind.
+//! One daemon, thirty domains, two targets, mixed schedules; libvirtd restarts, a target is cut off and returns,
+//! policies are read anew. At the end every domain is within its RPO, and nothing is left behind.
 //!
 //! It lasts `VR_SOAK_SECONDS` seconds of replication; without that, as long as every test run can bear. `make soak`: a
 //! quarter of an hour, and the spans of the policies grow with it.

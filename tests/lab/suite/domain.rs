@@ -290,8 +290,8 @@ impl Domain {
         eventually(&format!("{} to be {state}", self.name), PATIENCE, || (self.state() == state).then_some(()));
     }
 
-    /// `qemu-io` on a live disk, through the device the guest has. QEMU 7.2 prints what it did to its own stdout, not to
-    /// the monitor: whether a write arrived is for the test to see in what the next run sends.
+    /// `qemu-io` on a live disk, through the device the guest has. QEMU 7.2 prints what it did to its own stdout, not
+    /// to the monitor: whether a write arrived is for the test to see in what the next run sends.
     #[track_caller]
     pub fn qemu_io(&self, disk: usize, command: &str) {
         let hmp = format!("qemu-io -d /machine/peripheral/virtio-disk{disk}/virtio-backend \"{command}\"");

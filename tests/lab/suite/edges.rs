@@ -163,8 +163,8 @@ fn a_directory_goes_to_the_other_host_with_all_that_is_in_it() {
     copy(&[]).success().says(&["1 image, 0 directories, 0 links; left out: 4", "sub is a directory: -r copies"]);
 }
 
-/// At its end a run asks the target whether the domain could be brought up there. A libvirt that never answers costs the
-/// run some seconds. Nothing of the run may stay: its ssh did, for ten minutes.
+/// At its end a run asks the target whether the domain could be brought up there. A libvirt that never answers costs
+/// the run some seconds. Nothing of the run may stay: its ssh did, for ten minutes.
 #[test]
 fn a_run_whose_last_question_is_not_answered_leaves_no_ssh_behind() {
     let lab = Lab::get();

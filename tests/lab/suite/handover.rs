@@ -1,5 +1,5 @@
-//! Planned failovers with two real hypervisors: a guest that writes all the time loses no line that it had acknowledged, and the
-//! domain never runs twice, in whatever order somebody tries.
+//! Planned failovers with two real hypervisors: a guest that writes all the time loses no line that it had
+//! acknowledged, and the domain never runs twice, in whatever order somebody tries.
 
 use super::crash_failover::OnB;
 use super::domain::{Disk, Domain};
@@ -177,7 +177,8 @@ fn whoever_tries_it_in_whatever_order_the_domain_runs_on_one_side() {
     assert!(back.report["warnings"].to_string().contains("is this host's again"), "{:#}", back.report);
     assert_eq!(t.status()["state"], "ok");
 
-    // Undone there while nobody here knows: calling it off here finds nothing to end, and starts nothing that did not run.
+    // Undone there while nobody here knows: calling it off here finds nothing to end, and starts nothing that did not
+    // run.
     t.failover("", &[]).success();
     there(&undo).success();
     t.failover("", &["--abort"]).success().says(&["\"started\":false"]);

@@ -1,4 +1,5 @@
-//! What has an identity is compared where it matters: stores, sources, hosts. A mismatch names both sides and the way out.
+//! What has an identity is compared where it matters: stores, sources, hosts. A mismatch names both sides and the way
+//! out.
 
 use super::domain::{Disk, Domain};
 use super::support::{Done, Host, Lab, SyncResult, TARGET};
@@ -96,8 +97,8 @@ fn a_forced_command_and_a_url_have_to_agree_on_the_store() {
     assert!(image.starts_with(&root), "{image}");
 }
 
-/// Cases B2 and D5. Two hosts with a domain of one UUID (a clone by copied XML) took turns at one replica; and a domain that
-/// had moved was refused for ever.
+/// Cases B2 and D5. Two hosts with a domain of one UUID (a clone by copied XML) took turns at one replica; and a domain
+/// that had moved was refused for ever.
 #[test]
 fn another_source_is_refused_and_takes_over_when_it_is_told_to() {
     let lab = Lab::get();

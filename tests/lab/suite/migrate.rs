@@ -1,5 +1,5 @@
-//! Migrations under load with two real hypervisors: forecast and measured downtime, nothing that was acknowledged lost; and whatever
-//! ends one before its cutover leaves the guest writing as before.
+//! Migrations under load with two real hypervisors: forecast and measured downtime, nothing that was acknowledged lost;
+//! and whatever ends one before its cutover leaves the guest writing as before.
 
 use super::domain::{Disk, Domain};
 use super::handover::{LONG, Traveller, message};

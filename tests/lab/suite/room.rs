@@ -36,8 +36,8 @@ fn too_little_room_for_overlays_is_refused_before_the_freeze() {
     vm.assert_home();
 }
 
-/// The guest fills the file system of its overlay while a slow run reads: the run gives up, the overlay is committed, and
-/// the guest has met no error.
+/// The guest fills the file system of its overlay while a slow run reads: the run gives up, the overlay is committed,
+/// and the guest has met no error.
 #[test]
 fn a_source_that_fills_up_gets_its_overlay_committed_at_once() {
     let lab = Lab::get();
@@ -70,8 +70,8 @@ fn a_source_that_fills_up_gets_its_overlay_committed_at_once() {
     vm.compare_with_head();
 }
 
-/// The same by backup: what the guest overwrites fills the file system of the scratch files. The job is ended while there
-/// is room, so that no write of the guest's fails.
+/// The same by backup: what the guest overwrites fills the file system of the scratch files. The job is ended while
+/// there is room, so that no write of the guest's fails.
 #[test]
 fn a_scratch_file_that_fills_up_ends_the_backup_before_the_guest_meets_an_error() {
     let lab = Lab::get();

@@ -1,5 +1,5 @@
-//! The runbooks do what they say: their commands are read from the pages and run as they stand, with the names of the lab in the
-//! place of those of the page, in the order of the page.
+//! The runbooks do what they say: their commands are read from the pages and run as they stand, with the names of the
+//! lab in the place of those of the page, in the order of the page.
 
 use super::crash_failover::OnB;
 use super::domain::{Disk, Domain};

@@ -70,7 +70,8 @@ fn a_copy_that_was_brought_is_built_on() {
     late.exit(1).says(&["nothing to seed"]);
 }
 
-/// A whole point came by car, in one file, from a store beside the source: the first run over the network sends what is newer.
+/// A whole point came by car, in one file, from a store beside the source: the first run over the network sends what is
+/// newer.
 #[test]
 fn a_point_that_was_brought_in_a_file_is_built_on() {
     let lab = Lab::get();

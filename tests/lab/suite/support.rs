@@ -21,8 +21,8 @@ pub const STORE: &str = "/var/lib/virt-replica";
 /// What an ordinary command, and an ordinary run, may take.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The lab, and the right to use it: together with other tests, or alone. `make test` gives each test a lab of its own, where
-/// nobody else asks; the locks are for a lab that several tests share.
+/// The lab, and the right to use it: together with other tests, or alone. `make test` gives each test a lab of its own,
+/// where nobody else asks; the locks are for a lab that several tests share.
 pub struct Lab {
     _turn: Option<File>,
     _use: File,
@@ -90,8 +90,8 @@ const LIBVIRTD_LOST: [&str; 3] =
     ["failed to connect to the hypervisor", "client socket is closed", "End of file while reading data"];
 
 /// Runs `run`; again, while it is a `virsh` whose libvirtd is gone, if that has crashed by itself
-/// (tests/lab/lib/keep-libvirtd.sh starts it anew and keeps a list). One that a test has killed stays gone. `complaint` tells
-/// what was said by one that failed.
+/// (tests/lab/lib/keep-libvirtd.sh starts it anew and keeps a list). One that a test has killed stays gone. `complaint`
+/// tells what was said by one that failed.
 pub fn asked_again<T>(
     args: &[&str],
     crashes: &Path,
@@ -357,8 +357,8 @@ pub fn eventually<T>(what: &str, limit: Duration, mut ask: impl FnMut() -> Optio
     }
 }
 
-/// How long to rest before the same question is asked again. A question to libvirt costs 40 ms of processor time, so that one
-/// asked without rest takes half a processor from the test beside it.
+/// How long to rest before the same question is asked again. A question to libvirt costs 40 ms of processor time, so
+/// that one asked without rest takes half a processor from the test beside it.
 pub fn rest_after(question: Duration) -> Duration {
     (question * 3).clamp(Duration::from_millis(20), Duration::from_millis(200))
 }
@@ -446,8 +446,8 @@ impl SyncResult {
     }
 }
 
-/// A line of b's `authorized_keys`, for as long as this lives. Tests run side by side: a change is made under a lock and by one
-/// rename, so that no login meets half a file and no line of another test is lost.
+/// A line of b's `authorized_keys`, for as long as this lives. Tests run side by side: a change is made under a lock
+/// and by one rename, so that no login meets half a file and no line of another test is lost.
 pub struct KeyLine(String);
 
 const KEYS: &str = "keys=/root/.ssh/authorized_keys; exec 9>>$keys.lock; flock 9;";

@@ -216,7 +216,8 @@ fn a_link_cut_while_shipping_ends_the_run_in_time() {
     lab.tool(&["heal"]);
     lab.tool(&["link-rate", "a", "off"]);
     assert_eq!(vm.points().len(), 1);
-    // The agent of the cut session gives its lock up after 30 s of silence of its own; until then the next run is told so.
+    // The agent of the cut session gives its lock up after 30 s of silence of its own; until then the next run is told
+    // so.
     eventually("the next run seals", Duration::from_secs(60), || {
         let next = vm.sync();
         if next.report["outcome"] == "sealed" {

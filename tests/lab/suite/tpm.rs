@@ -25,7 +25,8 @@ fn state(host: Host, vm: &Domain) -> Vec<u8> {
     std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// What no two TPMs have alike: the public key in the certificate that was made with the TPM, behind the name of its domain.
+/// What no two TPMs have alike: the public key in the certificate that was made with the TPM, behind the name of its
+/// domain.
 fn identity(vm: &Domain, state: &[u8]) -> Vec<u8> {
     let name = format!("{}:{}", vm.name, vm.uuid).into_bytes();
     let at = state.windows(name.len()).position(|w| w == name).expect("the state has its certificate") + name.len();

@@ -1,8 +1,8 @@
 //! A domain whose dirty bitmaps are looked at: what the tests of changed-block tracking stand on.
 //!
-//! It has no guest OS. Every disk is written to through its live device (or, off, through `qemu-io`): data at new and at
-//! old places, a part of a block, zeros, a discard. Whatever was done between two runs, the head has to equal the disks
-//! bit for bit, by whichever mode it was made, and one bitmap of ours for each disk and target is left.
+//! It has no guest OS. Every disk is written to through its live device (or, off, through `qemu-io`): data at new and
+//! at old places, a part of a block, zeros, a discard. Whatever was done between two runs, the head has to equal the
+//! disks bit for bit, by whichever mode it was made, and one bitmap of ours for each disk and target is left.
 
 use super::domain::{Builder, Disk, Domain};
 use super::support::{Host, Lab, SyncResult};
@@ -174,7 +174,8 @@ impl Tracked {
         reply["return"].clone()
     }
 
-    /// A run that seals, with these modes by disk; the head is what the disks hold, and nothing is left but what belongs.
+    /// A run that seals, with these modes by disk; the head is what the disks hold, and nothing is left but what
+    /// belongs.
     #[track_caller]
     pub fn sealed_by(&self, modes: &[&str]) -> SyncResult {
         let result = self.vm.sync().sealed();

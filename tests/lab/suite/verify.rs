@@ -1,4 +1,5 @@
-//! The commands that look: `verify` finds what is damaged and what differs, `status` and `doctor` say how a domain stands.
+//! The commands that look: `verify` finds what is damaged and what differs, `status` and `doctor` say how a domain
+//! stands.
 
 use super::WAY;
 use super::domain::{Disk, Domain, by_backup, image_of};
