@@ -232,7 +232,7 @@ fn end_backup(charge: &Charge) -> Result<()> {
     let journal = Journal::open(charge.state, &charge.uuid, DEADMAN, Timestamp::now())?;
     match backup::settle(charge.hypervisor, charge.backups, &journal, &charge.uuid) {
         // What is left is files: the next run, or doctor, removes them. Only a job that goes on fills the host.
-        Err(e) if !may_go_on(charge.backups.running_backup(&charge.uuid)) => {
+        Err(e) if is_left(&e, || charge.backups.running_backup(&charge.uuid)) => {
             tracing::error!(domain = %charge.uuid, "no backup runs; what it left stays for the next run: {}", e.chain());
         }
         done => drop(done?),
@@ -241,6 +241,12 @@ fn end_backup(charge: &Charge) -> Result<()> {
     let stopped = stopped::settle(charge.hypervisor, &journal, &charge.uuid)?;
     stopped.iter().for_each(|stopped| tracing::error!(domain = %charge.uuid, "{}", stopped.why));
     Ok(())
+}
+
+/// Whether what a backup left stays for the next run. If libvirt did not answer, nothing was found out: it may just have
+/// started again, and then it knows of no job the moment after.
+fn is_left(error: &Error, running: impl FnOnce() -> Result<BackupJob>) -> bool {
+    error.kind() != Kind::Unavailable && !may_go_on(running())
 }
 
 /// Whether a job fills scratch files, as far as libvirt knows; one that does not answer may hide one.
@@ -317,5 +323,11 @@ mod tests {
         assert!(!may_go_on(Ok(BackupJob::None)));
         assert!(may_go_on(Ok(BackupJob::Hollow)));
         assert!(may_go_on(Err(Error::new(Kind::Unavailable, "libvirt is down"))));
+        // What failed because libvirt was away is tried again, also if it is back when it is asked for a job.
+        let was_away = Error::new(Kind::Unavailable, "libvirt was away");
+        assert!(!is_left(&was_away, || Ok(BackupJob::None)));
+        let damaged = || Error::new(Kind::Corrupt, "the record cannot be understood");
+        assert!(is_left(&damaged(), || Ok(BackupJob::None)));
+        assert!(!is_left(&damaged(), || Ok(BackupJob::Hollow)));
     }
 }
