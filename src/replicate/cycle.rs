@@ -34,7 +34,7 @@ use crate::replica::{BeginDisk, BeginPoint, PointView, Replica, SealDisk, SealPo
 use crate::replicate::attachments::{Described, attach, describe, starts_with_host, tpm_programs};
 use crate::replicate::capture::backup::BackupCapture;
 use crate::replicate::capture::freeze_hooks;
-use crate::replicate::capture::held::Standing;
+use crate::replicate::capture::held::{Standing, while_held};
 use crate::replicate::capture::quiesce::{self, Quiescer, Settled};
 use crate::replicate::capture::still::{Capture, Release};
 use crate::replicate::plan::label;
@@ -191,11 +191,13 @@ impl Run<'_> {
         report.freeze_ms = still.freeze.map_or(0.0, millis);
         report.held_ms = still.held.map(millis);
         report.warnings.extend(label::told(&still));
-        let dirty = bitmaps.marked(&mut plan, &still);
         report.warnings.extend(untracked);
 
-        let standing = Standing { run: self, plan: &plan, still: &still, capture: capture.as_ref(), gate: &gate };
-        let sealed = standing.while_held(|| self.ship_and_seal(&standing, &domain, &described, &dirty));
+        let sealed = while_held(self, (&frozen, &still), &gate, || {
+            let dirty = bitmaps.marked(&mut plan, &still, gate.cut())?;
+            let standing = Standing { run: self, plan: &plan, still: &still, capture: capture.as_ref(), gate: &gate };
+            self.ship_and_seal(&standing, &domain, &described, &dirty)
+        });
         let (sealed, released) = self.go_home(report, &plan, capture.as_mut(), gate, sealed);
         self.conclude(report, &plan, sealed, released)
     }

@@ -28,19 +28,30 @@ pub(in crate::replicate) struct Standing<'a> {
     pub gate: &'a TargetGate,
 }
 
+/// Runs `body` while a thread of its own watches the limits: age and size of the overlays, room, signals. A limit that
+/// is reached cuts every wait for the target, however little of the disks moves. Whatever asks QEMU many questions looks
+/// at the cut between them.
+pub(in crate::replicate) fn while_held<T>(
+    run: &Run,
+    (plan, still): (&Plan, &Still),
+    gate: &TargetGate,
+    body: impl FnOnce() -> T,
+) -> T {
+    let room = RoomWatch::new(plan, &run.request.run, &run.request.plan.space);
+    let (stop, clock, frozen_at) = (run.stop, run.ports.clock, still.frozen_at);
+    let good = || {
+        if stop.load(Ordering::Relaxed) {
+            return Err(stopped());
+        }
+        room.check(&|| clock().duration_since(frozen_at))
+    };
+    watched(gate.cut(), &good, body)
+}
+
 impl Standing<'_> {
-    /// Runs `body` while a thread of its own watches the limits: age and size of the overlays, room, signals. A
-    /// limit that is reached cuts every wait for the target, however little of the disks moves.
+    /// As [`while_held`].
     pub(in crate::replicate) fn while_held<T>(&self, body: impl FnOnce() -> T) -> T {
-        let room = RoomWatch::new(self.plan, &self.run.request.run, &self.run.request.plan.space);
-        let (stop, clock, frozen_at) = (self.run.stop, self.run.ports.clock, self.still.frozen_at);
-        let good = || {
-            if stop.load(Ordering::Relaxed) {
-                return Err(stopped());
-            }
-            room.check(&|| clock().duration_since(frozen_at))
-        };
-        watched(self.gate.cut(), &good, body)
+        while_held(self.run, (self.plan, self.still), self.gate, body)
     }
 
     /// Opens a frozen image, lets `read` work on it, and closes it however that ended: it must be closed before the

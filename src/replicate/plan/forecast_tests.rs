@@ -89,7 +89,7 @@ fn replica(frozen_at: Option<i64>) -> ReplicaView {
     }
 }
 
-fn disk(disk: &str, mode: Mode, reserve_bytes: u64) -> DiskPlan {
+pub(in crate::replicate) fn disk(disk: &str, mode: Mode, reserve_bytes: u64) -> DiskPlan {
     DiskPlan {
         name: name(disk),
         size: DiskSize(100 * GIB),
@@ -116,7 +116,7 @@ fn disk(disk: &str, mode: Mode, reserve_bytes: u64) -> DiskPlan {
     }
 }
 
-fn plan(disks: Vec<DiskPlan>) -> Plan {
+pub(in crate::replicate) fn plan(disks: Vec<DiskPlan>) -> Plan {
     Plan {
         domain: DomainName::new("db01").unwrap(),
         uuid: DomainUuid::new("6695eb01-f6a4-8304-79aa-97f2502e193f").unwrap(),

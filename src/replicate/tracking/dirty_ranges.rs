@@ -7,7 +7,7 @@ use crate::block::ByteRange;
 use crate::engine::pump::Shipment;
 use crate::engine::stats::Mode;
 use crate::error::{Error, Kind, Result};
-use crate::hypervisor::{Power, Tracking};
+use crate::hypervisor::{Backups, Power, Tracking};
 use crate::image::{Image, Layer, chain};
 use crate::name::DiskName;
 use crate::replica::{PointDisk, PointView, Replica};
@@ -17,6 +17,7 @@ use crate::replicate::plan::planned::{Plan, compared};
 use crate::replicate::run::{Ports, Request};
 use crate::replicate::state::report::Report;
 use crate::replicate::state::stores;
+use crate::replicate::target_gate::Cut;
 use crate::replicate::tracking::{bitmap_rotation, end_of_disk, failover_bitmap};
 use std::collections::BTreeMap;
 
@@ -56,6 +57,74 @@ pub(in crate::replicate) fn doubted_again(plan: &Plan, point: &PointView) -> Vec
         bitmap_rotation::doubted_again(&disk.name, &planned.head_stats, &disk.stats.reason)
     };
     point.disks.iter().filter_map(again).collect()
+}
+
+/// Where the marks are asked for.
+struct Marks<'a> {
+    tracking: &'a dyn Tracking,
+    backups: &'a dyn Backups,
+}
+
+impl Marks<'_> {
+    /// What the dirty bitmaps mark, of the disks planned by bitmap, asked while everything stands still. A disk whose
+    /// bitmap cannot be read is compared by digest instead: a tracking doubt never fails a run. Each question takes at
+    /// most its deadline, and no question is asked once the run is cut.
+    fn of(&self, plan: &mut Plan, still: &Still, cut: &Cut) -> Result<Marked> {
+        let mut marked = Marked::new();
+        cut.check()?;
+        let mut together = self.marked_together(plan, still);
+        for disk in plan.disks.iter_mut().filter(|d| d.mode == Mode::Bitmap) {
+            let Some((_, source)) = still.disks.iter().find(|(name, _)| *name == disk.name) else { continue };
+            let bitmap = disk.bitmap.clone().expect("planned by bitmap");
+            cut.check()?;
+            let dirty = match source {
+                _ if together.contains_key(&disk.name) => Ok(together.remove(&disk.name).unwrap_or_default()),
+                Source::Chain(chain) => {
+                    let all = self.tracking.dirty(&plan.uuid, &[(chain.top().clone(), bitmap)]);
+                    all.and_then(|mut all| all.pop().ok_or_else(|| Error::new(Kind::Protocol, "QEMU gave no answer")))
+                }
+                Source::Export { socket, .. } => self.backups.marked(&plan.uuid, socket, disk.chain.top(), &bitmap),
+            };
+            match dirty {
+                Ok(mut ranges) => {
+                    // QEMU marks nothing in a range that a resize added.
+                    if let Some((head_size, _)) = disk.head.filter(|(head_size, _)| *head_size < disk.size) {
+                        ranges.retain(|r| r.start < head_size.0);
+                        if let Some(last) = ranges.last_mut() {
+                            last.end = last.end.min(head_size.0);
+                        }
+                        ranges.push(ByteRange::new(head_size.0, disk.size.0));
+                    }
+                    marked.insert(disk.name.clone(), ranges);
+                }
+                Err(e) => disk.doubt(&format!("the dirty bitmap cannot be read ({})", e.chain())),
+            }
+        }
+        Ok(marked)
+    }
+
+    /// The marks of all disks that stand on images, by one question: the domain is on its overlays meanwhile, and each
+    /// question has QEMU describe all images of all disks. Nothing if one of them cannot be read: then each is asked
+    /// for alone.
+    fn marked_together(&self, plan: &Plan, still: &Still) -> Marked {
+        let wanted = plan.disks.iter().filter(|d| d.mode == Mode::Bitmap).filter_map(|disk| {
+            let (_, source) = still.disks.iter().find(|(name, _)| *name == disk.name)?;
+            let Source::Chain(chain) = source else { return None };
+            Some((disk.name.clone(), (chain.top().clone(), disk.bitmap.clone()?)))
+        });
+        let (names, wanted): (Vec<DiskName>, Vec<(Layer, String)>) = wanted.unzip();
+        if names.len() < 2 {
+            return Marked::new();
+        }
+        match self.tracking.dirty(&plan.uuid, &wanted) {
+            Ok(all) if all.len() == names.len() => names.into_iter().zip(all).collect(),
+            Ok(_) => Marked::new(),
+            Err(e) => {
+                tracing::debug!("the dirty bitmaps are read one by one: {}", e.chain());
+                Marked::new()
+            }
+        }
+    }
 }
 
 /// The bitmaps of one run's disks.
@@ -101,64 +170,10 @@ impl Bitmaps<'_> {
         stores::keys(&self.request.state, &self.request.target, self.request.store.get())
     }
 
-    /// What the dirty bitmaps mark, of the disks planned by bitmap, asked while everything stands still. A disk whose
-    /// bitmap cannot be read is compared by digest instead: a tracking doubt never fails a run.
-    pub(in crate::replicate) fn marked(&self, plan: &mut Plan, still: &Still) -> Marked {
-        let mut marked = Marked::new();
+    /// What the dirty bitmaps mark: see [`Marks::of`].
+    pub(in crate::replicate) fn marked(&self, plan: &mut Plan, still: &Still, cut: &Cut) -> Result<Marked> {
         let tracking = if plan.capture == CaptureKind::Off { self.ports.stored } else { self.ports.tracking };
-        let mut together = self.marked_together(plan, still, tracking);
-        for disk in plan.disks.iter_mut().filter(|d| d.mode == Mode::Bitmap) {
-            let Some((_, source)) = still.disks.iter().find(|(name, _)| *name == disk.name) else { continue };
-            let bitmap = disk.bitmap.clone().expect("planned by bitmap");
-            let dirty = match source {
-                _ if together.contains_key(&disk.name) => Ok(together.remove(&disk.name).unwrap_or_default()),
-                Source::Chain(chain) => {
-                    let all = tracking.dirty(&plan.uuid, &[(chain.top().clone(), bitmap)]);
-                    all.and_then(|mut all| all.pop().ok_or_else(|| Error::new(Kind::Protocol, "QEMU gave no answer")))
-                }
-                Source::Export { socket, .. } => {
-                    self.ports.backups.marked(&plan.uuid, socket, disk.chain.top(), &bitmap)
-                }
-            };
-            match dirty {
-                Ok(mut ranges) => {
-                    // QEMU marks nothing in a range that a resize added.
-                    if let Some((head_size, _)) = disk.head.filter(|(head_size, _)| *head_size < disk.size) {
-                        ranges.retain(|r| r.start < head_size.0);
-                        if let Some(last) = ranges.last_mut() {
-                            last.end = last.end.min(head_size.0);
-                        }
-                        ranges.push(ByteRange::new(head_size.0, disk.size.0));
-                    }
-                    marked.insert(disk.name.clone(), ranges);
-                }
-                Err(e) => disk.doubt(&format!("the dirty bitmap cannot be read ({})", e.chain())),
-            }
-        }
-        marked
-    }
-
-    /// The marks of all disks that stand on images, by one question: the domain is on its overlays meanwhile, and each
-    /// question has QEMU describe all images of all disks. Nothing if one of them cannot be read: then each is asked
-    /// for alone.
-    fn marked_together(&self, plan: &Plan, still: &Still, tracking: &dyn Tracking) -> Marked {
-        let wanted = plan.disks.iter().filter(|d| d.mode == Mode::Bitmap).filter_map(|disk| {
-            let (_, source) = still.disks.iter().find(|(name, _)| *name == disk.name)?;
-            let Source::Chain(chain) = source else { return None };
-            Some((disk.name.clone(), (chain.top().clone(), disk.bitmap.clone()?)))
-        });
-        let (names, wanted): (Vec<DiskName>, Vec<(Layer, String)>) = wanted.unzip();
-        if names.len() < 2 {
-            return Marked::new();
-        }
-        match tracking.dirty(&plan.uuid, &wanted) {
-            Ok(all) if all.len() == names.len() => names.into_iter().zip(all).collect(),
-            Ok(_) => Marked::new(),
-            Err(e) => {
-                tracing::debug!("the dirty bitmaps are read one by one: {}", e.chain());
-                Marked::new()
-            }
-        }
+        Marks { tracking, backups: self.ports.backups }.of(plan, still, cut)
     }
 
     /// Step 8b: only the bitmaps that lead on from the newest point stay (I8). Without a new point these are the old
@@ -208,3 +223,7 @@ impl Bitmaps<'_> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "dirty_ranges_tests.rs"]
+mod tests;
