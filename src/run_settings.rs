@@ -16,7 +16,6 @@ use crate::replicate::plan::capture_choice::CaptureWish;
 use crate::replicate::plan::forecast::SpaceOptions;
 use crate::replicate::tracking::audit::AuditOptions;
 use crate::retention::Keep;
-use crate::units;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -54,12 +53,12 @@ pub struct RunSettings {
     /// How much of a disk the run compares although its dirty bitmap says clean.
     pub audit: AuditOptions,
     /// How fast the run may send, as an operator types it. None: as fast as it goes.
-    #[serde(with = "units::as_texts")]
+    #[serde(with = "crate::units::as_texts")]
     pub rates: Vec<RateRule>,
     /// Time zone of the times in `rates`, by its IANA name. `None`: the host's.
     pub timezone: Option<String>,
     /// How content is compressed before it is sent.
-    #[serde(with = "units::as_text")]
+    #[serde(with = "crate::units::as_text")]
     pub compression: Compression,
     /// Programs that the run starts before and after the freeze.
     pub hooks: FreezeHooks,

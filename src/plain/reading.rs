@@ -1,7 +1,7 @@
 //! The words of reading a plain image that both its source and its redo need: its layer, its lock, one block.
 
 use crate::block::{BLOCK_LEN, BlockIndex, DiskSize};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::image::locks::QemuLock;
 use crate::image::{Format, Image, Layer, chain};
 use std::path::Path;
@@ -31,8 +31,5 @@ pub(super) fn layer(path: &Path, format: Format) -> Result<Layer> {
 
 /// The error of an image that somebody else has.
 pub(super) fn in_use(path: &Path, what: &'static str) -> Error {
-    Error::new(Kind::Busy, what).path(path).hint(
-        "`fuser -v FILE` names it; a running domain is replicated with `virt-replica sync`, \
-         or read as it is, torn, with --force-share",
-    )
+    Error::new(Kind::Busy, what).path(path).advise(advice::Image::InUse)
 }

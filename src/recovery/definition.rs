@@ -1,10 +1,8 @@
-//! From the definition that travels with a point to one that can be started here. Pure: XML and wishes in, XML and
-//! remarks out.
+//! From the definition that travels with a point to one that starts here. Pure: XML and wishes in, XML and remarks out.
 //!
 //! The XML is a stranger's: it may name any file, device, program or network of this host. So nothing of it is spliced
-//! into what is defined here. Elements on the allow-list are written anew, value by value; whatever reaches the host
-//! (disks, networks, emulator, firmware, consoles) is put in by us; all the rest is left out, with a reason, or
-//! refused.
+//! into what is defined here. Elements on the allow-list are written anew, value by value. We put in whatever reaches
+//! the host (disks, networks, emulator, firmware, consoles). The rest is left out with a reason, or refused.
 //!
 //! Invariants
 //! - No path in the result comes from the source but through the operator's mapping.

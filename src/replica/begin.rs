@@ -100,14 +100,10 @@ pub(super) fn too_far(from: Generation, to: Generation) -> Error {
         Generation::STEP_MAX,
         Generation::MAX
     );
-    Error::new(Kind::Conflict, what).hint(ADVICE)
+    Error::new(Kind::Conflict, what).advise(advice::Store::SetGeneration)
 }
 
 pub(super) fn at_the_end() -> Error {
     let what = format!("the replica is of the last generation there is, {}", Generation::MAX);
-    Error::new(Kind::Refused, what).hint(ADVICE)
+    Error::new(Kind::Refused, what).advise(advice::Store::SetGeneration)
 }
-
-/// The advice that goes with every error about generations.
-pub(crate) const ADVICE: &str =
-    "if that is not so, the operator of the target sets it right: `virt-replica set-generation --help`";

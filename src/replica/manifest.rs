@@ -24,7 +24,7 @@ use super::source::Owner;
 use crate::block::DiskSize;
 use crate::block::digest::Digest;
 use crate::engine::stats::DiskStats;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, advice};
 use crate::name::{DiskName, DomainName, DomainUuid, Generation, PointId, RunId};
 use crate::replica::{Attachment, Consistency, PointDisk, PointView, Promoted};
 use crate::words;
@@ -516,9 +516,7 @@ fn corrupt(what: impl Into<std::borrow::Cow<'static, str>>) -> Error {
 /// Adds the way out, where generations are all that is wrong with a manifest.
 pub(super) fn explain(json: &[u8], error: Error) -> Error {
     match error.kind() == Kind::Corrupt && set(json, Generation(1)).is_ok() {
-        true => error.hint(
-            "only its generations are wrong: `virt-replica set-generation DOMAIN GENERATION` on this host sets them right",
-        ),
+        true => error.advise(advice::Store::SetGenerationHere),
         false => error,
     }
 }

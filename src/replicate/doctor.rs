@@ -104,6 +104,15 @@ pub fn examine(ports: &Ports, state: &Path, uuid: &DomainUuid, repair: Option<&S
         let settled_first = record.is_none() || finding.health != Health::NeedsPerson;
         finding.health = if halted || !settled_first { Health::NeedsPerson } else { Health::Repairable };
     }
+    explain_owed(&mut finding, thaw_owed, hook_owed, resume_owed);
+    if let Some(options) = repair.filter(|_| finding.health == Health::Repairable) {
+        mend(ports, &journal, options, &mut finding)?;
+    }
+    Ok(finding)
+}
+
+/// What a run owed the guest, or the operator's program, when it was cut short.
+fn explain_owed(finding: &mut Finding, thaw_owed: bool, hook_owed: bool, resume_owed: bool) {
     let owed = [
         (
             thaw_owed,
@@ -121,10 +130,6 @@ pub fn examine(ports: &Ports, state: &Path, uuid: &DomainUuid, repair: Option<&S
             finding.health = Health::Repairable;
         }
     }
-    if let Some(options) = repair.filter(|_| finding.health == Health::Repairable) {
-        mend(ports, &journal, options, &mut finding)?;
-    }
-    Ok(finding)
 }
 
 fn mend(ports: &Ports, journal: &Journal, options: &SettleOptions, finding: &mut Finding) -> Result<()> {

@@ -1,11 +1,9 @@
-//! Performs what [`decide`] says until the domain stands on its own images, or a person is needed, or a deadline
-//! passed.
+//! Performs what [`decide`] says until the domain stands on its own images, a person is needed, or a deadline passed.
 //!
 //! The same loop commits at the end of a normal run, mends after a crash, and, in the dead-man, lets a held guest go.
-//! Every step is decided from a fresh observation; what a step relies on is checked again under QEMU's own locks. One
-//! observation serves for the same step of all disks ([`decide_all`]), so that the work in a pause grows with the
-//! number of disks and not with its square; and a pause ends after [`SettleOptions::pause_share`], with what is left
-//! for the next one.
+//! Every step is decided from a fresh observation. A step checks again, under QEMU's own locks, what it relies on. One
+//! observation serves the same step of all disks ([`decide_all`]): the work in a pause grows with the disks, not with
+//! their square. A pause ends after [`SettleOptions::pause_share`]; the next one takes on the rest.
 //!
 //! Step numbers are those of docs/replication.md; a failpoint stands behind each.
 
@@ -36,7 +34,7 @@ use crate::replicate::settle::guard::PauseGuard;
 use crate::replicate::settle::observe::{Observation, observe};
 use crate::replicate::settle::options::SettleOptions;
 use crate::replicate::state::journal::{self, Journal};
-use crate::replicate::state::record::Record;
+use crate::replicate::state::record::{DiskRecord, Record};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -554,9 +552,8 @@ impl<'a> Settler<'a> {
         self.journal.close()
     }
 
-    /// The loop ends with an error: at least the guest must not be held, if that is safe. Also where the directory of a
-    /// retired overlay cannot be synced: a guest that stands for ever is worse than a name that a power cut might bring
-    /// back.
+    /// The loop ends with an error: at least the guest must not be held, if that is safe. Also if a directory cannot be
+    /// synced: a guest that stands for ever is worse than a name that a power cut might bring back.
     fn release_after_failure(&mut self) {
         let Ok(seen) = observe(self.hypervisor, &self.record) else { return };
         if seen.held(&self.record)
@@ -567,11 +564,11 @@ impl<'a> Settler<'a> {
         }
     }
 
-    fn disk(&self, name: &DiskName) -> &crate::replicate::state::record::DiskRecord {
+    fn disk(&self, name: &DiskName) -> &DiskRecord {
         self.record.disks.iter().find(|d| &d.name == name).expect("decide names disks of the record")
     }
 
-    fn disk_mut(&mut self, name: &DiskName) -> &mut crate::replicate::state::record::DiskRecord {
+    fn disk_mut(&mut self, name: &DiskName) -> &mut DiskRecord {
         self.record.disks.iter_mut().find(|d| &d.name == name).expect("decide names disks of the record")
     }
 

@@ -33,7 +33,7 @@ const EXTENTS_MAX: u64 = 20_000_000;
 #[derive(Debug, Args)]
 pub struct ExtentsArgs {
     #[command(flatten)]
-    pub look: super::LookArgs,
+    pub look: super::args::LookArgs,
     /// Format of the image; never guessed from the content [default: raw or qcow2, by its name]
     #[arg(long, value_name = "FORMAT", value_parser = FORMATS)]
     format: Option<String>,

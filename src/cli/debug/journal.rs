@@ -120,7 +120,7 @@ impl Gathered {
             seen = true;
             let read = match () {
                 _ if metadata.is_symlink() => Err(Error::new(Kind::Refused, "this is a symbolic link").path(&path)),
-                _ if is_history(&path) => self.history(&path, super::SHOWN_ALL),
+                _ if is_history(&path) => self.history(&path, super::args::SHOWN_ALL),
                 _ => self.document(&path),
             };
             if let Err(e) = read {
@@ -214,7 +214,7 @@ impl View for JournalView {
                 format!("run {} of {}, since {}", record.run, record.domain, render::time(record.started_at)),
             );
             page.line("", format!("socket {}", clean(record.backup.socket.to_string_lossy())));
-            let disks = List::of(&record.backup.disks, super::SHOWN);
+            let disks = List::of(&record.backup.disks, super::args::SHOWN);
             page.lines("scratch", "disks", &disks, |d| format!("{}: {}", d.name, clean(d.scratch.to_string_lossy())));
         }
         if self.thaw_owed {
@@ -231,8 +231,8 @@ impl View for JournalView {
         if let Some(last) = &self.last {
             page.line("last", Line::from(last.as_ref()).text());
             page.maybe("", last.error.as_deref().map(clean));
-            page.lines("warnings", "warnings", &List::of(&last.warnings, super::SHOWN), |text| clean(text));
-            page.lines("alarms", "alarms", &List::of(&last.alarms, super::SHOWN), |text| clean(text));
+            page.lines("warnings", "warnings", &List::of(&last.warnings, super::args::SHOWN), |text| clean(text));
+            page.lines("alarms", "alarms", &List::of(&last.alarms, super::args::SHOWN), |text| clean(text));
         }
         self.findings.iter().for_each(|findings| page.findings(findings));
         if self.unreadable > 0 {
@@ -282,7 +282,7 @@ fn describe_record(record: &Record, page: &mut Page) {
     if record.resume_after {
         page.line("paused", "the domain was paused by the run, or was about to be: it has to be resumed");
     }
-    let disks = List::of(&record.disks, super::SHOWN);
+    let disks = List::of(&record.disks, super::args::SHOWN);
     page.lines("disks", "disks", &disks, |disk: &&DiskRecord| {
         let complete = if disk.complete_at.is_some() { "; the base is complete" } else { "" };
         format!(

@@ -9,6 +9,7 @@
 //!
 //! What each shows: docs/troubleshooting.md. JSON: docs/formats/json.md.
 
+mod args;
 mod digests;
 mod extents;
 mod file;
@@ -23,16 +24,13 @@ mod wire;
 use super::Globals;
 use crate::cli::plain::envelope::KeyArgs;
 use crate::cli::speak::output::{Exit, Message, Output, print};
+use args::LookArgs;
 use clap::{Args, Subcommand};
 use jiff::Timestamp;
 use page::{Finding, Look, Page, View, with_advice};
 use serde::Serialize;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use virt_replica::error::Result;
-
-/// Entries of a list that are shown, and with `--all`.
-const SHOWN: usize = 100;
-const SHOWN_ALL: usize = 100_000;
 
 #[derive(Debug, Args)]
 pub struct DebugArgs {
@@ -54,26 +52,6 @@ enum Subject {
     Digests(LookArgs),
     /// Show the messages of a session that was captured, in either direction
     Wire(LookArgs),
-}
-
-/// What every subject takes.
-#[derive(Debug, Args)]
-pub struct LookArgs {
-    /// Files to look into
-    #[arg(required = true, value_name = "FILE")]
-    files: Vec<PathBuf>,
-    /// Show 100000 entries of each list, not only 100
-    #[arg(long)]
-    all: bool,
-    /// Print JSON for scripts
-    #[arg(long)]
-    json: bool,
-}
-
-impl LookArgs {
-    fn max(&self) -> usize {
-        if self.all { SHOWN_ALL } else { SHOWN }
-    }
 }
 
 /// The same, of files that may be protected.

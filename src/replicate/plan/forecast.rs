@@ -165,4 +165,4 @@ fn cramped(plan: &Plan, facts: &[DiskFacts], floor_bytes: u64) -> Vec<Conflict> 
 
 #[cfg(test)]
 #[path = "forecast_tests.rs"]
-pub(in crate::replicate) mod tests;
+pub(crate) mod tests;

@@ -4,7 +4,7 @@ use super::patches::program;
 use super::support::*;
 use std::fs;
 use std::path::Path;
-use virt_replica::error::Kind;
+use virt_replica::error::{Kind, advice};
 use virt_replica::image::Format::{Qcow2, Raw};
 use virt_replica::plain::source::{ReadOptions, Source};
 use virt_replica::plain::target::{LocalOptions, LocalTarget};
@@ -46,8 +46,8 @@ fn an_image_does_not_choose_which_file_of_the_host_is_read() {
         assert_eq!(e.kind(), Kind::Refused, "{e}");
         assert!(e.what().contains("lies outside of the image's directory"), "{e}");
         let dir = secret.parent().unwrap();
-        let wanted = format!("if the image may read there, say so: --backing {}", dir.display());
-        assert_eq!(e.hint_text(), Some(wanted.as_str()));
+        let wanted = advice::Image::AllowBacking { dir: dir.display().to_string() };
+        assert_eq!(e.advice(), Some(&wanted.into()));
         // A directory that is not the one does not do; the one, and what it lies in, do.
         assert!(open(&t, image, &[&t.path("other"), &t.path("priv")]).is_err());
         for allowed in [dir, &t.path("private")] {
