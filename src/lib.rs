@@ -8,7 +8,7 @@
 //! cli                                      grammar, rendering, exit codes; in the binary. The library never prints
 //! wiring                                   construction only: names every adapter
 //! agent · daemon                           the other end of a session; policies, unattended
-//! config · recovery · run_settings         targets; what the replica is for: ready drill failover migrate; how a run is done
+//! config · recovery · run_settings         targets; ready drill failover migrate; how a run is done
 //! replicate                                the story of a run: settle observe plan freeze ship seal commit retire
 //! plain · replica                          images of no domain: copy diff apply; the store of points, and its port
 //! engine · hypervisor · policy             finds and ships differences; the port to libvirt; when to run, and how

@@ -13,6 +13,8 @@ use std::sync::LazyLock;
 const FILE_LINES_MAX: usize = 600;
 /// Lines a function may have.
 const FUNCTION_LINES_MAX: usize = 70;
+/// Columns a line of comment may have.
+const COMMENT_COLUMNS_MAX: usize = 120;
 
 /// What each module of the library may use. Arrows point down only; what is not listed here does not exist.
 const MAY_USE: &[(&str, &[&str])] = &[
@@ -584,6 +586,30 @@ fn nothing_is_left_half_done() {
             assert_eq!(found, None, "{}:{}: {line}", path.display(), number + 1);
         }
     }
+}
+
+/// Lines of comment that are too wide: (number, columns).
+fn wide_comments(text: &str) -> Vec<(usize, usize)> {
+    let comments = text.lines().enumerate().filter(|(_, line)| line.trim_start().starts_with("//"));
+    let columns = comments.map(|(at, line)| (at + 1, line.chars().count()));
+    columns.filter(|(_, columns)| *columns > COMMENT_COLUMNS_MAX).collect()
+}
+
+#[test]
+fn comments_are_no_wider_than_a_screen() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut found = Vec::new();
+    ["src", "tests", "benches"].iter().for_each(|dir| sources(&root.join(dir), &mut found));
+    let mut wide = Vec::new();
+    for path in &found {
+        let text = fs::read_to_string(path).expect("a readable source");
+        let at = path.strip_prefix(root).expect("below the root").display();
+        wide.extend(wide_comments(&text).iter().map(|(line, columns)| format!("{at}:{line}: {columns} columns")));
+    }
+    assert!(wide.is_empty(), "comments of more than {COMMENT_COLUMNS_MAX} columns:\n{}", wide.join("\n"));
+    // Letters count, not bytes, and code is rustfmt's.
+    let (fits, wide) = (format!("// {}", "ä".repeat(117)), format!("  /// {}", "x".repeat(115)));
+    assert_eq!(wide_comments(&format!("{fits}\n{wide}\nlet long = \"{wide}\";")), [(2, 121)]);
 }
 
 #[test]

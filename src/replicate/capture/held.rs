@@ -29,8 +29,8 @@ pub(in crate::replicate) struct Standing<'a> {
 }
 
 /// Runs `body` while a thread of its own watches the limits: age and size of the overlays, room, signals. A limit that
-/// is reached cuts every wait for the target, however little of the disks moves. Whatever asks QEMU many questions looks
-/// at the cut between them.
+/// is reached cuts every wait for the target, however little of the disks moves. Whatever asks QEMU many questions
+/// looks at the cut between them.
 pub(in crate::replicate) fn while_held<T>(
     run: &Run,
     (plan, still): (&Plan, &Still),

@@ -243,8 +243,8 @@ fn end_backup(charge: &Charge) -> Result<()> {
     Ok(())
 }
 
-/// Whether what a backup left stays for the next run. If libvirt did not answer, nothing was found out: it may just have
-/// started again, and then it knows of no job the moment after.
+/// Whether what a backup left stays for the next run. If libvirt did not answer, nothing was found out: it may just
+/// have started again, and then it knows of no job the moment after.
 fn is_left(error: &Error, running: impl FnOnce() -> Result<BackupJob>) -> bool {
     error.kind() != Kind::Unavailable && !may_go_on(running())
 }
