@@ -113,7 +113,7 @@ pub trait Hypervisor: Send + Sync {
 }
 
 /// Dirty bitmaps: QEMU's own record of what the guest changed, in a running domain or in the images of one that is off
-/// ([`stored`]). A bitmap is a hint (I7); whoever relies on one has looked at its state in the same run.
+/// ([`stored_bitmaps`]). A bitmap is a hint (I7); whoever relies on one has looked at its state in the same run.
 pub trait Tracking: Send + Sync {
     /// The bitmaps of each layer, in the order of `layers`; nothing for a layer that the running QEMU does not have, or
     /// that keeps none.

@@ -2,7 +2,7 @@
 //!
 //! Three adapters stand behind it: [`raw`] (in process), [`qcow2`] (in process, `imago`, where it understands the image
 //! completely) and [`nbd`] (through a `qemu-nbd` child, for all the rest). [`open`] chooses and says why; [`qemu_img`]
-//! calls that program; [`foreign`] are the formats of others, and [`served`] writes them; [`locks`] keeps QEMU out of
+//! calls that program; [`foreign`] has the formats of others and their writer; [`locks`] keeps QEMU out of
 //! an image, and [`look`] reads its header. Beneath them `blockdev` describes chains to QEMU's tools and `program` runs
 //! those.
 //!

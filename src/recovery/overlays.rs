@@ -116,8 +116,9 @@ fn create(held: &dyn Held, disk: &DiskName, path: &Path, images_max: Option<u64>
 }
 
 /// Begins a dirty bitmap of ours on each of these overlays, which nobody has written to yet: it leads on from the point
-/// (see [`birth`]). Durable when it returns. Returns what is not tracked, in words: without it the way home costs a
-/// comparison, and no more (I7). Such an overlay is made anew, so that nothing lies in it that a program died over.
+/// (see [`failover_bitmap`]). Durable when it returns. Returns what is not tracked, in words: without it the way home
+/// costs a comparison, and no more (I7). Such an overlay is made anew, so that nothing lies in it that a program died
+/// over.
 pub fn track(held: &dyn Held, overlays: &Overlays) -> Result<Vec<String>> {
     let mut problems = Vec::new();
     for (disk, path) in &overlays.disks {

@@ -60,9 +60,9 @@ pub trait Replica: DiskTarget {
     /// What is there. Of a domain never replicated: no points, generation 1.
     fn describe(&self) -> Result<ReplicaView>;
 
-    /// Says which source the points are of that are begun from now on. [`Kind::Conflict`] if the replica follows
-    /// another one, and this one does not take over. Changes nothing before a point is sealed. What cannot tell sources
-    /// apart accepts all of them.
+    /// Says which source the points are of that are begun from now on. [`Kind::Conflict`](crate::error::Kind::Conflict)
+    /// if the replica follows another one, and this one does not take over. Changes nothing before a point is sealed.
+    /// What cannot tell sources apart accepts all of them.
     fn claim(&self, _: &source::Claim) -> Result<source::Claimed> {
         Ok(source::Claimed { how: source::How::Same, before: None })
     }

@@ -1,5 +1,5 @@
 //! Three ways to make a domain's disks stand still while they are read, behind one trait: an overlay over each disk of
-//! a running domain, a backup job that serves them as they were ([`backup`](crate::replicate::capture::backup)), or
+//! a running domain, a backup job that serves them as they were ([`backup`]), or
 //! nothing but attention for a domain that is off.
 
 pub mod backup;

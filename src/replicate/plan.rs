@@ -30,7 +30,7 @@ use crate::replicate::tracking::{audit, failover_bitmap};
 use std::path::{Path, PathBuf};
 
 /// Plans a run, by the capture that was chosen. Pure. Whether its overlays will have room is
-/// [`forecast`](crate::replicate::plan::forecast)'s.
+/// [`forecast`]'s.
 pub fn plan(
     domain: &DomainView,
     facts: &[DiskFacts],

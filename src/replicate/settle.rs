@@ -1,4 +1,4 @@
-//! Performs what [`decide`] says until the domain stands on its own images, a person is needed, or a deadline passed.
+//! Performs what [`mod@decide`] says until the domain is on its own images, a person is needed, or a deadline passed.
 //!
 //! The same loop commits at the end of a normal run, mends after a crash, and, in the dead-man, lets a held guest go.
 //! Every step is decided from a fresh observation. A step checks again, under QEMU's own locks, what it relies on. One

@@ -1,4 +1,4 @@
-//! Looks at a domain and its files, and describes both in the words of [`decide`](super::decide), relative to a record.
+//! Looks at a domain and its files, and describes both in the words of [`mod@super::decide`], relative to a record.
 //!
 //! Reads only; the moment it describes is over when it returns, which is why acting re-checks what matters.
 

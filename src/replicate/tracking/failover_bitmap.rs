@@ -1,7 +1,7 @@
 //! The dirty bitmap that an overlay of a failover is born with: it leads on from what the failover began from.
 //!
-//! Every other bitmap of ours leads on from the point of one run at one target ([`turnover`]). This one leads on from
-//! content: its name says which, by the root of the disk's digests, which binds the size too. So it serves for the
+//! Every other bitmap of ours leads on from the point of one run at one target ([`bitmap_rotation`]). This one leads on
+//! from content: its name says which, by the root of the disk's digests, which binds the size too. So it serves for the
 //! first run to whatever target has exactly that as its newest point: a home that has given way after a planned
 //! failover, above all. A home that has something else is compared by digest. It belongs to one image like every bitmap
 //! of ours.
