@@ -86,7 +86,7 @@ enum Phase {
     /// `Bye` is on its way: nothing new is asked, answers may still come.
     Closing,
     Ended,
-    Dead(WireError),
+    Dead(Box<WireError>),
 }
 
 /// A request in flight.
@@ -337,7 +337,7 @@ impl Shared {
         let state = lock(&self.state);
         match &state.phase {
             Phase::Open => Ok(state),
-            Phase::Dead(error) => Err(error.clone().into_error(None)),
+            Phase::Dead(error) => Err(error.as_ref().clone().into_error(None)),
             _ => Err(Error::new(Kind::Usage, format!("the session with {} is closed", self.host))),
         }
     }
@@ -372,7 +372,7 @@ impl Shared {
                 return Ok(value);
             }
             match &state.phase {
-                Phase::Dead(error) => return Err(error.clone().into_error(None)),
+                Phase::Dead(error) => return Err(error.as_ref().clone().into_error(None)),
                 Phase::Ended => return Err(protocol(format!("the agent on {} ended in mid-answer", self.host))),
                 _ => {}
             }
@@ -439,11 +439,11 @@ impl Shared {
         let mut state = lock(&self.state);
         self.dead.store(true, Ordering::Release);
         if !matches!(state.phase, Phase::Dead(_) | Phase::Ended) {
-            state.phase = Phase::Dead(WireError::from(error));
+            state.phase = Phase::Dead(Box::new(WireError::from(error)));
         }
         self.changed.notify_all();
         match &state.phase {
-            Phase::Dead(reason) => reason.clone().into_error(None),
+            Phase::Dead(reason) => reason.as_ref().clone().into_error(None),
             _ => Error::new(Kind::Usage, format!("the session with {} is closed", self.host)),
         }
     }

@@ -473,7 +473,7 @@ mod tests {
 
     fn settings(words: &str) -> RunSettings {
         let argv = ["sync", "web01", "--to", "dr1"].into_iter().chain(words.split_whitespace());
-        Sync::try_parse_from(argv).unwrap_or_else(|e| panic!("{words}: {e}")).args.settings().unwrap()
+        Sync::try_parse_from(argv).unwrap_or_else(|e| panic!("{words}: {e}")).args.settings().expect("they fit")
     }
 
     /// The options that set each key.
