@@ -87,7 +87,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     // Images that are no domain's: the same engine, and neither store nor libvirt.
     ("plain", &["durable", "error", "file_id", "flock", "failpoint", "name", "block", "patch", "image", "engine"]),
     // How a run is to be done: what policies and the command line both say.
-    ("run_settings", &["error", "name", "patch", "policy", "replicate", "retention", "units"]),
+    ("run_settings", &["error", "name", "patch", "policy", "replicate", "retention"]),
     // It knows a run by its report and its journal, and a domain by its name; the rest is the children's.
     (
         "daemon",

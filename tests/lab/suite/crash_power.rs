@@ -178,14 +178,17 @@ fn libvirtd_killed_inside_the_freeze() {
     for delay_ms in [0, 5, 10, 20, 30, 40, 60, 80] {
         let why = format!("libvirtd killed {delay_ms} ms after the first overlay's file appeared");
         eprintln!("{why}");
+        let polls = format!("/run/{}-polls", machine.name);
         let killer = format!(
-            "until compgen -G '/var/lib/libvirt/images/{}-*.vr-*.qcow2' >/dev/null; do :; done; sleep {}; \
-             kill -9 $(cat /run/libvirtd.pid)",
+            "touch {polls}; until compgen -G '/var/lib/libvirt/images/{}-*.vr-*.qcow2' >/dev/null; do \
+             ((SECONDS < 30)) || exit 1; done; sleep {}; kill -9 $(cat /run/libvirtd.pid); rm {polls}",
             machine.name,
             f64::from(delay_ms) / 1e3,
         );
         let mut killer = machine.start_script(&killer);
-        let driver = machine.spawn_sync("");
+        wait_for("the killer to look", || lab.try_exec("a", &["test", "-e", &polls]).status.success().then_some(()));
+        // Overlays that are gone again between two looks would be waited for in vain, so the run keeps them for a moment.
+        let driver = machine.spawn_sync("5a=sleep:1000");
         killer.wait_end();
         lab.lab(&["libvirtd", "a", "kill9"]);
         lab.lab(&["libvirtd", "a", "start"]);
