@@ -429,19 +429,19 @@ pub enum Request {
         /// Replica whose points the question is about.
         replica: Handle,
         /// Question about the points; its answer is the `Told` of the same name.
-        ask: upkeep::Ask,
+        ask: upkeep::UpkeepRequest,
     },
     /// Asks for work on plain images. Refused unless the agent serves images.
     Plain {
         /// Question about plain images; its answer is the `Told` of the same name.
-        ask: plain::Ask,
+        ask: plain::PlainRequest,
     },
     /// Asks about failover of a domain on the agent's host. Refused unless that host allows failover.
     BringUp {
         /// UUID of the domain to bring up.
         uuid: DomainUuid,
         /// Question about the failover; its answer is the `Told` of the same name.
-        ask: bringup::Ask,
+        ask: bringup::BringUpRequest,
     },
     /// Which source the points are of that are begun from now on.
     Claim {
@@ -503,17 +503,17 @@ pub enum Reply {
     /// Answer to a question about points that exist.
     Upkeep {
         /// Answer to the `Ask` of the same name.
-        told: upkeep::Told,
+        told: upkeep::UpkeepReply,
     },
     /// Answer to a question about plain images.
     Plain {
         /// Answer to the `Ask` of the same name.
-        told: plain::Told,
+        told: plain::PlainReply,
     },
     /// Answer to a question about a failover on the agent's host.
     BringUp {
         /// Answer to the `Ask` of the same name.
-        told: bringup::Told,
+        told: bringup::BringUpReply,
     },
     /// The replica accepts the source.
     Claim {

@@ -12,7 +12,7 @@
 mod adaptive_compression;
 mod planner;
 
-use self::adaptive_compression::Worth;
+use self::adaptive_compression::AdaptiveCompression;
 use self::planner::Planner;
 pub(crate) use self::planner::expect_nodes;
 pub(crate) use self::planner::suspects;
@@ -22,7 +22,7 @@ use crate::block::tree::RootBuilder;
 use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, FANOUT, GROUP_LEN, GroupIndex, PIECE_LEN};
 use crate::engine::disk_target::DiskTarget;
 use crate::engine::stats::{CompressionStats, DiskStats, Mode};
-pub use crate::engine::throttle::StillGood;
+pub use crate::engine::throttle::KeepGoing;
 use crate::error::{Error, Kind, Result, advice};
 use crate::image::Image;
 use crate::name::{DiskName, DomainUuid};
@@ -96,7 +96,7 @@ pub fn ship(
     replica: &dyn DiskTarget,
     shipment: &Shipment,
     progress: &Progress,
-    still_good: StillGood,
+    keep_going: KeepGoing,
 ) -> Result<Shipped> {
     let mut out = Vec::with_capacity(BLOCK_LEN);
     let header = Header {
@@ -107,15 +107,15 @@ pub fn ship(
         from_root: shipment.head.map(|(_, root)| root),
     };
     let mut tail = StreamTail::begin(&header, &mut out);
-    send(replica, shipment, progress, still_good, &out)?;
-    let (root, compression) = scan(image, replica, shipment, progress, still_good, &mut |records| {
+    send(replica, shipment, progress, keep_going, &out)?;
+    let (root, compression) = scan(image, replica, shipment, progress, keep_going, &mut |records| {
         tail.observe(records);
-        send(replica, shipment, progress, still_good, records)
+        send(replica, shipment, progress, keep_going, records)
     })?;
-    still_good()?;
+    keep_going()?;
     out.clear();
     tail.trailer(root, &mut out);
-    send(replica, shipment, progress, still_good, &out)?;
+    send(replica, shipment, progress, keep_going, &out)?;
     let applied = replica.finish_disk(&shipment.disk)?;
     if applied.root != root {
         return Err(Error::new(
@@ -144,9 +144,9 @@ pub fn compare(
     replica: &dyn DiskTarget,
     shipment: &Shipment,
     progress: &Progress,
-    still_good: StillGood,
+    keep_going: KeepGoing,
 ) -> Result<(Digest, u64)> {
-    let (root, _) = scan(image, replica, shipment, progress, still_good, &mut |_| Ok(()))?;
+    let (root, _) = scan(image, replica, shipment, progress, keep_going, &mut |_| Ok(()))?;
     Ok((root, progress.changed_blocks.load(Ordering::Relaxed)))
 }
 
@@ -154,7 +154,7 @@ fn send(
     replica: &dyn DiskTarget,
     shipment: &Shipment,
     progress: &Progress,
-    still_good: StillGood,
+    keep_going: KeepGoing,
     bytes: &[u8],
 ) -> Result<()> {
     let mut apply = |part: &[u8]| {
@@ -163,7 +163,7 @@ fn send(
         Ok(())
     };
     match &shipment.throttle {
-        Some(throttle) => throttle.send(bytes, still_good, &mut apply),
+        Some(throttle) => throttle.send(bytes, keep_going, &mut apply),
         None => apply(bytes),
     }
 }
@@ -201,7 +201,7 @@ fn scan(
     replica: &dyn DiskTarget,
     shipment: &Shipment,
     progress: &Progress,
-    still_good: StillGood,
+    keep_going: KeepGoing,
     sink: &mut dyn FnMut(&[u8]) -> Result<()>,
 ) -> Result<Scanned> {
     let stop = AtomicBool::new(false);
@@ -209,7 +209,7 @@ fn scan(
     let (done_tx, done_rx) = channel::<Result<Done>>();
     let (token_tx, token_rx) = sync_channel::<()>(IN_FLIGHT_MAX);
     let work_rx = Mutex::new(work_rx);
-    let worth = Worth::new(!shipment.compression.is_auto());
+    let worth = AdaptiveCompression::new(!shipment.compression.is_auto());
 
     std::thread::scope(|scope| {
         for _ in 0..shipment.workers.max(1) {
@@ -239,7 +239,7 @@ fn scan(
                 let _ = planner_done.send(Err(e));
             }
         });
-        let result = collect(shipment, &done_rx, &token_rx, &worth, still_good, sink);
+        let result = collect(shipment, &done_rx, &token_rx, &worth, keep_going, sink);
         // Whatever ended the sender, planner and workers must find out: a token is taken from nobody any more.
         stop.store(true, Ordering::Relaxed);
         drop(token_rx);
@@ -252,8 +252,8 @@ fn collect(
     shipment: &Shipment,
     done: &Receiver<Result<Done>>,
     token: &Receiver<()>,
-    worth: &Worth,
-    still_good: StillGood,
+    worth: &AdaptiveCompression,
+    keep_going: KeepGoing,
     sink: &mut dyn FnMut(&[u8]) -> Result<()>,
 ) -> Result<Scanned> {
     let mut root = RootBuilder::new(shipment.size);
@@ -265,7 +265,7 @@ fn collect(
         waiting.insert(finished.seq, finished);
         while let Some(group) = waiting.remove(&next) {
             next += 1;
-            still_good()?;
+            keep_going()?;
             let (level, index, digest) = group.node;
             if !digest.is_zero() {
                 root.push_node(level, index, digest);
@@ -326,7 +326,7 @@ struct Worker<'a> {
     replica: &'a dyn DiskTarget,
     shipment: &'a Shipment,
     progress: &'a Progress,
-    worth: &'a Worth,
+    worth: &'a AdaptiveCompression,
     encoder: RecordEncoder,
     buffer: Vec<u8>,
 }
@@ -337,7 +337,7 @@ impl<'a> Worker<'a> {
         replica: &'a dyn DiskTarget,
         shipment: &'a Shipment,
         progress: &'a Progress,
-        worth: &'a Worth,
+        worth: &'a AdaptiveCompression,
     ) -> Result<Self> {
         let encoder = RecordEncoder::new(shipment.compression)?;
         Ok(Self { image, replica, shipment, progress, worth, encoder, buffer: vec![0; GROUP_LEN as usize] })

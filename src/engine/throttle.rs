@@ -36,8 +36,8 @@ impl Throttle {
     }
 
     /// Hands `bytes` on in portions, and rests behind each as long as the rate asks for. Blocks for that long, but asks
-    /// `still_good` meanwhile; its error, and that of `send`, end it.
-    pub fn send(&self, bytes: &[u8], still_good: StillGood, send: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    /// `keep_going` meanwhile; its error, and that of `send`, end it.
+    pub fn send(&self, bytes: &[u8], keep_going: KeepGoing, send: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let mut left = bytes;
         while !left.is_empty() {
             let Some(rate_bytes) = (self.rate_now)() else { return send(left) };
@@ -49,17 +49,17 @@ impl Throttle {
             };
             let (now, later) = left.split_at(portion);
             send(now)?;
-            self.rest(rest, still_good)?;
+            self.rest(rest, keep_going)?;
             left = later;
         }
         Ok(())
     }
 
-    fn rest(&self, rest: Duration, still_good: StillGood) -> Result<()> {
+    fn rest(&self, rest: Duration, keep_going: KeepGoing) -> Result<()> {
         let until = Instant::now() + rest;
         while let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
             std::thread::sleep(left.min(REST_MAX));
-            still_good()?;
+            keep_going()?;
         }
         Ok(())
     }
@@ -67,7 +67,7 @@ impl Throttle {
 
 /// Asked by the calling thread between groups: an error ends the shipment with it (the image no longer stands still, a
 /// signal came).
-pub type StillGood<'a> = &'a dyn Fn() -> Result<()>;
+pub type KeepGoing<'a> = &'a dyn Fn() -> Result<()>;
 
 #[cfg(test)]
 mod tests {

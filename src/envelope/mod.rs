@@ -1,8 +1,7 @@
 //! What protects a file on its way: encrypted for whoever may read it (age), and signed by whoever made it (minisign).
 //!
-//! The signature is outside: it is over the bytes as they travel, so that a courier, or a store of objects, checks it
-//! without being able to read them, and so that of a file not a byte is taken apart, nor a key used on it, before it is
-//! known whose it is.
+//! The signature is outside: it covers the bytes as they travel. A courier, or a store of objects, checks it without being
+//! able to read them, and nothing is parsed or decrypted before the signer is verified.
 //!
 //! Invariants
 //! - A reader that was told to check a signature reports the end of its input only if the signature is right over all

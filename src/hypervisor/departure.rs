@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::name::DomainUuid;
 
 /// The port to a domain that is about to leave its host: autostart, mark and shutdown.
-pub trait Custody: Send + Sync {
+pub trait Departure: Send + Sync {
     /// Whether libvirt starts it with the host. A transient domain is not.
     fn autostart(&self, uuid: &DomainUuid) -> Result<bool>;
 

@@ -1,8 +1,8 @@
 //! The port to a host that is to run a domain which is not its own: what it can do, and the verbs that bring one up and
 //! away.
 //!
-//! Every verb blocks, at most its deadline. What is asked for and is so already is no error: whoever was killed in the
-//! middle does it all again.
+//! Every verb blocks, at most its deadline. Every verb is idempotent: asking for a state that already holds succeeds. A
+//! program that was killed in the middle does it all again.
 
 use super::Power;
 use super::releases::Version;
@@ -57,8 +57,8 @@ pub trait Machines: Send + Sync {
     /// Removes a network that `start_network` made. No error if it is gone already.
     fn stop_network(&self, name: &str) -> Result<()>;
 
-    /// Takes a foot into a network of [`Machines::start_network`], beside a guest of this address: the host stays
-    /// outside.
+    /// Joins a network of [`Machines::start_network`] from a namespace of its own, beside a guest of this address. The
+    /// host stays outside.
     fn join_network(&self, name: &str, bridge: &str, guest: (Ipv4Addr, u8)) -> Result<()>;
 
     /// Whether somebody in there accepts a connection, within this time. Needs [`Machines::join_network`].

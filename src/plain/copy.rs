@@ -10,7 +10,7 @@ use crate::block::digest::Digest;
 use crate::block::{BLOCK_LEN, ByteRange, DiskSize};
 use crate::engine::disk_target::DiskTarget;
 use crate::engine::find::{Found, Remembered, differing};
-use crate::engine::pump::{self, Progress, Shipment, StillGood};
+use crate::engine::pump::{self, KeepGoing, Progress, Shipment};
 use crate::engine::stats::{CompressionStats, Mode};
 use crate::engine::throttle::Throttle;
 use crate::error::Result;
@@ -113,7 +113,7 @@ pub(super) fn compare(
     changed: Option<&[ByteRange]>,
     sending: &Sending,
     progress: &Progress,
-    still_good: StillGood,
+    keep_going: KeepGoing,
 ) -> Result<Comparison> {
     let (view, size) = (target.view()?, source.size());
     let (uuid, disk) = plain_names();
@@ -147,7 +147,7 @@ pub(super) fn compare(
     }
     let (hashed, whole) = std::thread::scope(|scope| {
         let far = scope.spawn(|| target.read(&mut |_, _| {}));
-        let near: Result<Hashed> = hash(source.image.as_ref(), sending.workers, progress, still_good);
+        let near: Result<Hashed> = hash(source.image.as_ref(), sending.workers, progress, keep_going);
         (near, far.join().expect("a panic of the target ends the copy"))
     });
     let (hashed, whole) = (hashed?, whole?);
@@ -190,19 +190,19 @@ pub(super) fn ship(
     end: &dyn DiskTarget,
     comparison: &Comparison,
     progress: &Progress,
-    still_good: StillGood,
+    keep_going: KeepGoing,
 ) -> Result<pump::Shipped> {
     progress.scanned.store(0, Ordering::Relaxed);
     let end = Remembered { target: end, found: &comparison.found };
-    let shipped = pump::ship(source.image.as_ref(), &end, &comparison.shipment, progress, still_good)?;
-    source.still_good()?;
+    let shipped = pump::ship(source.image.as_ref(), &end, &comparison.shipment, progress, keep_going)?;
+    source.keep_going()?;
     Ok(shipped)
 }
 
-/// Copies. `still_good` is asked again and again: an error of it ends the copy, and nothing is put in place. Blocks.
-pub fn copy(copy: &Copy, progress: &Progress, still_good: StillGood) -> Result<Copied> {
+/// Copies. `keep_going` is asked again and again: an error of it ends the copy, and nothing is put in place. Blocks.
+pub fn copy(copy: &Copy, progress: &Progress, keep_going: KeepGoing) -> Result<Copied> {
     let view = copy.target.view()?;
-    let good = || still_good().and_then(|()| copy.source.still_good());
+    let good = || keep_going().and_then(|()| copy.source.keep_going());
     let compared = compare(copy.source, copy.target, copy.changed.as_deref(), &copy.sending, progress, &good)?;
     let Shipment { size, mode, reason, head, .. } = compared.shipment.clone();
     let mut copied = Copied {
@@ -250,14 +250,14 @@ fn think(
     compared: &Comparison,
     copied: &mut Copied,
     progress: &Progress,
-    still_good: StillGood,
+    keep_going: KeepGoing,
 ) -> Result<()> {
     if copied.equal {
         return Ok(());
     }
     let shipment = Shipment { compare_only: true, ..compared.shipment.clone() };
     progress.scanned.store(0, Ordering::Relaxed);
-    let (root, blocks) = pump::compare(copy.source.image.as_ref(), copy.target, &shipment, progress, still_good)?;
+    let (root, blocks) = pump::compare(copy.source.image.as_ref(), copy.target, &shipment, progress, keep_going)?;
     copied.root = Some(root);
     copied.blocks_changed = blocks;
     copied.equal = shipment.head == Some((shipment.size, root));

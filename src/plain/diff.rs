@@ -7,7 +7,7 @@ use crate::block::digest::{BLOCK_PIECES, BlockPieces, Digest, PieceDigest};
 use crate::block::{BlockIndex, ByteRange, DiskSize};
 use crate::engine::disk_target::{DiskApplied, DiskTarget, check_blocks};
 use crate::engine::nodefile::NodeFile;
-use crate::engine::pump::{Progress, StillGood};
+use crate::engine::pump::{KeepGoing, Progress};
 use crate::error::{Error, Kind, Result};
 use crate::name::DiskName;
 use crate::patch;
@@ -170,9 +170,9 @@ pub fn diff(
     changed: Option<&[ByteRange]>,
     sending: &Sending,
     progress: &Progress,
-    still_good: StillGood,
+    keep_going: KeepGoing,
 ) -> Result<Diffed> {
-    let good = || still_good().and_then(|()| source.still_good());
+    let good = || keep_going().and_then(|()| source.keep_going());
     let compared = compare(source, base, changed, sending, progress, &good)?;
     let tee = Tee { base, out: Mutex::new(Written { out, end: Vec::new() }) };
     let shipped = ship(source, &tee, &compared, progress, &good)?;

@@ -19,7 +19,7 @@ use crate::image::raw::RawWriter;
 use crate::image::{Image, ImageMut};
 use crate::patch::{Decoder, Header, Item, Limits, Trailer};
 use crate::plain::reading::read_block;
-use crate::plain::write_target::Landing;
+use crate::plain::write_target::WriteTarget;
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Seek};
 use std::sync::Arc;
@@ -48,7 +48,7 @@ impl Base {
 }
 
 /// Where checked blocks go.
-pub(super) enum Into {
+pub(super) enum Writer {
     Raw(RawWriter),
     Qcow2(Qcow2Writer),
     /// A format of others.
@@ -57,20 +57,20 @@ pub(super) enum Into {
     Spool(Spool),
 }
 
-impl Into {
+impl Writer {
     pub(super) fn image(&self) -> Option<&dyn ImageMut> {
         match self {
-            Into::Raw(writer) => Some(writer),
-            Into::Qcow2(writer) => Some(writer),
-            Into::Served(writer) => Some(writer),
-            Into::Spool(_) => None,
+            Writer::Raw(writer) => Some(writer),
+            Writer::Qcow2(writer) => Some(writer),
+            Writer::Served(writer) => Some(writer),
+            Writer::Spool(_) => None,
         }
     }
 }
 
 /// What an image became: where the patch went, and which blocks it changed.
 pub(super) struct Finished {
-    pub(super) landing: Landing,
+    pub(super) landing: WriteTarget,
     pub(super) applied: DiskApplied,
     pub(super) outcome: Outcome,
 }
@@ -103,7 +103,7 @@ struct Open {
 struct OpenImage {
     /// Of the disk after the patch.
     size: DiskSize,
-    landing: Landing,
+    landing: WriteTarget,
     undo: Option<Undo>,
     base: Base,
 }
@@ -127,7 +127,7 @@ impl PatchedImage for OpenImage {
 }
 
 /// Opens where the patch of this header goes, if it fits what is there.
-pub(super) type Begin = Box<dyn FnOnce(&Header) -> Result<Landing> + Send>;
+pub(super) type Begin = Box<dyn FnOnce(&Header) -> Result<WriteTarget> + Send>;
 
 pub(super) struct Incoming {
     decoder: Decoder,
@@ -157,7 +157,7 @@ impl Incoming {
             }
         }
         match &mut self.open {
-            Some(Open { image: OpenImage { landing: Landing { into: Into::Spool(spool), .. }, .. }, .. }) => {
+            Some(Open { image: OpenImage { landing: WriteTarget { into: Writer::Spool(spool), .. }, .. }, .. }) => {
                 spool.write(&std::mem::take(&mut self.early))?;
                 spool.write(bytes)
             }

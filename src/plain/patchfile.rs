@@ -182,7 +182,7 @@ pub fn apply(
     finish: &Finish,
     replace: bool,
     progress: &mut dyn FnMut(u64, u64),
-    still_good: &dyn Fn() -> Result<()>,
+    keep_going: &dyn Fn() -> Result<()>,
 ) -> Result<Applied> {
     let mut patch = Incoming::new(input)?;
     let header = patch.header()?;
@@ -213,7 +213,7 @@ pub fn apply(
     }
     let (_, disk) = plain_names();
     loop {
-        still_good()?;
+        keep_going()?;
         target.apply(&disk, &patch.chunk)?;
         if !patch.read_on()? {
             break;

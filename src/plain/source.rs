@@ -41,7 +41,7 @@ pub struct ReadOptions {
 
 /// An image open for reading.
 pub struct Source {
-    /// Content of the image. The file may be written to meanwhile; `still_good` finds that out.
+    /// Content of the image. The file may be written to meanwhile; `keep_going` finds that out.
     pub image: Arc<dyn Image>,
     /// Path of the uppermost layer, as the caller gave it.
     pub path: PathBuf,
@@ -117,7 +117,7 @@ impl Source {
     }
 
     /// Fails if a file of the image was touched since it was opened, unless that was accepted.
-    pub fn still_good(&self) -> Result<()> {
+    pub fn keep_going(&self) -> Result<()> {
         if self.shared {
             return Ok(());
         }
@@ -159,12 +159,12 @@ pub struct Hashed {
     pub root: Digest,
 }
 
-/// Reads and hashes the whole image. `still_good` is asked between groups; an error of it ends the work. Blocks.
+/// Reads and hashes the whole image. `keep_going` is asked between groups; an error of it ends the work. Blocks.
 pub fn hash(
     image: &dyn Image,
     workers: usize,
     progress: &Progress,
-    still_good: &dyn Fn() -> Result<()>,
+    keep_going: &dyn Fn() -> Result<()>,
 ) -> Result<Hashed> {
     let size = image.size();
     let nodes = NodeFile::temporary(size)?;
@@ -176,7 +176,7 @@ pub fn hash(
         |buffer, (group, data): (GroupIndex, Vec<ByteRange>)| hash_group(image, group, &data, buffer, progress),
         |results| {
             let runs = results.flat_map(|group| {
-                let group = still_good().and(group);
+                let group = keep_going().and(group);
                 match group {
                     Ok(runs) => runs.into_iter().map(Ok).collect::<Vec<_>>(),
                     Err(e) => vec![Err(e)],

@@ -9,7 +9,7 @@
 //! Specified in docs/plain.md.
 
 use super::identity::Identity;
-use super::incoming::{Base, Begin, Finished, Incoming, Into, Outcome};
+use super::incoming::{Base, Begin, Finished, Incoming, Outcome, Writer};
 use super::reading;
 use super::source::{ReadOptions, Source, alone, hash};
 use super::undo::Undo;
@@ -30,7 +30,7 @@ use crate::image::{Format, Image, Layer};
 use crate::name::DiskName;
 use crate::plain::beside::{self, PartLock, part_of, remove, take_place};
 use crate::plain::reading::lock_whole;
-use crate::plain::write_target::{Choice, Landing, check_way, check_writable, mended};
+use crate::plain::write_target::{Choice, WriteTarget, check_way, check_writable, mended};
 use std::cell::RefCell;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -285,12 +285,12 @@ impl LocalTarget {
         kept_digests::save(dir, &self.layer.path, identity, &nodes, root).map(|()| None)
     }
 
-    fn put_in_place(&self, landing: Landing, outcome: &Outcome, meta: Option<&FileMeta>) -> Result<()> {
+    fn put_in_place(&self, landing: WriteTarget, outcome: &Outcome, meta: Option<&FileMeta>) -> Result<()> {
         let size = outcome.header.size;
         let image = &self.layer.path;
         let way = landing.way;
         match landing {
-            Landing { into: Into::Spool(spool), .. } => {
+            WriteTarget { into: Writer::Spool(spool), .. } => {
                 spool.publish()?;
                 redo::roll(&self.layer, &self.redo_path()?, true)?;
             }
@@ -404,7 +404,7 @@ impl PlainTarget for LocalTarget {
         let progress = RefCell::new(progress);
         let good = || {
             (progress.borrow_mut())(counted.scanned.load(Ordering::Relaxed), size.0);
-            self.source.as_ref().map_or(Ok(()), Source::still_good)
+            self.source.as_ref().map_or(Ok(()), Source::keep_going)
         };
         let hashed = hash(image.as_ref(), self.options.workers, &counted, &good);
         let hashed = hashed.map_err(|e| e.path(&self.layer.path))?;

@@ -1,6 +1,6 @@
 //! Where a patch lands: chosen once its header has come, from what is there and what was wished.
 
-use super::incoming::Into;
+use super::incoming::Writer;
 use super::redo::Spool;
 use super::{Way, WayWish, Wish, file_name};
 use crate::block::digest::Digest;
@@ -25,8 +25,8 @@ const RAW: AnyFormat = AnyFormat::Own(Format::Raw);
 const COPY_LEN: usize = 16 * BLOCK_LEN;
 
 /// A place that takes a patch.
-pub(super) struct Landing {
-    pub(super) into: Into,
+pub(super) struct WriteTarget {
+    pub(super) into: Writer,
     pub(super) way: Way,
     /// The lock of a part file.
     held: Option<PartLock>,
@@ -108,7 +108,7 @@ pub(super) fn mended(part: &Path) -> bool {
 
 impl Choice {
     /// Opens the place for a patch of this header; `Conflict` if the patch is for another base.
-    pub(super) fn land(mut self, header: &Header) -> Result<Landing> {
+    pub(super) fn land(mut self, header: &Header) -> Result<WriteTarget> {
         self.check(header)?;
         // qemu-img makes no image empty that was not made so.
         if header.from_root.is_none() || (header.size == DiskSize(0) && self.wish.format == Format::Qcow2.into()) {
@@ -120,7 +120,7 @@ impl Choice {
         }
         if let Some((part, held)) = self.part.take() {
             let way = if self.exists { Way::Copy } else { Way::New };
-            return Ok(Landing { into: self.open(&part, header.size)?, way, held: Some(held) });
+            return Ok(WriteTarget { into: self.open(&part, header.size)?, way, held: Some(held) });
         }
         let wish = match self.wish.way {
             WayWish::Auto if self.layer.block_device => WayWish::Redo,
@@ -129,21 +129,21 @@ impl Choice {
         };
         match wish {
             WayWish::Redo => {
-                let into = Into::Spool(Spool::create(&self.layer, self.redo)?);
-                Ok(Landing { into, way: Way::Redo, held: None })
+                let into = Writer::Spool(Spool::create(&self.layer, self.redo)?);
+                Ok(WriteTarget { into, way: Way::Redo, held: None })
             }
             WayWish::InPlace => {
                 let mut writer = RawWriter::open_exact(&self.layer, Some(header.size))?;
                 if writer.size() < header.size {
                     writer.resize(header.size)?;
                 }
-                Ok(Landing { into: Into::Raw(writer), way: Way::InPlace, held: None })
+                Ok(WriteTarget { into: Writer::Raw(writer), way: Way::InPlace, held: None })
             }
             wish => {
                 let part = part_of(&self.layer.path)?;
                 let way = duplicate(&self.layer.path, &part, wish)?;
                 let held = self.worth(beside::hold(&part)?, &part);
-                Ok(Landing { into: self.open(&part, header.size)?, way, held: Some(held) })
+                Ok(WriteTarget { into: self.open(&part, header.size)?, way, held: Some(held) })
             }
         }
     }
@@ -182,7 +182,7 @@ impl Choice {
     }
 
     /// A file of its own, whatever is there. If the patch starts from that, it holds what that holds.
-    fn anew(self, header: &Header) -> Result<Landing> {
+    fn anew(self, header: &Header) -> Result<WriteTarget> {
         let part = part_of(&self.layer.path)?;
         // What is there may be another program's, which began after we looked.
         let _old = match self.part {
@@ -193,12 +193,12 @@ impl Choice {
         remove(&part)?;
         let format = match self.wish.format {
             AnyFormat::Own(Format::Raw) => {
-                let into = Into::Raw(RawWriter::create_exact(&part, header.size)?);
-                return Ok(Landing { into, way: Way::New, held: Some(beside::hold(&part)?) });
+                let into = Writer::Raw(RawWriter::create_exact(&part, header.size)?);
+                return Ok(WriteTarget { into, way: Way::New, held: Some(beside::hold(&part)?) });
             }
             AnyFormat::Own(Format::Qcow2) => {
-                let into = Into::Qcow2(qcow2::create(&part, header.size, None)?);
-                return Ok(Landing { into, way: Way::New, held: Some(beside::hold(&part)?) });
+                let into = Writer::Qcow2(qcow2::create(&part, header.size, None)?);
+                return Ok(WriteTarget { into, way: Way::New, held: Some(beside::hold(&part)?) });
             }
             AnyFormat::Of(format) => format,
         };
@@ -209,7 +209,7 @@ impl Choice {
         if let Some(old) = self.image.filter(|_| header.from_root.is_some()) {
             copy_content(old.as_ref(), &writer)?;
         }
-        Ok(Landing { into: Into::Served(writer), way: Way::New, held: Some(held) })
+        Ok(WriteTarget { into: Writer::Served(writer), way: Way::New, held: Some(held) })
     }
 
     /// A part in a format of others is worth nothing until it is whole: its tables may be torn, and nothing tells for
@@ -219,7 +219,7 @@ impl Choice {
     }
 
     /// Opens what will take the image's place, at least as large as it is to be.
-    fn open(&self, part: &Path, size: DiskSize) -> Result<Into> {
+    fn open(&self, part: &Path, size: DiskSize) -> Result<Writer> {
         let format = self.wish.format.of_layer();
         let layer = Layer { path: part.to_owned(), format, block_device: false, data_file: None };
         match self.wish.format {
@@ -228,15 +228,15 @@ impl Choice {
                 if writer.size() < size {
                     writer.resize(size)?;
                 }
-                Ok(Into::Raw(writer))
+                Ok(Writer::Raw(writer))
             }
             AnyFormat::Own(Format::Qcow2) => {
                 if qcow2::open_write(part)?.size() < size {
                     qemu_img::resize(part, size)?;
                 }
-                qcow2::open_write(part).map(Into::Qcow2)
+                qcow2::open_write(part).map(Writer::Qcow2)
             }
-            AnyFormat::Of(format) => ForeignWriter::open(part, format, &self.runtime_dir).map(Into::Served),
+            AnyFormat::Of(format) => ForeignWriter::open(part, format, &self.runtime_dir).map(Writer::Served),
         }
     }
 }
@@ -260,25 +260,25 @@ fn copy_content(from: &dyn Image, into: &dyn ImageMut) -> Result<()> {
     Ok(())
 }
 
-impl Landing {
+impl WriteTarget {
     /// Ends the writing: durable, cut to its size, and closed. `part` is the file, `None` where it is the image itself.
     /// Returns its lock.
     pub(super) fn finish(self, size: DiskSize, part: Option<&Path>) -> Result<Option<PartLock>> {
         let done = match self.into {
-            Into::Raw(mut writer) => {
+            Writer::Raw(mut writer) => {
                 if writer.size() > size {
                     writer.resize(size)?;
                 }
                 writer.sync()
             }
-            Into::Qcow2(writer) => {
+            Writer::Qcow2(writer) => {
                 writer.sync()?;
                 let larger = writer.size() > size;
                 drop(writer);
                 part.filter(|_| larger).map_or(Ok(()), |part| qemu_img::resize(part, size))
             }
-            Into::Served(writer) => writer.close(),
-            Into::Spool(_) => Err(Error::new(Kind::Usage, "a redo file is published, and no image")),
+            Writer::Served(writer) => writer.close(),
+            Writer::Spool(_) => Err(Error::new(Kind::Usage, "a redo file is published, and no image")),
         };
         done.map(|()| self.held)
     }

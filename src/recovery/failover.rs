@@ -17,7 +17,7 @@ use crate::error::{Error, Kind, Result, advice};
 use crate::failpoint;
 use crate::flock::Flock;
 use crate::hypervisor::Power;
-use crate::hypervisor::departure::Custody;
+use crate::hypervisor::departure::Departure;
 use crate::hypervisor::machine::Machines;
 use crate::name::{DomainName, DomainUuid, Generation, RunId};
 use crate::recovery::record::Wanted;
@@ -173,7 +173,7 @@ pub struct Ports<'a> {
     /// The domain's replica in this host's store. It refuses the source while the domain is promoted.
     pub replica: &'a dyn Promoting,
     /// Sets whether libvirt starts the domain with the host.
-    pub custody: &'a dyn Custody,
+    pub custody: &'a dyn Departure,
     /// Gives the current time of this host.
     pub clock: &'a dyn Fn() -> Timestamp,
     /// Told what is done now, in words.

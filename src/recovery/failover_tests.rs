@@ -127,7 +127,7 @@ impl Machines for World {
     }
 }
 
-impl Custody for World {
+impl Departure for World {
     fn autostart(&self, _: &DomainUuid) -> Result<bool> {
         unreachable!("it is told, and not asked")
     }

@@ -19,7 +19,7 @@ use super::failover;
 use crate::error::{Error, Kind, Result, advice};
 use crate::failpoint;
 use crate::hypervisor::Power;
-use crate::hypervisor::departure::Custody;
+use crate::hypervisor::departure::Departure;
 use crate::hypervisor::machine::Machines;
 use crate::name::{DomainName, DomainUuid, PointId, RunId};
 use crate::recovery::record::Wanted;
@@ -42,7 +42,7 @@ pub struct Ports<'a> {
     /// The source's libvirt, for shutting the domain down and starting it again.
     pub machines: &'a dyn Machines,
     /// Sets the domain's autostart and its handover mark in libvirt at the source.
-    pub custody: &'a dyn Custody,
+    pub custody: &'a dyn Departure,
     /// Looks at the domain.
     pub look: &'a dyn Fn() -> Result<Look>,
     /// One run to the target; with a handover, as a part of it.

@@ -158,7 +158,7 @@ impl Machines for World {
     }
 }
 
-impl Custody for World {
+impl Departure for World {
     fn autostart(&self, _: &DomainUuid) -> Result<bool> {
         self.does(|w| w.autostart)
     }

@@ -2,7 +2,7 @@
 
 use crate::durable::to_json;
 use crate::error::{Error, Result};
-use crate::hypervisor::departure::Custody;
+use crate::hypervisor::departure::Departure;
 use crate::hypervisor::firmware::Firmware;
 use crate::hypervisor::{DomainView, Hypervisor, Power, swtpm, travel, xml};
 use crate::name::DiskName;
@@ -95,7 +95,7 @@ pub(super) fn attach(
 
 /// Whether the domain starts with this host, which its definition does not say. `None` where that could not be found
 /// out: the point is as good without.
-pub(super) fn starts_with_host(custody: &dyn Custody, state: &Path, domain: &DomainView) -> Option<bool> {
+pub(super) fn starts_with_host(custody: &dyn Departure, state: &Path, domain: &DomainView) -> Option<bool> {
     // In this order: a handover is on record before it takes autostart away (h2), and the record says how it was.
     let asked = custody.autostart(&domain.uuid);
     match (asked, handover_record::peek(state, &domain.uuid)) {

@@ -20,7 +20,7 @@ use crate::name::{DiskName, DomainUuid, RunId};
 use crate::replica::Consistency;
 use crate::replicate::capture::names::overlay_path;
 use crate::replicate::capture::quiesce::Quiescer;
-use crate::replicate::capture::still::{Capture, Release, Source, Still};
+use crate::replicate::capture::still::{Capture, Frozen, Release, Source};
 use crate::replicate::plan::label;
 use crate::replicate::plan::planned::{DiskPlan, Plan};
 use crate::replicate::run::Ports;
@@ -93,7 +93,7 @@ impl<'a> OverlayCapture<'a> {
     }
 
     /// The steps of the freeze; a failure is cleaned up by the caller through the settle loop.
-    fn freeze_steps(&mut self) -> Result<Still> {
+    fn freeze_steps(&mut self) -> Result<Frozen> {
         for disk in &self.record.disks {
             if Stamp::of(&disk.overlay)?.is_some() {
                 return Err(Error::new(Kind::Conflict, "a file with the new overlay's name exists already")
@@ -138,7 +138,7 @@ impl<'a> OverlayCapture<'a> {
         failpoint!("4e");
         self.guard.disarm()?;
         failpoint!("4f");
-        Ok(Still {
+        Ok(Frozen {
             disks: chains,
             frozen_at,
             consistency: thawed.consistency,
@@ -215,7 +215,7 @@ pub fn pending(disk: &DiskName) -> String {
 }
 
 impl Capture for OverlayCapture<'_> {
-    fn freeze(&mut self) -> Result<Still> {
+    fn freeze(&mut self) -> Result<Frozen> {
         self.freeze_steps().map_err(|e| {
             // The guest first: let go, undo or finish, then say what went wrong.
             self.quiescer.settle(self.hypervisor);
@@ -317,7 +317,7 @@ fn started() -> Error {
 }
 
 impl Capture for OffCapture<'_> {
-    fn freeze(&mut self) -> Result<Still> {
+    fn freeze(&mut self) -> Result<Frozen> {
         let frozen_at = (self.clock)();
         for layer in self.chains.iter().flat_map(|(_, chain)| &chain.0) {
             self.stamps.push((layer.path.clone(), Stamp::of(&layer.path)?));
@@ -326,7 +326,7 @@ impl Capture for OffCapture<'_> {
             }
         }
         self.ensure_off()?;
-        Ok(Still {
+        Ok(Frozen {
             disks: self.chains.iter().map(|(name, chain)| (name.clone(), Source::Chain(chain.clone()))).collect(),
             frozen_at,
             consistency: self.label.0,

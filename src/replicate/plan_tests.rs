@@ -269,15 +269,15 @@ fn the_bitmap_of_a_failover_is_followed_with_a_reason_of_its_own() {
     let disk = &first.disks[0];
     assert_eq!((disk.mode, disk.bitmap.as_deref(), disk.reserve_bytes), (Mode::Bitmap, Some(born), 3 << 20));
     assert!(disk.reason.contains("what the failover began from") && disk.audit.is_some(), "{disk:?}");
-    assert!(disk.led_from_birth() && !disk.tracking_doubt);
+    assert!(disk.tracked_from_failover() && !disk.tracking_doubt);
     // A run that made its point by it, and died before it was dropped: the next one knows, by whatever it is led
     // itself.
     let by_birth = DiskStats { mode: Mode::Bitmap, reason: disk.reason.clone(), ..DiskStats::default() };
-    assert!(tracked_as(by_birth, by("vr-x-1"), &options).disks[0].led_from_birth());
-    assert!(!tracked_as(DiskStats::default(), by("vr-x-1"), &options).disks[0].led_from_birth());
+    assert!(tracked_as(by_birth, by("vr-x-1"), &options).disks[0].tracked_from_failover());
+    assert!(!tracked_as(DiskStats::default(), by("vr-x-1"), &options).disks[0].tracked_from_failover());
     // It has lied: compared after all, and it goes all the same.
     first.disks[0].doubt("it lied");
-    assert!(first.disks[0].led_from_birth() && first.disks[0].tracking_doubt);
+    assert!(first.disks[0].tracked_from_failover() && first.disks[0].tracking_doubt);
 
     let mut domain = domain("vda");
     domain.disks[0].size = Some(DiskSize(2 << 30));

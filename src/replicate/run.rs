@@ -7,7 +7,7 @@ use crate::engine::pump::Progress;
 use crate::engine::stats::Mode;
 use crate::engine::throttle::Throttle;
 use crate::error::{Error, Kind, Result};
-use crate::hypervisor::departure::Custody;
+use crate::hypervisor::departure::Departure;
 use crate::hypervisor::guest::GuestAgent;
 use crate::hypervisor::{Backups, Hypervisor, Tracking};
 use crate::image::Chain;
@@ -37,7 +37,7 @@ pub struct Ports<'a> {
     /// The guest agent of a running domain.
     pub guest: &'a dyn GuestAgent,
     /// A domain that was handed to its target and comes back.
-    pub custody: &'a dyn Custody,
+    pub custody: &'a dyn Departure,
     /// Backup jobs of a running domain.
     pub backups: &'a dyn Backups,
     /// Connects to the replica of a domain on the target.

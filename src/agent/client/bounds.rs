@@ -50,9 +50,11 @@ pub(super) fn of(request: &Request, options: &ClientOptions) -> Owed {
         Request::Store { .. } => question("say which store it serves"),
         Request::Find { .. } => question("list its replicas"),
         Request::Describe { .. } => question("tell what points there are"),
-        Request::Upkeep { ask: upkeep::Ask::Holds {}, .. } => question("tell which points it keeps"),
-        Request::Upkeep { ask: upkeep::Ask::Chunk { .. }, .. } => question("send more of what was asked for"),
-        Request::BringUp { ask: bringup::Ask::State {}, .. } => question("tell whether the domain was brought up"),
+        Request::Upkeep { ask: upkeep::UpkeepRequest::Holds {}, .. } => question("tell which points it keeps"),
+        Request::Upkeep { ask: upkeep::UpkeepRequest::Chunk { .. }, .. } => question("send more of what was asked for"),
+        Request::BringUp { ask: bringup::BringUpRequest::State {}, .. } => {
+            question("tell whether the domain was brought up")
+        }
         Request::Begin { request, .. } => {
             let seeds: u64 = request.disks.iter().filter(|d| d.resume).map(|d| d.size.0).sum();
             Owed { what: "begin a point", within: options.work + Duration::from_secs(seeds / SEED_RATE) }

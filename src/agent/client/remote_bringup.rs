@@ -1,7 +1,7 @@
 //! Bringing a domain up on the agent's host: every method of [`BringUp`] is one message to the agent.
 
 use crate::agent::client::AgentClient;
-use crate::agent::wire::bringup::{Ask, Told};
+use crate::agent::wire::bringup::{BringUpReply, BringUpRequest};
 use crate::agent::wire::{Reply, Request, protocol};
 use crate::error::{Kind, Result, printable};
 use crate::name::{DomainUuid, Generation, PointId};
@@ -26,7 +26,12 @@ impl AgentClient {
 }
 
 impl RemoteBringUp {
-    fn ask<T>(&self, ask: Ask, say: &dyn Fn(&str), take: impl FnOnce(Told) -> Option<T>) -> Result<T> {
+    fn ask<T>(
+        &self,
+        ask: BringUpRequest,
+        say: &dyn Fn(&str),
+        take: impl FnOnce(BringUpReply) -> Option<T>,
+    ) -> Result<T> {
         let shared = &self.client.shared;
         let id = shared.ask(&Request::BringUp { uuid: self.uuid.clone(), ask })?;
         let reply = shared.reply_told(id, &mut |progress| {
@@ -45,15 +50,15 @@ impl RemoteBringUp {
 
 impl BringUp for RemoteBringUp {
     fn ready(&self, point: Option<&PointId>) -> Result<Readiness> {
-        self.ask(Ask::Ready { point: point.cloned() }, &|_| {}, |told| match told {
-            Told::Ready { readiness } => Some(readiness),
+        self.ask(BringUpRequest::Ready { point: point.cloned() }, &|_| {}, |told| match told {
+            BringUpReply::Ready { readiness } => Some(readiness),
             _ => None,
         })
     }
 
     fn ready_for(&self, coming: &Coming) -> Result<Vec<Finding>> {
-        self.ask(Ask::ReadyFor { coming: coming.clone() }, &|_| {}, |told| match told {
-            Told::ReadyFor { findings } => Some(findings),
+        self.ask(BringUpRequest::ReadyFor { coming: coming.clone() }, &|_| {}, |told| match told {
+            BringUpReply::ReadyFor { findings } => Some(findings),
             _ => None,
         })
         .map_err(|e| match e.kind() {
@@ -63,40 +68,42 @@ impl BringUp for RemoteBringUp {
     }
 
     fn state(&self) -> Result<Standing> {
-        self.ask(Ask::State {}, &|_| {}, |told| match told {
-            Told::State { standing } => Some(standing),
+        self.ask(BringUpRequest::State {}, &|_| {}, |told| match told {
+            BringUpReply::State { standing } => Some(standing),
             _ => None,
         })
     }
 
     fn bring_up(&self, order: &Order, say: &dyn Fn(&str)) -> Result<FailoverRecord> {
-        self.ask(Ask::BringUp { order: order.clone() }, say, |told| match told {
-            Told::BringUp { record } => Some(record),
+        self.ask(BringUpRequest::BringUp { order: order.clone() }, say, |told| match told {
+            BringUpReply::BringUp { record } => Some(record),
             _ => None,
         })
     }
 
     fn call_off(&self, order: &Order, say: &dyn Fn(&str)) -> Result<()> {
-        self.ask(Ask::CallOff { order: order.clone() }, say, |told| matches!(told, Told::CallOff {}).then_some(()))
+        self.ask(BringUpRequest::CallOff { order: order.clone() }, say, |told| {
+            matches!(told, BringUpReply::CallOff {}).then_some(())
+        })
     }
 
     fn undo(&self, say: &dyn Fn(&str)) -> Result<FailoverRecord> {
-        self.ask(Ask::Undo {}, say, |told| match told {
-            Told::Undo { record } => Some(record),
+        self.ask(BringUpRequest::Undo {}, say, |told| match told {
+            BringUpReply::Undo { record } => Some(record),
             _ => None,
         })
     }
 
     fn commit(&self, say: &dyn Fn(&str)) -> Result<Generation> {
-        self.ask(Ask::Commit {}, say, |told| match told {
-            Told::Commit { generation } => Some(generation),
+        self.ask(BringUpRequest::Commit {}, say, |told| match told {
+            BringUpReply::Commit { generation } => Some(generation),
             _ => None,
         })
     }
 
     fn give_way(&self, say: &dyn Fn(&str)) -> Result<GaveWay> {
-        self.ask(Ask::GiveWay {}, say, |told| match told {
-            Told::GiveWay { gave_way } => Some(gave_way),
+        self.ask(BringUpRequest::GiveWay {}, say, |told| match told {
+            BringUpReply::GiveWay { gave_way } => Some(gave_way),
             _ => None,
         })
     }

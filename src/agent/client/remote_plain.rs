@@ -3,7 +3,7 @@
 
 use super::remote::RemoteReplica;
 use crate::agent::client::AgentClient;
-use crate::agent::wire::plain::{Ask, Told};
+use crate::agent::wire::plain::{PlainReply, PlainRequest};
 use crate::agent::wire::{Handle, Reply, Request};
 use crate::block::BlockIndex;
 use crate::block::digest::{BlockPieces, Digest};
@@ -27,8 +27,8 @@ pub struct RemoteImage {
 impl AgentClient {
     /// Opens an image on the other host. `Refused` where the agent serves none.
     pub fn open_image(self: &Arc<Self>, wish: &Wish) -> Result<RemoteImage> {
-        match self.ask_plain(Ask::Open { wish: wish.clone() }, &mut |_, _| {})? {
-            Told::Open { image, view } => {
+        match self.ask_plain(PlainRequest::Open { wish: wish.clone() }, &mut |_, _| {})? {
+            PlainReply::Open { image, view } => {
                 let end = RemoteReplica::new(Arc::clone(self), image);
                 end.set_disks(vec![plain_names().1]);
                 Ok(RemoteImage { end, handle: image, view })
@@ -39,8 +39,8 @@ impl AgentClient {
 
     /// Makes a directory or a link on the other host.
     pub fn make(&self, make: &Make) -> Result<()> {
-        match self.ask_plain(Ask::Make { make: make.clone() }, &mut |_, _| {}) {
-            Ok(Told::Make {}) => Ok(()),
+        match self.ask_plain(PlainRequest::Make { make: make.clone() }, &mut |_, _| {}) {
+            Ok(PlainReply::Make {}) => Ok(()),
             Ok(other) => Err(self.shared.other_reply("make", &Reply::Plain { told: other })),
             Err(e) if e.kind() == Kind::Protocol => {
                 Err(e.hint("its virt-replica is older and makes no directories: update it first"))
@@ -49,7 +49,7 @@ impl AgentClient {
         }
     }
 
-    fn ask_plain(&self, ask: Ask, progress: &mut dyn FnMut(u64, u64)) -> Result<Told> {
+    fn ask_plain(&self, ask: PlainRequest, progress: &mut dyn FnMut(u64, u64)) -> Result<PlainReply> {
         let id = self.shared.ask(&Request::Plain { ask })?;
         match self.shared.reply(id, progress)? {
             Reply::Plain { told } => Ok(told),
@@ -83,16 +83,16 @@ impl PlainTarget for RemoteImage {
 
     fn read(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<Whole> {
         let client = self.end.session().0;
-        match client.ask_plain(Ask::Read { image: self.handle }, progress)? {
-            Told::Read { whole } => Ok(whole),
+        match client.ask_plain(PlainRequest::Read { image: self.handle }, progress)? {
+            PlainReply::Read { whole } => Ok(whole),
             other => Err(client.shared.other_reply("read", &Reply::Plain { told: other })),
         }
     }
 
     fn commit(&self, finish: &Finish) -> Result<Committed> {
         let client = self.end.session().0;
-        match client.ask_plain(Ask::Commit { image: self.handle, finish: finish.clone() }, &mut |_, _| {})? {
-            Told::Commit { committed } => Ok(committed),
+        match client.ask_plain(PlainRequest::Commit { image: self.handle, finish: finish.clone() }, &mut |_, _| {})? {
+            PlainReply::Commit { committed } => Ok(committed),
             other => Err(client.shared.other_reply("commit", &Reply::Plain { told: other })),
         }
     }

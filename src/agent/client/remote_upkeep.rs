@@ -3,7 +3,7 @@
 
 use super::remote::RemoteReplica;
 use crate::agent::client::AgentClient;
-use crate::agent::wire::upkeep::{Ask, StreamId, Told};
+use crate::agent::wire::upkeep::{StreamId, UpkeepReply, UpkeepRequest};
 use crate::agent::wire::{FrameKind, Handle, Reply, Request, protocol};
 use crate::error::Result;
 use crate::name::{DiskName, PointId};
@@ -17,7 +17,12 @@ use std::sync::Arc;
 /// Chunks asked for ahead: at most some 2 MiB on their way.
 const AHEAD: usize = 4;
 
-fn ask(client: &AgentClient, replica: Handle, ask: Ask, progress: &mut dyn FnMut(u64, u64)) -> Result<Told> {
+fn ask(
+    client: &AgentClient,
+    replica: Handle,
+    ask: UpkeepRequest,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<UpkeepReply> {
     let id = client.shared.ask(&Request::Upkeep { replica, ask })?;
     match client.shared.reply(id, progress)? {
         Reply::Upkeep { told } => Ok(told),
@@ -28,18 +33,18 @@ fn ask(client: &AgentClient, replica: Handle, ask: Ask, progress: &mut dyn FnMut
 impl RemoteReplica {
     fn told<T>(
         &self,
-        ask_for: Ask,
+        ask_for: UpkeepRequest,
         progress: &mut dyn FnMut(u64, u64),
-        take: impl FnOnce(Told) -> Option<T>,
+        take: impl FnOnce(UpkeepReply) -> Option<T>,
     ) -> Result<T> {
         let (client, handle) = self.session();
         let told = ask(client, handle, ask_for, progress)?;
         take(told).ok_or_else(|| client.shared.at_host(protocol("the answer is to another question")))
     }
 
-    fn stream(&self, ask: Ask) -> Result<Box<dyn PatchStream>> {
+    fn stream(&self, ask: UpkeepRequest) -> Result<Box<dyn PatchStream>> {
         let stream = self.told(ask, &mut |_, _| {}, |told| match told {
-            Told::Export { stream } => Some(stream),
+            UpkeepReply::Export { stream } => Some(stream),
             _ => None,
         })?;
         let (client, handle) = self.session();
@@ -50,39 +55,39 @@ impl RemoteReplica {
 
 impl Upkeep for RemoteReplica {
     fn holds(&self) -> Result<Holds> {
-        self.told(Ask::Holds {}, &mut |_, _| {}, |told| match told {
-            Told::Holds { holds } => Some(holds),
+        self.told(UpkeepRequest::Holds {}, &mut |_, _| {}, |told| match told {
+            UpkeepReply::Holds { holds } => Some(holds),
             _ => None,
         })
     }
 
     fn prune(&self, remove: &[PointId], progress: &mut dyn FnMut(u64, u64)) -> Result<PruneReport> {
-        self.told(Ask::Prune { remove: remove.to_vec() }, progress, |told| match told {
-            Told::Prune { report } => Some(report),
+        self.told(UpkeepRequest::Prune { remove: remove.to_vec() }, progress, |told| match told {
+            UpkeepReply::Prune { report } => Some(report),
             _ => None,
         })
     }
 
     fn pin(&self, point: &PointId, reason: Option<&str>) -> Result<()> {
-        let ask = Ask::Pin { point: point.clone(), reason: reason.map(str::to_owned) };
-        self.told(ask, &mut |_, _| {}, |told| matches!(told, Told::Pin {}).then_some(()))
+        let ask = UpkeepRequest::Pin { point: point.clone(), reason: reason.map(str::to_owned) };
+        self.told(ask, &mut |_, _| {}, |told| matches!(told, UpkeepReply::Pin {}).then_some(()))
     }
 
     fn export(&self, point: &PointId, disk: &DiskName) -> Result<Box<dyn PatchStream>> {
-        self.stream(Ask::Export { point: point.clone(), disk: disk.clone() })
+        self.stream(UpkeepRequest::Export { point: point.clone(), disk: disk.clone() })
     }
 
     fn changes(&self, since: &PointId, point: &PointId, disk: &DiskName) -> Result<Box<dyn PatchStream>> {
-        self.stream(Ask::Changes { since: since.clone(), point: point.clone(), disk: disk.clone() })
+        self.stream(UpkeepRequest::Changes { since: since.clone(), point: point.clone(), disk: disk.clone() })
     }
 
     fn attachment(&self, point: &PointId, name: Attachment) -> Result<Box<dyn PatchStream>> {
-        self.stream(Ask::Attachment { point: point.clone(), name })
+        self.stream(UpkeepRequest::Attachment { point: point.clone(), name })
     }
 
     fn scrub(&self, restart: bool) -> Result<Box<dyn Scrubbing>> {
-        let (stream, start) = self.told(Ask::Scrub { restart }, &mut |_, _| {}, |told| match told {
-            Told::Scrub { stream, start } => Some((stream, start)),
+        let (stream, start) = self.told(UpkeepRequest::Scrub { restart }, &mut |_, _| {}, |told| match told {
+            UpkeepReply::Scrub { stream, start } => Some((stream, start)),
             _ => None,
         })?;
         let (client, handle) = self.session();
@@ -90,8 +95,8 @@ impl Upkeep for RemoteReplica {
     }
 
     fn shorten(&self) -> Result<Option<Box<dyn Shortening>>> {
-        let begun = self.told(Ask::Shorten {}, &mut |_, _| {}, |told| match told {
-            Told::Shorten { begun } => Some(begun),
+        let begun = self.told(UpkeepRequest::Shorten {}, &mut |_, _| {}, |told| match told {
+            UpkeepReply::Shorten { begun } => Some(begun),
             _ => None,
         })?;
         let (client, handle) = self.session();
@@ -124,7 +129,7 @@ impl RemoteStream {
 impl PatchStream for RemoteStream {
     fn next_chunk(&mut self) -> Result<Vec<u8>> {
         while !self.ended && self.asked.len() < AHEAD {
-            let ask = Ask::Chunk { stream: self.stream };
+            let ask = UpkeepRequest::Chunk { stream: self.stream };
             self.asked.push_back(self.client.shared.ask(&Request::Upkeep { replica: self.handle, ask })?);
         }
         let bytes = self.answer()?.unwrap_or_default();
@@ -154,8 +159,8 @@ impl Scrubbing for RemoteScrub {
 
     fn step(&mut self, bytes_max: u64) -> Result<ScrubStep> {
         let stream = self.stream;
-        match ask(&self.client, self.handle, Ask::ScrubStep { stream, bytes_max }, &mut |_, _| {})? {
-            Told::ScrubStep { step } => Ok(step),
+        match ask(&self.client, self.handle, UpkeepRequest::ScrubStep { stream, bytes_max }, &mut |_, _| {})? {
+            UpkeepReply::ScrubStep { step } => Ok(step),
             _ => Err(self.client.shared.at_host(protocol("the answer is to another question"))),
         }
     }
@@ -180,8 +185,8 @@ impl Shortening for RemoteShorten {
 
     fn step(&mut self, bytes_max: u64) -> Result<ShortenStep> {
         let stream = self.stream;
-        match ask(&self.client, self.handle, Ask::ShortenStep { stream, bytes_max }, &mut |_, _| {})? {
-            Told::ShortenStep { step } => Ok(step),
+        match ask(&self.client, self.handle, UpkeepRequest::ShortenStep { stream, bytes_max }, &mut |_, _| {})? {
+            UpkeepReply::ShortenStep { step } => Ok(step),
             _ => Err(self.client.shared.at_host(protocol("the answer is to another question"))),
         }
     }
@@ -192,8 +197,8 @@ impl Shortening for RemoteShorten {
 }
 
 fn close(client: &AgentClient, handle: Handle, stream: StreamId) -> Result<()> {
-    match ask(client, handle, Ask::Close { stream }, &mut |_, _| {})? {
-        Told::Close {} => Ok(()),
+    match ask(client, handle, UpkeepRequest::Close { stream }, &mut |_, _| {})? {
+        UpkeepReply::Close {} => Ok(()),
         _ => Err(client.shared.at_host(protocol("the answer is to another question"))),
     }
 }

@@ -2,14 +2,19 @@
 //! [`crate::agent::server::ReplicaOpener::bring_up`]'s to say.
 
 use crate::agent::server::{Answer, Session};
-use crate::agent::wire::bringup::{Ask, Told};
+use crate::agent::wire::bringup::{BringUpReply, BringUpRequest};
 use crate::agent::wire::{FrameKind, Progress, Reply, encode};
 use crate::error::Result;
 use crate::name::DomainUuid;
 use std::io::Write;
 
 impl<W: Write> Session<'_, W> {
-    pub(in crate::agent::server) fn bring_up(&mut self, id: u64, uuid: &DomainUuid, ask: Ask) -> Result<Answer> {
+    pub(in crate::agent::server) fn bring_up(
+        &mut self,
+        id: u64,
+        uuid: &DomainUuid,
+        ask: BringUpRequest,
+    ) -> Result<Answer> {
         let domain = self.opener.bring_up(uuid)?;
         let output = self.output;
         let say = |words: &str| {
@@ -17,20 +22,22 @@ impl<W: Write> Session<'_, W> {
             let _ = output.send(FrameKind::Progress, id, &encode(&Progress::words(words)));
         };
         let told = match ask {
-            Ask::Ready { point } => Told::Ready { readiness: domain.ready(point.as_ref())?.spoken(self.words) },
-            Ask::ReadyFor { coming } => {
+            BringUpRequest::Ready { point } => {
+                BringUpReply::Ready { readiness: domain.ready(point.as_ref())?.spoken(self.words) }
+            }
+            BringUpRequest::ReadyFor { coming } => {
                 let findings = domain.ready_for(&coming)?;
-                Told::ReadyFor { findings: findings.into_iter().map(|f| f.spoken(self.words)).collect() }
+                BringUpReply::ReadyFor { findings: findings.into_iter().map(|f| f.spoken(self.words)).collect() }
             }
-            Ask::State {} => Told::State { standing: domain.state()? },
-            Ask::BringUp { order } => Told::BringUp { record: domain.bring_up(&order, &say)? },
-            Ask::CallOff { order } => {
+            BringUpRequest::State {} => BringUpReply::State { standing: domain.state()? },
+            BringUpRequest::BringUp { order } => BringUpReply::BringUp { record: domain.bring_up(&order, &say)? },
+            BringUpRequest::CallOff { order } => {
                 domain.call_off(&order, &say)?;
-                Told::CallOff {}
+                BringUpReply::CallOff {}
             }
-            Ask::Undo {} => Told::Undo { record: domain.undo(&say)? },
-            Ask::GiveWay {} => Told::GiveWay { gave_way: domain.give_way(&say)? },
-            Ask::Commit {} => Told::Commit { generation: domain.commit(&say)? },
+            BringUpRequest::Undo {} => BringUpReply::Undo { record: domain.undo(&say)? },
+            BringUpRequest::GiveWay {} => BringUpReply::GiveWay { gave_way: domain.give_way(&say)? },
+            BringUpRequest::Commit {} => BringUpReply::Commit { generation: domain.commit(&say)? },
         };
         Ok(Reply::BringUp { told }.into())
     }

@@ -2,7 +2,7 @@
 //! touched, is [`crate::agent::server::ReplicaOpener::image`]'s to say.
 
 use crate::agent::server::{Answer, Session};
-use crate::agent::wire::plain::{Ask, Told};
+use crate::agent::wire::plain::{PlainReply, PlainRequest};
 use crate::agent::wire::{FrameKind, Handle, Progress, Reply, WireError, encode, protocol};
 use crate::engine::disk_target::DiskTarget;
 use crate::error::Result;
@@ -38,17 +38,17 @@ impl Image {
 }
 
 impl<W: Write> Session<'_, W> {
-    pub(in crate::agent::server) fn plain(&mut self, id: u64, ask: Ask) -> Result<Answer> {
+    pub(in crate::agent::server) fn plain(&mut self, id: u64, ask: PlainRequest) -> Result<Answer> {
         let told = match ask {
-            Ask::Open { wish } => {
+            PlainRequest::Open { wish } => {
                 self.have_room()?;
                 let target = self.opener.image(&wish)?;
                 let view = target.view()?;
                 let image = self.next_handle()?;
                 self.images.insert(image, Image { target, failed: None });
-                Told::Open { image, view }
+                PlainReply::Open { image, view }
             }
-            Ask::Read { image } => {
+            PlainRequest::Read { image } => {
                 let output = self.output;
                 let mut last = Instant::now();
                 let mut progress = |done_bytes, total_bytes| {
@@ -59,16 +59,16 @@ impl<W: Write> Session<'_, W> {
                             output.send(FrameKind::Progress, id, &encode(&Progress::bytes(done_bytes, total_bytes)));
                     }
                 };
-                Told::Read { whole: self.open_image(image)?.target.read(&mut progress)? }
+                PlainReply::Read { whole: self.open_image(image)?.target.read(&mut progress)? }
             }
-            Ask::Make { make } => {
+            PlainRequest::Make { make } => {
                 self.opener.make(&make)?;
-                Told::Make {}
+                PlainReply::Make {}
             }
-            Ask::Commit { image, finish } => {
+            PlainRequest::Commit { image, finish } => {
                 let image = self.open_image(image)?;
                 image.sound()?;
-                Told::Commit { committed: image.target.commit(&finish)? }
+                PlainReply::Commit { committed: image.target.commit(&finish)? }
             }
         };
         Ok(Reply::Plain { told }.into())

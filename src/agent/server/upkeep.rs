@@ -2,7 +2,7 @@
 //! say.
 
 use crate::agent::server::{Answer, Served, Session};
-use crate::agent::wire::upkeep::{Ask, StreamId, Told};
+use crate::agent::wire::upkeep::{StreamId, UpkeepReply, UpkeepRequest};
 use crate::agent::wire::{BULK_MAX, FrameKind, Handle, Progress, Reply, encode, protocol};
 use crate::error::{Error, Kind, Result};
 use crate::replica::upkeep::{PatchStream, Scrubbing, Shortening};
@@ -70,10 +70,10 @@ impl Streams {
 }
 
 impl<W: Write> Session<'_, W> {
-    pub(in crate::agent::server) fn upkeep(&mut self, id: u64, handle: Handle, ask: Ask) -> Result<Answer> {
+    pub(in crate::agent::server) fn upkeep(&mut self, id: u64, handle: Handle, ask: UpkeepRequest) -> Result<Answer> {
         let told = match ask {
-            Ask::Holds {} => Told::Holds { holds: self.at(handle)?.replica.holds()? },
-            Ask::Prune { remove } => {
+            UpkeepRequest::Holds {} => UpkeepReply::Holds { holds: self.at(handle)?.replica.holds()? },
+            UpkeepRequest::Prune { remove } => {
                 let output = self.output;
                 let mut last = Instant::now();
                 let mut progress = |done_bytes, total_bytes| {
@@ -84,34 +84,36 @@ impl<W: Write> Session<'_, W> {
                             output.send(FrameKind::Progress, id, &encode(&Progress::bytes(done_bytes, total_bytes)));
                     }
                 };
-                Told::Prune { report: self.at(handle)?.replica.prune(&remove, &mut progress)? }
+                UpkeepReply::Prune { report: self.at(handle)?.replica.prune(&remove, &mut progress)? }
             }
-            Ask::Pin { point, reason } => {
+            UpkeepRequest::Pin { point, reason } => {
                 self.at(handle)?.replica.pin(&point, reason.as_deref())?;
-                Told::Pin {}
+                UpkeepReply::Pin {}
             }
-            Ask::Export { point, disk } => self.stream(handle, |replica| replica.export(&point, &disk))?,
-            Ask::Changes { since, point, disk } => {
+            UpkeepRequest::Export { point, disk } => self.stream(handle, |replica| replica.export(&point, &disk))?,
+            UpkeepRequest::Changes { since, point, disk } => {
                 self.stream(handle, |replica| replica.changes(&since, &point, &disk))?
             }
-            Ask::Attachment { point, name } => self.stream(handle, |replica| replica.attachment(&point, name))?,
-            Ask::Chunk { stream } => return self.chunk(stream),
-            Ask::Close { stream } => {
+            UpkeepRequest::Attachment { point, name } => {
+                self.stream(handle, |replica| replica.attachment(&point, name))?
+            }
+            UpkeepRequest::Chunk { stream } => return self.chunk(stream),
+            UpkeepRequest::Close { stream } => {
                 let (_, stream) = self.streams.open.remove(&stream).ok_or_else(|| no_stream(stream))?;
                 stream.close()?;
-                Told::Close {}
+                UpkeepReply::Close {}
             }
-            Ask::Scrub { restart } => {
+            UpkeepRequest::Scrub { restart } => {
                 self.streams.have_room()?;
                 let scrub = self.at(handle)?.replica.scrub(restart)?;
                 let start = scrub.start();
-                Told::Scrub { stream: self.streams.add(handle, Stream::Scrub(scrub))?, start }
+                UpkeepReply::Scrub { stream: self.streams.add(handle, Stream::Scrub(scrub))?, start }
             }
-            Ask::ScrubStep { stream, bytes_max } => match self.streams.open.get_mut(&stream) {
-                Some((_, Stream::Scrub(scrub))) => Told::ScrubStep { step: scrub.step(bytes_max)? },
+            UpkeepRequest::ScrubStep { stream, bytes_max } => match self.streams.open.get_mut(&stream) {
+                Some((_, Stream::Scrub(scrub))) => UpkeepReply::ScrubStep { step: scrub.step(bytes_max)? },
                 _ => return Err(no_stream(stream)),
             },
-            Ask::Shorten {} => {
+            UpkeepRequest::Shorten {} => {
                 self.streams.have_room()?;
                 let begun = match self.at(handle)?.replica.shorten()? {
                     Some(shorten) => {
@@ -120,10 +122,10 @@ impl<W: Write> Session<'_, W> {
                     }
                     None => None,
                 };
-                Told::Shorten { begun }
+                UpkeepReply::Shorten { begun }
             }
-            Ask::ShortenStep { stream, bytes_max } => match self.streams.open.get_mut(&stream) {
-                Some((_, Stream::Shorten(shorten))) => Told::ShortenStep { step: shorten.step(bytes_max)? },
+            UpkeepRequest::ShortenStep { stream, bytes_max } => match self.streams.open.get_mut(&stream) {
+                Some((_, Stream::Shorten(shorten))) => UpkeepReply::ShortenStep { step: shorten.step(bytes_max)? },
                 _ => return Err(no_stream(stream)),
             },
         };
@@ -134,10 +136,10 @@ impl<W: Write> Session<'_, W> {
         &mut self,
         handle: Handle,
         begin: impl FnOnce(&dyn Served) -> Result<Box<dyn PatchStream>>,
-    ) -> Result<Told> {
+    ) -> Result<UpkeepReply> {
         self.streams.have_room()?;
         let stream = begin(self.at(handle)?.replica.as_ref())?;
-        Ok(Told::Export { stream: self.streams.add(handle, Stream::Patch(stream))? })
+        Ok(UpkeepReply::Export { stream: self.streams.add(handle, Stream::Patch(stream))? })
     }
 
     fn chunk(&mut self, id: StreamId) -> Result<Answer> {

@@ -8,10 +8,10 @@ use crate::recovery::ready::Finding;
 use crate::recovery::retire_home_copy::GaveWay;
 use serde::{Deserialize, Serialize};
 
-/// Each is answered by the [`Told`] of the same name.
+/// Each is answered by the [`BringUpReply`] of the same name.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Ask {
+pub enum BringUpRequest {
     /// Asks whether the domain could be brought up there from a point that is there. Changes nothing.
     Ready {
         /// Point to judge. `None`: the head.
@@ -42,10 +42,10 @@ pub enum Ask {
     GiveWay {},
 }
 
-/// Answer to the `Ask` of the same name.
+/// Answer to the `BringUpRequest` of the same name.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Told {
+pub enum BringUpReply {
     /// The point was judged.
     Ready {
         /// Point that was judged and the findings. A red finding prevents the failover.

@@ -6,10 +6,10 @@ use crate::plain::tree::Make;
 use crate::plain::{Committed, Finish, ImageView, Whole, Wish};
 use serde::{Deserialize, Serialize};
 
-/// Each is answered by the [`Told`] of the same name.
+/// Each is answered by the [`PlainReply`] of the same name.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Ask {
+pub enum PlainRequest {
     /// Opens an image that the agent's host serves, or one that does not exist yet.
     Open {
         /// Path and format of the image, and how it may be changed.
@@ -34,10 +34,10 @@ pub enum Ask {
     },
 }
 
-/// Answer to the `Ask` of the same name.
+/// Answer to the `PlainRequest` of the same name.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Told {
+pub enum PlainReply {
     /// The handle is one of the same kind as a replica's: `nodes`, `pieces`, `Apply`, `finish_disk` and `Release` take
     /// it.
     Open {

@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 /// Names a patch stream, a scrub or a shortening within one session; never reused within it.
 pub type StreamId = u32;
 
-/// Each is answered by the [`Told`] of the same name; `Chunk` by a Data frame, which is empty at the end.
+/// Each is answered by the [`UpkeepReply`] of the same name; `Chunk` by a Data frame, which is empty at the end.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Ask {
+pub enum UpkeepRequest {
     /// Asks which points cannot be removed now, and why.
     Holds {},
     /// Removes points, and folds links into the points above them. What is reported as removed is durable.
@@ -82,10 +82,10 @@ pub enum Ask {
     },
 }
 
-/// Answer to the `Ask` of the same name. `Changes` and `Attachment` are answered by `Export`.
+/// Answer to the `UpkeepRequest` of the same name. `Changes` and `Attachment` are answered by `Export`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Told {
+pub enum UpkeepReply {
     /// Obstacles to removing points.
     Holds {
         /// Pins, leases, young points, links and what scrubs found.

@@ -47,7 +47,7 @@ pub fn digest(args: &DigestArgs, globals: &Globals, output: Output) -> Result<Ex
     let source = open_source(args.format.as_ref(), &image, &options)?;
     let progress = Progress::default();
     let name = image.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    let good = || unless_stopped(stop).and_then(|()| source.still_good());
+    let good = || unless_stopped(stop).and_then(|()| source.keep_going());
     let hashed = watched(&name, source.size().0, &progress, beside(output, out.is_stdout()), || {
         hash(source.image.as_ref(), workers(), &progress, &good)
     })?;

@@ -114,7 +114,7 @@ mod act {
         action: &str,
         known: Option<bool>,
     ) -> serde_json::Value {
-        // An order of its source's says so of a point that does not.
+        // If the point does not record autostart, the source's order does.
         let autostart = if record.wanted.autostart { Some(true) } else { known.map(|_| false) };
         json!({
             "domain": record.domain, "uuid": record.uuid, "point": record.point, "frozen_at": record.frozen_at,

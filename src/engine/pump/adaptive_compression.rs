@@ -27,12 +27,12 @@ const THIN_TIME: Duration = Duration::from_secs(10);
 /// the other host and to make the copy durable.
 const UNTRIED_BYTES: u64 = 128 << 20;
 
-/// For how many times the bytes of both stretches, whole ones, what was found out is kept. What is under way at a
-/// change goes the slower way too: all in all one byte in thirty does.
+/// After a trial, keep the winner for this many times the bytes the trial took. Bytes under way at a change go the slower
+/// way too: all in all one byte in thirty does.
 const KEPT_FOR: u64 = 24;
 
-/// How much quicker it must be without compression to do without.
-const WORTH: f64 = 1.1;
+/// Skip compression only if that is at least 10 % faster.
+const STORED_ADVANTAGE_MIN: f64 = 1.1;
 
 /// One way of sending payloads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,7 +125,7 @@ impl Trials {
             Way::Stored => (other_rate, rate),
         };
         (self.trials, self.found) = (self.trials + 1, Some((compressed, stored)));
-        self.way = if stored > compressed * WORTH { Way::Stored } else { Way::Compressed };
+        self.way = if stored > compressed * STORED_ADVANTAGE_MIN { Way::Stored } else { Way::Compressed };
         self.doing = Doing::Keeping { left: (bytes + other_bytes).max(2 * STRETCH_BYTES) * KEPT_FOR };
         tracing::debug!(compressed, stored, way = ?self.way, "bytes per second of payload, and what is kept");
     }
@@ -150,7 +150,7 @@ fn reason(found: Option<(f64, f64)>) -> String {
     };
     let mib = |rate: f64| format!("{:.1} MiB/s", rate / f64::from(1 << 20));
     let (compressed_rate, stored_rate) = (mib(compressed), mib(stored));
-    if stored > compressed * WORTH {
+    if stored > compressed * STORED_ADVANTAGE_MIN {
         format!("as it is: the link is quicker than the compression ({stored_rate}, and compressed {compressed_rate})")
     } else if stored > compressed {
         format!("compressed: as it is it went hardly quicker ({stored_rate}, and compressed {compressed_rate})")
@@ -161,16 +161,16 @@ fn reason(found: Option<(f64, f64)>) -> String {
 
 /// What the workers ask, and the sender finds out.
 #[derive(Debug)]
-pub(super) struct Worth {
+pub(super) struct AdaptiveCompression {
     compress: AtomicBool,
     /// Nothing is tried: it is said.
     fixed: bool,
 }
 
-impl Worth {
+impl AdaptiveCompression {
     /// Compresses at first; `fixed`: and always.
-    pub(super) fn new(fixed: bool) -> Worth {
-        Worth { compress: AtomicBool::new(true), fixed }
+    pub(super) fn new(fixed: bool) -> AdaptiveCompression {
+        AdaptiveCompression { compress: AtomicBool::new(true), fixed }
     }
 
     /// Whether what is encoded next is to be compressed.
@@ -187,7 +187,7 @@ impl Worth {
 /// The one that sends finds out.
 #[derive(Debug)]
 pub(super) struct Watching<'a> {
-    worth: &'a Worth,
+    worth: &'a AdaptiveCompression,
     trials: Trials,
 }
 
@@ -220,7 +220,7 @@ mod tests {
     }
 
     fn send_and_say(mib: u64, compressed_ms: u64, stored_ms: u64) -> (u64, CompressionStats) {
-        let worth = Worth::new(false);
+        let worth = AdaptiveCompression::new(false);
         let mut told = worth.watch();
         let mut under_way: std::collections::VecDeque<bool> = (0..8).map(|_| worth.compress()).collect();
         let (mut now, mut sum) = (Duration::ZERO, 0);
@@ -261,7 +261,7 @@ mod tests {
 
     #[test]
     fn what_is_said_is_not_tried() {
-        let worth = Worth::new(true);
+        let worth = AdaptiveCompression::new(true);
         let mut told = worth.watch();
         for n in 1..1000 {
             told.sent(true, GROUP_LEN, Duration::from_secs(n));
@@ -285,7 +285,7 @@ mod tests {
         assert_eq!(of(1000, 40, 80), (1, false, slow.to_owned()));
         let little = "compressed: as it is it went hardly quicker (200.0 MiB/s, and compressed 190.5 MiB/s)";
         assert_eq!(of(1000, 21, 20), (1, true, little.to_owned()));
-        let worth = Worth::new(false);
+        let worth = AdaptiveCompression::new(false);
         let mut nothing = worth.watch();
         nothing.sent(true, 0, Duration::ZERO);
         assert_eq!(nothing.stats(), None);

@@ -1,9 +1,9 @@
-//! [`Custody`] on libvirt: each verb is one call through the gate. Tried with libvirt 9.0 in
+//! [`Departure`] on libvirt: each verb is one call through the gate. Tried with libvirt 9.0 in
 //! tests/lab/suite/handover.rs.
 
 use super::gate::{Failure, Repeat};
 use crate::error::Result;
-use crate::hypervisor::departure::{Asking, Custody};
+use crate::hypervisor::departure::{Asking, Departure};
 use crate::hypervisor::libvirt::LibvirtHypervisor;
 use crate::hypervisor::libvirt::queries::lookup;
 use crate::hypervisor::xml;
@@ -17,7 +17,7 @@ const AGENT_MAX: Duration = Duration::from_secs(30);
 
 const PREFIX: &str = "vr-lives";
 
-impl Custody for LibvirtHypervisor {
+impl Departure for LibvirtHypervisor {
     fn autostart(&self, uuid: &DomainUuid) -> Result<bool> {
         self.query("ask whether the domain starts with the host", uuid, |conn, uuid| {
             let domain = lookup(conn, uuid)?;

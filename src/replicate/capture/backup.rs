@@ -20,7 +20,7 @@ use crate::hypervisor::backup::{Backup, BackupDisk, BackupJob};
 use crate::hypervisor::{Backups, DomainView, Hypervisor, Power};
 use crate::name::{DomainUuid, RunId};
 use crate::replicate::capture::names::scratch_path;
-use crate::replicate::capture::still::{Capture, Release, Source, Still};
+use crate::replicate::capture::still::{Capture, Frozen, Release, Source};
 use crate::replicate::plan::planned::{DiskPlan, Plan};
 use crate::replicate::run::Ports;
 use crate::replicate::settle::account::Account;
@@ -71,7 +71,7 @@ impl<'a> BackupCapture<'a> {
         Self { ports, journal, plan, domain, run: run.clone(), guard, quiescer, backup: None, asked, stopped }
     }
 
-    fn begin(&mut self) -> Result<Still> {
+    fn begin(&mut self) -> Result<Frozen> {
         let backup = self.planned()?;
         for disk in &backup.disks {
             if Stamp::of(&disk.scratch)?.is_some() {
@@ -114,7 +114,7 @@ impl<'a> BackupCapture<'a> {
         let export = |d: &BackupDisk| {
             (d.name.clone(), Source::Export { socket: backup.socket.clone(), name: d.name.to_string() })
         };
-        Ok(Still {
+        Ok(Frozen {
             disks: backup.disks.iter().map(export).collect(),
             frozen_at,
             consistency: thawed.consistency,
@@ -166,7 +166,7 @@ impl<'a> BackupCapture<'a> {
 }
 
 impl Capture for BackupCapture<'_> {
-    fn freeze(&mut self) -> Result<Still> {
+    fn freeze(&mut self) -> Result<Frozen> {
         self.begin().map_err(|e| {
             self.quiescer.settle(self.ports.hypervisor);
             match settle(self.ports.hypervisor, self.ports.backups, self.journal, &self.plan.uuid) {

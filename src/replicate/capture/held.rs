@@ -8,7 +8,7 @@ use crate::image::Image;
 use crate::image::open::OpenOptions;
 use crate::name::DiskName;
 use crate::replicate::capture::space_watch::RoomWatch;
-use crate::replicate::capture::still::{Capture, Source, Still};
+use crate::replicate::capture::still::{Capture, Frozen, Source};
 use crate::replicate::plan::planned::Plan;
 use crate::replicate::run::{Run, stopped};
 use crate::replicate::target_gate::{TargetGate, watched};
@@ -17,13 +17,13 @@ use std::sync::atomic::Ordering;
 
 /// What is done with a frozen image while it is open.
 pub(in crate::replicate) type ReadDisk<'a, T> =
-    &'a mut dyn FnMut(&dyn Image, &Shipment, &Progress, pump::StillGood) -> Result<T>;
+    &'a mut dyn FnMut(&dyn Image, &Shipment, &Progress, pump::KeepGoing) -> Result<T>;
 
 /// How the disks of one run stand still.
 pub(in crate::replicate) struct Standing<'a> {
     pub run: &'a Run<'a>,
     pub plan: &'a Plan,
-    pub still: &'a Still,
+    pub still: &'a Frozen,
     pub capture: &'a dyn Capture,
     pub gate: &'a TargetGate,
 }
@@ -33,7 +33,7 @@ pub(in crate::replicate) struct Standing<'a> {
 /// looks at the cut between them.
 pub(in crate::replicate) fn while_held<T>(
     run: &Run,
-    (plan, still): (&Plan, &Still),
+    (plan, still): (&Plan, &Frozen),
     gate: &TargetGate,
     body: impl FnOnce() -> T,
 ) -> T {
@@ -89,7 +89,7 @@ impl Standing<'_> {
         };
         let progress = Arc::new(Progress::default());
         self.run.watch.disk(name, planned.size.0, planned.mode, &progress);
-        let still_good = || {
+        let keep_going = || {
             self.run.watch.tick();
             failpoint!("5b");
             if self.run.stop.load(Ordering::Relaxed) {
@@ -98,7 +98,7 @@ impl Standing<'_> {
             self.gate.cut().check()?;
             self.capture.check()
         };
-        let result = read(opened.image.as_ref(), &shipment, &progress, &still_good);
+        let result = read(opened.image.as_ref(), &shipment, &progress, &keep_going);
         let closed = opened.close();
         let result = result?;
         closed?;

@@ -13,7 +13,7 @@ use std::time::Duration;
 pub trait Capture {
     /// From when this returns until [`Capture::release`], the images in the answer do not change, and are one instant
     /// of all disks. On an error nothing is left behind, or what is left is in the journal.
-    fn freeze(&mut self) -> Result<Still>;
+    fn freeze(&mut self) -> Result<Frozen>;
 
     /// Whether they still stand still; `Interrupted` if not. Cheap; asked many times while reading.
     fn check(&self) -> Result<()>;
@@ -27,7 +27,7 @@ pub trait Capture {
 
 /// Images that stand still.
 #[derive(Debug, Clone)]
-pub struct Still {
+pub struct Frozen {
     /// Each disk that stands still, with the place where its content is read.
     pub disks: Vec<(DiskName, Source)>,
     /// Taken just before the disks were frozen: nothing acknowledged earlier can be missing.

@@ -5,7 +5,7 @@
 
 use crate::hypervisor::{DomainView, Ended};
 use crate::replica::Consistency;
-use crate::replicate::capture::still::Still;
+use crate::replicate::capture::still::Frozen;
 
 /// The label of a point of a domain that is off, and what is known beside it.
 pub fn of_off(domain: &DomainView) -> (Consistency, Option<String>) {
@@ -25,7 +25,7 @@ pub fn of_off(domain: &DomainView) -> (Consistency, Option<String>) {
 
 /// The warning of a run that froze and whose point is less than was asked for. How a domain came to be off is no news
 /// in each run.
-pub fn told(still: &Still) -> Option<String> {
+pub fn told(still: &Frozen) -> Option<String> {
     let why = still.consistency_reason.as_ref().filter(|_| still.freeze.is_some())?;
     Some(format!("the point is as after a power cut: {why}"))
 }

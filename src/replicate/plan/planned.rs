@@ -146,7 +146,7 @@ impl DiskPlan {
 
     /// The bitmap of its failover has led to this run's point, or to the head (by a run that died before it dropped
     /// it).
-    pub fn led_from_birth(&self) -> bool {
+    pub fn tracked_from_failover(&self) -> bool {
         self.bitmap.as_deref().is_some_and(failover_bitmap::is_birth)
             || self.head_stats.reason.starts_with(failover_bitmap::REASON)
     }

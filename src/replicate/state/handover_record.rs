@@ -10,7 +10,7 @@ use crate::durable::{read_json, remove_durably, replace_json};
 use crate::error::{Error, Kind, Result, advice};
 use crate::flock::Flock;
 use crate::hypervisor::Power;
-use crate::hypervisor::departure::Custody;
+use crate::hypervisor::departure::Departure;
 use crate::name::{DomainName, DomainUuid, PointId, RunId};
 use crate::replica::ReplicaView;
 use crate::replicate::state::locked_dir;
@@ -269,7 +269,7 @@ pub fn may_run(
 /// it cannot run there (f9 comes before f11). Gives the words for the report, if there was a mark; the refusal as long
 /// as it lives there.
 pub fn let_back(
-    custody: &dyn Custody,
+    custody: &dyn Departure,
     state: &Path,
     record: Option<&HandoverRecord>,
     power: Power,

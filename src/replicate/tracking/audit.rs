@@ -14,7 +14,7 @@ use crate::block::digest::{Digest, block_digest, node_digest};
 use crate::block::extent::Content;
 use crate::block::{BLOCK_LEN, BlockIndex, ByteRange, DiskSize, FANOUT, GROUP_LEN, GroupIndex};
 use crate::engine::disk_target::DiskTarget;
-use crate::engine::pump::{Shipment, StillGood, suspects};
+use crate::engine::pump::{KeepGoing, Shipment, suspects};
 use crate::engine::stats::{AuditStats, Mode};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
@@ -107,13 +107,13 @@ pub(in crate::replicate) fn audited(
     shipment: &Shipment,
     plan: Option<&AuditPlan>,
     run: &RunId,
-    still_good: StillGood,
+    keep_going: KeepGoing,
 ) -> Result<Audited> {
     let (Mode::Bitmap, Some(dirty), Some(plan)) = (shipment.mode, &shipment.dirty, plan) else {
         return Ok(Audited { shipment: shipment.clone(), stats: None, alarm: None });
     };
     let auditor = Auditor { image, replica, disk: &shipment.disk, size: shipment.size, dirty };
-    let stats = auditor.run(plan, run, shipment.workers, still_good)?;
+    let stats = auditor.run(plan, run, shipment.workers, keep_going)?;
     if stats.lies == 0 {
         return Ok(Audited { shipment: shipment.clone(), stats: Some(stats), alarm: None });
     }
@@ -144,10 +144,10 @@ struct Auditor<'a> {
 }
 
 impl Auditor<'_> {
-    fn run(&self, plan: &AuditPlan, run: &RunId, workers: usize, still_good: StillGood) -> Result<AuditStats> {
+    fn run(&self, plan: &AuditPlan, run: &RunId, workers: usize, keep_going: KeepGoing) -> Result<AuditStats> {
         let started = Instant::now();
         let mut found = self.sample(&seed(run, self.disk))?;
-        still_good()?;
+        keep_going()?;
         let groups = plan.from / GROUP_LEN..plan.to.div_ceil(GROUP_LEN);
         let mut next = groups.start;
         while next < groups.end {
@@ -161,7 +161,7 @@ impl Auditor<'_> {
             if done < chunk.end {
                 break;
             }
-            still_good()?;
+            keep_going()?;
         }
         found.lies.sort_unstable();
         found.lies.dedup();

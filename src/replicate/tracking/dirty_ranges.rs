@@ -11,7 +11,7 @@ use crate::hypervisor::{Backups, Power, Tracking};
 use crate::image::{Image, Layer, chain};
 use crate::name::DiskName;
 use crate::replica::{PointDisk, PointView, Replica};
-use crate::replicate::capture::still::{Source, Still};
+use crate::replicate::capture::still::{Frozen, Source};
 use crate::replicate::plan::CaptureKind;
 use crate::replicate::plan::planned::{Plan, compared};
 use crate::replicate::run::{Ports, Request};
@@ -43,7 +43,7 @@ pub(in crate::replicate) fn unless_cut(
     let (Some(dirty), Some((head_size, _)), Mode::Bitmap) = (&shipment.dirty, shipment.head, shipment.mode) else {
         return Ok(shipment);
     };
-    if end_of_disk::stands(image, replica, &shipment.disk, head_size, dirty)? {
+    if end_of_disk::end_unchanged(image, replica, &shipment.disk, head_size, dirty)? {
         return Ok(shipment);
     }
     let reason = compared("the end of the disk is not as the dirty bitmap says (shrunk and grown again?)");
@@ -69,7 +69,7 @@ impl Marks<'_> {
     /// What the dirty bitmaps mark, of the disks planned by bitmap, asked while everything stands still. A disk whose
     /// bitmap cannot be read is compared by digest instead: a tracking doubt never fails a run. Each question takes at
     /// most its deadline, and no question is asked once the run is cut.
-    fn of(&self, plan: &mut Plan, still: &Still, cut: &Cut) -> Result<Marked> {
+    fn of(&self, plan: &mut Plan, still: &Frozen, cut: &Cut) -> Result<Marked> {
         let mut marked = Marked::new();
         cut.check()?;
         let mut together = self.marked_together(plan, still);
@@ -106,7 +106,7 @@ impl Marks<'_> {
     /// The marks of all disks that stand on images, by one question: the domain is on its overlays meanwhile, and each
     /// question has QEMU describe all images of all disks. Nothing if one of them cannot be read: then each is asked
     /// for alone.
-    fn marked_together(&self, plan: &Plan, still: &Still) -> Marked {
+    fn marked_together(&self, plan: &Plan, still: &Frozen) -> Marked {
         let wanted = plan.disks.iter().filter(|d| d.mode == Mode::Bitmap).filter_map(|disk| {
             let (_, source) = still.disks.iter().find(|(name, _)| *name == disk.name)?;
             let Source::Chain(chain) = source else { return None };
@@ -171,7 +171,7 @@ impl Bitmaps<'_> {
     }
 
     /// What the dirty bitmaps mark: see [`Marks::of`].
-    pub(in crate::replicate) fn marked(&self, plan: &mut Plan, still: &Still, cut: &Cut) -> Result<Marked> {
+    pub(in crate::replicate) fn marked(&self, plan: &mut Plan, still: &Frozen, cut: &Cut) -> Result<Marked> {
         let tracking = if plan.capture == CaptureKind::Off { self.ports.stored } else { self.ports.tracking };
         Marks { tracking, backups: self.ports.backups }.of(plan, still, cut)
     }
@@ -215,7 +215,7 @@ impl Bitmaps<'_> {
                 continue;
             }
             let stands_alone = disk.chain.0.len() == 1;
-            let over = forbidden || stands_alone || disk.led_from_birth();
+            let over = forbidden || stands_alone || disk.tracked_from_failover();
             match failover_bitmap::retire(shelf.tracking, &plan.uuid, &disk.chain.0, over) {
                 Ok(left) => report.warnings.extend(left),
                 Err(e) => tracing::debug!("the failover's bitmap is left for the next run: {}", e.chain()),

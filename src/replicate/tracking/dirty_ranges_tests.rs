@@ -34,7 +34,7 @@ impl Qemu<'_> {
 
     /// The marks of all disks of a plan, while a thread watches the limits. The guest's overlays get too old with the
     /// first question about one disk.
-    fn marks(&self, plan: &mut Plan, still: &Still) -> Result<Marked> {
+    fn marks(&self, plan: &mut Plan, still: &Frozen) -> Result<Marked> {
         let good = || match self.slow && self.asked.load(Ordering::SeqCst) > 0 {
             true => Err(Error::new(Kind::Interrupted, "the overlay is older than it may get, 1s")),
             false => Ok(()),
@@ -93,8 +93,8 @@ fn by_bitmap() -> Plan {
     plan(DISKS.map(tracked).into())
 }
 
-fn standing(plan: &Plan, source: impl Fn(&Chain) -> Source) -> Still {
-    Still {
+fn standing(plan: &Plan, source: impl Fn(&Chain) -> Source) -> Frozen {
+    Frozen {
         disks: plan.disks.iter().map(|disk| (disk.name.clone(), source(&disk.chain))).collect(),
         frozen_at: Timestamp::UNIX_EPOCH,
         consistency: Consistency::Crash,

@@ -27,7 +27,7 @@ const QUESTIONS_MAX: u32 = 256;
 
 /// Whether the image still has, at the end of the disk, what the head has there and `dirty` does not mark. `false`: it
 /// has not, or that could not be found out in a bounded time; compare by digest. Reads at most one block.
-pub fn stands(
+pub fn end_unchanged(
     image: &dyn Image,
     replica: &dyn DiskTarget,
     disk: &DiskName,
@@ -116,5 +116,5 @@ impl Search<'_> {
 }
 
 #[cfg(test)]
-#[path = "tail_tests.rs"]
+#[path = "end_of_disk_tests.rs"]
 mod tests;

@@ -69,7 +69,7 @@ fn ranges(marked: &[bool]) -> Vec<ByteRange> {
 fn stands_now(image: &[u8], head: &[u8], marked: &[bool]) -> bool {
     let disk = DiskName::new("vda").unwrap();
     let size = DiskSize(head.len() as u64 * B);
-    stands(&Disk(image.to_vec()), &Head::of(head), &disk, size, &ranges(marked)).unwrap()
+    end_unchanged(&Disk(image.to_vec()), &Head::of(head), &disk, size, &ranges(marked)).unwrap()
 }
 
 /// A small generator with a printed seed.
@@ -144,6 +144,6 @@ fn the_search_is_short() {
     let values: Vec<u8> = (0..FANOUT * FANOUT * 3).map(|b| u8::from(b == 70)).collect();
     let head = Head::of(&values);
     let size = DiskSize(values.len() as u64 * B);
-    assert!(stands(&Disk(values), &head, &DiskName::new("vda").unwrap(), size, &[]).unwrap());
+    assert!(end_unchanged(&Disk(values), &head, &DiskName::new("vda").unwrap(), size, &[]).unwrap());
     assert_eq!(head.asked.load(Ordering::Relaxed), 2);
 }
