@@ -1,7 +1,7 @@
 //! What protects a file on its way: encrypted for whoever may read it (age), and signed by whoever made it (minisign).
 //!
-//! The signature is outside: it covers the bytes as they travel. A courier, or a store of objects, checks it without being
-//! able to read them, and nothing is parsed or decrypted before the signer is verified.
+//! The signature is outside: it covers the bytes as they travel. A courier, or a store of objects, checks it without
+//! being able to read them, and nothing is parsed or decrypted before the signer is verified.
 //!
 //! Invariants
 //! - A reader that was told to check a signature reports the end of its input only if the signature is right over all

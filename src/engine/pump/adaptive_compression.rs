@@ -27,8 +27,8 @@ const THIN_TIME: Duration = Duration::from_secs(10);
 /// the other host and to make the copy durable.
 const UNTRIED_BYTES: u64 = 128 << 20;
 
-/// After a trial, keep the winner for this many times the bytes the trial took. Bytes under way at a change go the slower
-/// way too: all in all one byte in thirty does.
+/// After a trial, keep the winner for this many times the bytes the trial took. Bytes under way at a change go the
+/// slower way too: all in all one byte in thirty does.
 const KEPT_FOR: u64 = 24;
 
 /// Skip compression only if that is at least 10 % faster.

@@ -187,7 +187,8 @@ fn libvirtd_killed_inside_the_freeze() {
         );
         let mut killer = machine.start_script(&killer);
         wait_for("the killer to look", || lab.try_exec("a", &["test", "-e", &polls]).status.success().then_some(()));
-        // Overlays that are gone again between two looks would be waited for in vain, so the run keeps them for a moment.
+        // Overlays that are gone again between two looks would be waited for in vain, so the run keeps them for a
+        // moment.
         let driver = machine.spawn_sync("5a=sleep:1000");
         killer.wait_end();
         lab.lab(&["libvirtd", "a", "kill9"]);
