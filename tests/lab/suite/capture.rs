@@ -57,7 +57,7 @@ fn auto_goes_around_a_commit_that_could_not_be_finished() {
     assert_eq!(pending.report["outcome"], "commit_pending");
     Host::A.virt_replica(&["doctor", &vm.name, "--repair"]).success();
     captured(&vm, "backup", "could not finish its commit");
-    captured(&vm, "backup", "--capture overlay");
+    captured(&vm, "backup", "a run that asks for overlays tries it again");
     vm.sync_with("", &["--capture", "overlay"]).sealed();
     captured(&vm, "overlay", "nothing is known");
 }
