@@ -114,7 +114,10 @@ fn a_raw_disk_that_is_hardly_written_converges_by_what_is_assumed_of_its_storage
     let last = report["rounds"].as_array().unwrap().last().unwrap();
     let forecast = &last["forecast"];
     println!("measured {} ms, foretold {forecast}", report["measured_ms"]);
-    assert_eq!((&last["round"], &last["decision"]["cut_over"]), (&1.into(), &"forecast".into()), "{last}");
+    // A round in which nothing happened to be written tells no rate, and another one follows: it lasts a quarter of the
+    // time between two writes. By the rate of its tiny samples it would use up all its rounds.
+    assert_eq!(last["decision"]["cut_over"], "forecast", "{report:#}");
+    assert!(last["round"].as_u64().is_some_and(|round| round <= 3), "{report:#}");
     // The rate of a tiny sample is no rate: each term is an assumption, and says so.
     for assumed in ["read_rate_assumed", "shutdown_assumed", "start_assumed"] {
         assert_eq!(forecast[assumed], true, "{assumed}: {last}");
