@@ -2,7 +2,7 @@
 //!
 //! Invariants
 //! - A block is written only if its content has the digest that the patch names for it.
-//! - What changes comes out of one walk of the digest tree that the patch starts from. The tree says that a block did
+//! - The changes come out of one walk of the digest tree that the patch starts from. The tree says that a block did
 //!   not change: then it is neither written nor listed, so that repeated and superfluous records cost nothing. The one
 //!   exception is a block that is known to have rotted ([`PatchedImage::rotten`]).
 //! - The old content of a block is offered ([`PatchedImage::before_change`]) before its first byte is overwritten.
@@ -32,7 +32,7 @@ type Emit = Box<dyn FnMut(ChangedNode) -> Result<()> + Send>;
 
 /// The image that a patch is applied to: what it was before, and where its blocks are written.
 pub(crate) trait PatchedImage {
-    /// Where blocks are written. `None`: nowhere yet, because the patch itself is kept and applied later.
+    /// The image that blocks are written to. `None`: none yet, because the patch itself is kept and applied later.
     fn image(&self) -> Result<Option<&dyn ImageMut>>;
 
     /// The content of a block before the patch, in the length that it has in the disk after the patch; zeros where
@@ -86,7 +86,7 @@ pub(crate) struct Applier {
     blocks_changed: u64,
 }
 
-/// What a patch came to.
+/// The result of a patch.
 #[derive(Debug)]
 pub(crate) struct Applied {
     pub(crate) disk: DiskApplied,

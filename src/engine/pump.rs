@@ -40,7 +40,7 @@ const IN_FLIGHT_MAX: usize = 8;
 /// Bytes of image whose extents are asked for at once.
 pub(crate) const EXTENT_WINDOW: u64 = 64 << 30;
 
-/// What to ship.
+/// One disk to ship, and how.
 #[derive(Debug, Clone)]
 pub struct Shipment {
     /// UUID of the domain; the patch's header carries it.
@@ -181,7 +181,7 @@ struct Work {
 /// Every block of a group may differ.
 const ALL_SUSPECT: u64 = u64::MAX;
 
-/// What became of a group, or of a subtree that is as in the head.
+/// The result of a group, or of a subtree that is as in the head.
 struct Done {
     seq: u64,
     /// Its node in the digest tree: level, index, digest.

@@ -36,7 +36,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// What the host of a store demands, whoever asks.
+/// The demands of a store's host, for every client.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// Points sealed less long ago are not removed.
@@ -265,7 +265,7 @@ impl Replica for Store {
         let points = dir.sub(POINTS_DIR)?;
         let present = points.as_ref().map(|p| unnamed(p, None)).transpose()?.unwrap_or_default();
         let manifest = read_manifest(&dir, &self.uuid)?;
-        // What is left of a removed point is no open one.
+        // The remains of a removed point are no open point.
         let head = manifest.as_ref().and_then(Manifest::head).map_or(0, |p| p.id.seq());
         view.open_point = present.into_iter().filter(|id| id.seq() > head).max_by_key(PointId::seq);
         view.seeds = seed::list(&dir)?;

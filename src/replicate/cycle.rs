@@ -10,7 +10,7 @@
 //! 7. **commit**: each overlay into its base, then pause, pivot, rename the overlay away, resume
 //! 8. **retire**: drop what is superseded, write the report
 //!
-//! What holds at every moment, whatever is killed (all of it with tests: docs/replication.md):
+//! These rules hold at every moment, whichever process dies (each with tests: docs/replication.md):
 //!
 //! - The production guest comes first: 7 happens even if 5 or 6 failed.
 //! - No overlay exists without an earlier durable record that lets any later run finish (I1); only our own layer is
@@ -113,7 +113,7 @@ pub fn run(ports: &Ports, request: &Request, watch: &dyn Watch, stop: &AtomicBoo
     if let Some(e) = &error {
         report = report.failed(e);
     }
-    // What a run did decides how it went, and not whether that could be written down.
+    // The acts of a run decide how it went. A report that cannot be kept does not.
     if let Err(e) = journal.keep_report(&report) {
         let text = format!("this report could not be kept on this host: {}", e.chain());
         watch.warn(&text);
@@ -202,7 +202,7 @@ impl Run<'_> {
         self.conclude(report, &plan, sealed, released)
     }
 
-    /// What must be so before anything is frozen, and asks nothing of the target.
+    /// The conditions of a freeze. Asks nothing of the target.
     pub(super) fn ready_to_freeze(&self, plan: &Plan) -> Result<()> {
         match plan.refusal() {
             Some(refusal) => Err(refusal),

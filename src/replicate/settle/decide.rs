@@ -30,7 +30,7 @@ pub enum Phase {
     PivotIntent,
 }
 
-/// What the record says of one disk, as far as decisions need it.
+/// The record of one disk, as far as decisions need it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct DiskFacts {
     /// The base holds everything the guest wrote, and the overlay is as it was when that was recorded: it may be older
@@ -38,7 +38,7 @@ pub struct DiskFacts {
     pub base_complete: bool,
 }
 
-/// Where a chain stands, compared with the recorded base and overlay.
+/// The position of a chain, compared with the recorded base and overlay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Stand {
     /// The base is the uppermost layer, as before the run.
@@ -77,7 +77,7 @@ pub enum Job {
     Foreign,
 }
 
-/// What lies under the overlay's recorded name.
+/// The file under the overlay's recorded name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum OverlayFile {
     /// Neither under its name nor under the retired one.
@@ -116,18 +116,18 @@ pub enum PowerState {
     Gone,
 }
 
-/// What was observed of one disk, compared with the record.
+/// The observation of one disk, compared with the record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct DiskSeen {
-    /// Where the chain of the running domain stands. `Absent`: it does not run, or lacks the disk.
+    /// The chain of the running domain. `Absent`: it does not run, or lacks the disk.
     pub live: Stand,
-    /// Where the persistent definition stands. `Absent`: there is none, or it lacks the disk.
+    /// The chain of the persistent definition. `Absent`: there is none, or it lacks the disk.
     pub inactive: Stand,
     /// Which image lies right below our overlay.
     pub under: Under,
     /// Block job that works on the disk.
     pub job: Job,
-    /// What lies under the overlay's recorded name.
+    /// The file under the overlay's recorded name.
     pub overlay: OverlayFile,
     /// The base was written to since the freeze although no commit of ours had begun, or the overlay was written to
     /// after the base had become complete.
@@ -217,7 +217,7 @@ impl Action {
 pub struct Halt {
     /// Name of the disk that is the reason. `None`: no single disk is.
     pub disk: Option<DiskName>,
-    /// What was found that forbids every further step.
+    /// The finding that forbids every further step.
     pub reason: HaltReason,
 }
 
@@ -253,7 +253,7 @@ pub enum HaltReason {
 }
 
 impl HaltReason {
-    /// What happened, and what to do, for the person who is called.
+    /// An explanation for the person who is called: the event, and the next step.
     pub fn explain(self) -> (&'static str, Advice) {
         match self {
             HaltReason::ManagedSave => (
@@ -343,7 +343,7 @@ fn decide_live(s: &Situation) -> Action {
     for (name, facts, seen) in s.disks {
         match live_disk(s, facts, seen) {
             Live::Settled => {}
-            // What was pivoted comes first: until its overlay's name is gone, nothing may run.
+            // A disk that was pivoted comes first: until its overlay's name is gone, nothing may run.
             Live::Act(act) => return act(name.clone()),
             Live::Start(act) => {
                 start.get_or_insert_with(|| act(name.clone()));
@@ -443,7 +443,7 @@ fn live_on_base(s: &Situation, facts: &DiskFacts, seen: &DiskSeen) -> Live {
     }
 }
 
-/// What becomes of the overlay of a disk that is gone.
+/// The next step for the overlay of a disk that is gone.
 enum Gone {
     Discard,
     Commit,
