@@ -150,8 +150,8 @@ struct Read {
     ended: bool,
 }
 
-/// The kernel adds what a process had read to its parent's account once that has waited for it; here each byte counts
-/// for whoever read it. Where a parent ended in the same tick, who waited for that one has inherited both.
+/// The kernel adds the bytes that a process read to its parent's account, once the parent has waited for it. Here each
+/// byte counts for the process that read it. If a parent ended in the same tick, the grandparent has inherited both.
 fn forget_inherited(read: &mut BTreeMap<String, Read>, living: &[String]) {
     let gone = |read: &Read, pid: &String| !read.ended && !living.contains(pid);
     let ended: Vec<String> = read.iter().filter(|(pid, read)| gone(read, pid)).map(|(pid, _)| pid.clone()).collect();

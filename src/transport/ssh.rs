@@ -167,6 +167,7 @@ impl SshTransport {
         let (builder, host) = (self.builder()?, self.target.host.clone());
         // A host may have several addresses, each with its own timeout.
         let limit = limit * 2 + Duration::from_secs(5);
+        masters::begin_below(self.control.path());
         let connected = self.edge.run(limit, async move { builder.connect_mux(host).await });
         let session = match connected {
             Some(Ok(session)) => Arc::new(session),

@@ -1,10 +1,12 @@
-//! The ssh masters that this process started. Each ends with the process, on every way out but SIGKILL.
+//! The ssh masters that this process started. Each ends with the process, on every way out but SIGKILL; one that goes
+//! to the background in the very moment of that end is missed, and ends by itself.
 //!
 //! A master is a process of its own: `ssh` leaves it behind, in the background, as soon as it has connected. Dropping
 //! its session ends it. But a thread that is still waiting for an answer when the process ends never drops anything,
 //! and an `ssh` that still connects becomes a master later. Both would stay for [`idle_persist`](super::SshOptions).
 
 use rustix::process::{Pid, Signal, kill_process};
+use std::collections::BTreeSet;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -18,6 +20,14 @@ const POLL_INTERVAL: Duration = Duration::from_millis(10);
 /// Control sockets; those of masters that have ended are no longer there.
 static SOCKETS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
+/// Directories of the control sockets of every master that was ever begun.
+static DIRECTORIES: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+
+/// Remembers that masters are begun with their sockets below `directory`. Called before the first `ssh` starts.
+pub(super) fn begin_below(directory: &Path) {
+    DIRECTORIES.lock().unwrap_or_else(|e| e.into_inner()).insert(directory.to_owned());
+}
+
 /// Remembers a master by its control socket.
 pub(super) fn remember(socket: &Path) {
     let mut sockets = SOCKETS.lock().unwrap_or_else(|e| e.into_inner());
@@ -25,10 +35,12 @@ pub(super) fn remember(socket: &Path) {
     sockets.push(socket.to_owned());
 }
 
-/// Ends every master that is left. Blocks for at most two seconds.
+/// Ends every `ssh` that still connects, and every master that is left. Blocks for at most two seconds.
 /// Called when the process is about to end.
 pub(super) fn end_all() {
     let until = Instant::now() + END_WITHIN;
+    let directories = std::mem::take(&mut *DIRECTORIES.lock().unwrap_or_else(|e| e.into_inner()));
+    directories.iter().for_each(|directory| end_connecting(directory));
     let sockets = std::mem::take(&mut *SOCKETS.lock().unwrap_or_else(|e| e.into_inner()));
     let ended = sockets.iter().filter(|socket| socket.exists()).filter_map(|socket| {
         // No host is asked and no configuration read: the socket says it all.
@@ -105,7 +117,9 @@ mod tests {
             command.args(words).arg(socket).stdin(Stdio::piped()).spawn().unwrap()
         };
         let (mut ours, mut other) = (start(&dir.path().join("x/master")), start(Path::new("/elsewhere/master")));
-        end_connecting(dir.path());
+        begin_below(dir.path());
+        // As the process does when it ends.
+        end_all();
         let by_signal = std::os::unix::process::ExitStatusExt::signal(&ours.wait().unwrap());
         assert_eq!(by_signal, Some(libc::SIGTERM));
         assert!(other.try_wait().unwrap().is_none(), "it was left alone");
